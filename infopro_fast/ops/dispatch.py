@@ -1,0 +1,88 @@
+"""Which implementation of an op runs: decided from device and dtype before anything is computed.
+
+``impl="auto"`` takes the fastest implementation that can run the call; an implementation that is named runs or raises.
+"""
+
+from __future__ import annotations
+
+import functools
+import glob
+import os
+
+import torch
+
+LIBRARY = torch.library.Library("infopro_fast", "DEF")
+
+IMPLEMENTATIONS = ("reference", "cpu")
+
+_CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@functools.cache
+def load_cpu_kernels() -> str | None:
+    """Load the compiled CPU kernels once. Returns None when they are loaded, else the reason why not."""
+    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    found = sorted(glob.glob(os.path.join(package, "_cpu*.so")))
+    if not found:
+        return f"no compiled CPU kernels (_cpu*.so) in {package}; build them with `pip install .`"
+    try:
+        torch.ops.load_library(found[0])
+    except OSError as error:
+        return f"{found[0]} does not load: {error}"
+    return None
+
+
+def cpu_isa() -> str | None:
+    """Instruction set the CPU kernels run with ("avx512", "avx2", "baseline"), or None when they are not loaded."""
+    if load_cpu_kernels() is not None:
+        return None
+    return ("baseline", "avx2", "avx512")[torch.ops.infopro_fast._isa(-1)]
+
+
+def available(op: str, device: str | torch.device) -> dict[str, str | None]:
+    """For each implementation of ``op`` on ``device``: None if it can run there, else the reason why it cannot.
+
+    >>> available("supcon_loss", "cpu")["reference"] is None
+    True
+    """
+    from infopro_fast import ops
+
+    if op not in ops.OPS:
+        raise ValueError(f"available: op: expected one of {sorted(ops.OPS)}, got {op!r}")
+    kind = torch.device(device).type
+    cpu = load_cpu_kernels() if kind == "cpu" else f"runs on CPU tensors, not on {kind}"
+    return {"reference": None, "cpu": cpu}
+
+
+def resolve(op: str, impl: str, tensors: dict[str, torch.Tensor | None], limitation: str | None = None) -> str:
+    """The implementation that runs this call of ``op``.
+
+    tensors: the tensor arguments by name; limitation: what in this call only the reference can do, or None.
+    Raises ValueError if ``impl`` is unknown or, being named, cannot run this call; TypeError for a dtype no
+    implementation takes; ValueError for tensors on different devices.
+    """
+    given = {name: t for name, t in tensors.items() if t is not None}
+    first_name, first = next(iter(given.items()))
+    for name, t in given.items():
+        if t.device != first.device:
+            raise ValueError(f"{op}: {name}: expected on {first.device} like {first_name}, got {t.device}")
+    if impl not in ("auto", *IMPLEMENTATIONS):
+        raise ValueError(f"{op}: impl: expected one of {('auto', *IMPLEMENTATIONS)}, got {impl!r}")
+    if impl == "reference":
+        return "reference"
+    reason = load_cpu_kernels() if first.device.type == "cpu" else f"{first_name} is on {first.device}, not on the CPU"
+    if reason is None:
+        for name, t in given.items():
+            if t.is_floating_point() and t.dtype not in _CPU_DTYPES:
+                reason = f"{name} is {t.dtype}, the kernels take {_CPU_DTYPES}"
+    reason = reason or limitation
+    if reason is None:
+        return "cpu"
+    if impl == "cpu":
+        raise ValueError(f"{op}: impl='cpu' cannot run this call: {reason}")
+    return "reference"
+
+
+def compute_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
+    """float64 if any tensor is float64, else float32: what an op accumulates in and returns its loss in."""
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32

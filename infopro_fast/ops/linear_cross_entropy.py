@@ -1,0 +1,164 @@
+"""Linear layer + cross entropy, without the logits: F.cross_entropy(F.linear(input, weight, bias), target, ...).
+
+    x_nc = input_n . weight_c + bias_c,   l_n = log sum_c exp x_nc
+    loss_n = (1 - e) w_{t_n} (l_n - x_{n t_n}) + e / C sum_c w_c (l_n - x_nc)         e: label smoothing, w: class weight
+    loss = sum loss_n / sum w_{t_n}   over the rows that are not ignored
+
+Plain torch keeps the logits and their softmax (2 N C numbers). The kernels tile over rows and classes and keep l_n;
+backward recomputes the tiles. The number of rows whose largest logit is the target's comes from the same pass.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from .dispatch import LIBRARY, compute_dtype, resolve
+
+OP = "linear_cross_entropy"
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def linear_cross_entropy(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    class_weight: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    return_correct: bool = False,
+    impl: str = "auto",
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Cross entropy of a linear classifier.
+
+    input: (N, D); weight: (C, D); bias: (C,) or None; float32, float64, bfloat16 or float16, any strides.
+    target: (N,) integers in [0, C), or ``ignore_index``. As in torch on a GPU, a label out of range is not looked for
+        on the device: on the CPU it raises.
+    class_weight: (C,) floating, or None (torch's ``weight``); it gets no gradient.
+    reduction: "mean" (divided by the sum of the targets' class weights), "sum" or "none" (N,). Where every row is
+        ignored "mean" is 0 with zero gradients, where torch gives nan.
+    return_correct: also return how many rows that are not ignored have their largest logit at the target, a 0-d int64
+        tensor (the first of equal logits counts, as in argmax).
+    impl: "auto", "reference" or "cpu"; one that is named runs or raises.
+
+    Returns float64 if any input is float64, else float32 (arithmetic too).
+    Kept for backward by the kernels: the inputs and N numbers.
+    Raises ValueError or TypeError naming the argument, what was expected and what came.
+    """
+    _check(input, weight, target, bias, class_weight, reduction, label_smoothing)
+    tensors = {"input": input, "weight": weight, "target": target, "bias": bias, "class_weight": class_weight}
+    if resolve(OP, impl, tensors) == "reference":
+        loss, correct = linear_cross_entropy_ref(
+            input, weight, target, bias=bias, class_weight=class_weight, ignore_index=ignore_index, reduction=reduction,
+            label_smoothing=label_smoothing,
+        )  # fmt: skip
+    else:
+        rows, correct = _LinearCrossEntropy.apply(input, weight, target, bias, class_weight, ignore_index, float(label_smoothing))
+        loss = _reduce(rows, target, class_weight, ignore_index, reduction)
+    return (loss, correct) if return_correct else loss
+
+
+def linear_cross_entropy_ref(
+    input, weight, target, *, bias=None, class_weight=None, ignore_index=-100, reduction="mean", label_smoothing=0.0
+):
+    """The specification, in plain torch: (loss, correct), arguments as in `linear_cross_entropy`."""
+    dtype = compute_dtype(input, weight, bias)
+    with torch.autocast(input.device.type, enabled=False):
+        logits = F.linear(input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+        weights = None if class_weight is None else class_weight.to(dtype)
+        rows = F.cross_entropy(
+            logits, target.long(), weights, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing
+        )
+        correct = ((logits.argmax(1) == target) & (target != ignore_index)).sum() if len(logits) else target.new_zeros((), dtype=torch.int64)
+    return _reduce(rows, target, class_weight, ignore_index, reduction), correct
+
+
+def _reduce(rows, target, class_weight, ignore_index, reduction):
+    if reduction == "none":
+        return rows
+    if reduction == "sum":
+        return rows.sum()
+    kept = target != ignore_index
+    if class_weight is None:
+        total = kept.sum()
+        return rows.sum() / total.clamp(min=1)
+    total = torch.where(kept, class_weight.detach().to(rows.dtype)[torch.where(kept, target, 0).long()], 0).sum()
+    return rows.sum() / torch.where(total == 0, 1, total)
+
+
+def _check(input, weight, target, bias, class_weight, reduction, label_smoothing):
+    for name, t in (("input", input), ("weight", weight), ("bias", bias), ("class_weight", class_weight)):
+        if t is None and name in ("bias", "class_weight"):
+            continue
+        if not isinstance(t, torch.Tensor) or not t.is_floating_point():
+            raise TypeError(f"{OP}: {name}: expected a floating-point tensor, got {getattr(t, 'dtype', type(t).__name__)}")
+    if not isinstance(target, torch.Tensor) or target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+        raise TypeError(f"{OP}: target: expected an integer tensor, got {getattr(target, 'dtype', type(target).__name__)}")
+    if input.dim() != 2:
+        raise ValueError(f"{OP}: input: expected (N, D), got {tuple(input.shape)}")
+    N, D = input.shape
+    if weight.dim() != 2 or weight.shape[1] != D or weight.shape[0] == 0:
+        raise ValueError(f"{OP}: weight: expected (C, {D}) with C > 0, got {tuple(weight.shape)}")
+    for name, t, shape in (("target", target, (N,)), ("bias", bias, weight.shape[:1]), ("class_weight", class_weight, weight.shape[:1])):
+        if t is not None and tuple(t.shape) != tuple(shape):
+            raise ValueError(f"{OP}: {name}: expected {tuple(shape)}, got {tuple(t.shape)}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"{OP}: reduction: expected one of {REDUCTIONS}, got {reduction!r}")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"{OP}: label_smoothing: expected in [0, 1], got {label_smoothing}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The fused path
+
+LIBRARY.define(
+    "linear_cross_entropy_forward(Tensor input, Tensor weight, Tensor target, Tensor? bias, Tensor? class_weight, int ignore_index, "
+    "float label_smoothing) -> (Tensor loss, Tensor lse, Tensor correct)"
+)
+LIBRARY.define(
+    "linear_cross_entropy_backward(Tensor grad, Tensor input, Tensor weight, Tensor target, Tensor? bias, Tensor? class_weight, "
+    "Tensor lse, int ignore_index, float label_smoothing, bool needs_input, bool needs_weight) -> (Tensor, Tensor, Tensor)"
+)
+
+
+@torch.library.register_fake("infopro_fast::linear_cross_entropy_forward", lib=LIBRARY)
+def _(input, weight, target, bias, class_weight, ignore_index, label_smoothing):
+    dtype = compute_dtype(input, weight, bias)
+    N = input.shape[0]
+    return input.new_empty((N,), dtype=dtype), input.new_empty((N,), dtype=dtype), input.new_empty((), dtype=torch.int64)
+
+
+@torch.library.register_fake("infopro_fast::linear_cross_entropy_backward", lib=LIBRARY)
+def _(grad, input, weight, target, bias, class_weight, lse, ignore_index, label_smoothing, needs_input, needs_weight):
+    dtype = compute_dtype(input, weight, bias)
+    g_input = torch.empty(input.shape if needs_input else (0,), dtype=dtype, device=input.device)
+    g_weight = torch.empty(weight.shape if needs_weight else (0,), dtype=dtype, device=input.device)
+    return g_input, g_weight, input.new_empty((weight.shape[0],), dtype=dtype)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input, weight, target, bias, class_weight, ignore_index, label_smoothing):
+        loss, lse, correct = torch.ops.infopro_fast.linear_cross_entropy_forward(
+            input, weight, target, bias, class_weight, ignore_index, label_smoothing
+        )
+        ctx.save_for_backward(input, weight, target, bias, class_weight, lse)
+        ctx.options = (ignore_index, label_smoothing)
+        ctx.mark_non_differentiable(correct)
+        return loss, correct
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, _correct):
+        input, weight, target, bias, class_weight, lse = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        g_input, g_weight, g_bias = torch.ops.infopro_fast.linear_cross_entropy_backward(
+            grad, input, weight, target, bias, class_weight, lse, *ctx.options, needs[0], needs[1]
+        )
+        return (
+            g_input.to(input.dtype) if needs[0] else None, g_weight.to(weight.dtype) if needs[1] else None, None,
+            g_bias.to(bias.dtype) if needs[3] else None, None, None, None,
+        )  # fmt: skip

@@ -1,0 +1,266 @@
+"""Decoder-reconstruction loss of InfoPro (paper, eq. 6: the lower bound of I(h, x)), fused.
+
+    u = resize(h)              (N, C, H, W), bilinear with align_corners=True, or nearest
+    z = conv3x3(u) + b1        (N, K, H, W)
+    a = relu(batch_norm(z))
+    s = conv3x3(a) + b2        (N, 3, H, W)
+    loss = mean BCE(sigmoid(s), image)
+
+The released code (networks/util.py, class Decoder) runs it layer by layer and keeps u, z, the normalised map, a, s,
+sigmoid(s) and the image for backward. The kernels keep h, the image and a few numbers per channel, and recompute:
+conv3x3(resize(h)) = sum over taps of shift(resize(W_tap h)), nine 1x1 convolutions at the size of h, so that u never exists
+and the first convolution costs scale^2 times less; where that does not pay (no resize) they convolve directly.
+"""
+
+from __future__ import annotations
+
+import typing
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .dispatch import LIBRARY, compute_dtype, resolve
+
+OP = "reconstruction_loss"
+MODES = ("bilinear", "nearest")
+LOSSES = ("bce", "mse", "l1")
+
+
+class Stage(typing.NamedTuple):
+    """The layers of a decoder of the released CIFAR form."""
+
+    conv1: nn.Conv2d
+    norm: nn.BatchNorm2d
+    conv2: nn.Conv2d
+
+
+def reconstruction_loss(
+    features: torch.Tensor,
+    image: torch.Tensor,
+    decoder: nn.Sequential,
+    *,
+    interpolate_mode: str = "bilinear",
+    loss: str = "bce",
+    image_mean: typing.Sequence[float] | None = None,
+    image_std: typing.Sequence[float] | None = None,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """Mean reconstruction loss of ``image`` decoded from ``features``; running statistics move as in the layers' own forward.
+
+    features: (N, C, h, w), float32, float64, bfloat16 or float16, any strides.
+    image: (N, 3, H, W), floating, same N; in [0, 1], or normalised with ``image_mean`` and ``image_std`` (three numbers
+        each, both or neither), and then restored and clamped to [0, 1] inside. It gets a gradient from the reference only.
+    decoder: nn.Sequential(Conv2d(C, K, 3, padding=1), BatchNorm2d(K), ReLU, Conv2d(K, 3, 3, padding=1), Sigmoid), in
+        training or eval mode, its own parameters (with or without conv bias, affine or not).
+    interpolate_mode: "bilinear" (align_corners=True, as released) or "nearest"; features are resized to (H, W).
+    loss: "bce", "mse" or "l1", the mean over all N*3*H*W elements.
+    impl: "auto", "reference" or "cpu"; one that is named runs or raises.
+
+    Returns a 0-d tensor, float64 if any input is float64, else float32 (arithmetic too). An empty batch gives 0.
+    Kept for backward by the kernels: the inputs and 4 K + 27 K + 3 numbers.
+    Raises ValueError or TypeError naming the argument, what was expected and what came.
+    """
+    stage = decoder_stage(decoder)
+    _check(features, image, stage, interpolate_mode, loss, image_mean, image_std)
+    tensors = {"features": features, "image": image} | {f"decoder.{n}": p for n, p in decoder.named_parameters()}
+    limitation = "image requires grad, which the reference alone supports" if image.requires_grad else None
+    chosen = resolve(OP, impl, tensors, limitation)
+    if chosen == "reference":
+        return reconstruction_loss_ref(features, image, decoder, interpolate_mode, loss, image_mean, image_std)
+    return _fused(features, image, stage, interpolate_mode, loss, image_mean, image_std)
+
+
+def reconstruction_loss_ref(features, image, decoder, interpolate_mode="bilinear", loss="bce", image_mean=None, image_std=None):
+    """The specification, in plain torch: arguments as in `reconstruction_loss`."""
+    stage = decoder_stage(decoder)
+    dtype = compute_dtype(features, image, stage.conv1.weight)
+    with torch.autocast(features.device.type, enabled=False):
+        target = restore_image(image.to(dtype), image_mean, image_std)
+        if features.shape[0] == 0:
+            touched = features.sum() + image.sum() + sum(p.sum() for p in decoder.parameters())
+            return touched.to(dtype) * 0
+        corners = True if interpolate_mode == "bilinear" else None
+        x = F.interpolate(features.to(dtype), image.shape[-2:], mode=interpolate_mode, align_corners=corners)
+        x = F.conv2d(x, stage.conv1.weight.to(dtype), _cast(stage.conv1.bias, dtype), padding=1)
+        x = F.relu(_batch_norm_ref(x, stage.norm))
+        x = F.conv2d(x, stage.conv2.weight.to(dtype), _cast(stage.conv2.bias, dtype), padding=1)
+        if loss == "bce":
+            return F.binary_cross_entropy_with_logits(x, target)
+        return F.mse_loss(x.sigmoid(), target) if loss == "mse" else F.l1_loss(x.sigmoid(), target)
+
+
+def restore_image(image: torch.Tensor, mean, std) -> torch.Tensor:
+    """(N, 3, H, W) in [0, 1] from an image normalised per channel; the image itself when mean is None."""
+    if mean is None:
+        return image
+    shape = (1, -1, 1, 1)
+    return (image * image.new_tensor(std).view(shape) + image.new_tensor(mean).view(shape)).clamp(0, 1)
+
+
+def decoder_stage(decoder: nn.Sequential) -> Stage:
+    """The three parametrised layers of a decoder of the released CIFAR form; ValueError says what does not fit."""
+    form = "nn.Sequential(Conv2d 3x3 C to K, BatchNorm2d K, ReLU, Conv2d 3x3 K to 3, Sigmoid)"
+    kinds = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Conv2d, nn.Sigmoid)
+    layers = list(decoder.children()) if isinstance(decoder, nn.Sequential) else []
+    fits = len(layers) == len(kinds) and all(isinstance(layer, kind) for layer, kind in zip(layers, kinds))
+    if not fits:
+        got = type(decoder).__name__ + (f"({', '.join(type(x).__name__ for x in layers)})" if layers else "")
+        raise ValueError(f"{OP}: decoder: expected {form}, got {got}")
+    conv1, norm, _, conv2, _ = layers
+    for name, conv in (("decoder[0]", conv1), ("decoder[3]", conv2)):
+        plain = conv.kernel_size == (3, 3) and conv.padding in ((1, 1), "same") and conv.padding_mode == "zeros"
+        if not plain or conv.stride != (1, 1) or conv.dilation != (1, 1) or conv.groups != 1:
+            raise ValueError(f"{OP}: {name}: expected a 3x3 convolution, stride 1, zero padding 1, got {conv}")
+    hidden = conv1.out_channels
+    if norm.num_features != hidden or conv2.in_channels != hidden or conv2.out_channels != 3:
+        raise ValueError(f"{OP}: decoder: expected {form}, got channels {hidden}, {norm.num_features}, "
+                         f"{conv2.in_channels} to {conv2.out_channels}")
+    return Stage(conv1, norm, conv2)
+
+
+def _check(features, image, stage, interpolate_mode, loss, image_mean, image_std):
+    for name, t in (("features", features), ("image", image)):
+        if not isinstance(t, torch.Tensor) or not t.is_floating_point():
+            raise TypeError(f"{OP}: {name}: expected a floating-point tensor, got {getattr(t, 'dtype', type(t).__name__)}")
+    C = stage.conv1.in_channels
+    if features.dim() != 4 or features.shape[1] != C:
+        raise ValueError(f"{OP}: features: expected (N, {C}, h, w), got {tuple(features.shape)}")
+    if image.dim() != 4 or image.shape[1] != 3 or image.shape[0] != features.shape[0]:
+        raise ValueError(f"{OP}: image: expected ({features.shape[0]}, 3, H, W), got {tuple(image.shape)}")
+    if 0 in features.shape[2:] or 0 in image.shape[2:]:
+        raise ValueError(f"{OP}: expected maps of at least 1x1, got features {tuple(features.shape)}, image {tuple(image.shape)}")
+    if interpolate_mode not in MODES:
+        raise ValueError(f"{OP}: interpolate_mode: expected one of {MODES}, got {interpolate_mode!r}")
+    if loss not in LOSSES:
+        raise ValueError(f"{OP}: loss: expected one of {LOSSES}, got {loss!r}")
+    if (image_mean is None) != (image_std is None):
+        raise ValueError(f"{OP}: image_mean, image_std: expected both or neither, got {image_mean}, {image_std}")
+    for name, value in (("image_mean", image_mean), ("image_std", image_std)):
+        if value is not None and len(value) != 3:
+            raise ValueError(f"{OP}: {name}: expected 3 numbers, got {value}")
+    batch_statistics = stage.norm.training or stage.norm.running_mean is None
+    if batch_statistics and image.shape[0] * image.shape[2] * image.shape[3] == 1:
+        raise ValueError(f"{OP}: image: expected more than 1 value per channel when training, got {tuple(image.shape)}")
+
+
+def _cast(t: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    return None if t is None else t.to(dtype)
+
+
+def _momentum(norm: nn.BatchNorm2d) -> float | torch.Tensor:
+    """Weight of the new statistics, after num_batches_tracked was counted up: a cumulative average if momentum is None."""
+    return 1.0 / norm.num_batches_tracked.to(norm.running_mean.dtype) if norm.momentum is None else norm.momentum
+
+
+@torch.no_grad()
+def _update_running(norm: nn.BatchNorm2d, mean: torch.Tensor, var: torch.Tensor, count: int) -> None:
+    """Move the running statistics as nn.BatchNorm2d does: mean and biased var (K,) of ``count`` values a channel."""
+    if not (norm.training and norm.track_running_stats and norm.running_mean is not None):
+        return
+    norm.num_batches_tracked.add_(1)
+    momentum = _momentum(norm)
+    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
+    norm.running_var.lerp_((var * (count / (count - 1))).to(norm.running_var.dtype), momentum)
+
+
+def _batch_norm_ref(x: torch.Tensor, norm: nn.BatchNorm2d) -> torch.Tensor:
+    if norm.training or norm.running_mean is None:
+        var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
+        _update_running(norm, mean.detach(), var.detach(), x.numel() // x.shape[1])
+    else:
+        mean, var = norm.running_mean.to(x.dtype), norm.running_var.to(x.dtype)
+    shape = (1, -1, 1, 1)
+    x = (x - mean.view(shape)) * torch.rsqrt(var + norm.eps).view(shape)
+    return x if norm.weight is None else x * norm.weight.to(x.dtype).view(shape) + norm.bias.to(x.dtype).view(shape)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The fused path: two opaque ops a direction, one autograd.Function.
+
+LIBRARY.define(
+    "reconstruction_loss_forward(Tensor features, Tensor image, Tensor w1, Tensor? b1, Tensor? gamma, Tensor? beta, "
+    "Tensor w2, Tensor? b2, Tensor? running_mean, Tensor? running_var, float[] restore, float eps, int mode, int loss, "
+    "bool needs_grad) -> (Tensor loss, Tensor saved)"
+)
+LIBRARY.define(
+    "reconstruction_loss_backward(Tensor grad, Tensor features, Tensor image, Tensor w1, Tensor? b1, Tensor? gamma, "
+    "Tensor? beta, Tensor w2, Tensor? b2, Tensor saved, float[] restore, bool batch_statistics, float eps, int mode, int loss, "
+    "bool needs_features, bool needs_w1) -> (Tensor, Tensor, Tensor)"
+)
+
+
+def saved_numbers(K: int) -> int:
+    """Numbers the fused op keeps beside its inputs: mean, var, d gamma, d beta, dW2, db2 (K, K, K, K, 27 K, 3)."""
+    return 4 * K + 27 * K + 3
+
+
+@torch.library.register_fake("infopro_fast::reconstruction_loss_forward", lib=LIBRARY)
+def _(features, image, w1, b1, gamma, beta, w2, b2, running_mean, running_var, restore, eps, mode, loss, needs_grad):
+    dtype = compute_dtype(features, image, w1)
+    return features.new_empty((), dtype=dtype), features.new_empty((saved_numbers(w1.shape[0]),), dtype=dtype)
+
+
+@torch.library.register_fake("infopro_fast::reconstruction_loss_backward", lib=LIBRARY)
+def _(grad, features, image, w1, b1, gamma, beta, w2, b2, saved, restore, batch_statistics, eps, mode, loss, needs_features, needs_w1):
+    dtype = compute_dtype(features, image, w1)
+    K = w1.shape[0]
+    g_features = torch.empty(features.shape if needs_features else (0,), dtype=features.dtype, device=features.device)
+    g_w1 = torch.empty(w1.shape if needs_w1 else (0,), dtype=dtype, device=features.device)
+    return g_features, g_w1, features.new_empty((K,), dtype=dtype)
+
+
+class _ReconstructionLoss(torch.autograd.Function):
+    """d loss / d (gamma, beta, W2, b2) are found in the forward sweep (the loss is a scalar) and scaled in backward."""
+
+    @staticmethod
+    def forward(ctx, features, image, w1, b1, gamma, beta, w2, b2, running_mean, running_var, options):
+        restore, eps, mode, loss = options
+        needs_grad = any(ctx.needs_input_grad)
+        value, saved = torch.ops.infopro_fast.reconstruction_loss_forward(
+            features, image, w1, b1, gamma, beta, w2, b2, running_mean, running_var, restore, eps, mode, loss, needs_grad
+        )
+        ctx.save_for_backward(features, image, w1, b1, gamma, beta, w2, b2, saved)
+        ctx.options = options
+        ctx.batch_statistics = running_mean is None
+        K = w1.shape[0]
+        mean, var = saved[:K].clone(), saved[K : 2 * K].clone()
+        ctx.mark_non_differentiable(mean, var)
+        return value, mean, var
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, _mean, _var):
+        features, image, w1, b1, gamma, beta, w2, b2, saved = ctx.saved_tensors
+        restore, eps, mode, loss = ctx.options
+        needs = ctx.needs_input_grad
+        K = w1.shape[0]
+        _, _, g_gamma, g_beta, g_w2, g_b2 = saved.split([K, K, K, K, 27 * K, 3])
+        g_features = g_w1 = g_b1 = None
+        if needs[0] or needs[2] or needs[3]:
+            g_features, g_w1, g_b1 = torch.ops.infopro_fast.reconstruction_loss_backward(
+                grad, features, image, w1, b1, gamma, beta, w2, b2, saved, restore, ctx.batch_statistics, eps, mode, loss,
+                needs[0], needs[2],
+            )  # fmt: skip
+
+        def give(index, value, like):
+            return value.view(like.shape).to(like.dtype) if needs[index] else None
+
+        return (
+            g_features if needs[0] else None, None, give(2, g_w1, w1), give(3, g_b1, b1), give(4, g_gamma * grad, gamma),
+            give(5, g_beta * grad, beta), give(6, g_w2 * grad, w2), give(7, g_b2 * grad, b2), None, None, None,
+        )  # fmt: skip
+
+
+def _fused(features, image, stage, interpolate_mode, loss, image_mean, image_std):
+    conv1, norm, conv2 = stage
+    batch_statistics = norm.training or norm.running_mean is None
+    running = (None, None) if batch_statistics else (norm.running_mean, norm.running_var)
+    restore = [] if image_mean is None else [float(v) for v in (*image_mean, *image_std)]
+    options = (restore, norm.eps, MODES.index(interpolate_mode), LOSSES.index(loss))
+    value, mean, var = _ReconstructionLoss.apply(
+        features, image, conv1.weight, conv1.bias, norm.weight, norm.bias, conv2.weight, conv2.bias, *running, options
+    )
+    if batch_statistics and features.shape[0]:
+        _update_running(norm, mean, var, image.shape[0] * image.shape[2] * image.shape[3])
+    return value
