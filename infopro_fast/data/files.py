@@ -1,0 +1,49 @@
+"""Original files of a data set: checked against their published MD5 sums, fetched only when asked."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+from .image_set import DataError
+
+
+def require(name: str, folder: Path, md5: dict[str, str], fetch: Callable[[], None] | None) -> None:
+    """Make sure that ``folder`` holds the files named in ``md5``, whole. ``fetch`` downloads them, or is None: not allowed.
+
+    Raises DataError naming the file that is missing or damaged.
+    """
+    problem = _first_problem(folder, md5)
+    if problem is None:
+        return
+    if fetch is None:
+        raise DataError(f"{name}: {problem}; put the original files there or add --download")
+    try:
+        fetch()
+    except ImportError as error:
+        raise DataError(f"{name}: downloading needs torchvision ({error}): pip install torchvision") from error
+    except (OSError, RuntimeError) as error:  # URLError is an OSError; torchvision says RuntimeError for a wrong checksum
+        raise DataError(f"{name}: download into {folder} failed: {error}") from error
+    problem = _first_problem(folder, md5)
+    if problem is not None:
+        raise DataError(f"{name}: after the download: {problem}")
+
+
+def _first_problem(folder: Path, md5: dict[str, str]) -> str | None:
+    for name, expected in md5.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{path} not found"
+        got = _md5(path)
+        if got != expected:
+            return f"{path} is damaged or another version: MD5 expected {expected}, got {got}"
+    return None
+
+
+def _md5(path: Path) -> str:
+    digest = hashlib.md5(usedforsecurity=False)
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,105 @@
+"""A data set held as uint8 tensors on the device, and its epochs: a pure function of (seed, epoch)."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from .augment import Augmentation, augment, draw, normalize
+
+
+class DataError(ValueError):
+    """Files of a data set that are missing, damaged or not what they should be; the message names the file and what to do."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """images: (N, 3, H, W) uint8; labels: (N,) int64 in [0, num_classes)."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Everything training needs to know of a data set. mean, std: per channel, of images in [0, 1]."""
+
+    name: str
+    train: Split
+    test: Split
+    num_classes: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    augmentation: Augmentation
+
+    def __post_init__(self):
+        size = self.train.images.shape[1:]
+        for part, split in (("train", self.train), ("test", self.test)):
+            images, labels = split.images, split.labels
+            if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != 3 or images.shape[1:] != size:
+                raise DataError(f"{self.name}: {part} images: expected (N, 3, H, W) uint8, got {tuple(images.shape)} {images.dtype}")
+            if labels.dtype != torch.int64 or labels.shape != images.shape[:1] or len(labels) == 0:
+                got = f"{tuple(labels.shape)} {labels.dtype}"
+                raise DataError(f"{self.name}: {part} labels: expected {len(images)} > 0 of int64, got {got}")
+            if labels.min() < 0 or labels.max() >= self.num_classes:
+                raise DataError(
+                    f"{self.name}: {part} labels: expected in [0, {self.num_classes}), got {labels.min():d} to {labels.max():d}"
+                )
+
+    @property
+    def image_size(self) -> int:
+        return self.train.images.shape[-1]
+
+    def to(self, device: torch.device | str) -> ImageSet:
+        """The same set with all images and labels on ``device``."""
+        train, test = (Split(s.images.to(device), s.labels.to(device)) for s in (self.train, self.test))
+        return replace(self, train=train, test=test)
+
+    def batches(self, batch_size: int, drop_last: bool = False) -> int:
+        """Batches in an epoch; the last one may be smaller, unless it is dropped."""
+        return len(self.train) // batch_size if drop_last else math.ceil(len(self.train) / batch_size)
+
+    def train_epoch(
+        self,
+        batch_size: int,
+        *,
+        seed: int,
+        epoch: int,
+        first: int = 0,
+        drop_last: bool = False,
+        augmented: bool = True,
+        dtype: torch.dtype = torch.float32,
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Batches ``first``, ``first`` + 1, ... of an epoch: image (B, 3, H, W) normalised in ``dtype``, label (B,).
+
+        The order, the crops and the flips depend on (seed, epoch) alone and are drawn for the whole epoch at once, so that
+        starting at batch ``first`` gives the very batches that the whole epoch has there, on any device.
+        """
+        images, labels = self.train.images, self.train.labels
+        generator = torch.Generator().manual_seed(epoch_seed(seed, epoch))
+        order = torch.randperm(len(images), generator=generator).to(images.device)
+        draws = draw(len(images), self.augmentation, generator).to(images.device)
+        for i in range(first, self.batches(batch_size, drop_last)):
+            here = slice(i * batch_size, (i + 1) * batch_size)
+            batch = images.index_select(0, order[here])
+            if augmented:
+                batch = augment(batch, self.augmentation, draws.select(here))
+            yield normalize(batch, self.mean, self.std, dtype), labels.index_select(0, order[here])
+
+    def test_batches(self, batch_size: int, dtype: torch.dtype = torch.float32) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The test images in order, normalised, and their labels."""
+        for image, label in zip(self.test.images.split(batch_size), self.test.labels.split(batch_size), strict=True):
+            yield normalize(image, self.mean, self.std, dtype), label
+
+
+def epoch_seed(seed: int, epoch: int) -> int:
+    """Seed of an epoch's generator: hashed, so that epoch 1 of seed 0 has nothing to do with epoch 0 of seed 1."""
+    digest = hashlib.blake2b(f"{seed} {epoch}".encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "little")
