@@ -1,0 +1,157 @@
+"""Local losses: what trains a module instead of the gradient of the next one.
+
+A `LocalLoss` yields its weighted terms one after the other, so that the local step can back-propagate each and drop its graph
+before the next is built. The last module's loss, the network's own classifier, is one too: every module trains alike.
+"""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from infopro_fast import ops
+
+from .decoder import Decoder
+from .heads import AuxClassifier, DGLHead
+
+LOCAL_LOSSES = ("contrast", "softmax", "greedy", "dgl", "none")
+
+
+class Term(typing.NamedTuple):
+    """One term of a local loss: weight * loss is trained. correct: how many labels it got right, or None."""
+
+    name: str
+    weight: float
+    loss: torch.Tensor
+    correct: torch.Tensor | None
+
+
+class LocalLoss(nn.Module):
+    """The loss of one module. Subclasses give the three methods below; nets are ordinary submodules."""
+
+    def terms(self, features: torch.Tensor, image: torch.Tensor, label: torch.Tensor) -> Iterator[Term]:
+        """Compute and yield one `Term` after the other, none of weight 0; the caller back-propagates each before it asks for the next.
+
+        features: (N, C, h, w), the module's output; image: (N, 3, H, W), the network's input; label: (N,) integers.
+        """
+        raise NotImplementedError
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """Parameters of the nets that run, for the module's optimizer."""
+        raise NotImplementedError
+
+    def released_nets(self, stage: int, block: int) -> dict[str, nn.Module]:
+        """All nets by the prefix of their released names, for a module that ends at (stage, block); nets that never run included."""
+        raise NotImplementedError
+
+
+class InfoPro(LocalLoss):
+    """InfoPro's upper bound (paper, eq. 6): reconstruction_weight * reconstruction(h, image) + task_weight * task(h, label).
+
+    A net whose weight is exactly 0 never runs and is given to no optimizer: it only stays where the released code has it, so
+    that released weights load and save by their names. (The released code runs it; nothing that is kept depends on it.)
+    """
+
+    def __init__(self, decoder: Decoder, aux_classifier: AuxClassifier, reconstruction_weight: float, task_weight: float):
+        super().__init__()
+        if reconstruction_weight == 0 and task_weight == 0:
+            raise ValueError("InfoPro: expected a weight other than 0 for reconstruction or task, got 0 for both: nothing trains the module")
+        self.decoder, self.aux_classifier = decoder, aux_classifier
+        self.reconstruction_weight, self.task_weight = reconstruction_weight, task_weight
+        self.task = "contrast" if aux_classifier.loss_mode == "contrast" else "softmax"
+
+    def terms(self, features, image, label):
+        if self.reconstruction_weight != 0:
+            yield Term("reconstruction", self.reconstruction_weight, self.decoder(features, image), None)
+        if self.task_weight != 0:
+            yield Term(self.task, self.task_weight, *self.aux_classifier.loss_and_correct(features, label))
+
+    def trained_parameters(self):
+        decoder = [] if self.reconstruction_weight == 0 else list(self.decoder.parameters())
+        return decoder + ([] if self.task_weight == 0 else list(self.aux_classifier.parameters()))
+
+    def released_nets(self, stage, block):
+        return {f"decoder_{stage}_{block}.": self.decoder, f"aux_classifier_{stage}_{block}.": self.aux_classifier}
+
+    def extra_repr(self):
+        return f"reconstruction_weight={self.reconstruction_weight}, task_weight={self.task_weight}"
+
+
+class HeadLoss(LocalLoss):
+    """The cross entropy of one auxiliary head: greedy supervised learning (the released head 0c1f) and DGL (its own head)."""
+
+    def __init__(self, name: str, head: AuxClassifier | DGLHead):
+        super().__init__()
+        self.name, self.aux_classifier = name, head
+
+    def terms(self, features, image, label):
+        yield Term(self.name, 1.0, *self.aux_classifier.loss_and_correct(features, label))
+
+    def trained_parameters(self):
+        return list(self.aux_classifier.parameters())
+
+    def released_nets(self, stage, block):
+        return {f"aux_classifier_{stage}_{block}.": self.aux_classifier}
+
+
+class Classifier(LocalLoss):
+    """The end of the network: global average pooling, linear classifier, cross entropy. channels: C; class_num: classes."""
+
+    def __init__(self, channels: int, class_num: int, *, impl: str = "auto"):
+        super().__init__()
+        self.impl = impl
+        self.fc = nn.Linear(channels, class_num)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Logits (N, classes) of features (N, C, h, w)."""
+        return self.fc(_pool(features))
+
+    def terms(self, features, image, label):
+        loss, correct = ops.linear_cross_entropy(
+            _pool(features), self.fc.weight, label, bias=self.fc.bias, return_correct=True, impl=self.impl
+        )
+        yield Term("cross_entropy", 1.0, loss, correct)
+
+    def trained_parameters(self):
+        return list(self.fc.parameters())
+
+    def released_nets(self, stage, block):
+        return {"": self}  # part of the backbone: ``fc.weight``, wherever the module ends
+
+
+def _pool(features: torch.Tensor) -> torch.Tensor:
+    return F.adaptive_avg_pool2d(features, 1).flatten(1)
+
+
+# Weights of the published CIFAR-10 and STL-10 runs (README of the released code): (reconstruction, task) of the first local
+# module, then of the last, by architecture, image size, balanced and number of modules. With 2 modules there is only a first.
+PUBLISHED_LAMBDAS: dict[tuple[str, int, bool], dict[int, tuple[float, float, float, float]]] = {
+    ("resnet32", 32, False): {2: (5, 1, 0, 0), 4: (6, 0, 1, 2), 8: (5, 0, 0, 2), 16: (5, 0.05, 0.2, 0.5)},
+    ("resnet110", 32, False): {2: (5, 0.5, 0, 0), 4: (1, 0, 0, 1), 8: (5, 0, 0, 1), 16: (5, 0, 0.5, 1)},
+    ("resnet110", 32, True): {2: (5, 0.1, 0, 0), 3: (5, 0, 5, 0.1), 4: (5, 0, 5, 0.1)},
+    ("resnet110", 96, False): {2: (10, 1, 0, 0), 4: (20, 0.2, 5, 2), 8: (20, 0.2, 5, 1), 16: (20, 0.5, 10, 0.1)},
+    ("resnet110", 96, True): {2: (20, 1, 0, 0), 3: (20, 0.5, 5, 2), 4: (20, 0.5, 10, 1)},
+}
+
+# For what is not published (softmax, other depths and K): ours, between the published ones; reconstruction early, task late.
+DEFAULT_LAMBDAS = (5.0, 0.5, 0.5, 1.0)
+
+
+def default_lambdas(
+    arch: str, modules: int, local_loss: str, *, balanced: bool, image_size: int
+) -> tuple[float, float, float, float]:
+    """The published weights of this contrast run (image size 96: STL-10, 32: CIFAR-10), else DEFAULT_LAMBDAS."""
+    published = PUBLISHED_LAMBDAS.get((arch, image_size, balanced), {}) if local_loss == "contrast" else {}
+    return published.get(modules, DEFAULT_LAMBDAS)
+
+
+def interpolate_lambdas(lambdas: Sequence[float], module: int, modules: int) -> tuple[float, float]:
+    """(reconstruction, task) weights of local module ``module`` (0 to modules - 2): linear from the first to the last local one."""
+    first, last = lambdas[:2], lambdas[2:]
+    ratio = module / (modules - 2) if modules > 2 else 0.0
+    reconstruction, task = (a * (1 - ratio) + b * ratio for a, b in zip(first, last))
+    return reconstruction, task

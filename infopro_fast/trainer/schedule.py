@@ -1,0 +1,42 @@
+"""The released optimizer and learning-rate schedules (train.py: adjust_learning_rate). Epochs count from 1."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+
+
+def released_sgd(lr: float, momentum: float = 0.9, weight_decay: float = 1e-4) -> Callable[[Iterable[torch.Tensor]], torch.optim.SGD]:
+    """make_optimizer of the released recipe: SGD with Nesterov momentum, decay on all parameters; one fused pass a module."""
+    return functools.partial(torch.optim.SGD, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=momentum > 0, fused=True)
+
+
+def cosine(
+    epoch: int, epochs: int, lr: float, *, warmup_epochs: int = 10, warmup_start: float = 0.01, zero_last_epoch: bool = True
+) -> float:
+    """Learning rate of 1-based ``epoch``: half a cosine from ``lr``, blended in linearly from ``warmup_start``.
+
+    base = lr / 2 (1 + cos(pi epoch / epochs)); for epoch <= warmup_epochs = w: base (epoch - 1) / w + warmup_start (w + 1 - epoch) / w.
+    As released (w = 10, 160 epochs, 0.01) the last epoch has a rate of exactly 0 and only moves the batch norms' statistics;
+    zero_last_epoch=False stretches the cosine by one epoch so that it, too, trains.
+    Raises ValueError if epoch is not in 1 to epochs.
+    """
+    _check(epoch, epochs)
+    base = 0.5 * lr * (1 + math.cos(math.pi * epoch / (epochs if zero_last_epoch else epochs + 1)))
+    if epoch > warmup_epochs:
+        return base
+    return base * (epoch - 1) / warmup_epochs + warmup_start * (warmup_epochs + 1 - epoch) / warmup_epochs
+
+
+def step(epoch: int, epochs: int, lr: float, *, milestones: Sequence[int] = (80, 120), factor: float = 0.1) -> float:
+    """Learning rate of 1-based ``epoch``: ``lr`` times ``factor`` for each milestone reached (released without --cos_lr)."""
+    _check(epoch, epochs)
+    return lr * factor ** sum(epoch >= milestone for milestone in milestones)
+
+
+def _check(epoch: int, epochs: int) -> None:
+    if not 1 <= epoch <= epochs:
+        raise ValueError(f"schedule: epoch: expected 1 to {epochs}, got {epoch}")
