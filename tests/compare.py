@@ -25,7 +25,7 @@ CLOSE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.float16: 2.0**-10, tor
 
 # Against plain torch in the same dtype: this many times its error, or this many units in the last place.
 TIMES_PLAIN = 2.0
-ULPS = 8.0
+ULPS = 4.0
 
 
 def assert_golden(name: str, tensor: torch.Tensor, expected: float | typing.Sequence[float], dtype: torch.dtype | None = None) -> None:
@@ -40,7 +40,7 @@ def assert_golden(name: str, tensor: torch.Tensor, expected: float | typing.Sequ
     found = (tensor.item(),) if number else golden.digest(name, tensor)
     scale = max(abs(v) for v in wanted)
     bound = NOISE[dtype] if scale <= GOLDEN_ZERO else GOLDEN[dtype] * scale
-    off = [abs(f - w) for f, w in zip(found, wanted)]
+    off = [abs(f - w) for f, w in zip(found, wanted, strict=True)]
     assert all(d <= bound for d in off), f"{name} ({dtype}): expected {wanted}, got {found}: off by {max(off):.3g}, allowed {bound:.3g}"
 
 
@@ -70,7 +70,13 @@ def relative_error(actual: torch.Tensor, reference64: torch.Tensor) -> float:
 
 
 def assert_accurate(
-    actual: torch.Tensor, plain: torch.Tensor, reference64: torch.Tensor, *, dtype: torch.dtype | None = None, scale: float = 1.0, what: str = ""
+    actual: torch.Tensor,
+    plain: torch.Tensor,
+    reference64: torch.Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+    scale: float = 1.0,
+    what: str = "",
 ) -> None:
     """Error against float64 no worse than twice that of plain torch in the same dtype (floor: a few units in the last place).
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import glob
 import os
@@ -86,3 +87,9 @@ def resolve(op: str, impl: str, tensors: dict[str, torch.Tensor | None], limitat
 def compute_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
     """float64 if any tensor is float64, else float32: what an op accumulates in and returns its loss in."""
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """A context in which autocast changes nothing; device types that know no autocast (meta) need none."""
+    known = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if known else contextlib.nullcontext()

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .dispatch import LIBRARY, compute_dtype, resolve
+from .dispatch import LIBRARY, compute_dtype, no_autocast, resolve
 
 OP = "linear_cross_entropy"
 REDUCTIONS = ("mean", "sum", "none")
@@ -66,7 +66,7 @@ def linear_cross_entropy_ref(
 ):
     """The specification, in plain torch: (loss, correct), arguments as in `linear_cross_entropy`."""
     dtype = compute_dtype(input, weight, bias)
-    with torch.autocast(input.device.type, enabled=False):
+    with no_autocast(input.device):
         logits = F.linear(input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
         weights = None if class_weight is None else class_weight.to(dtype)
         rows = F.cross_entropy(

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .dispatch import LIBRARY, compute_dtype, resolve
+from .dispatch import LIBRARY, compute_dtype, no_autocast, resolve
 
 OP = "reconstruction_loss"
 MODES = ("bilinear", "nearest")
@@ -75,7 +75,7 @@ def reconstruction_loss_ref(features, image, decoder, interpolate_mode="bilinear
     """The specification, in plain torch: arguments as in `reconstruction_loss`."""
     stage = decoder_stage(decoder)
     dtype = compute_dtype(features, image, stage.conv1.weight)
-    with torch.autocast(features.device.type, enabled=False):
+    with no_autocast(features.device):
         target = restore_image(image.to(dtype), image_mean, image_std)
         if features.shape[0] == 0:
             touched = features.sum() + image.sum() + sum(p.sum() for p in decoder.parameters())

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from .dispatch import LIBRARY, compute_dtype, resolve
+from .dispatch import LIBRARY, compute_dtype, no_autocast, resolve
 
 OP = "supcon_loss"
 REDUCTIONS = ("mean", "sum", "none")
@@ -53,11 +53,11 @@ def supcon_loss(
 def supcon_loss_ref(features, labels, *, temperature=0.07, normalize=True, reduction="mean"):
     """The specification, in plain torch: arguments as in `supcon_loss`."""
     rows, labels = _anchors(features, labels)
-    with torch.autocast(features.device.type, enabled=False):
+    with no_autocast(features.device):
         z = rows.to(compute_dtype(rows))
         if normalize:
             norm = torch.linalg.vector_norm(z.detach(), dim=1, keepdim=True)
-            alive = norm > NORM_EPS
+            alive = ~(norm <= NORM_EPS)  # nan stays, to be seen in the loss
             z = torch.where(alive, z, torch.zeros_like(z).detach())
             safe = torch.where(alive, z, torch.ones_like(z).detach())
             z = z / torch.linalg.vector_norm(safe, dim=1, keepdim=True)

@@ -1,0 +1,73 @@
+"""Fixtures shared by all tests. One place decides what happens where the compiled kernels are missing: the run fails, unless the
+whole run was asked to be about the references alone (``pytest --reference-only``)."""
+
+from __future__ import annotations
+
+import hypothesis
+import pytest
+import torch
+
+from infopro_fast.ops import dispatch
+
+hypothesis.settings.register_profile(
+    "tests", derandomize=True, deadline=None, max_examples=30, suppress_health_check=list(hypothesis.HealthCheck), print_blob=False
+)
+hypothesis.settings.load_profile("tests")
+
+ISA_LEVELS = {"baseline": 0, "avx2": 1, "avx512": 2}
+
+
+def pytest_addoption(parser):
+    parser.addoption("--reference-only", action="store_true", help="test the references alone: tests of compiled kernels are skipped")
+
+
+def need_cpu_kernels(config) -> None:
+    """Skip in a reference-only run; fail where the kernels are not there, so that no run passes without them by accident."""
+    if config.getoption("--reference-only"):
+        pytest.skip("--reference-only")
+    reason = dispatch.load_cpu_kernels()
+    if reason is not None:
+        pytest.fail(f"the CPU kernels cannot run: {reason}; --reference-only tests the references alone", pytrace=False)
+
+
+@pytest.fixture(params=dispatch.IMPLEMENTATIONS)
+def impl(request) -> str:
+    """Every implementation of an op, by name."""
+    if request.param == "cpu":
+        need_cpu_kernels(request.config)
+    return request.param
+
+
+@pytest.fixture
+def cpu(request) -> str:
+    """The compiled CPU kernels, for what only they promise."""
+    need_cpu_kernels(request.config)
+    return "cpu"
+
+
+@pytest.fixture(params=ISA_LEVELS)
+def isa(request) -> str:
+    """Run the CPU kernels with each instruction set that this machine has."""
+    need_cpu_kernels(request.config)
+    before = torch.ops.infopro_fast._isa(-1)
+    level = ISA_LEVELS[request.param]
+    in_force = torch.ops.infopro_fast._isa(level)
+    try:
+        if in_force != level:
+            pytest.skip(f"this machine has no {request.param}")
+        yield request.param
+    finally:
+        torch.ops.infopro_fast._isa(before)
+
+
+@pytest.fixture
+def threads():
+    """A function that sets the number of threads, undone after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)

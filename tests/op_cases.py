@@ -1,0 +1,255 @@
+"""Cases of every op, each with what a user would write in plain torch instead, and the one way they are compared.
+
+A case holds its tensors in float64. `function` and `plain` map a dict of such tensors (any dtype, any strides) to the loss.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from infopro_fast import ops
+from tests import compare
+
+Tensors = dict[str, torch.Tensor]
+Loss = typing.Callable[[Tensors], torch.Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """tensors: all tensor arguments, float64 where floating. differentiable: those that get a gradient. zero: those whose exact
+    gradient is 0, with the one whose gradient sets the scale of the noise. condition: largest logit, 1 where there is none."""
+
+    op: str
+    tensors: Tensors
+    differentiable: tuple[str, ...]
+    function: typing.Callable[[str], Loss]
+    plain: Loss
+    zero: dict[str, str] = dataclasses.field(default_factory=dict)
+    condition: float = 1.0
+
+    def inputs(self, dtype: torch.dtype = torch.float64, grad: typing.Iterable[str] | None = None) -> Tensors:
+        """Fresh leaves in ``dtype``; ``grad`` names those that require grad, all differentiable ones if None."""
+        grad = self.differentiable if grad is None else tuple(grad)
+        fresh = {k: t.detach().to(dtype, copy=True) if t.is_floating_point() else t.clone() for k, t in self.tensors.items()}
+        return {k: t.requires_grad_(k in grad) for k, t in fresh.items()}
+
+
+def upstream(loss: torch.Tensor) -> torch.Tensor:
+    """A gradient of the loss that differs in every element, signs included."""
+    i = torch.arange(loss.numel(), dtype=torch.float64)
+    return (0.7 + torch.sin(1 + 2.3 * i)).reshape(loss.shape).to(loss.dtype)
+
+
+def gradients(loss: torch.Tensor, inputs: Tensors, grad: torch.Tensor | None = None, **kwargs) -> Tensors:
+    """Gradients of every input that requires grad, by name."""
+    named = {k: t for k, t in inputs.items() if t.requires_grad}
+    found = torch.autograd.grad(loss, list(named.values()), upstream(loss) if grad is None else grad, **kwargs)
+    return dict(zip(named, found, strict=True))
+
+
+def check(case: Case, impl: str, dtype: torch.dtype, inputs: Tensors | None = None) -> None:
+    """Loss and gradients of ``impl``, computed in ``dtype``, against plain torch.
+
+    float64: equal. float32: no further from float64 than twice the error of plain torch in float32. bfloat16, float16: as exact
+    as float32 arithmetic on the rounded inputs is, gradients rounded once.
+    """
+    inputs = case.inputs(dtype) if inputs is None else inputs
+    exact_inputs = {k: (t.detach().double() if t.is_floating_point() else t).requires_grad_(t.requires_grad) for k, t in inputs.items()}
+    exact = case.plain(exact_inputs)
+    loss = case.function(impl)(inputs)
+    arithmetic = torch.float64 if dtype == torch.float64 else torch.float32
+    assert loss.dtype == arithmetic, f"{case.op}: expected a loss in {arithmetic}, got {loss.dtype}"
+    ours, expected = gradients(loss, inputs), gradients(exact, exact_inputs)
+    theirs: Tensors = {}
+    if dtype == torch.float32:
+        plain_inputs = {k: t.detach().clone().requires_grad_(t.requires_grad) for k, t in inputs.items()}
+        plain = case.plain(plain_inputs)
+        theirs = {"loss": plain.detach()} | gradients(plain, plain_inputs)
+    for name, grad in ours.items():
+        assert grad.dtype == inputs[name].dtype, f"{name}: expected a gradient in {inputs[name].dtype}, got {grad.dtype}"
+    for name, found in {"loss": loss.detach(), **ours}.items():
+        what = f"{case.op} {impl} {dtype}: {name if name == 'loss' else 'gradient of ' + name}"
+        wanted = (exact.detach() if name == "loss" else expected[name]).double()
+        size = wanted.abs().max().item() if wanted.numel() else 0.0
+        if name in case.zero:
+            size = expected[case.zero[name]].abs().max().item()
+            compare.assert_close(found, torch.zeros_like(wanted), dtype=arithmetic, scale=size, what=what)
+        elif dtype == torch.float32:
+            worth = case.condition if name != "loss" else max(1.0, case.condition / size if size else 1.0)
+            compare.assert_accurate(found, theirs[name], wanted, scale=worth, what=what)
+        else:
+            scale = max(size, case.condition) if name == "loss" else size * case.condition
+            compare.assert_close(found, wanted, dtype=arithmetic if name == "loss" else found.dtype, scale=scale, what=what)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# reconstruction_loss
+
+
+def make_decoder(C: int, K: int, *, bias: bool = True, **norm) -> nn.Sequential:
+    """A decoder of the released CIFAR form with parameters and statistics that nothing is symmetric in, float64."""
+    conv1, conv2 = nn.Conv2d(C, K, 3, padding=1, bias=bias), nn.Conv2d(K, 3, 3, padding=1, bias=bias)
+    decoder = nn.Sequential(conv1, nn.BatchNorm2d(K, **norm), nn.ReLU(), conv2, nn.Sigmoid()).double()
+    generator = torch.Generator().manual_seed(C + 7 * K)
+    with torch.no_grad():
+        for name, t in [*decoder.named_parameters(), *decoder.named_buffers()]:
+            if t.is_floating_point():
+                t.copy_(torch.randn(t.shape, generator=generator, dtype=torch.float64) / max(1, t[0].numel()) ** 0.5)
+            if name.endswith("running_var") or name == "1.weight":
+                t.abs_().add_(0.5)
+    return decoder
+
+
+class _Reconstruction(nn.Module):
+    """The op as a module, so that a decoder's parameters can be handed in as tensors."""
+
+    def __init__(self, decoder, call):
+        super().__init__()
+        self.decoder, self.call = decoder, call
+
+    def forward(self, features, image):
+        return self.call(features, image, self.decoder)
+
+
+def plain_reconstruction(features, image, decoder, interpolate_mode="bilinear", loss="bce", image_mean=None, image_std=None):
+    """The decoder run layer by layer, as the released code does."""
+    if image_mean is not None:
+        mean, std = (image.new_tensor(v).view(1, 3, 1, 1) for v in (image_mean, image_std))
+        image = (image * std + mean).clamp(0, 1)
+    corners = True if interpolate_mode == "bilinear" else None
+    output = decoder(F.interpolate(features, image.shape[-2:], mode=interpolate_mode, align_corners=corners))
+    return {"bce": F.binary_cross_entropy, "mse": F.mse_loss, "l1": F.l1_loss}[loss](output, image)
+
+
+def reconstruction(N=3, C=5, h=4, w=3, H=9, W=7, K=7, *, bias=True, training=True, norm=None, **options) -> Case:
+    """A case of `reconstruction_loss`; options as the op takes them."""
+    generator = torch.Generator().manual_seed(N + 3 * C + 5 * h + 7 * w + 11 * H + 13 * W)
+    decoder = make_decoder(C, K, bias=bias, **(norm or {})).train(training)
+    image = torch.rand(N, 3, H, W, generator=generator, dtype=torch.float64)
+    if "image_mean" in options:
+        mean, std = (image.new_tensor(options[k]).view(1, 3, 1, 1) for k in ("image_mean", "image_std"))
+        image = (image - mean) / std
+    tensors = {"features": torch.randn(N, C, h, w, generator=generator, dtype=torch.float64), "image": image}
+    names = {f"decoder.{k}": t.detach() for k, t in decoder.named_parameters()}
+    statistics = {f"decoder.{k}": t for k, t in decoder.named_buffers()}
+
+    def bind(call) -> Loss:
+        module = _Reconstruction(decoder, call)
+
+        def loss(t: Tensors) -> torch.Tensor:
+            dtype = t["decoder.0.weight"].dtype
+            buffers = {k: b.clone().to(dtype) if b.is_floating_point() else b.clone() for k, b in statistics.items()}
+            state = {k: t[k] for k in names} | buffers
+            return torch.func.functional_call(module, state, (t["features"], t["image"]))
+
+        return loss
+
+    def function(impl: str) -> Loss:
+        return bind(lambda features, image, decoder: ops.reconstruction_loss(features, image, decoder, impl=impl, **options))
+
+    def plain(t: Tensors) -> torch.Tensor:
+        return bind(lambda features, image, decoder: plain_reconstruction(features, image, decoder, **options))(t)
+
+    batch_statistics = training or decoder[1].running_mean is None
+    zero = {"decoder.0.bias": "decoder.0.weight"} if bias and batch_statistics else {}
+    return Case("reconstruction_loss", tensors | names, ("features", *names), function, plain, zero)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# supcon_loss
+
+
+def plain_supcon(features, labels, temperature=0.07, normalize=True, reduction="mean"):
+    """The released formula: N x N maps, the row's maximum taken out first."""
+    rows = features if features.dim() == 2 else torch.cat(features.unbind(1))
+    views = 1 if features.dim() == 2 else features.shape[1]
+    labels = labels.repeat(views)
+    rows = F.normalize(rows, dim=1) if normalize else rows
+    logits = rows @ rows.T / temperature
+    logits = logits - logits.max(1, keepdim=True).values.detach()
+    others = 1 - torch.eye(len(rows), dtype=rows.dtype)
+    positives = (labels[:, None] == labels).to(rows.dtype) * others
+    log_prob = logits - (logits.exp() * others).sum(1, keepdim=True).log()
+    loss = -(positives * log_prob).sum(1) / positives.sum(1).clamp(min=1)
+    if reduction == "none":
+        return loss if features.dim() == 2 else loss.view(views, -1).T
+    return loss.mean() if reduction == "mean" else loss.sum()
+
+
+def supcon(N=6, D=7, views=2, classes=3, *, temperature=0.07, normalize=True, reduction="none", size=1.0) -> Case:
+    """A case of `supcon_loss`; views=None for (N, D) features, size: magnitude of the rows."""
+    generator = torch.Generator().manual_seed(N + 3 * D + 5 * (views or 0) + 7 * classes)
+    shape = (N, D) if views is None else (N, views, D)
+    features = size * torch.randn(shape, generator=generator, dtype=torch.float64)
+    labels = torch.randint(classes, (N,), generator=generator)
+    options = dict(temperature=temperature, normalize=normalize, reduction=reduction)
+    largest = 1.0 if normalize else features.square().sum(-1).max().item()
+    return Case(
+        "supcon_loss", {"features": features, "labels": labels}, ("features",),
+        lambda impl: lambda t: ops.supcon_loss(t["features"], t["labels"], impl=impl, **options),
+        lambda t: plain_supcon(t["features"], t["labels"], **options), condition=max(1.0, largest / temperature),
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# linear_cross_entropy
+
+
+def linear_ce(
+    N=9, D=5, C=7, *, bias=True, class_weight=True, ignored=2, ignore_index=-100, label_smoothing=0.1, reduction="none", size=1.0
+) -> Case:
+    """A case of `linear_cross_entropy`: ``ignored`` rows are, ``size`` is the magnitude of the logits."""
+    generator = torch.Generator().manual_seed(N + 3 * D + 5 * C)
+    draw = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    target = torch.randint(C, (N,), generator=generator)
+    target[torch.randperm(N, generator=generator)[:ignored]] = ignore_index
+    tensors = {"input": draw(N, D), "weight": size * draw(C, D) / max(1, D) ** 0.5, "target": target}
+    tensors |= {"bias": size * draw(C)} if bias else {}
+    tensors |= {"class_weight": draw(C).abs() + 0.1} if class_weight else {}
+    options = dict(ignore_index=ignore_index, label_smoothing=label_smoothing, reduction=reduction)
+    logits = F.linear(tensors["input"], tensors["weight"], tensors.get("bias"))
+
+    def function(impl: str) -> Loss:
+        return lambda t: ops.linear_cross_entropy(
+            t["input"], t["weight"], t["target"], bias=t.get("bias"), class_weight=t.get("class_weight"), impl=impl, **options
+        )
+
+    def plain(t: Tensors) -> torch.Tensor:
+        return F.cross_entropy(F.linear(t["input"], t["weight"], t.get("bias")), t["target"], t.get("class_weight"), **options)
+
+    differentiable = tuple(k for k in ("input", "weight", "bias") if k in tensors)
+    largest = logits.abs().max().item() if logits.numel() else 1.0
+    return Case("linear_cross_entropy", tensors, differentiable, function, plain, condition=max(1.0, largest))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory layouts: the same values, stored otherwise.
+
+LAYOUTS = ("transposed", "slice", "step", "channels_last")
+
+
+def relayout(t: torch.Tensor, layout: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """``t`` stored another way, as a leaf, and the storage around it (nan where it does not belong to ``t``)."""
+    dims = tuple(reversed(range(t.dim())))
+    with torch.no_grad():
+        if layout == "contiguous":
+            view = base = t.detach().clone()
+        elif layout == "channels_last":
+            view = base = t.detach().clone(memory_format=torch.channels_last) if t.dim() == 4 else t.detach().clone()
+        elif layout == "transposed":
+            view = base = t.detach().permute(dims).clone(memory_format=torch.contiguous_format).permute(dims)
+        else:
+            step = 2 if layout == "step" else 1
+            filler = torch.nan if t.is_floating_point() else 10**6
+            base = torch.full([step * n + 3 for n in t.shape], filler, dtype=t.dtype)
+            view = base[tuple(slice(1, 1 + step * n, step) for n in t.shape)]
+            view.copy_(t)
+    return view.requires_grad_(t.requires_grad), base
+
+
+SMALL = {"reconstruction_loss": reconstruction, "supcon_loss": supcon, "linear_cross_entropy": linear_ce}
