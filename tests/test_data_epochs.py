@@ -20,7 +20,8 @@ def small(count=10, size=8):
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (count, 3, size, size), dtype=torch.uint8, generator=generator)
     labels = torch.arange(count) % 10
-    return ImageSet("small", Split(images, labels), Split(images[:3], labels[:3]), 10, (0.5,) * 3, (0.25,) * 3, Augmentation(2, "reflect", True))
+    splits = Split(images, labels), Split(images[:3], labels[:3])
+    return ImageSet("small", *splits, 10, (0.5,) * 3, (0.25,) * 3, Augmentation(2, "reflect", True))
 
 
 def test_embedded_content(embedded):

@@ -1,6 +1,26 @@
 """Training of networks in local modules."""
 
-from .schedule import released_sgd
-from .step import LocalTrainer, check_finite
+import importlib
 
-__all__ = ["LocalTrainer", "check_finite", "released_sgd"]
+# Imported at first use: the command line reads `config` alone, without torch.
+_HOMES = {
+    "LocalTrainer": "step",
+    "TrainConfig": "config",
+    "check_finite": "step",
+    "evaluate_run": "loop",
+    "fit": "loop",
+    "released_sgd": "schedule",
+    "resume": "loop",
+}
+
+__all__ = ["LocalTrainer", "TrainConfig", "check_finite", "evaluate_run", "fit", "released_sgd", "resume"]
+
+
+def __getattr__(name):
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted({*globals(), *_HOMES})

@@ -37,6 +37,18 @@ def step(epoch: int, epochs: int, lr: float, *, milestones: Sequence[int] = (80,
     return lr * factor ** sum(epoch >= milestone for milestone in milestones)
 
 
+def one_cycle(step: int, steps: int, lr: float, *, warmup_steps: int) -> float:
+    """Learning rate of 0-based ``step`` of a short run: straight up to ``lr`` over ``warmup_steps``, then straight down to 0.
+
+    Not of the released code, whose schedules change once an epoch, too coarse for a few epochs. Taken at the middle of the step,
+    so that the first and the last one train. Raises ValueError if step is not in 0 to steps - 1.
+    """
+    if not 0 <= step < steps or warmup_steps >= steps:
+        raise ValueError(f"schedule: step: expected 0 to {steps - 1} with warmup_steps < {steps}, got {step} with {warmup_steps}")
+    at = step + 0.5
+    return lr * (at / warmup_steps if at < warmup_steps else (steps - at) / (steps - warmup_steps))
+
+
 def _check(epoch: int, epochs: int) -> None:
     if not 1 <= epoch <= epochs:
         raise ValueError(f"schedule: epoch: expected 1 to {epochs}, got {epoch}")

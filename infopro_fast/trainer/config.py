@@ -1,0 +1,234 @@
+"""One frozen dataclass holds every setting of a run, and the recipes are plain data. Importing this needs no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+
+class ConfigError(ValueError):
+    """Settings that are impossible or contradict each other; the message names them."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How long and how fast to train on a data set."""
+
+    epochs: int
+    batch_size: int
+    lr: float
+    schedule: Literal["cosine", "step", "one_cycle"]
+    warmup: int  # epochs
+
+
+RECIPES = {
+    # Ours, for a few minutes on two CPU cores.
+    "fashion_mnist": Recipe(epochs=8, batch_size=128, lr=0.2, schedule="one_cycle", warmup=2),
+    # The paper's, for every architecture and number of modules (README of the released code).
+    "cifar10": Recipe(epochs=160, batch_size=1024, lr=0.8, schedule="cosine", warmup=10),
+    "svhn": Recipe(epochs=160, batch_size=1024, lr=0.8, schedule="cosine", warmup=10),
+    "stl10": Recipe(epochs=160, batch_size=128, lr=0.1, schedule="cosine", warmup=10),
+}
+
+# Published weights of ResNet-110, contrast, on SVHN, by number of modules. Those of CIFAR-10 and STL-10 are `build`'s defaults.
+SVHN_LAMBDAS = {
+    2: (1.0, 0.1, 0.0, 0.0),
+    4: (5.0, 0.0, 0.5, 1.0),
+    8: (5.0, 0.0, 0.5, 2.0),
+    16: (5.0, 0.2, 0.5, 1.0),
+}
+
+IMAGE_SIZES = {"fashion_mnist": 32, "cifar10": 32, "svhn": 32, "stl10": 96}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a network in local modules and write a run folder."""
+
+    dataset: Literal["fashion_mnist", "cifar10", "svhn", "stl10"] = "fashion_mnist"
+    """Images to learn; fashion_mnist is a part of Fashion-MNIST that comes with the package."""
+    data_root: Path | None = None
+    """Folder with the original files of cifar10, svhn or stl10, as torchvision keeps them."""
+    download: bool = False
+    """Fetch files that are missing into data_root."""
+
+    arch: Literal["resnet20", "resnet32", "resnet44", "resnet56", "resnet110"] = "resnet32"
+    """Network."""
+    modules: int | None = None
+    """Number K of local modules; 1 is end to end. Default: from cuts, 1 for local_loss none, else 4."""
+    local_loss: Literal["contrast", "softmax", "greedy", "dgl", "none"] = "contrast"
+    """What trains a local module: InfoPro with a contrastive or a softmax task loss, greedy supervised learning, DGL."""
+    lambdas: tuple[float, float, float, float] | None = None
+    """InfoPro's weights (reconstruction, task) of the first local module, then of the last. Default: the published ones."""
+    balanced: bool = False
+    """Split by memory (InfoPro*) rather than by depth."""
+    cuts: tuple[tuple[int, int], ...] | None = None
+    """Last unit (stage block) of each module but the last, instead of a published split."""
+    net_config: Literal["0c1f", "0c2f", "1c1f", "1c2f", "1c3f", "2c2f"] | None = None
+    """Layers of the auxiliary classifier. Default: 1c2f, for greedy 0c1f."""
+    widen: float = 1.0
+    """Width of the auxiliary nets."""
+    feature_dim: int = 128
+    """Width of the auxiliary classifier's hidden layer and of the contrastive features."""
+    gradient_checkpointing: bool = False
+    """Recompute each block's activations in backward, keeping only its input."""
+
+    epochs: int | None = None
+    """Passes over the training images. Default, like the next four: the recipe of the data set."""
+    batch_size: int | None = None
+    """Images per step."""
+    lr: float | None = None
+    """Highest learning rate."""
+    schedule: Literal["cosine", "step", "one_cycle"] | None = None
+    """Learning rate: cosine and step as released, by the epoch; one_cycle is linear up and down, by the step."""
+    warmup: int | None = None
+    """Epochs of warm-up."""
+    zero_last_epoch: bool = True
+    """Let the cosine reach 0 in the last epoch, as released."""
+    momentum: float = 0.9
+    """Nesterov momentum."""
+    weight_decay: float = 1e-4
+    """L2 penalty on every parameter."""
+    drop_last: bool = False
+    """Leave out a last, smaller batch."""
+    augment: bool = True
+    """Crop and flip at random."""
+    seed: int = 0
+    """Seed of initialisation, order and augmentation."""
+
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto is cuda where there is one."""
+    dtype: Literal["float32", "float64"] = "float32"
+    """Of weights and arithmetic."""
+    impl: Literal["auto", "reference", "cpu"] = "auto"
+    """Implementation of the losses."""
+    threads: int | None = None
+    """CPU threads. Default: torch's."""
+
+    out: Path | None = None
+    """Run folder to create. Default: runs/ and a name made of the settings and the time."""
+    checkpoint_minutes: float = 10.0
+    """Write a checkpoint this often, besides one after every epoch."""
+    log_every: int = 20
+    """Steps between two readings of the losses, which are when a non-finite one is found."""
+
+    def __post_init__(self):
+        for name in ("data_root", "out"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, Path(getattr(self, name)))
+        for name in ("lambdas", "cuts"):
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, tuple(tuple(v) if isinstance(v, (list, tuple)) else v for v in value))
+        _check_choices(self)
+        _check_numbers(self)
+        _check_contradictions(self)
+
+    def resolved(self) -> TrainConfig:
+        """The same settings with every default of data set, network and machine written out."""
+        import torch
+
+        from infopro_fast.modules.local_loss import default_lambdas
+
+        recipe, modules = RECIPES[self.dataset], self.number_of_modules()
+        lambdas = self.lambdas
+        if lambdas is None and self.local_loss in ("contrast", "softmax") and modules > 1:
+            svhn = self.dataset == "svhn" and (self.arch, self.local_loss, self.balanced) == ("resnet110", "contrast", False)
+            if svhn and self.cuts is None and modules in SVHN_LAMBDAS:
+                lambdas = SVHN_LAMBDAS[modules]
+            else:
+                arch = self.arch if self.cuts is None else ""
+                lambdas = default_lambdas(arch, modules, self.local_loss, balanced=self.balanced, image_size=IMAGE_SIZES[self.dataset])
+        given = {name: getattr(self, name) for name in ("epochs", "batch_size", "lr", "schedule", "warmup")}
+        written = {name: getattr(recipe, name) if value is None else value for name, value in given.items()}
+        if self.warmup is None and written["schedule"] == "step":
+            written["warmup"] = 0
+        device = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
+        threads = torch.get_num_threads() if self.threads is None else self.threads
+        return dataclasses.replace(self, modules=modules, lambdas=lambdas, device=device, threads=threads, **written)
+
+    def number_of_modules(self) -> int:
+        if self.modules is not None:
+            return self.modules
+        return len(self.cuts) + 1 if self.cuts is not None else 1 if self.local_loss == "none" else 4
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2, default=str) + "\n"
+
+    @staticmethod
+    def from_json(text: str) -> TrainConfig:
+        """Raises ConfigError if this is not what `to_json` wrote."""
+        try:
+            content = json.loads(text)
+            return TrainConfig(**content)
+        except (json.JSONDecodeError, TypeError) as error:
+            raise ConfigError(f"not the settings of a run: {error}") from error
+
+
+def _fail(name: str, expected: str, got) -> None:
+    raise ConfigError(f"{name}: expected {expected}, got {got}")
+
+
+def _check_choices(c: TrainConfig) -> None:
+    for name, hint in (
+        ("dataset", tuple(RECIPES)),
+        ("arch", ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110")),
+        ("local_loss", ("contrast", "softmax", "greedy", "dgl", "none")),
+        ("net_config", (None, "0c1f", "0c2f", "1c1f", "1c2f", "1c3f", "2c2f")),
+        ("schedule", (None, "cosine", "step", "one_cycle")),
+        ("dtype", ("float32", "float64")),
+        ("impl", ("auto", "reference", "cpu")),
+    ):
+        if getattr(c, name) not in hint:
+            _fail(name, f"one of {hint}", repr(getattr(c, name)))
+
+
+def _check_numbers(c: TrainConfig) -> None:
+    for name in ("modules", "epochs", "batch_size", "warmup", "threads", "log_every", "feature_dim"):
+        value, least = getattr(c, name), 0 if name == "warmup" else 1
+        if value is not None and (not isinstance(value, int) or value < least):
+            _fail(name, f"an integer of at least {least}", repr(value))
+    for name in ("lr", "checkpoint_minutes", "widen"):
+        value = getattr(c, name)
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            _fail(name, "a positive number", repr(value))
+    if not 0 <= c.momentum < 1:
+        _fail("momentum", "a number in [0, 1)", c.momentum)
+    if not (c.weight_decay >= 0 and math.isfinite(c.weight_decay)):
+        _fail("weight_decay", "a number of at least 0", c.weight_decay)
+    if c.lambdas is not None and (len(c.lambdas) != 4 or not all(math.isfinite(v) and v >= 0 for v in c.lambdas)):
+        _fail("lambdas", "4 numbers of at least 0 (reconstruction and task, first and last)", c.lambdas)
+    if c.cuts is not None and any(len(cut) != 2 for cut in c.cuts):
+        _fail("cuts", "pairs of stage and block", c.cuts)
+
+
+def _check_contradictions(c: TrainConfig) -> None:
+    modules, infopro = c.number_of_modules(), c.local_loss in ("contrast", "softmax")
+    if c.dataset == "fashion_mnist" and (c.data_root is not None or c.download):
+        raise ConfigError("dataset fashion_mnist comes with the package: it takes neither data_root nor download")
+    if c.dataset != "fashion_mnist" and c.data_root is None:
+        raise ConfigError(f"dataset {c.dataset} needs data_root, the folder with its original files" + (" to fetch" if c.download else ""))
+    if c.local_loss == "none" and modules != 1:
+        raise ConfigError(f"local_loss none trains end to end: expected modules 1, got {modules}")
+    if c.cuts is not None and c.balanced:
+        raise ConfigError("cuts and balanced: a split is either given or taken from the balanced table")
+    if c.cuts is not None and len(c.cuts) != modules - 1:
+        raise ConfigError(f"modules {modules} and cuts: expected {modules - 1} cuts, got {len(c.cuts)}")
+    if c.lambdas is not None and not (infopro and modules > 1):
+        raise ConfigError(f"lambdas: local_loss {c.local_loss} with modules {modules} has nothing to weigh")
+    if c.net_config is not None and c.local_loss in ("dgl", "none"):
+        raise ConfigError(f"net_config: local_loss {c.local_loss} has no such head")
+    if c.impl == "cpu" and c.device not in ("auto", "cpu"):
+        raise ConfigError(f"impl cpu and device {c.device}: the CPU kernels run on the CPU")
+    recipe = RECIPES[c.dataset]
+    schedule = c.schedule or recipe.schedule
+    epochs = c.epochs or recipe.epochs
+    warmup = recipe.warmup if c.warmup is None else c.warmup
+    if schedule == "step" and c.warmup:
+        raise ConfigError(f"schedule step has no warm-up, got warmup {c.warmup}")
+    if schedule != "step" and warmup >= epochs:
+        raise ConfigError(f"warmup {warmup}: expected fewer than the {epochs} epochs")

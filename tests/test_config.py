@@ -1,0 +1,130 @@
+"""TrainConfig: what is refused and by which words, defaults written out, and that JSON gives the same settings back."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from infopro_fast.trainer.config import IMAGE_SIZES, RECIPES, ConfigError, TrainConfig
+
+
+@pytest.mark.parametrize(
+    "settings,message",
+    [
+        (dict(dataset="mnist"), "dataset: expected one of .*'fashion_mnist'.*, got 'mnist'"),
+        (dict(arch="vgg"), "arch: expected one of .*, got 'vgg'"),
+        (dict(local_loss="info"), "local_loss: expected one of"),
+        (dict(dtype="float16"), "dtype: expected one of"),
+        (dict(impl="cuda"), "impl: expected one of"),
+        (dict(net_config="9c9f"), "net_config: expected one of"),
+        (dict(schedule="linear"), "schedule: expected one of"),
+        (dict(modules=0), "modules: expected an integer of at least 1, got 0"),
+        (dict(epochs=0), "epochs: expected an integer of at least 1, got 0"),
+        (dict(batch_size=2.5), "batch_size: expected an integer of at least 1, got 2.5"),
+        (dict(lr=-1.0), "lr: expected a positive number, got -1.0"),
+        (dict(lr=float("nan")), "lr: expected a positive number, got nan"),
+        (dict(checkpoint_minutes=0), "checkpoint_minutes: expected a positive number"),
+        (dict(momentum=1.0), r"momentum: expected a number in \[0, 1\), got 1.0"),
+        (dict(weight_decay=float("inf")), "weight_decay"),
+        (dict(lambdas=(1, 2)), "lambdas: expected 4 numbers"),
+        (dict(lambdas=(1, 2, 3, -1)), "lambdas: expected 4 numbers of at least 0"),
+        (dict(cuts=((1, 2, 3),)), "cuts: expected pairs"),
+        (dict(data_root="x"), "fashion_mnist comes with the package"),
+        (dict(download=True), "neither data_root nor download"),
+        (dict(dataset="cifar10"), "dataset cifar10 needs data_root"),
+        (dict(dataset="svhn", download=True), "dataset svhn needs data_root.* to fetch"),
+        (dict(local_loss="none", modules=4), "local_loss none trains end to end: expected modules 1, got 4"),
+        (dict(cuts=((1, 0),), balanced=True), "cuts and balanced"),
+        (dict(cuts=((1, 0),), modules=4), "modules 4 and cuts: expected 3 cuts, got 1"),
+        (dict(lambdas=(1, 1, 1, 1), local_loss="greedy"), "lambdas: local_loss greedy with modules 4 has nothing to weigh"),
+        (dict(lambdas=(1, 1, 1, 1), modules=1), "lambdas: local_loss contrast with modules 1 has nothing to weigh"),
+        (dict(net_config="1c2f", local_loss="dgl"), "net_config: local_loss dgl has no such head"),
+        (dict(impl="cpu", device="cuda"), "impl cpu and device cuda"),
+        (dict(schedule="step", warmup=3), "schedule step has no warm-up, got warmup 3"),
+        (dict(schedule="cosine", warmup=10, epochs=10), "warmup 10: expected fewer than the 10 epochs"),
+    ],
+)
+def test_refuses_by_name(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig(**settings)
+
+
+def test_defaults_are_written_out():
+    config = TrainConfig().resolved()
+    recipe = RECIPES["fashion_mnist"]
+    assert (config.dataset, config.arch, config.modules, config.local_loss) == ("fashion_mnist", "resnet32", 4, "contrast")
+    assert config.lambdas == (6, 0, 1, 2)  # published for ResNet-32, K = 4
+    assert (config.epochs, config.batch_size, config.lr) == (recipe.epochs, recipe.batch_size, recipe.lr)
+    assert config.threads == torch.get_num_threads() and config.device in ("cpu", "cuda")
+    assert None not in [getattr(config, n) for n in ("epochs", "batch_size", "lr", "schedule", "warmup", "modules", "lambdas")]
+    assert config.resolved() == config
+
+
+@pytest.mark.parametrize(
+    "settings,expected",
+    [
+        (dict(dataset="cifar10", arch="resnet110", modules=16), (5, 0, 0.5, 1)),
+        (dict(dataset="cifar10", arch="resnet110", modules=3, balanced=True), (5, 0, 5, 0.1)),
+        (dict(dataset="svhn", arch="resnet110", modules=2), (1, 0.1, 0, 0)),
+        (dict(dataset="svhn", arch="resnet110", modules=16), (5, 0.2, 0.5, 1)),
+        (dict(dataset="stl10", arch="resnet110", modules=4), (20, 0.2, 5, 2)),
+        (dict(dataset="stl10", arch="resnet110", modules=4, balanced=True), (20, 0.5, 10, 1)),
+        (dict(dataset="cifar10", arch="resnet32", modules=1), None),
+        (dict(dataset="cifar10", arch="resnet32", local_loss="dgl"), None),
+        (dict(dataset="cifar10", arch="resnet110", modules=8, lambdas=(1, 2, 3, 4)), (1, 2, 3, 4)),
+    ],
+)
+def test_published_rows(settings, expected):
+    """Weights and training settings of the paper's rows; a setting that is given stays."""
+    config = TrainConfig(data_root="data", **settings).resolved()
+    assert config.lambdas == expected
+    published = {"cifar10": (160, 1024, 0.8), "svhn": (160, 1024, 0.8), "stl10": (160, 128, 0.1)}[config.dataset]
+    assert (config.epochs, config.batch_size, config.lr) == published
+    assert (config.schedule, config.warmup, config.momentum, config.weight_decay) == ("cosine", 10, 0.9, 1e-4)
+    assert config.zero_last_epoch and not config.drop_last
+
+
+def test_number_of_modules():
+    assert TrainConfig(local_loss="none").resolved().modules == 1
+    assert TrainConfig(cuts=((1, 0), (2, 0))).resolved().modules == 3
+    assert TrainConfig(schedule="step").resolved().warmup == 0
+
+
+def test_image_sizes_are_those_of_the_data():
+    from infopro_fast import data
+
+    assert IMAGE_SIZES["fashion_mnist"] == data.load("fashion_mnist").image_size
+    assert set(IMAGE_SIZES) == set(RECIPES)
+
+
+OTHER = TrainConfig(dataset="stl10", data_root="a b", cuts=((1, 0), (2, 1)), lambdas=(0.1, 0, 1 / 3, 2))
+
+
+@pytest.mark.parametrize("config", [TrainConfig(), OTHER])
+def test_json_round_trip(config):
+    for each in (config, config.resolved()):
+        assert TrainConfig.from_json(each.to_json()) == each
+    assert set(json.loads(config.to_json())) == {field.name for field in dataclasses.fields(TrainConfig)}
+
+
+@pytest.mark.parametrize("text", ["", "[1]", '{"learning_rate": 1}', "{"])
+def test_json_of_something_else(text):
+    with pytest.raises(ConfigError, match="not the settings of a run"):
+        TrainConfig.from_json(text)
+
+
+def test_every_field_is_explained():
+    import inspect
+
+    source = inspect.getsource(TrainConfig).split("def __post_init__")[0]
+    for field in dataclasses.fields(TrainConfig):
+        after = source.split(f"\n    {field.name}: ")[1].split("\n")[1].strip()
+        assert after.startswith('"""') and after.endswith('."""'), field.name
+
+
+def test_importing_config_needs_no_torch():
+    code = "import sys, infopro_fast.trainer.config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
