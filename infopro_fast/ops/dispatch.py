@@ -9,10 +9,12 @@ import contextlib
 import functools
 import glob
 import os
+import warnings
 
 import torch
 
 LIBRARY = torch.library.Library("infopro_fast", "DEF")
+LIBRARY.define("_isa(int level) -> int")  # instruction set of the CPU kernels; a level >= 0 sets it, for tests
 
 IMPLEMENTATIONS = ("reference", "cpu")
 
@@ -76,12 +78,18 @@ def resolve(op: str, impl: str, tensors: dict[str, torch.Tensor | None], limitat
         for name, t in given.items():
             if t.is_floating_point() and t.dtype not in _CPU_DTYPES:
                 reason = f"{name} is {t.dtype}, the kernels take {_CPU_DTYPES}"
-    reason = reason or limitation
-    if reason is None:
+    if (reason or limitation) is None:
         return "cpu"
     if impl == "cpu":
-        raise ValueError(f"{op}: impl='cpu' cannot run this call: {reason}")
+        raise ValueError(f"{op}: impl='cpu' cannot run this call: {reason or limitation}")
+    if reason is not None and first.device.type == "cpu":
+        _warn_slow(op, reason)
     return "reference"
+
+
+@functools.cache
+def _warn_slow(op: str, reason: str) -> None:
+    warnings.warn(f"{op}: impl='auto' takes the slow reference: {reason}", stacklevel=5)
 
 
 def compute_dtype(*tensors: torch.Tensor | None) -> torch.dtype:

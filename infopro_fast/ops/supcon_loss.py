@@ -24,6 +24,7 @@ def supcon_loss(
     labels: torch.Tensor,
     *,
     temperature: float = 0.07,
+    base_temperature: float | None = None,
     normalize: bool = True,
     reduction: str = "mean",
     impl: str = "auto",
@@ -32,7 +33,8 @@ def supcon_loss(
 
     features: (N, D) or (N, views, D), float32, float64, bfloat16 or float16, any strides.
     labels: (N,) integers.
-    temperature: T > 0. normalize: divide each row by its Euclidean norm first (rows of norm <= 1e-12 count as zero
+    temperature: T > 0. base_temperature: the loss is multiplied by temperature / base_temperature, as the released
+        SupConLoss does with 0.07; None means no factor. normalize: divide each row by its Euclidean norm first (rows of norm <= 1e-12 count as zero
         and get a zero gradient).
     reduction: "mean" over all anchors, those without a positive counting 0 (as released); "sum"; "none", which gives
         one loss an anchor in the shape of ``features`` without D.
@@ -42,16 +44,20 @@ def supcon_loss(
     Kept for backward by the kernels: the inputs and 3 M numbers.
     Raises ValueError or TypeError naming the argument, what was expected and what came.
     """
-    _check(features, labels, temperature, reduction)
+    _check(features, labels, temperature, base_temperature, reduction)
     if resolve(OP, impl, {"features": features, "labels": labels}) == "reference":
-        return supcon_loss_ref(features, labels, temperature=temperature, normalize=normalize, reduction=reduction)
-    rows, labels = _anchors(features, labels)
-    loss = _SupConLoss.apply(rows, labels, float(temperature), normalize)
-    return _reduce(loss, features.shape[:-1], reduction)
+        loss = supcon_loss_ref(features, labels, temperature=temperature, normalize=normalize)
+    else:
+        loss = _SupConLoss.apply(*_anchors(features, labels), float(temperature), normalize)
+    if base_temperature is not None:
+        loss = loss * (temperature / base_temperature)
+    if reduction == "none":
+        return loss.view(features.shape[:-1])
+    return loss.sum() / max(1, loss.shape[0]) if reduction == "mean" else loss.sum()
 
 
-def supcon_loss_ref(features, labels, *, temperature=0.07, normalize=True, reduction="mean"):
-    """The specification, in plain torch: arguments as in `supcon_loss`."""
+def supcon_loss_ref(features, labels, *, temperature=0.07, normalize=True):
+    """The specification, in plain torch: one loss an anchor (M,), arguments as in `supcon_loss`."""
     rows, labels = _anchors(features, labels)
     with no_autocast(features.device):
         z = rows.to(compute_dtype(rows))
@@ -68,8 +74,7 @@ def supcon_loss_ref(features, labels, *, temperature=0.07, normalize=True, reduc
         # logsumexp over an empty row is -inf with nan gradients: a lone anchor keeps itself, and counts 0 below.
         kept = logits.masked_fill(itself & (len(rows) > 1), -torch.inf)
         log_prob = logits - kept.logsumexp(1, keepdim=True) if len(rows) else logits
-        loss = -torch.where(positives, log_prob, 0).sum(1) / count.clamp(min=1)
-    return _reduce(loss, features.shape[:-1], reduction)
+        return -torch.where(positives, log_prob, 0).sum(1) / count.clamp(min=1)
 
 
 def _anchors(features, labels):
@@ -79,13 +84,7 @@ def _anchors(features, labels):
     return features.flatten(0, 1), labels.repeat_interleave(features.shape[1])
 
 
-def _reduce(loss: torch.Tensor, shape: torch.Size, reduction: str) -> torch.Tensor:
-    if reduction == "none":
-        return loss.view(shape)
-    return loss.sum() / max(1, loss.shape[0]) if reduction == "mean" else loss.sum()
-
-
-def _check(features, labels, temperature, reduction):
+def _check(features, labels, temperature, base_temperature, reduction):
     if not isinstance(features, torch.Tensor) or not features.is_floating_point():
         raise TypeError(f"{OP}: features: expected a floating-point tensor, got {getattr(features, 'dtype', type(features).__name__)}")
     if features.dim() not in (2, 3):
@@ -94,8 +93,9 @@ def _check(features, labels, temperature, reduction):
         raise TypeError(f"{OP}: labels: expected an integer tensor, got {getattr(labels, 'dtype', type(labels).__name__)}")
     if labels.shape != features.shape[:1]:
         raise ValueError(f"{OP}: labels: expected ({features.shape[0]},), got {tuple(labels.shape)}")
-    if not temperature > 0:
-        raise ValueError(f"{OP}: temperature: expected a positive number, got {temperature}")
+    for name, value in (("temperature", temperature), ("base_temperature", 1 if base_temperature is None else base_temperature)):
+        if not value > 0:
+            raise ValueError(f"{OP}: {name}: expected a positive number, got {value}")
     if reduction not in REDUCTIONS:
         raise ValueError(f"{OP}: reduction: expected one of {REDUCTIONS}, got {reduction!r}")
 

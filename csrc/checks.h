@@ -1,0 +1,97 @@
+// What the <op>_cpu.cpp files share: tensors as plain pointers, scratch memory, work shared out among threads.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <type_traits>
+#include <vector>
+
+#include "kernels.h"
+
+namespace infopro {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+inline Dtype dtype_of(const char* op, const char* name, const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return Dtype::f32;
+    case ScalarType::Double: return Dtype::f64;
+    case ScalarType::BFloat16: return Dtype::bf16;
+    case ScalarType::Half: return Dtype::f16;
+    default: STD_TORCH_CHECK(false, op, ": ", name, ": expected float32, float64, bfloat16 or float16");
+  }
+}
+
+template <class T>
+constexpr ScalarType scalar_type = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
+
+inline bool is_double(const Tensor& t) { return t.scalar_type() == ScalarType::Double; }
+inline bool is_double(const OptionalTensor& t) { return t && is_double(*t); }
+
+inline Tensor empty(std::vector<int64_t> shape, ScalarType dtype) { return torch::stable::empty(shape, dtype); }
+
+template <class T>
+T* pointer(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+inline Matrix matrix(const char* op, const char* name, const Tensor& t) {
+  return {t.const_data_ptr(), dtype_of(op, name, t), t.stride(0), t.stride(1)};
+}
+
+// Memory that lives as long as the object; 64-byte aligned, not set to anything.
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t n)
+      : tensor_(empty({(n > 0 ? n : 1) * int64_t(sizeof(T))}, ScalarType::Byte)), data_(static_cast<T*>(tensor_.mutable_data_ptr())) {}
+  T* get() const { return data_; }
+  T& operator[](int64_t i) const { return data_[i]; }
+  void fill(T value, int64_t n) const {
+    for (int64_t i = 0; i < n; i++) data_[i] = value;
+  }
+
+ private:
+  Tensor tensor_;
+  T* data_;
+};
+
+// The numbers of a tensor of any floating dtype and any shape whose elements are in order, as T; `missing` n times where
+// there is no tensor.
+template <class T>
+Buffer<T> numbers(const char* op, const char* name, const OptionalTensor& t, int64_t n, T missing) {
+  Buffer<T> to(n);
+  if (t) {
+    Tensor flat = torch::stable::contiguous(*t);
+    STD_TORCH_CHECK(flat.numel() == n, op, ": ", name, ": expected ", n, " numbers, got ", flat.numel());
+    kernels<T>().read_row(to.get(), flat.const_data_ptr(), dtype_of(op, name, flat), 0, 1, n);
+  } else {
+    to.fill(missing, n);
+  }
+  return to;
+}
+
+inline int64_t threads() { return int64_t(torch::stable::get_num_threads()); }
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// work(first, last, worker): items [0, n) in `workers` equal shares, so that a result depends on the number of threads alone.
+template <class F>
+void share(int64_t n, int64_t workers, const F& work) {
+  if (n <= 0) return;
+  workers = workers < 1 ? 1 : workers > n ? n : workers;
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; worker++) work(worker * n / workers, (worker + 1) * n / workers, worker);
+  });
+}
+
+}  // namespace infopro

@@ -1,0 +1,510 @@
+// The decoder of reconstruction_loss, one sample at a time in a thread's scratch: no map of the batch is ever written.
+//
+// Sweeps over the batch: statistics of z (training only); loss, with the sums that the gradients of gamma, beta, W2 and b2
+// and batch norm's backward need; backward, which recomputes z, a and the logits and finds the gradients of h and W1.
+//
+// z at low resolution. With u = resize(h) and z = conv3x3(u) + b,
+//     T[tap][k] = sum_c W[k][c][tap] h[c]                          (9 K, h w)     1x1 convolutions
+//     E[k][dy][i][X] = sum_dx columns(T[dy, dx][k][i])(X + dx - 1)   (K, 3, h, W)   zero outside the resized row
+//     z[k][Y][X] = b[k] + sum_dy rows(E[k][dy])(Y + dy - 1)[X]                      zero outside the resized map
+// which is exact, borders included; backward is the transpose of each line.
+#pragma once
+
+#include "convert.h"
+#include "taps.h"
+
+namespace infopro {
+namespace INFOPRO_ISA {
+
+// Where the parts of a thread's scratch lie.
+template <class T>
+struct Scratch {
+  Plane<T> plane;
+  int64_t pixels, row, features_pitch;  // of low resolution: a padded map, a padded row of W, a row of transposed features
+  T *h, *z, *a, *g, *image, *taps, *expanded, *h_rows, *line;
+  T* end;
+  int64_t offset[9];
+
+  Scratch(const Decoder<T>& d, T* memory) : plane(d.H, d.W) {
+    constexpr int width = Simd<T>::width;
+    pixels = round_up(d.h * d.w, width) + MAX_VECTORS * width;
+    row = round_up(d.W, width) + width;
+    features_pitch = round_up(d.C, width);
+    auto take = [&](int64_t n) { T* p = memory; memory += round_up(n, width); return p; };
+    h = take(d.low_resolution ? d.C * pixels : d.C * plane.size);
+    z = take(d.K * plane.size);
+    a = take(d.K * plane.size);
+    g = take(3 * plane.size);
+    image = take(d.W + width);
+    taps = take(d.low_resolution ? 9 * d.K * pixels : d.resize ? d.C * pixels : 0);
+    expanded = take(d.low_resolution ? d.K * 3 * d.h * row : 0);
+    h_rows = take(d.low_resolution ? d.h * d.w * features_pitch : d.C * plane.size);
+    line = take(d.w + d.W + 2 * width);
+    end = memory;
+    for (int t = 0; t < 9; t++) offset[t] = plane.tap(t);
+  }
+};
+
+template <class T>
+int64_t decoder_scratch(const Decoder<T>& d) {
+  Scratch<T> s(d, nullptr);
+  return s.end - (T*)nullptr;
+}
+
+template <class T>
+int64_t decoder_w1_partial(const Decoder<T>& d) {
+  return 9 * d.K * (d.low_resolution ? round_up(d.C, Simd<T>::width) : d.C * Simd<T>::width);
+}
+
+template <class T>
+int64_t decoder_w2_partial(const Decoder<T>& d) {
+  return 27 * d.K * Simd<T>::width;
+}
+
+template <class T>
+void decoder_pack(const Decoder<T>& d, const T* w1, const T* w2, T* w1_packed, T* w1_backward, T* w2_packed, T* w2_backward) {
+  const int64_t C = d.C, K = d.K;
+  auto first = [&](int64_t k, int64_t c, int64_t tap) { return w1[(k * C + c) * 9 + tap]; };
+  if (d.low_resolution) {  // maps tap * K + k
+    pack_taps(9 * K, C, 1, w1_packed, [&](int64_t m, int64_t c, int) { return first(m % K, c, m / K); });
+    pack_taps(C, 9 * K, 1, w1_backward, [&](int64_t c, int64_t m, int) { return first(m % K, c, m / K); });
+  } else {
+    pack_taps(K, C, 9, w1_packed, [&](int64_t k, int64_t c, int tap) { return first(k, c, tap); });
+    pack_taps(C, K, 9, w1_backward, [&](int64_t c, int64_t k, int tap) { return first(k, c, 8 - tap); });
+  }
+  pack_taps(3, K, 9, w2_packed, [&](int64_t o, int64_t k, int tap) { return w2[(o * K + k) * 9 + tap]; });
+  pack_taps(K, 3, 9, w2_backward, [&](int64_t k, int64_t o, int tap) { return w2[(o * K + k) * 9 + 8 - tap]; });
+}
+
+// ---- the resize along x as matrices [dx][j][X] and [dx][X][j], zero but for a band ----
+
+template <class T>
+int64_t decoder_expand_size(const Decoder<T>& d) {
+  constexpr int width = Simd<T>::width;
+  int64_t forward = 3 * d.w * round_up(d.W, width), backward = 3 * d.W * round_up(d.w, width);
+  return forward > backward ? forward : backward;
+}
+
+template <class T>
+int64_t decoder_band_size(const Decoder<T>& d) {
+  constexpr int width = Simd<T>::width;
+  return 6 * round_up(d.W > d.w ? d.W : d.w, width) / width;
+}
+
+// band: for each dx and vector of the matrix's rows, the first and one past the last row that is not all zero there.
+template <class T>
+INLINE void find_band(const T* matrix, int64_t rows, int64_t row, int32_t* band) {
+  for (int64_t v = 0; v < row; v += Simd<T>::width, band += 2) {
+    band[0] = band[1] = 0;
+    for (int64_t r = 0; r < rows; r++)
+      for (int lane = 0; lane < Simd<T>::width; lane++)
+        if (matrix[r * row + v + lane] != T(0)) {
+          if (band[1] == 0) band[0] = int32_t(r);
+          band[1] = int32_t(r + 1);
+        }
+  }
+}
+
+template <class T>
+void decoder_expand(const Decoder<T>& d, T* expand, T* expand_backward, int32_t* band, int32_t* band_backward) {
+  constexpr int width = Simd<T>::width;
+  const int64_t W = round_up(d.W, width), w = round_up(d.w, width);
+  for (int64_t i = 0; i < 3 * d.w * W; i++) expand[i] = 0;
+  for (int64_t i = 0; i < 3 * d.W * w; i++) expand_backward[i] = 0;
+  for (int dx = 0; dx < 3; dx++) {
+    T *forward = expand + dx * d.w * W, *backward = expand_backward + dx * d.W * w;
+    for (int64_t X = 0; X < d.W; X++) {
+      int64_t from = X + dx - 1;
+      if (from < 0 || from >= d.W) continue;
+      int64_t j[2] = {d.columns.low[from], d.columns.high[from]};
+      double weight[2] = {d.columns.low_weight[from], d.columns.high_weight[from]};
+      for (int q = 0; q < 2; q++) {
+        forward[j[q] * W + X] += T(weight[q]);
+        backward[X * w + j[q]] += T(weight[q]);
+      }
+    }
+    find_band<T>(forward, d.w, W, band + dx * 2 * (W / width));
+    find_band<T>(backward, d.W, w, band_backward + dx * 2 * (w / width));
+  }
+}
+
+template <class T>
+INLINE void expand_columns(const Decoder<T>& d, const Scratch<T>& s) {
+  constexpr int width = Simd<T>::width;
+  const int64_t W = round_up(d.W, width), vectors = W / width;
+  for (int64_t k = 0; k < d.K; k++)
+    for (int64_t dy = 0; dy < 3; dy++) {
+      T* to = s.expanded + (k * 3 + dy) * d.h * s.row;
+      for (int64_t v = 0; v < vectors; v++)
+        for (int64_t dx = 0; dx < 3; dx++) {
+          const T* from = s.taps + ((dy * 3 + dx) * d.K + k) * s.pixels;
+          const T* matrix = d.expand + dx * d.w * W + v * width;
+          const int32_t* band = d.band + (dx * vectors + v) * 2;
+          if (dx == 0)
+            row_product<1, false>(d.h, from, d.w, matrix, W, band[0], band[1], to + v * width, s.row);
+          else
+            row_product<1, true>(d.h, from, d.w, matrix, W, band[0], band[1], to + v * width, s.row);
+        }
+    }
+}
+
+template <class T>
+INLINE void expand_rows(const Decoder<T>& d, const Scratch<T>& s) {
+  constexpr int width = Simd<T>::width;
+  for (int64_t k = 0; k < d.K; k++)
+    for (int64_t Y = 0; Y < d.H; Y++) {
+      const T* from[6];
+      T weight[6];
+      int n = 0;
+      for (int64_t dy = 0; dy < 3; dy++) {
+        int64_t y = Y + dy - 1;
+        if (y < 0 || y >= d.H) continue;
+        const T* rows = s.expanded + (k * 3 + dy) * d.h * s.row;
+        from[n] = rows + d.rows.low[y] * s.row;
+        weight[n++] = T(d.rows.low_weight[y]);
+        from[n] = rows + d.rows.high[y] * s.row;
+        weight[n++] = T(d.rows.high_weight[y]);
+      }
+      T* to = s.z + k * s.plane.size + s.plane.origin + Y * s.plane.pitch;
+      for (int64_t X = 0; X < d.W; X += width) {
+        vec<T> sum = splat<T>(d.b1[k]);
+        for (int q = 0; q < n; q++) sum += load<T>(from[q] + X) * weight[q];
+        store<T>(to + X, sum);
+      }
+    }
+}
+
+// expanded becomes the transpose of expand_rows, of the gradient in z.
+template <class T>
+INLINE void gather_rows(const Decoder<T>& d, const Scratch<T>& s) {
+  constexpr int width = Simd<T>::width;
+  __builtin_memset(s.expanded, 0, sizeof(T) * d.K * 3 * d.h * s.row);
+  for (int64_t k = 0; k < d.K; k++)
+    for (int64_t dy = 0; dy < 3; dy++)
+      for (int64_t y = 0; y < d.H; y++) {
+        int64_t Y = y - dy + 1;
+        if (Y < 0 || Y >= d.H) continue;
+        const T* from = s.z + k * s.plane.size + s.plane.origin + Y * s.plane.pitch;
+        T* rows = s.expanded + (k * 3 + dy) * d.h * s.row;
+        T *low = rows + d.rows.low[y] * s.row, *high = rows + d.rows.high[y] * s.row;
+        T low_weight = T(d.rows.low_weight[y]), high_weight = T(d.rows.high_weight[y]);
+        for (int64_t X = 0; X < d.W; X += width) {
+          vec<T> g = load<T>(from + X);
+          store<T>(low + X, load<T>(low + X) + g * low_weight);
+          store<T>(high + X, load<T>(high + X) + g * high_weight);
+        }
+      }
+}
+
+// taps becomes the transpose of expand_columns.
+template <class T>
+INLINE void gather_columns(const Decoder<T>& d, const Scratch<T>& s) {
+  constexpr int width = Simd<T>::width;
+  const int64_t w = round_up(d.w, width), vectors = w / width;
+  for (int64_t k = 0; k < d.K; k++)
+    for (int64_t dy = 0; dy < 3; dy++)
+      for (int64_t dx = 0; dx < 3; dx++) {
+        const T* from = s.expanded + (k * 3 + dy) * d.h * s.row;
+        T* to = s.taps + ((dy * 3 + dx) * d.K + k) * s.pixels;
+        const T* matrix = d.expand_backward + dx * d.W * w;
+        const int32_t* band = d.band_backward + dx * vectors * 2;
+        // From the last vector of the rows to the first: what a row's last vector writes over the next row's start is written again.
+        for (int64_t v = vectors - 1; v >= 0; v--)
+          row_product<1, false>(d.h, from, s.row, matrix + v * width, w, band[2 * v], band[2 * v + 1], to + v * width, d.w);
+      }
+}
+
+// ---- resize, then convolve ----
+
+template <class T>
+INLINE void resize(const Decoder<T>& d, const Scratch<T>& s, const T* from, T* to) {
+  for (int64_t Y = 0; Y < d.H; Y++, to += s.plane.pitch) {
+    const T *low = from + d.rows.low[Y] * d.w, *high = from + d.rows.high[Y] * d.w;
+    T a = T(d.rows.low_weight[Y]), b = T(d.rows.high_weight[Y]);
+    for (int64_t j = 0; j < d.w; j++) s.line[j] = a * low[j] + b * high[j];
+    for (int64_t X = 0; X < d.W; X++)
+      to[X] = T(d.columns.low_weight[X]) * s.line[d.columns.low[X]] + T(d.columns.high_weight[X]) * s.line[d.columns.high[X]];
+  }
+}
+
+template <class T>
+INLINE void resize_backward(const Decoder<T>& d, const Scratch<T>& s, const T* from, T* to) {
+  for (int64_t p = 0; p < d.h * d.w; p++) to[p] = 0;
+  for (int64_t Y = 0; Y < d.H; Y++, from += s.plane.pitch) {
+    for (int64_t j = 0; j < d.w; j++) s.line[j] = 0;
+    for (int64_t X = 0; X < d.W; X++) {
+      s.line[d.columns.low[X]] += T(d.columns.low_weight[X]) * from[X];
+      s.line[d.columns.high[X]] += T(d.columns.high_weight[X]) * from[X];
+    }
+    T *low = to + d.rows.low[Y] * d.w, *high = to + d.rows.high[Y] * d.w;
+    T a = T(d.rows.low_weight[Y]), b = T(d.rows.high_weight[Y]);
+    for (int64_t j = 0; j < d.w; j++) low[j] += a * s.line[j];
+    for (int64_t j = 0; j < d.w; j++) high[j] += b * s.line[j];
+  }
+}
+
+// ---- the layers ----
+
+template <class T>
+INLINE void read_maps(const Maps& m, int64_t n, int64_t channels, int64_t rows, int64_t columns, T* to, int64_t plane, int64_t pitch) {
+  for (int64_t c = 0; c < channels; c++)
+    for (int64_t y = 0; y < rows; y++) read_row<T>(to + c * plane + y * pitch, m.data, m.dtype, n * m.n + c * m.c + y * m.y, m.x, columns);
+}
+
+template <class T>
+INLINE void write_maps(const Maps& m, int64_t n, int64_t channels, int64_t rows, int64_t columns, const T* from, int64_t plane, int64_t pitch) {
+  for (int64_t c = 0; c < channels; c++)
+    for (int64_t y = 0; y < rows; y++) write_row<T>(m.data, from + c * plane + y * pitch, m.dtype, n * m.n + c * m.c + y * m.y, m.x, columns);
+}
+
+// z = conv1(resize(h)) + b1 on its planes; what lies between the rows is arbitrary.
+template <class T>
+INLINE void first_convolution(const Decoder<T>& d, const Scratch<T>& s, int64_t n) {
+  const Plane<T>& p = s.plane;
+  const int64_t zero = 0;
+  if (d.low_resolution) {
+    read_maps<T>(d.features, n, d.C, d.h, d.w, s.h, s.pixels, d.w);
+    convolve<1>(9 * d.K, d.w1, s.h, s.pixels, d.C, &zero, (const T*)nullptr, s.taps, s.pixels, d.h * d.w);
+    expand_columns(d, s);
+    expand_rows(d, s);
+    return;
+  }
+  if (d.resize) {
+    for (int64_t c = 0; c < d.C; c++) {
+      for (int64_t i = 0; i < d.h; i++)
+        read_row<T>(s.taps + i * d.w, d.features.data, d.features.dtype, n * d.features.n + c * d.features.c + i * d.features.y, d.features.x, d.w);
+      resize(d, s, s.taps, s.h + c * p.size + p.origin);
+    }
+  } else {
+    read_maps<T>(d.features, n, d.C, d.H, d.W, s.h + p.origin, p.size, p.pitch);
+  }
+  for (int64_t c = 0; c < d.C; c++) p.set_border(s.h + c * p.size, T(0));
+  convolve<9>(d.K, d.w1, s.h + p.origin, p.size, d.C, s.offset, d.b1, s.z + p.origin, p.size, p.span);
+}
+
+// a = relu((z - center) scale + shift), zero outside the map.
+template <class T>
+INLINE void normalize_rectify(const Decoder<T>& d, const Scratch<T>& s) {
+  const Plane<T>& p = s.plane;
+  for (int64_t k = 0; k < d.K; k++) {
+    const T* z = s.z + k * p.size + p.origin;
+    T *a = s.a + k * p.size + p.origin, center = d.center[k], scale = d.scale[k], shift = d.shift[k];
+    vec<T> zero = {};
+    for (int64_t i = 0; i < p.span; i += Simd<T>::width) {
+      vec<T> y = (load<T>(z + i) - center) * scale + shift;
+      store<T>(a + i, y < zero ? zero : y);  // nan stays nan
+    }
+    p.set_border(s.a + k * p.size, T(0));
+  }
+}
+
+// sigmoid(x), and the loss of a pixel where that is asked for.
+template <class T>
+INLINE vec<T> pixel_gradient(Pixel kind, vec<T> x, vec<T> target, bool needs_loss, vec<T>& loss) {
+  vec<T> zero = {}, one = splat<T>(T(1));
+  vec<T> e = exp<T>(-abs<T>(x));
+  vec<T> q = one / (one + e), sigmoid = x < zero ? e * q : q;
+  vec<T> error = sigmoid - target;
+  if (kind == Pixel::bce) {
+    if (needs_loss) loss = (x < zero ? zero : x) - x * target + log1p<T>(e);
+    return error;
+  }
+  vec<T> slope = e * q * q;  // sigmoid (1 - sigmoid)
+  if (kind == Pixel::mse) {
+    loss = error * error;
+    return error * slope * T(2);
+  }
+  loss = abs<T>(error);
+  return error > zero ? slope : error < zero ? -slope : error;  // error: zero, or nan
+}
+
+// g, which holds the logits, becomes the gradient of the loss in them, zero outside the map. Returns the sample's loss.
+template <class T>
+INLINE double pixel_loss(const Decoder<T>& d, const Scratch<T>& s, int64_t n, bool needs_loss) {
+  constexpr int width = Simd<T>::width;
+  const Plane<T>& p = s.plane;
+  double total = 0;
+  T* target = s.image;
+  for (int64_t o = 0; o < 3; o++) {
+    for (int64_t y = 0; y < d.H; y++) {
+      T* g = s.g + o * p.size + p.origin + y * p.pitch;
+      read_row<T>(target, d.image.data, d.image.dtype, n * d.image.n + o * d.image.c + y * d.image.y, d.image.x, d.W);
+      vec<T> sum = {}, zero = {}, one = splat<T>(T(1));
+      for (int64_t x = 0; x < d.W; x += width) {
+        int left = int(d.W - x);
+        vec<T> t = left < width ? load_first<T>(target + x, left) : load<T>(target + x);
+        if (d.restore) {
+          t = t * d.image_std[o] + d.image_mean[o];
+          t = t < zero ? zero : t > one ? one : t;
+        }
+        vec<T> loss = {};
+        vec<T> gradient = pixel_gradient<T>(d.pixel, load<T>(g + x), t, needs_loss, loss) * d.pixel_weight;
+        if (left < width) {
+          for (int i = left; i < width; i++) loss[i] = 0;
+          store_first<T>(g + x, gradient, left);
+        } else {
+          store<T>(g + x, gradient);
+        }
+        sum += loss;
+      }
+      total += double(infopro::INFOPRO_ISA::sum<T>(sum));
+    }
+    p.set_border(s.g + o * p.size, T(0));
+  }
+  return total;
+}
+
+// a, which is no longer needed, becomes the gradient in it.
+template <class T>
+INLINE void second_convolution_backward(const Decoder<T>& d, const Scratch<T>& s) {
+  const Plane<T>& p = s.plane;
+  convolve<9>(d.K, d.w2_backward, s.g + p.origin, p.size, 3, s.offset, (const T*)nullptr, s.a + p.origin, p.size, p.span);
+  for (int64_t k = 0; k < d.K; k++) p.set_border(s.a + k * p.size, T(0));
+}
+
+template <class T>
+INLINE void logits(const Decoder<T>& d, const Scratch<T>& s) {
+  const Plane<T>& p = s.plane;
+  convolve<9>(3, d.w2, s.a + p.origin, p.size, d.K, s.offset, d.b2, s.g + p.origin, p.size, p.span);
+}
+
+// ---- the sweeps ----
+
+// mean[k], squares[k]: of the sample's z, the mean and the sum of squared deviations from it.
+template <class T>
+void decoder_statistics(const Decoder<T>& d, int64_t n, T* scratch, double* mean, double* squares) {
+  Scratch<T> s(d, scratch);
+  const Plane<T>& p = s.plane;
+  first_convolution(d, s, n);
+  for (int64_t k = 0; k < d.K; k++) {
+    T* plane = s.z + k * p.size;
+    const T* z = plane + p.origin;
+    p.set_border(plane, T(0));
+    vec<T> sum = {};
+    for (int64_t i = 0; i < p.span; i += Simd<T>::width) sum += load<T>(z + i);
+    mean[k] = double(infopro::INFOPRO_ISA::sum<T>(sum)) / double(d.H * d.W);
+    T center = T(mean[k]);
+    p.set_border(plane, center);
+    vec<T> square = {}, rest = {};
+    for (int64_t i = 0; i < p.span; i += Simd<T>::width) {
+      vec<T> deviation = load<T>(z + i) - center;
+      square += deviation * deviation;
+      rest += deviation;
+    }
+    // the mean was rounded: what the deviations leave over corrects it and the sum of squares
+    double left = double(infopro::INFOPRO_ISA::sum<T>(rest)) / double(d.H * d.W);
+    mean[k] = double(center) + left;
+    squares[k] = double(infopro::INFOPRO_ISA::sum<T>(square)) - left * left * double(d.H * d.W);
+  }
+}
+
+template <class T>
+void decoder_loss(const Decoder<T>& d, int64_t n, bool needs_grad, T* scratch, SampleSums& sums, T* w2_partial) {
+  Scratch<T> s(d, scratch);
+  const Plane<T>& p = s.plane;
+  first_convolution(d, s, n);
+  normalize_rectify(d, s);
+  logits(d, s);
+  sums.loss = pixel_loss(d, s, n, true);
+  if (!needs_grad) return;
+  weight_gradient(s.g + p.origin, p.size, 3, s.a + p.origin, p.size, d.K, s.offset, p.span, w2_partial);
+  for (int o = 0; o < 3; o++) {
+    vec<T> sum = {};
+    for (int64_t i = 0; i < p.span; i += Simd<T>::width) sum += load<T>(s.g + o * p.size + p.origin + i);
+    sums.d_b2[o] = double(infopro::INFOPRO_ISA::sum<T>(sum));
+  }
+  second_convolution_backward(d, s);
+  for (int64_t k = 0; k < d.K; k++) {
+    const T *z = s.z + k * p.size + p.origin, *dy = s.a + k * p.size + p.origin;
+    T center = d.center[k], scale = d.scale[k], shift = d.shift[k], inverse_std = d.inverse_std[k];
+    vec<T> sum = {}, product = {}, zero = {};
+    p.set_border(s.z + k * p.size, center);
+    for (int64_t i = 0; i < p.span; i += Simd<T>::width) {
+      vec<T> deviation = load<T>(z + i) - center, y = deviation * scale + shift;
+      vec<T> g = y > zero ? load<T>(dy + i) : zero;
+      sum += g;
+      product += g * (deviation * inverse_std);
+    }
+    sums.d_beta[k] = double(infopro::INFOPRO_ISA::sum<T>(sum));
+    sums.d_gamma[k] = double(infopro::INFOPRO_ISA::sum<T>(product));
+  }
+}
+
+// The gradient in z: scale (dy - mean_dy - xhat mean_dy_xhat), the means zero in eval mode; zero outside the map.
+template <class T>
+INLINE void norm_backward(const Decoder<T>& d, const Scratch<T>& s, const T* mean_dy, const T* mean_dy_xhat) {
+  const Plane<T>& p = s.plane;
+  for (int64_t k = 0; k < d.K; k++) {
+    T* z = s.z + k * p.size + p.origin;
+    const T* dy = s.a + k * p.size + p.origin;
+    T center = d.center[k], scale = d.scale[k], shift = d.shift[k], slope = d.inverse_std[k] * mean_dy_xhat[k], mean = mean_dy[k];
+    vec<T> zero = {};
+    for (int64_t i = 0; i < p.span; i += Simd<T>::width) {
+      vec<T> deviation = load<T>(z + i) - center, y = deviation * scale + shift;
+      vec<T> g = y > zero ? load<T>(dy + i) : zero;
+      store<T>(z + i, (g - mean - deviation * slope) * scale);
+    }
+    p.set_border(s.z + k * p.size, T(0));
+  }
+}
+
+template <class T>
+INLINE void first_weight_low_resolution(const Decoder<T>& d, const Scratch<T>& s, T* partial) {
+  constexpr int width = Simd<T>::width, V = INFOPRO_MR == 12 ? 4 : 2;
+  for (int64_t c = 0; c < d.C; c++)
+    for (int64_t q = 0; q < d.h * d.w; q++) s.h_rows[q * s.features_pitch + c] = s.h[c * s.pixels + q];
+  int64_t c = 0;
+  for (; c + V * width <= s.features_pitch; c += V * width)
+    row_product<V, true>(9 * d.K, s.taps, s.pixels, s.h_rows + c, s.features_pitch, 0, d.h * d.w, partial + c, s.features_pitch);
+  for (; c < s.features_pitch; c += width)
+    row_product<1, true>(9 * d.K, s.taps, s.pixels, s.h_rows + c, s.features_pitch, 0, d.h * d.w, partial + c, s.features_pitch);
+}
+
+template <class T>
+void decoder_backward(const Decoder<T>& d, int64_t n, const T* mean_dy, const T* mean_dy_xhat, const Maps* d_features, T* w1_partial,
+                      T* scratch) {
+  Scratch<T> s(d, scratch);
+  const Plane<T>& p = s.plane;
+  const int64_t zero = 0;
+  first_convolution(d, s, n);
+  normalize_rectify(d, s);
+  logits(d, s);
+  pixel_loss(d, s, n, false);
+  second_convolution_backward(d, s);
+  norm_backward(d, s, mean_dy, mean_dy_xhat);
+  if (d.low_resolution) {
+    gather_rows(d, s);
+    gather_columns(d, s);
+    if (w1_partial) first_weight_low_resolution(d, s, w1_partial);
+    if (!d_features) return;
+    convolve<1>(d.C, d.w1_backward, s.taps, s.pixels, 9 * d.K, &zero, (const T*)nullptr, s.h, s.pixels, d.h * d.w);
+    write_maps<T>(*d_features, n, d.C, d.h, d.w, s.h, s.pixels, d.w);
+    return;
+  }
+  if (w1_partial) weight_gradient(s.z + p.origin, p.size, d.K, s.h + p.origin, p.size, d.C, s.offset, p.span, w1_partial);
+  if (!d_features) return;
+  T* du = s.h_rows;
+  convolve<9>(d.C, d.w1_backward, s.z + p.origin, p.size, d.K, s.offset, (const T*)nullptr, du + p.origin, p.size, p.span);
+  if (!d.resize) return write_maps<T>(*d_features, n, d.C, d.H, d.W, du + p.origin, p.size, p.pitch);
+  for (int64_t c = 0; c < d.C; c++) resize_backward(d, s, du + c * p.size + p.origin, s.taps + c * s.pixels);
+  write_maps<T>(*d_features, n, d.C, d.h, d.w, s.taps, s.pixels, d.w);
+}
+
+template <class T>
+void decoder_w1_reduce(const Decoder<T>& d, const T* partial, T* d_w1) {
+  constexpr int width = Simd<T>::width;
+  const int64_t pitch = round_up(d.C, width);
+  for (int64_t k = 0; k < d.K; k++)
+    for (int64_t c = 0; c < d.C; c++)
+      for (int64_t tap = 0; tap < 9; tap++)
+        d_w1[(k * d.C + c) * 9 + tap] += d.low_resolution ? partial[(tap * d.K + k) * pitch + c]
+                                                          : sum<T>(load<T>(partial + ((k * d.C + c) * 9 + tap) * width));
+}
+
+template <class T>
+void decoder_w2_reduce(const Decoder<T>& d, const T* partial, T* d_w2) {
+  for (int64_t i = 0; i < 27 * d.K; i++) d_w2[i] += sum<T>(load<T>(partial + i * Simd<T>::width));
+}
+
+}  // namespace INFOPRO_ISA
+}  // namespace infopro

@@ -1,0 +1,49 @@
+// The kernels of one instruction set: included once by each isa_*.cpp, after it chose target, vector width and namespace.
+#pragma once
+
+#include "cross_entropy.h"
+#include "decoder.h"
+#include "gemm.h"
+#include "supcon.h"
+
+namespace infopro {
+namespace INFOPRO_ISA {
+
+template <class T>
+constexpr Kernels<T> make_table() {
+  Kernels<T> t = {};
+  t.mr = MR;
+  t.nr = NR<T>;
+  t.width = Simd<T>::width;
+  t.pack_a = pack_a<T>;
+  t.pack_b = pack_b<T>;
+  t.gemm = gemm<T>;
+  t.write_lanes = write_lanes<T>;
+  t.read_row = read_row<T>;
+  t.softmax_update = softmax_update<T>;
+  t.softmax_gradient = softmax_gradient<T>;
+  t.lane_sums = lane_sums<T>;
+  t.supcon_forward = supcon_forward<T>;
+  t.supcon_backward = supcon_backward<T>;
+  t.decoder_scratch = decoder_scratch<T>;
+  t.decoder_w1_partial = decoder_w1_partial<T>;
+  t.decoder_w2_partial = decoder_w2_partial<T>;
+  t.decoder_pack = decoder_pack<T>;
+  t.decoder_expand_size = decoder_expand_size<T>;
+  t.decoder_band_size = decoder_band_size<T>;
+  t.decoder_expand = decoder_expand<T>;
+  t.decoder_statistics = decoder_statistics<T>;
+  t.decoder_loss = decoder_loss<T>;
+  t.decoder_backward = decoder_backward<T>;
+  t.decoder_w1_reduce = decoder_w1_reduce<T>;
+  t.decoder_w2_reduce = decoder_w2_reduce<T>;
+  return t;
+}
+
+extern const Kernels<float> table_f32;
+extern const Kernels<double> table_f64;
+const Kernels<float> table_f32 = make_table<float>();
+const Kernels<double> table_f64 = make_table<double>();
+
+}  // namespace INFOPRO_ISA
+}  // namespace infopro

@@ -1,0 +1,30 @@
+// The CPU operators. Arguments are described in infopro_fast/ops/<op>.py, where the schemas are.
+#pragma once
+
+#include "checks.h"
+
+namespace infopro {
+
+std::tuple<Tensor, Tensor> reconstruction_loss_forward_cpu(
+    Tensor features, Tensor image, Tensor w1, OptionalTensor b1, OptionalTensor gamma, OptionalTensor beta, Tensor w2, OptionalTensor b2,
+    OptionalTensor running_mean, OptionalTensor running_var, std::vector<double> restore, double eps, int64_t mode, int64_t loss,
+    bool needs_grad);
+
+std::tuple<Tensor, Tensor, Tensor> reconstruction_loss_backward_cpu(
+    Tensor grad, Tensor features, Tensor image, Tensor w1, OptionalTensor b1, OptionalTensor gamma, OptionalTensor beta, Tensor w2,
+    OptionalTensor b2, Tensor saved, std::vector<double> restore, bool batch_statistics, double eps, int64_t mode, int64_t loss,
+    bool needs_features, bool needs_w1);
+
+std::tuple<Tensor, Tensor> supcon_loss_forward_cpu(Tensor features, Tensor labels, double temperature, bool normalize);
+
+Tensor supcon_loss_backward_cpu(Tensor grad, Tensor features, Tensor labels, Tensor saved, double temperature, bool normalize);
+
+std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_forward_cpu(Tensor input, Tensor weight, Tensor target, OptionalTensor bias,
+                                                                    OptionalTensor class_weight, int64_t ignore_index, double label_smoothing);
+
+std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward_cpu(Tensor grad, Tensor input, Tensor weight, Tensor target,
+                                                                     OptionalTensor bias, OptionalTensor class_weight, Tensor lse,
+                                                                     int64_t ignore_index, double label_smoothing, bool needs_input,
+                                                                     bool needs_weight);
+
+}  // namespace infopro

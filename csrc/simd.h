@@ -1,0 +1,125 @@
+// Vectors of float or double as wide as the instruction set this file is compiled for.
+//
+// Included only by the isa_*.cpp files, each of which selects its target, a vector width and a namespace first; it uses
+// no library code, so nothing compiled for a newer processor can be picked by the linker for an older one.
+#pragma once
+
+#define INLINE inline __attribute__((always_inline))
+
+namespace infopro {
+namespace INFOPRO_ISA {
+
+template <class T>
+struct Simd;
+
+template <>
+struct Simd<float> {
+  typedef float type __attribute__((vector_size(INFOPRO_BYTES)));
+  typedef int32_t mask __attribute__((vector_size(INFOPRO_BYTES)));
+  static constexpr int width = INFOPRO_BYTES / 4;
+  static constexpr int exponent_bias = 127, mantissa_bits = 23;
+  static constexpr float lowest_exp = -87.0f, highest_exp = 88.3f, round_magic = 12582912.0f;  // 1.5 * 2^23
+  static constexpr float log2e = 1.44269504088896340736f, ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
+  static constexpr int exp_terms = 7, atanh_terms = 8;  // Taylor remainders below 2^-25 on the reduced ranges
+};
+
+template <>
+struct Simd<double> {
+  typedef double type __attribute__((vector_size(INFOPRO_BYTES)));
+  typedef int64_t mask __attribute__((vector_size(INFOPRO_BYTES)));
+  static constexpr int width = INFOPRO_BYTES / 8;
+  static constexpr int exponent_bias = 1023, mantissa_bits = 52;
+  static constexpr double lowest_exp = -708.0, highest_exp = 709.0, round_magic = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr double log2e = 1.44269504088896340736, ln2_high = 0.693145751953125, ln2_low = 1.42860682030941723212e-6;
+  static constexpr int exp_terms = 13, atanh_terms = 17;
+};
+
+template <class T>
+using vec = typename Simd<T>::type;
+
+template <class T>
+INLINE vec<T> splat(T x) {
+  return x - vec<T>{};  // x - 0, not x + 0: keeps the sign of -0
+}
+
+template <class T>
+INLINE vec<T> load(const T* p) {
+  vec<T> v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class T>
+INLINE void store(T* p, vec<T> v) {
+  __builtin_memcpy(p, &v, sizeof v);
+}
+
+// The first n < width elements; the others are zero.
+template <class T>
+INLINE vec<T> load_first(const T* p, int n) {
+  vec<T> v = {};
+  for (int i = 0; i < n; i++) v[i] = p[i];
+  return v;
+}
+
+template <class T>
+INLINE void store_first(T* p, vec<T> v, int n) {
+  for (int i = 0; i < n; i++) p[i] = v[i];
+}
+
+template <class V>
+INLINE V max(V a, V b) {
+  return a > b ? a : b;  // b where either is nan
+}
+
+template <class T>
+INLINE T sum(vec<T> v) {
+  T lanes[Simd<T>::width];
+  store<T>(lanes, v);
+  for (int half = Simd<T>::width / 2; half; half /= 2)
+    for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+
+template <class T>
+INLINE T largest(vec<T> v) {
+  T best = v[0];
+  for (int i = 1; i < Simd<T>::width; i++) best = v[i] > best ? v[i] : best;
+  return best;
+}
+
+// e^x to 1 ulp or so: 2^n e^r with |r| <= ln 2 / 2. Below lowest_exp the result is that of lowest_exp (about 1e-38, 1e-308);
+// nan stays nan.
+template <class T>
+INLINE vec<T> exp(vec<T> x) {
+  using S = Simd<T>;
+  x = x < splat<T>(S::lowest_exp) ? splat<T>(S::lowest_exp) : x;
+  x = x > splat<T>(S::highest_exp) ? splat<T>(S::highest_exp) : x;
+  vec<T> shifted = x * S::log2e + S::round_magic;  // the integer nearest x log2 e, in the low mantissa bits
+  vec<T> n = shifted - S::round_magic;
+  vec<T> r = x - n * S::ln2_high;
+  r = r - n * S::ln2_low;
+  vec<T> p = splat<T>(T(1));
+#pragma GCC unroll 16
+  for (int k = S::exp_terms; k > 0; k--) p = p * r * T(1.0 / k) + T(1);  // 1 + r/1 (1 + r/2 (1 + ...))
+  typename S::mask bits = (typename S::mask)shifted << S::mantissa_bits;  // n in the exponent field, the rest shifted out
+  return (vec<T>)((typename S::mask)p + bits);
+}
+
+// log(1 + e) for 0 <= e <= 1: 2 atanh(s), s = e / (2 + e) <= 1/3.
+template <class T>
+INLINE vec<T> log1p(vec<T> e) {
+  vec<T> s = e / (e + T(2)), s2 = s * s;
+  vec<T> p = splat<T>(T(1.0 / (2 * Simd<T>::atanh_terms + 1)));
+#pragma GCC unroll 20
+  for (int k = Simd<T>::atanh_terms - 1; k >= 0; k--) p = p * s2 + T(1.0 / (2 * k + 1));
+  return s * p * T(2);
+}
+
+template <class T>
+INLINE vec<T> abs(vec<T> x) {
+  return x < T(0) ? -x : x;
+}
+
+}  // namespace INFOPRO_ISA
+}  // namespace infopro
