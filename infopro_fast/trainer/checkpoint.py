@@ -1,0 +1,227 @@
+"""Checkpoints: a nested state of tensors and scalars, whole on disk or not there at all, and never code.
+
+A checkpoint is a folder of three files: `tensors.safetensors`, `state.json` (everything else, with the tensors' names in
+their places) and `SHA256SUMS`, which `sha256sum -c` reads. It is written aside, flushed to the disk, and renamed: whenever
+the process or the machine dies, what has the name of a checkpoint is a whole one. The last two are kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+KEPT = 2
+PREFIX = "epoch"  # epoch0003-batch000120: 3 epochs and 120 batches of the next one are done
+ASIDE = ".aside-"  # a folder being written or removed
+UNUSED = "unused-"  # a checkpoint that was passed over by request
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that is damaged, missing or of another kind; the message names it and says what can be done."""
+
+
+def name_of(epoch: int, batch: int) -> str:
+    return f"{PREFIX}{epoch:04d}-batch{batch:06d}"
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Whole or damaged, the oldest first."""
+    return sorted(path for path in folder.glob(PREFIX + "*") if path.is_dir())
+
+
+def save(folder: Path, name: str, state: dict[str, Any]) -> Path:
+    """Write ``state`` as the checkpoint ``name`` in ``folder`` and remove all but the last two.
+
+    state: dicts, lists, tensors of any device, str, int, float, bool and None, nested. A name that exists is left as it is:
+    the same place of the same run holds the same state. Raises ValueError for what it cannot hold; nothing is left behind.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    final, aside = folder / name, folder / (ASIDE + name)
+    if not final.exists():
+        _remove(aside)
+        try:
+            aside.mkdir()
+            sums = ""
+            for file, content in _serialize(state).items():
+                write_file(aside / file, content)
+                sums += f"{hashlib.sha256(content).hexdigest()}  {file}\n"
+            write_file(aside / "SHA256SUMS", sums.encode())
+            sync_folder(aside)
+            os.rename(aside, final)
+            sync_folder(folder)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                _remove(aside)
+            raise
+    for old in list_checkpoints(folder)[:-KEPT]:
+        retire(old)
+    return final
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The state of the checkpoint at ``path``, its tensors on the CPU. Raises CheckpointError naming the file that is damaged."""
+    content = {}
+    for file, expected in _sums(path).items():
+        try:
+            content[file] = (path / file).read_bytes()
+        except OSError as error:
+            raise CheckpointError(f"checkpoint {path} is damaged: {file}: {error.strerror}") from error
+        got = hashlib.sha256(content[file]).hexdigest()
+        if got != expected:
+            raise CheckpointError(f"checkpoint {path} is damaged: {file}: SHA-256 expected {expected}, got {got}")
+    import safetensors.torch
+
+    return _decode(json.loads(content["state.json"]), safetensors.torch.load(content["tensors.safetensors"]))
+
+
+def load_latest(folder: Path, previous: bool = False) -> tuple[Path, dict[str, Any]]:
+    """The last checkpoint in ``folder``, or with ``previous`` the one before it; the last is then renamed to unused-*.
+
+    A damaged one is refused: CheckpointError says which, and how to use the one before it.
+    """
+    found = list_checkpoints(folder)
+    if len(found) < (2 if previous else 1):
+        wanted = "a checkpoint before the last one" if previous else "a checkpoint"
+        raise CheckpointError(f"{folder}: expected {wanted}, found {len(found)}")
+    path = found[-2 if previous else -1]
+    try:
+        state = load(path)
+    except CheckpointError as error:
+        hint = f"; to continue from the one before it, {found[-2].name}, add --resume-previous" if len(found) > 1 and not previous else ""
+        raise CheckpointError(f"{error}{hint}") from error
+    if previous:
+        unused = found[-1].with_name(UNUSED + found[-1].name)
+        _remove(unused)
+        os.rename(found[-1], unused)
+        sync_folder(folder)
+    return path, state
+
+
+def retire(path: Path) -> None:
+    """Remove a checkpoint; it loses its name first, so that no half of one is ever taken for a whole."""
+    aside = path.with_name(ASIDE + path.name)
+    _remove(aside)
+    os.rename(path, aside)
+    _remove(aside)
+
+
+def clean(folder: Path) -> None:
+    """Remove what a killed process left half-written or half-removed."""
+    for path in folder.glob(ASIDE + "*"):
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.exists():
+        shutil.rmtree(path)
+
+
+def _sums(path: Path) -> dict[str, str]:
+    try:
+        lines = (path / "SHA256SUMS").read_text().splitlines()
+        sums = {file: digest for digest, file in (line.split("  ") for line in lines)}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"checkpoint {path} is damaged: SHA256SUMS: {error}") from error
+    if set(sums) != {"tensors.safetensors", "state.json"}:
+        raise CheckpointError(f"checkpoint {path} is damaged: SHA256SUMS: expected tensors.safetensors and state.json, got {sorted(sums)}")
+    return sums
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files that are on the disk when the call returns
+
+
+def write_file(path: Path, content: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Names created in a folder survive a power cut only after this."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write ``path`` anew, or leave what was there."""
+    aside = path.with_name(ASIDE + path.name)
+    try:
+        write_file(aside, content)
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Nested state to and from (JSON, named tensors)
+
+TENSOR, LAYOUT, ITEMS = "$tensor", "$layout", "$items"
+
+
+def _serialize(state: dict[str, Any]) -> dict[str, bytes]:
+    import safetensors.torch
+
+    tensors: dict[str, torch.Tensor] = {}
+    tree = _encode(state, "", tensors)
+    return {"tensors.safetensors": safetensors.torch.save(tensors), "state.json": json.dumps(tree, indent=1).encode()}
+
+
+def _encode(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
+    if isinstance(value, torch.Tensor):
+        if name in tensors:
+            raise ValueError(f"checkpoint: {name}: two tensors of this name")
+        value = value.detach()
+        # A copy on the CPU in C order; the memory format is noted, since optimizers want it equal to the parameter's.
+        channels_last = value.dim() == 4 and not value.is_contiguous() and value.is_contiguous(memory_format=torch.channels_last)
+        tensors[name] = value.to("cpu", copy=True, memory_format=torch.contiguous_format)
+        return {TENSOR: name, LAYOUT: "channels_last"} if channels_last else {TENSOR: name}
+    if isinstance(value, dict):
+        if all(isinstance(key, str) and not key.startswith("$") for key in value):
+            return {key: _encode(v, f"{name}.{key}".lstrip("."), tensors) for key, v in value.items()}
+        return {ITEMS: [[_encode(key, name, tensors), _encode(v, f"{name}.{key}", tensors)] for key, v in value.items()]}
+    if isinstance(value, (list, tuple)):
+        return [_encode(v, f"{name}.{i}", tensors) for i, v in enumerate(value)]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise ValueError(f"checkpoint: {name}: expected tensors and scalars, nested, got {type(value).__name__}")
+
+
+def _decode(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_decode(v, tensors) for v in value]
+    if not isinstance(value, dict):
+        return value
+    if TENSOR in value:
+        tensor = tensors[value[TENSOR]]
+        return tensor.contiguous(memory_format=torch.channels_last) if LAYOUT in value else tensor
+    if ITEMS in value:
+        return {_decode(key, tensors): _decode(v, tensors) for key, v in value[ITEMS]}
+    return {key: _decode(v, tensors) for key, v in value.items()}
+
+
+def not_finite(value: Any, name: str = "") -> Iterator[str]:
+    """Names of the floating-point tensors in a nested state that hold a nan or an infinity."""
+    if isinstance(value, torch.Tensor):
+        if value.is_floating_point() and not value.isfinite().all():
+            yield name
+    elif isinstance(value, dict):
+        for key, v in value.items():
+            yield from not_finite(v, f"{name}.{key}".lstrip("."))
+    elif isinstance(value, (list, tuple)):
+        for i, v in enumerate(value):
+            yield from not_finite(v, f"{name}.{i}".lstrip("."))
