@@ -25,14 +25,23 @@ CLOSE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.float16: 2.0**-10, tor
 
 # Against plain torch in the same dtype: this many times its error, or this many units in the last place.
 TIMES_PLAIN = 2.0
-ULPS = 4.0
+ULPS = 8.0
 
 
-def assert_golden(name: str, tensor: torch.Tensor, expected: float | typing.Sequence[float], dtype: torch.dtype | None = None) -> None:
+def assert_golden(
+    name: str,
+    tensor: torch.Tensor,
+    expected: float | typing.Sequence[float],
+    dtype: torch.dtype | None = None,
+    *,
+    plain: torch.Tensor | None = None,
+) -> None:
     """``tensor`` has the digest the released code gave.
 
     name: the tensor's name in the golden file, which seeds its digest. expected: [norm, dot], or a bare number for a loss.
     dtype: the precision it was computed in, float64 or float32; that of ``tensor`` if None.
+    plain: the same from plain torch in the same dtype. Where that is itself further off (a few gradients of biases are sums that
+        cancel to a thousandth of their terms), twice its error is allowed.
     """
     dtype = dtype or tensor.dtype
     number = isinstance(expected, (int, float))
@@ -41,6 +50,8 @@ def assert_golden(name: str, tensor: torch.Tensor, expected: float | typing.Sequ
     scale = max(abs(v) for v in wanted)
     bound = NOISE[dtype] if scale <= GOLDEN_ZERO else GOLDEN[dtype] * scale
     off = [abs(f - w) for f, w in zip(found, wanted, strict=True)]
+    if plain is not None and dtype == torch.float32:
+        bound = max(bound, TIMES_PLAIN * max(abs(p - w) for p, w in zip(golden.digest(name, plain), wanted, strict=True)))
     assert all(d <= bound for d in off), f"{name} ({dtype}): expected {wanted}, got {found}: off by {max(off):.3g}, allowed {bound:.3g}"
 
 

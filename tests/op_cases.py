@@ -22,7 +22,8 @@ Loss = typing.Callable[[Tensors], torch.Tensor]
 @dataclasses.dataclass(frozen=True)
 class Case:
     """tensors: all tensor arguments, float64 where floating. differentiable: those that get a gradient. zero: those whose exact
-    gradient is 0, with the one whose gradient sets the scale of the noise. condition: largest logit, 1 where there is none."""
+    gradient is 0, with the one whose gradient sets the scale of the noise. condition: by how much rounding is magnified: the largest
+    logit, or a channel's mean over its spread."""
 
     op: str
     tensors: Tensors
@@ -52,22 +53,37 @@ def gradients(loss: torch.Tensor, inputs: Tensors, grad: torch.Tensor | None = N
     return dict(zip(named, found, strict=True))
 
 
+def copies(inputs: Tensors, dtype: torch.dtype | None = None) -> Tensors:
+    """The same values as fresh contiguous leaves, those that are floating in ``dtype`` if one is given."""
+    fresh = {}
+    for name, t in inputs.items():
+        dtype_of_copy = dtype if dtype is not None and t.is_floating_point() else t.dtype
+        fresh[name] = t.detach().to(dtype_of_copy, copy=True).contiguous().requires_grad_(t.requires_grad)
+    return fresh
+
+
+def widened(inputs: Tensors) -> Tensors:
+    return copies(inputs, torch.float64)
+
+
 def check(case: Case, impl: str, dtype: torch.dtype, inputs: Tensors | None = None) -> None:
     """Loss and gradients of ``impl``, computed in ``dtype``, against plain torch.
 
-    float64: equal. float32: no further from float64 than twice the error of plain torch in float32. bfloat16, float16: as exact
-    as float32 arithmetic on the rounded inputs is, gradients rounded once.
+    float64: equal. float32: no further from float64 than twice the error of plain torch in float32 (the reference, which
+    is the specification in float64: close). bfloat16, float16: as exact as float32 arithmetic on the rounded inputs is,
+    gradients rounded once.
     """
     inputs = case.inputs(dtype) if inputs is None else inputs
-    exact_inputs = {k: (t.detach().double() if t.is_floating_point() else t).requires_grad_(t.requires_grad) for k, t in inputs.items()}
+    # Copies, since torch's own batch norm misreads a weight that is not contiguous (2.14: nan from next to it, in backward).
+    exact_inputs = widened(inputs)
     exact = case.plain(exact_inputs)
     loss = case.function(impl)(inputs)
     arithmetic = torch.float64 if dtype == torch.float64 else torch.float32
     assert loss.dtype == arithmetic, f"{case.op}: expected a loss in {arithmetic}, got {loss.dtype}"
     ours, expected = gradients(loss, inputs), gradients(exact, exact_inputs)
     theirs: Tensors = {}
-    if dtype == torch.float32:
-        plain_inputs = {k: t.detach().clone().requires_grad_(t.requires_grad) for k, t in inputs.items()}
+    if dtype == torch.float32 and impl != "reference":
+        plain_inputs = copies(inputs)
         plain = case.plain(plain_inputs)
         theirs = {"loss": plain.detach()} | gradients(plain, plain_inputs)
     for name, grad in ours.items():
@@ -77,9 +93,9 @@ def check(case: Case, impl: str, dtype: torch.dtype, inputs: Tensors | None = No
         wanted = (exact.detach() if name == "loss" else expected[name]).double()
         size = wanted.abs().max().item() if wanted.numel() else 0.0
         if name in case.zero:
-            size = expected[case.zero[name]].abs().max().item()
+            size = expected[case.zero[name]].abs().max().item() * case.condition
             compare.assert_close(found, torch.zeros_like(wanted), dtype=arithmetic, scale=size, what=what)
-        elif dtype == torch.float32:
+        elif theirs:
             worth = case.condition if name != "loss" else max(1.0, case.condition / size if size else 1.0)
             compare.assert_accurate(found, theirs[name], wanted, scale=worth, what=what)
         else:
@@ -126,7 +142,7 @@ def plain_reconstruction(features, image, decoder, interpolate_mode="bilinear", 
     return {"bce": F.binary_cross_entropy, "mse": F.mse_loss, "l1": F.l1_loss}[loss](output, image)
 
 
-def reconstruction(N=3, C=5, h=4, w=3, H=9, W=7, K=7, *, bias=True, training=True, norm=None, **options) -> Case:
+def reconstruction(N=3, C=5, h=4, w=3, H=9, W=7, K=7, *, bias=True, training=True, norm=None, condition=1.0, **options) -> Case:
     """A case of `reconstruction_loss`; options as the op takes them."""
     generator = torch.Generator().manual_seed(N + 3 * C + 5 * h + 7 * w + 11 * H + 13 * W)
     decoder = make_decoder(C, K, bias=bias, **(norm or {})).train(training)
@@ -157,7 +173,7 @@ def reconstruction(N=3, C=5, h=4, w=3, H=9, W=7, K=7, *, bias=True, training=Tru
 
     batch_statistics = training or decoder[1].running_mean is None
     zero = {"decoder.0.bias": "decoder.0.weight"} if bias and batch_statistics else {}
-    return Case("reconstruction_loss", tensors | names, ("features", *names), function, plain, zero)
+    return Case("reconstruction_loss", tensors | names, ("features", *names), function, plain, zero, condition)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

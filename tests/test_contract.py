@@ -169,7 +169,7 @@ def test_low_precision_activations_with_float32_parameters(case, impl, low):
     first = case.differentiable[0]
     inputs = case.inputs(torch.float32)
     inputs[first] = inputs[first].detach().to(low).requires_grad_()
-    exact = {k: t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t for k, t in inputs.items()}
+    exact = op_cases.widened(inputs)
     wanted = case.plain(exact)
     expected = {"loss": wanted.detach()} | gradients(wanted, exact)
     found = results(case, impl, inputs)
@@ -184,7 +184,7 @@ def test_float64_among_float32_is_computed_in_float64(case, impl):
     inputs = case.inputs(torch.float32)
     first = case.differentiable[0]
     inputs[first] = inputs[first].detach().double().requires_grad_()
-    exact = {k: t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t for k, t in inputs.items()}
+    exact = op_cases.widened(inputs)
     found = results(case, impl, inputs)
     assert found["loss"].dtype == torch.float64
     assert_all_close({"loss": found["loss"], first: found[first]}, results(case, impl, exact), case)
