@@ -59,7 +59,7 @@ class InfoPro(LocalLoss):
     def __init__(self, decoder: Decoder, aux_classifier: AuxClassifier, reconstruction_weight: float, task_weight: float):
         super().__init__()
         if reconstruction_weight == 0 and task_weight == 0:
-            raise ValueError("InfoPro: expected a weight other than 0 for reconstruction or task, got 0 for both: nothing trains the module")
+            raise ValueError("InfoPro: expected a weight other than 0 for reconstruction or task, got 0 for both")
         self.decoder, self.aux_classifier = decoder, aux_classifier
         self.reconstruction_weight, self.task_weight = reconstruction_weight, task_weight
         self.task = "contrast" if aux_classifier.loss_mode == "contrast" else "softmax"

@@ -40,15 +40,15 @@ class Stage(nn.Sequential):
 
 @contextlib.contextmanager
 def _statistics_kept(block: nn.Module) -> Iterator[None]:
-    """Batch norms normalise by the batch, as in training, but leave their running statistics alone: for a second forward."""
-    tracking = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    for norm in tracking:
-        norm.track_running_stats = False
+    """For a second forward of the same batch: batch norms move copies of their running statistics, which are then dropped."""
+    own = [(module, name, buffer) for module in block.modules() for name, buffer in module.named_buffers(recurse=False)]
+    for module, name, buffer in own:
+        setattr(module, name, buffer.clone())
     try:
         yield
     finally:
-        for norm in tracking:
-            norm.track_running_stats = True
+        for module, name, buffer in own:
+            setattr(module, name, buffer)
 
 
 class LocalNetwork(nn.Module):
