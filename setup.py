@@ -22,13 +22,13 @@ import setuptools
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(ROOT, "build_backend"))
-from infopro_backend import NoCuda, cuda_sources, find_toolkit  # noqa: E402
+from infopro_backend import NoCuda, cuda_sources, find_toolkit, toolkit_folders  # noqa: E402
 
 try:
     from torch.utils import cpp_extension
 except ModuleNotFoundError as error:
     raise SystemExit(
-        f"infopro_fast: building needs torch >= 2.10 ({error}). Leave out --no-build-isolation, or install torch, setuptools and ninja first."
+        f"infopro_fast: building needs torch >= 2.10 ({error}). Leave out --no-build-isolation, or install torch and ninja first."
     ) from error
 import torch  # noqa: E402
 
@@ -72,17 +72,18 @@ def cuda_extension(home: str) -> setuptools.Extension:
     cpp_extension.CUDA_HOME = home
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ";".join(_architectures(home)))
     host = ["-fvisibility=hidden", "-fno-math-errno", "-fno-wrapv", "-Wno-psabi"]
+    includes = [*INCLUDES, *(f"-I{folder}" for folder in toolkit_folders(home, "include"))]  # -I: before nvcc's own
     return setuptools.Extension(
         "infopro_fast._cuda",
         cuda_sources(),
         depends=sorted(glob.glob("csrc/*.h", root_dir=ROOT) + glob.glob("csrc/*.cuh", root_dir=ROOT)),
         extra_compile_args={
-            "cxx": [*INCLUDES, *DEFINES, "-DUSE_CUDA", *CXX_FLAGS, *OPTIMIZE],
-            "nvcc": [*INCLUDES, *DEFINES, "-DUSE_CUDA", "-std=c++17", "-O3", "-DNDEBUG", "--threads=1", f"-Xcompiler={','.join(host)}"],
+            "cxx": [*includes, *DEFINES, "-DUSE_CUDA", *CXX_FLAGS, *OPTIMIZE],
+            "nvcc": [*includes, *DEFINES, "-DUSE_CUDA", "-std=c++17", "-O3", "-DNDEBUG", "--threads=1", f"-Xcompiler={','.join(host)}"],
         },
         # The static runtime: the object then does not depend on the CUDA minor version that torch brings.
         extra_link_args=[
-            *LINK_FLAGS, "-Wl,-z,defs", "-Wl,--exclude-libs,ALL", *(f"-L{os.path.join(home, name)}" for name in ("lib64", "lib")),
+            *LINK_FLAGS, "-Wl,-z,defs", "-Wl,--exclude-libs,ALL", *(f"-L{folder}" for folder in toolkit_folders(home, "lib")),
             "-ltorch_cuda", "-ltorch_cpu", "-lcudart_static", "-lrt", "-lpthread", "-ldl",
         ],  # fmt: skip
         language="c++",

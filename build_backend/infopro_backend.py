@@ -1,6 +1,6 @@
 """PEP 517 build backend: setuptools, with nvcc from PyPI as a build requirement where it is needed and nowhere else.
 
-A static build requirement would make every build download 271 MB of CUDA compiler. Here the requirement exists only if the tree has
+A static build requirement would make every build unpack 271 MB of CUDA compiler. Here the requirement exists only if the tree has
 `csrc/*_cuda.cu`, the torch of the build environment has CUDA 13, no installed toolkit of that major version is found, and
 `INFOPRO_NO_CUDA` is unset. setup.py asks the same function which toolkit to use, so the two cannot disagree.
 """
@@ -26,16 +26,18 @@ from setuptools.build_meta import (  # noqa: F401  (hooks that setuptools' own d
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
-# The only CUDA that PyPI has as one coherent toolkit folder (site-packages/nvidia/cu13), by major version.
-PYPI_TOOLKIT = {13: "cuda-toolkit[nvcc,cccl,cudart]==13.0.*"}
+# What `cuda-toolkit[nvcc,cccl,cudart]` consists of. By their own names: torch requires a cuda-toolkit without nvcc, and pip takes
+# a distribution that is installed for satisfied, whatever extras it is asked for.
+PYPI_TOOLKIT = ("nvidia-cuda-nvcc", "nvidia-nvvm", "nvidia-cuda-crt", "nvidia-cuda-cccl", "nvidia-cuda-runtime")
+PYPI_MAJOR = 13  # the major version whose packages share a folder, site-packages/nvidia/cu13, and so make a toolkit
 
 
 class NoCuda(Exception):
-    """Why the CUDA kernels are not built. `package`: the PyPI requirement that would change that, or None."""
+    """Why the CUDA kernels are not built. `packages`: the requirements that would change that, if any."""
 
-    def __init__(self, reason: str, package: str | None = None):
+    def __init__(self, reason: str, packages: tuple[str, ...] = ()):
         super().__init__(reason)
-        self.package = package
+        self.packages = packages
 
 
 def cuda_sources() -> list[str]:
@@ -65,7 +67,26 @@ def find_toolkit(torch_cuda: str | None) -> tuple[str, str]:
     if named:
         raise NoCuda(f"{expected}but CUDA_HOME (or CUDA_PATH) names {'; '.join(rejected)}")
     found = "found none (CUDA_HOME, CUDA_PATH, nvcc on PATH, /usr/local/cuda)" if not rejected else f"but {'; '.join(rejected)}"
-    raise NoCuda(expected + found, PYPI_TOOLKIT.get(wanted))
+    # The minor version too: these share headers with the runtime that torch requires.
+    raise NoCuda(expected + found, tuple(f"{name}=={torch_cuda}.*" for name in PYPI_TOOLKIT) if wanted == PYPI_MAJOR else ())
+
+
+def toolkit_folders(home: str, kind: str) -> list[str]:
+    """The "include" or "lib" folders of a toolkit, in the order to search them.
+
+    pip spreads the PyPI packages over two folders: torch's requirements, the runtime of its CUDA version among them, and what
+    `_cuda_requirement` asked for, which may bring another, newer runtime. Torch's comes first.
+    """
+    homes = [home]
+    if home in _pypi_toolkits():
+        homes = sorted(_pypi_toolkits(), key=lambda other: os.path.exists(os.path.join(other, "bin", "nvcc")))
+    names = ("lib64", "lib") if kind == "lib" else (kind,)
+    return [folder for other in homes for name in names if os.path.isdir(folder := os.path.join(other, name))]
+
+
+def _pypi_toolkits() -> list[str]:
+    homes = (os.path.join(folder, "nvidia", f"cu{PYPI_MAJOR}") for folder in sys.path)
+    return [home for home in dict.fromkeys(homes) if os.path.isdir(home)]
 
 
 def _installed_toolkits():
@@ -74,10 +95,7 @@ def _installed_toolkits():
         yield _toolkit_of(on_path)
     if os.path.exists("/usr/local/cuda"):
         yield "/usr/local/cuda"
-    for folder in sys.path:
-        home = os.path.join(folder, "nvidia", "cu13")
-        if os.path.exists(os.path.join(home, "bin", "nvcc")):
-            yield home
+    yield from (home for home in _pypi_toolkits() if os.path.exists(os.path.join(home, "bin", "nvcc")))
 
 
 def _toolkit_of(nvcc: str) -> str:
@@ -106,7 +124,7 @@ def _cuda_requirement() -> list[str]:
     try:
         find_toolkit(torch.version.cuda)
     except NoCuda as reason:
-        return [reason.package] if reason.package else []
+        return list(reason.packages)
     return []
 
 
