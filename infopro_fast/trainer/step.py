@@ -113,6 +113,13 @@ class LocalTrainer:
             raise ValueError(f"LocalTrainer: expected the state of {len(self.optimizers)} optimizers, got {len(state['optimizers'])}")
         for optimizer, own in zip(self.optimizers, state["optimizers"]):
             optimizer.load_state_dict(own)
+            for p, entry in optimizer.state.items():
+                # Fused optimizers walk a parameter and its state side by side in memory: both need the same strides.
+                entry.update({k: torch.empty_like(p).copy_(v) for k, v in entry.items() if _laid_out_otherwise(v, p)})
+
+
+def _laid_out_otherwise(value: object, p: nn.Parameter) -> bool:
+    return isinstance(value, torch.Tensor) and value.shape == p.shape and value.stride() != p.stride()
 
 
 def check_finite(metrics: Metrics) -> None:

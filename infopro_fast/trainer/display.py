@@ -1,0 +1,162 @@
+"""What a run shows while it trains: a live table in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+PLAIN_SECONDS = 30.0  # between two plain lines inside an epoch
+
+
+@dataclass
+class Status:
+    """Where a run stands. train: mean metrics of the last steps read; test: of the last evaluation, or None."""
+
+    title: str
+    epoch: int
+    epochs: int
+    batch: int
+    batches: int
+    lr: float = 0.0
+    train: dict[str, float] = field(default_factory=dict)
+    test: dict[str, float] | None = None
+    best: float | None = None
+    images_per_second: float = 0.0
+    peak_bytes: int = 0
+    seconds_left: float | None = None
+
+
+def peak_memory(device: torch.device) -> int:
+    """Peak bytes: of the process (resident) on the CPU, of torch's allocator on a GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+
+
+def duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def losses_by_module(train: dict[str, float]) -> tuple[list[str], dict[int, dict[str, float]]]:
+    """Names of the local losses, and for each local module its values."""
+    names: list[str] = []
+    modules: dict[int, dict[str, float]] = {}
+    for key, value in train.items():
+        module, _, name = key.partition("/")
+        if name:
+            modules.setdefault(int(module.removeprefix("module")), {})[name] = value
+            if name not in names:
+                names.append(name)
+    return names, modules
+
+
+class PlainDisplay:
+    """A line an epoch, one every 30 seconds inside a long one, and messages."""
+
+    def __init__(self, stream=None):
+        self._stream = stream or sys.stdout
+        self._last = time.monotonic()
+
+    def __enter__(self) -> PlainDisplay:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        pass
+
+    def message(self, text: str) -> None:
+        print(text, file=self._stream, flush=True)
+
+    def update(self, status: Status) -> None:
+        if time.monotonic() - self._last > PLAIN_SECONDS:
+            self._line(status, f"epoch {status.epoch}/{status.epochs} batch {status.batch}/{status.batches}")
+
+    def epoch(self, status: Status) -> None:
+        self._line(status, f"epoch {status.epoch}/{status.epochs}")
+
+    def _line(self, status: Status, where: str) -> None:
+        self._last = time.monotonic()
+        losses = "  ".join(f"{name.replace('module', 'm')} {value:.4f}" for name, value in status.train.items() if "/" in name)
+        test = f"  test accuracy {100 * status.test['accuracy']:.2f}%" if status.test else ""
+        self.message(
+            f"{where}  loss {status.train.get('loss', 0):.4f}  train accuracy {100 * status.train.get('accuracy', 0):.2f}%{test}  {losses}  "
+            f"{status.images_per_second:.0f} images/s  peak {status.peak_bytes / 2**20:.0f} MiB  left {duration(status.seconds_left)}"
+        )
+
+
+class LiveDisplay:
+    """One table, redrawn in place: every module's losses, accuracy, speed, memory and time left."""
+
+    def __init__(self, console):
+        from rich.live import Live
+
+        self._live = Live(console=console, refresh_per_second=4)
+
+    def __enter__(self) -> LiveDisplay:
+        self._live.__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._live.__exit__(*exception)
+
+    def message(self, text: str) -> None:
+        self._live.console.print(text, markup=False, highlight=False)
+
+    def update(self, status: Status) -> None:
+        self._live.update(render(status))
+
+    epoch = update
+
+
+def render(status: Status):
+    """The live table as a rich renderable."""
+    from rich.console import Group
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+    from rich.text import Text
+
+    names, modules = losses_by_module(status.train)
+    table = Table(title=status.title, title_justify="left")
+    table.add_column("module")
+    for name in [*names, "cross entropy", "accuracy"]:
+        table.add_column(name.replace("_", " "), justify="right")
+    for k, values in modules.items():
+        table.add_row(f"{k}", *(_number(name, values.get(name)) for name in names), "", "")
+    accuracy = f"{100 * status.train.get('accuracy', 0):.2f} %"
+    table.add_row("last" if modules else "whole", *("" for _ in names), _number("", status.train.get("loss")), accuracy)
+    if status.test:
+        test = f"{100 * status.test['accuracy']:.2f} %"
+        table.add_row("test", *("" for _ in names), _number("", status.test["loss"]), test, style="bold green")
+    done = (status.epoch - 1) * status.batches + status.batch
+    facts = [
+        f"epoch {status.epoch}/{status.epochs}, batch {status.batch}/{status.batches}",
+        f"{status.images_per_second:.0f} images/s",
+        f"peak {status.peak_bytes / 2**20:.0f} MiB",
+        f"rate {status.lr:.4g}",
+        f"left {duration(status.seconds_left)}",
+    ]
+    if status.best is not None:
+        facts.append(f"best test {100 * status.best:.2f} %")
+    return Group(table, ProgressBar(total=status.epochs * status.batches, completed=done, width=60), Text("  ".join(facts)))
+
+
+def _number(name: str, value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{100 * value:.2f} %" if name.endswith("accuracy") else f"{value:.4f}"
+
+
+def choose() -> PlainDisplay | LiveDisplay:
+    """Live in a terminal, plain where the output goes elsewhere."""
+    from rich.console import Console
+
+    console = Console()
+    return LiveDisplay(console) if console.is_terminal else PlainDisplay()

@@ -1,0 +1,318 @@
+"""The training loop, and what makes it safe to kill: `fit` starts a run, `resume` continues one to the same bits.
+
+The state of a run is the weights, the optimizers, torch's random generators, and the place (epoch, batch): the batches
+themselves are a function of (seed, epoch) and the learning rate of the place. Metrics stay on the device and are read every
+`log_every` steps and before each checkpoint, which is when a non-finite loss is found; none ever gets into a checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from infopro_fast import data, modules, ops
+
+from . import checkpoint, display, report, schedule
+from .config import ConfigError, TrainConfig
+from .meters import Clock, Meters
+from .step import LocalTrainer
+
+
+class NonFiniteError(RuntimeError):
+    """Training met a nan or an infinity; the message names step, module and loss, and the last checkpoint, which is good."""
+
+
+class Stopped(KeyboardInterrupt):
+    """Training stopped by a signal, after a checkpoint. run: the run folder; signum: which signal."""
+
+    def __init__(self, run: Path, signum: int):
+        super().__init__(f"stopped by {signal.Signals(signum).name}; continue with: infopro-fast train --resume {run}")
+        self.run, self.signum = run, signum
+
+
+def fit(config: TrainConfig) -> Path:
+    """Train as ``config`` says and return the run folder.
+
+    SIGINT and SIGTERM stop it after a checkpoint (`Stopped`), a second one at once. Raises ConfigError, DataError, RunError
+    or NonFiniteError, whose messages are for people. Torch's generators and thread count are left as they were.
+    """
+    config = config.resolved()
+    images = _load_data(config)
+    with _machine(config):
+        torch.manual_seed(config.seed)
+        net = _build(config, images)
+        run = report.create(config)
+        with report.locked(run):
+            _Training(config, run, images, net).run_to_end()
+    return run
+
+
+def resume(run: str | Path, *, previous: bool = False) -> Path:
+    """Continue a run from its last checkpoint, or with ``previous`` from the one before it; on the same machine, to the same bits.
+
+    (On a GPU as far as torch's kernels are deterministic.) Raises CheckpointError for a damaged checkpoint, and what `fit` raises.
+    """
+    run = Path(run)
+    report.read_config(run)  # is this a run at all?
+    with report.locked(run):
+        checkpoint.clean(run / report.CHECKPOINTS)
+        path, state = checkpoint.load_latest(run / report.CHECKPOINTS, previous)
+        config = TrainConfig.from_json(state["config"])
+        images = _load_data(config)
+        with _machine(config):
+            training = _Training(config, run, images, _build(config, images))
+            training.load(path, state)
+            training.run_to_end()
+    return run
+
+
+def evaluate_run(run: str | Path, data_root: str | Path | None = None) -> dict[str, float]:
+    """{"accuracy", "loss", "count"} of a run's weights.safetensors on its test images (under ``data_root`` if they moved)."""
+    run = Path(run)
+    config, weights = report.read_config(run), report.read_weights(run)
+    images = data.load(config.dataset, config.data_root if data_root is None else data_root)
+    with _machine(config):
+        net = _build(config, images)
+        try:
+            net.load_released_state_dict(weights)
+        except ValueError as error:
+            raise report.RunError(f"{run / report.WEIGHTS} does not fit {report.CONFIG}: {error}") from error
+        trainer = LocalTrainer(net, schedule.released_sgd(config.lr))
+        return trainer.evaluate(images.to(config.device).test_batches(config.batch_size, getattr(torch, config.dtype)))
+
+
+class _Training:
+    """A run in progress; its place is ``epoch`` finished epochs and ``batch`` finished batches of the next one."""
+
+    def __init__(self, config: TrainConfig, run: Path, images: data.ImageSet, net: modules.LocalNetwork):
+        self.config, self.run, self.net = config, run, net
+        self.device, self.dtype = torch.device(config.device), getattr(torch, config.dtype)
+        self.images = images.to(self.device)
+        self.batches = images.batches(config.batch_size, config.drop_last)
+        self.trainer = LocalTrainer(net, schedule.released_sgd(config.lr, config.momentum, config.weight_decay))
+        self.meters = Meters(config.log_every)
+        self.epoch = self.batch = 0
+        self.best: float | None = None
+        self.test: dict[str, float] | None = None
+        self.seconds, self.metrics_bytes, self.came_from = 0.0, 0, ""
+
+    def run_to_end(self) -> None:
+        """Train what is left, then write the weights and the learning curve."""
+        self.clock = Clock(self.seconds, self.config.checkpoint_minutes, (self.config.epochs - self.epoch) * self.batches - self.batch)
+        try:
+            with (
+                display.choose() as self.screen,
+                contextlib.closing(report.MetricsLog(self.run, self.metrics_bytes)) as self.log,
+                _StopRequest(self.run) as self.stop,
+            ):
+                self.screen.message(self.came_from or f"{self.title}, {len(self.images.train)} images, run folder {self.run}")
+                if not self.came_from:
+                    self.save()
+                while self.epoch < self.config.epochs:
+                    self.train_epoch()
+                    self.finish_epoch()
+            self.write_weights()
+        except Stopped:
+            report.draw_learning_curve(self.run, self.title)
+            raise
+        except FloatingPointError as error:
+            last = checkpoint.list_checkpoints(self.run / report.CHECKPOINTS)
+            kept = f"the last checkpoint before it, {last[-1]}, is kept" if last else "there was no checkpoint yet"
+            raise NonFiniteError(f"{error}; training stopped, {kept}") from error
+        report.draw_learning_curve(self.run, self.title)
+
+    def train_epoch(self) -> None:
+        config = self.config
+        self.clock.new_epoch()
+        for image, label in self.images.train_epoch(
+            config.batch_size, seed=config.seed, epoch=self.epoch, first=self.batch, drop_last=config.drop_last,
+            augmented=config.augment, dtype=self.dtype,
+        ):  # fmt: skip
+            lr = learning_rate(config, self.epoch, self.batch, self.batches)
+            self.trainer.set_learning_rate(lr)
+            self.meters.add(self.trainer.step(image, label), len(label))
+            self.batch += 1
+            self.clock.step(len(label))
+
+            if self.batch % config.log_every == 0 or self.batch == self.batches:
+                self.meters.read(self.place)
+                means = self.meters.finish_interval()
+                self.log.write({"kind": "step", "epoch": self.epoch + 1, "batch": self.batch, "lr": lr, **means})
+                self.screen.update(self.status(means, lr))
+            if self.stop.signum is not None:
+                self.save()
+                self.stop.now()
+            elif self.clock.checkpoint_due and self.batch < self.batches:  # the epoch's end has a checkpoint of its own
+                self.save()
+
+    def finish_epoch(self) -> None:
+        try:
+            self.test = self.trainer.evaluate(self.stop.watch(self.images.test_batches(self.config.batch_size, self.dtype)))
+        except Stopped:
+            self.save()  # at the last batch: continuing evaluates again
+            raise
+        self.best = max(self.test["accuracy"], self.best or 0.0)
+        train, lr = self.meters.finish_epoch(), learning_rate(self.config, self.epoch, self.batches - 1, self.batches)
+        self.log.write({
+            "kind": "epoch", "epoch": self.epoch + 1, "train": train, "test": self.test, "best": self.best, "seconds": self.clock.seconds,
+            "images_per_second": self.clock.images_per_second, "peak_memory_bytes": display.peak_memory(self.device),
+        })  # fmt: skip
+        self.screen.epoch(self.status(train, lr))
+        self.epoch, self.batch = self.epoch + 1, 0
+        self.save()
+        self.write_weights()
+        if self.stop.signum is not None and self.epoch < self.config.epochs:
+            self.stop.now()
+
+    def save(self) -> None:
+        """A checkpoint of this place. Raises FloatingPointError instead if a loss, a weight or an optimizer's tensor is not finite."""
+        self.meters.read(self.place)
+        content = {"net": self.net.state_dict(), "trainer": self.trainer.state_dict()}
+        for name in checkpoint.not_finite(content):
+            raise FloatingPointError(f"{self.place}: {name} is not finite, though every loss was")
+        content |= {
+            "config": self.config.to_json(), "epoch": self.epoch, "batch": self.batch, "best": self.best, "test": self.test,
+            "meters": self.meters.state_dict(), "rng": _rng_state(self.device), "seconds": self.clock.seconds,
+            "metrics_bytes": self.log.sync(), "torch": torch.__version__,
+        }  # fmt: skip
+        checkpoint.save(self.run / report.CHECKPOINTS, checkpoint.name_of(self.epoch, self.batch), content)
+        self.clock.saved()
+
+    def load(self, path: Path, state: dict[str, Any]) -> None:
+        """Take the state that `save` wrote to ``path``."""
+        self.net.load_state_dict(state["net"])
+        self.trainer.load_state_dict(state["trainer"])
+        self.meters.load_state_dict(state["meters"])
+        _set_rng_state(state["rng"], self.device)
+        for name in ("epoch", "batch", "best", "test", "seconds", "metrics_bytes"):
+            setattr(self, name, state[name])
+        self.came_from = f"{self.title}: continuing {self.run} from {path.name}"
+        if state["torch"] != torch.__version__:
+            self.came_from += f" (written by torch {state['torch']}, this is {torch.__version__}: bits may differ)"
+
+    def write_weights(self) -> None:
+        about = {"arch": self.config.arch, "epoch": self.epoch, "test_accuracy": (self.test or {}).get("accuracy")}
+        report.write_weights(self.run, self.net.released_state_dict(), about)
+
+    def status(self, train: dict[str, float], lr: float) -> display.Status:
+        return display.Status(
+            self.title, self.epoch + 1, self.config.epochs, self.batch, self.batches, lr, train, self.test, self.best,
+            self.clock.images_per_second, display.peak_memory(self.device), self.clock.seconds_left,
+        )  # fmt: skip
+
+    @property
+    def place(self) -> str:
+        return f"epoch {self.epoch + 1}, step {self.batch} of {self.batches}"
+
+    @property
+    def title(self) -> str:
+        c = self.config
+        return f"{c.arch}, {c.modules} module{'s' * (c.modules > 1)}, {c.local_loss}, on {c.dataset} ({self.device})"
+
+
+def learning_rate(config: TrainConfig, epoch: int, batch: int, batches: int) -> float:
+    """Of the step at this place: ``epoch`` epochs and ``batch`` of the next one's ``batches`` are finished before it."""
+    if config.schedule == "one_cycle":
+        steps, warmup = config.epochs * batches, config.warmup * batches
+        return schedule.one_cycle(epoch * batches + batch, steps, config.lr, warmup_steps=warmup)
+    if config.schedule == "step":  # 80 and 120 of the released 160 epochs
+        return schedule.step(epoch + 1, config.epochs, config.lr, milestones=(config.epochs // 2, 3 * config.epochs // 4))
+    return schedule.cosine(epoch + 1, config.epochs, config.lr, warmup_epochs=config.warmup, zero_last_epoch=config.zero_last_epoch)
+
+
+def _load_data(config: TrainConfig) -> data.ImageSet:
+    images = data.load(config.dataset, config.data_root, config.download)
+    if images.batches(config.batch_size, config.drop_last) == 0:
+        raise ConfigError(f"batch_size {config.batch_size} and drop_last: there are only {len(images.train)} training images")
+    return images
+
+
+def _build(config: TrainConfig, images: data.ImageSet) -> modules.LocalNetwork:
+    if config.impl != "auto":
+        for op in ops.OPS:
+            reason = ops.available(op, config.device)[config.impl]
+            if reason is not None:
+                raise ConfigError(f"impl {config.impl}: {op}: {reason}")
+    try:
+        net = modules.build(
+            config.arch, config.modules, config.local_loss, config.lambdas, config.balanced, images.num_classes, images.image_size,
+            images.mean, images.std, cuts=config.cuts, net_config=config.net_config, widen=config.widen, feature_dim=config.feature_dim,
+            checkpoint=config.gradient_checkpointing, impl=config.impl,
+        )  # fmt: skip
+    except ValueError as error:
+        raise ConfigError(str(error).removeprefix("build: ")) from error
+    return net.to(config.device, getattr(torch, config.dtype))
+
+
+@contextlib.contextmanager
+def _machine(config: TrainConfig) -> Iterator[None]:
+    """The run's thread count and kernels that repeat to the bit, and generators of its own, for as long as it lasts."""
+    try:
+        device = torch.device(config.device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch built without CUDA
+        raise ConfigError(f"device {config.device}: {str(error).splitlines()[0]}") from error
+    threads = torch.get_num_threads()
+    torch.set_num_threads(config.threads)
+    try:
+        with (
+            torch.random.fork_rng([device] if device.type == "cuda" else []),
+            torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True),
+        ):
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _rng_state(device: torch.device) -> dict[str, torch.Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    return state | {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else state
+
+
+def _set_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+class _StopRequest:
+    """Notes SIGINT and SIGTERM (``signum``) for the loop to stop at a good place; a second signal interrupts at once.
+
+    Outside the main thread, where Python allows no handlers, signals do what they did before.
+    """
+
+    def __init__(self, run: Path):
+        self.run = run
+        self.signum: int | None = None
+        self._old: dict[int, Any] = {}
+
+    def __enter__(self) -> _StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            self._old = {signum: signal.signal(signum, self._note) for signum in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for signum, handler in self._old.items():
+            signal.signal(signum, handler)
+
+    def _note(self, signum: int, frame: Any) -> None:
+        if self.signum is not None:
+            raise KeyboardInterrupt
+        self.signum = signum
+
+    def now(self) -> None:
+        """Stop training here; the checkpoint is written."""
+        raise Stopped(self.run, self.signum)
+
+    def watch(self, batches: Iterable) -> Iterator:
+        """The batches, until a signal comes."""
+        for batch in batches:
+            if self.signum is not None:
+                self.now()
+            yield batch

@@ -1,0 +1,122 @@
+"""Metrics of many steps, read at once; and how long things take."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import torch
+
+from .step import Metrics, check_finite
+
+
+class Meters:
+    """Sums of the metrics of `LocalTrainer.step`, over an interval of steps and over the epoch.
+
+    Steps are kept on their device, ``capacity`` of them at most, until `read`: nothing waits for the device in between.
+    Losses are averaged over images, counts of right answers ("..._correct", "correct") become "..._accuracy", "accuracy".
+    """
+
+    def __init__(self, capacity: int):
+        self._capacity = capacity
+        self._names: list[str] = []
+        self._rows: torch.Tensor | None = None  # (capacity, metrics) float64, of which the first len(_counts) are filled
+        self._counts: list[int] = []
+        self._interval: dict[str, float] = {}
+        self._epoch: dict[str, float] = {}
+
+    def add(self, metrics: Metrics, count: int) -> None:
+        """One step's metrics, 0-d tensors, of ``count`` images."""
+        values = torch.stack([value.double() for value in metrics.values()])
+        if self._rows is None:
+            self._names, self._rows = list(metrics), values.new_empty(self._capacity, len(values))
+        self._rows[len(self._counts)] = values
+        self._counts.append(count)
+
+    def read(self, last: str = "") -> None:
+        """Take in the steps since the last reading; waits for the device. ``last``: what to call the last of them in an error.
+
+        Raises FloatingPointError naming module and loss of the first step with a metric that is not finite.
+        """
+        if self._rows is None:
+            return
+        rows, counts = self._rows[: len(self._counts)].tolist(), self._counts
+        for i, (row, count) in enumerate(zip(rows, counts)):
+            if not all(map(math.isfinite, row)):
+                self._fail(self._rows[i], len(rows) - 1 - i, last)
+            for sums in (self._interval, self._epoch):
+                for name, value in zip(self._names, row):
+                    sums[name] = sums.get(name, 0.0) + (value if name.endswith("correct") else value * count)
+                sums["images"] = sums.get("images", 0) + count
+        self._counts = []
+
+    def _fail(self, row: torch.Tensor, steps_before: int, last: str) -> None:
+        where = f"{steps_before} steps before {last}" if steps_before else last
+        try:
+            check_finite(dict(zip(self._names, row)))
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{where}: {error}") from None
+
+    def finish_interval(self) -> dict[str, float]:
+        """Means over the steps read since the last call."""
+        means, self._interval = _means(self._interval), {}
+        return means
+
+    def finish_epoch(self) -> dict[str, float]:
+        """Means over the steps read since the last call."""
+        means, self._epoch = _means(self._epoch), {}
+        return means
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of what was read; read first."""
+        return {"interval": dict(self._interval), "epoch": dict(self._epoch)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._interval, self._epoch = dict(state["interval"]), dict(state["epoch"])
+
+
+def _means(sums: dict[str, float]) -> dict[str, float]:
+    images = sums.get("images", 0)
+    return {name.replace("correct", "accuracy"): value / images for name, value in sums.items() if name != "images"}
+
+
+class Clock:
+    """Seconds of the run, speed, time left, and whether a checkpoint is due. seconds: of the run before this process."""
+
+    def __init__(self, seconds: float, checkpoint_minutes: float, steps_left: int):
+        self._before, self._start = seconds, time.monotonic()
+        self._every, self._saved_at = 60 * checkpoint_minutes, self._start
+        self._steps, self._steps_left = 0, steps_left
+        self.new_epoch()
+
+    def step(self, images: int) -> None:
+        """A step of ``images`` images has ended."""
+        now = time.monotonic()
+        self._busy, self._mark = self._busy + now - self._mark, now
+        self._images, self._steps, self._steps_left = self._images + images, self._steps + 1, self._steps_left - 1
+
+    def new_epoch(self) -> None:
+        self._images, self._busy, self._mark = 0, 0.0, time.monotonic()
+
+    def saved(self) -> None:
+        """A checkpoint was written; the time it took is no part of the next step's."""
+        self._saved_at = self._mark = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        return self._before + time.monotonic() - self._start
+
+    @property
+    def checkpoint_due(self) -> bool:
+        return time.monotonic() - self._saved_at >= self._every
+
+    @property
+    def images_per_second(self) -> float:
+        """Of the training steps of this epoch."""
+        return self._images / self._busy if self._busy else 0.0
+
+    @property
+    def seconds_left(self) -> float | None:
+        """At the pace of this process so far, evaluation included; None before the first step."""
+        return (time.monotonic() - self._start) / self._steps * self._steps_left if self._steps else None

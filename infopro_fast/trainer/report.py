@@ -1,0 +1,167 @@
+"""The run folder: config.json, metrics.jsonl, weights.safetensors (released names), learning_curve.png, checkpoints/."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import ASIDE, replace_file, sync_folder
+from .config import ConfigError, TrainConfig
+
+CONFIG, METRICS, WEIGHTS, CURVE, CHECKPOINTS = (
+    "config.json", "metrics.jsonl", "weights.safetensors", "learning_curve.png", "checkpoints",
+)  # fmt: skip
+
+
+class RunError(RuntimeError):
+    """A folder that is not the run it should be; the message names it."""
+
+
+def create(config: TrainConfig) -> Path:
+    """A new run folder with its config.json. Raises RunError if ``config.out`` exists and is not empty."""
+    folder = config.out
+    if folder is None:
+        name = f"{config.dataset}-{config.arch}-k{config.modules}-{config.local_loss}-{time.strftime('%Y%m%d-%H%M%S')}"
+        folder = Path("runs") / name
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RunError(f"{folder} exists already: give another folder as out, or continue it with --resume {folder}")
+    folder.mkdir(parents=True, exist_ok=True)
+    sync_folder(folder.parent)
+    replace_file(folder / CONFIG, config.to_json().encode())
+    return folder
+
+
+def read_config(folder: Path) -> TrainConfig:
+    """The settings of a run. Raises RunError if ``folder`` is none."""
+    if not (folder / CONFIG).is_file():
+        raise RunError(f"{folder} is not a run folder: it has no {CONFIG}")
+    try:
+        return TrainConfig.from_json((folder / CONFIG).read_text())
+    except (ConfigError, UnicodeDecodeError) as error:
+        raise RunError(f"{folder / CONFIG}: {error}") from error
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the run folder against a second process. The system lets go of it when the process dies, however it dies."""
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunError(f"{folder} is in use by another process") from error
+        yield
+
+
+class MetricsLog:
+    """metrics.jsonl: one JSON object a line. ``kept``: bytes to keep of what is there, those a checkpoint accounts for."""
+
+    def __init__(self, folder: Path, kept: int = 0):
+        self.path = folder / METRICS
+        self._file = open(self.path, "ab")
+        size = self._file.tell()
+        if size < kept:
+            self._file.close()
+            raise RunError(f"{self.path}: expected at least the {kept} bytes that the checkpoint has seen, got {size}")
+        self._file.truncate(kept)
+
+    def write(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(record).encode() + b"\n")
+        self._file.flush()
+
+    def sync(self) -> int:
+        """Flush to the disk; returns the number of bytes."""
+        os.fsync(self._file.fileno())
+        return self._file.tell()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(folder: Path, kind: str) -> list[dict[str, Any]]:
+    """The lines of one kind ("step": every `log_every` steps, or "epoch") in order."""
+    path = folder / METRICS
+    records = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return [record for record in records if record["kind"] == kind]
+
+
+def write_weights(folder: Path, state: dict[str, Any], about: dict[str, Any]) -> None:
+    """state: tensors by released names; about: what to note beside them, as text, in the file's header."""
+    import safetensors.torch
+
+    tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in state.items()}
+    content = safetensors.torch.save(tensors, {name: str(value) for name, value in about.items()})
+    replace_file(folder / WEIGHTS, content)
+
+
+def read_weights(folder: Path) -> dict[str, Any]:
+    """Tensors by released names. Raises RunError if there are none, or if the file is damaged."""
+    import safetensors
+    import safetensors.torch
+
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise RunError(f"{folder} has no {WEIGHTS}: no epoch is finished; continue with: infopro-fast train --resume {folder}")
+    try:
+        return safetensors.torch.load_file(path)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise RunError(f"{path} is damaged: {error}") from error
+
+
+def draw_learning_curve(folder: Path, title: str) -> Path | None:
+    """Write learning_curve.png from the epochs in metrics.jsonl: one panel a loss, a line a module, and accuracy. None: no epoch yet."""
+    epochs = read_metrics(folder, "epoch")
+    if not epochs:
+        return None
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    terms: dict[str, list[int]] = {}  # name of a loss: the modules that have it
+    for name in epochs[0]["train"]:
+        module, _, term = name.partition("/")
+        if term and not term.endswith("_accuracy"):
+            terms.setdefault(term, []).append(int(module.removeprefix("module")))
+    modules = max((k for ks in terms.values() for k in ks), default=1)
+    figure = Figure(figsize=(4.6 * (len(terms) + 2), 3.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(terms) + 2)
+    x = [record["epoch"] for record in epochs]
+    for panel, (term, ks) in zip(panels, terms.items()):
+        for k in ks:
+            values = [record["train"][f"module{k}/{term}"] for record in epochs]
+            panel.plot(x, values, color=_color(k, modules), marker=_marker(x), label=f"module {k}")
+        panel.set_title(f"{term} loss, train")
+    last, accuracy = panels[-2:]
+    last.plot(x, [record["train"]["loss"] for record in epochs], color="C0", marker=_marker(x), label="train")
+    last.plot(x, [record["test"]["loss"] for record in epochs], color="C3", marker=_marker(x), label="test")
+    last.set_title("cross entropy of the network")
+    best = max(epochs, key=lambda record: record["test"]["accuracy"])
+    accuracy.plot(x, [100 * record["train"]["accuracy"] for record in epochs], color="C0", marker=_marker(x), label="train")
+    accuracy.plot(x, [100 * record["test"]["accuracy"] for record in epochs], color="C3", marker=_marker(x), label="test")
+    accuracy.set_title(f"accuracy (%), best test {100 * best['test']['accuracy']:.2f} in epoch {best['epoch']}")
+    for panel in panels:
+        panel.set_xlabel("epoch")
+        panel.xaxis.get_major_locator().set_params(integer=True)
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=8, ncols=2 if len(panel.get_lines()) > 6 else 1)
+    figure.suptitle(title)
+    path = folder / CURVE
+    aside = path.with_name(ASIDE + path.name)
+    figure.savefig(aside, format="png", dpi=120)
+    os.replace(aside, path)
+    return path
+
+
+def _color(module: int, modules: int):
+    from matplotlib import colormaps
+
+    return colormaps["viridis"](0.9 * (module - 1) / max(1, modules - 1))
+
+
+def _marker(x: list[int]) -> str | None:
+    return "o" if len(x) <= 12 else None
