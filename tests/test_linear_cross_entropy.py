@@ -27,7 +27,7 @@ def test_options(label_smoothing, class_weight, bias, ignored, reduction, impl):
         check(linear_ce(N=23, D=11, C=13, **options), impl, dtype)
 
 
-@pytest.mark.parametrize("label_smoothing, class_weight, bias", itertools.product((0.0, 0.1), (False, True), (False, True)))
+@pytest.mark.parametrize("label_smoothing, class_weight, bias", list(itertools.product((0.0, 0.1), (False, True), (False, True))))
 def test_options_on_every_instruction_set(label_smoothing, class_weight, bias, isa):
     for dtype in FLOATS:
         check(linear_ce(N=67, D=70, C=35, label_smoothing=label_smoothing, class_weight=class_weight, bias=bias), "cpu", dtype)
@@ -131,8 +131,8 @@ def test_class_weights_that_are_all_zero(impl):
     assert loss.item() == 0 and not any(g.any() for g in gradients(loss, inputs).values())
 
 
-def test_an_ignored_row_may_hold_anything(impl):
-    """Padding of inf or nan is not read into loss or gradients of the rows that count."""
+def test_an_ignored_row_may_be_huge(impl):
+    """Padding does not overflow into the loss or the gradients of the rows that count."""
     case = linear_ce(N=9, ignored=3, reduction="mean")
     inputs, clean = case.inputs(), case.inputs()
     padding = inputs["target"] == -100

@@ -21,9 +21,7 @@ IMPLEMENTATIONS = ("reference", "cpu")
 _CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-@functools.cache
-def load_cpu_kernels() -> str | None:
-    """Load the compiled CPU kernels once. Returns None when they are loaded, else the reason why not."""
+def _load() -> str | None:
     package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     found = sorted(glob.glob(os.path.join(package, "_cpu*.so")))
     if not found:
@@ -33,6 +31,14 @@ def load_cpu_kernels() -> str | None:
     except OSError as error:
         return f"{found[0]} does not load: {error}"
     return None
+
+
+_CPU_KERNELS_MISSING = _load()  # at import: a compiler that traces an op finds a constant here, not file names and dlopen
+
+
+def load_cpu_kernels() -> str | None:
+    """None if the compiled CPU kernels are loaded, else the reason why not."""
+    return _CPU_KERNELS_MISSING
 
 
 def cpu_isa() -> str | None:
