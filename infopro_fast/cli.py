@@ -108,8 +108,8 @@ def _run(command: Train | Eval | Info, argv: list[str]) -> None:
         from .trainer.loop import evaluate_run
 
         found = evaluate_run(command.run, command.data_root)
-        right = round(found["accuracy"] * found["count"])
-        print(f"{command.run}: test accuracy {100 * found['accuracy']:.2f} % ({right} of {found['count']}), cross entropy {found['loss']:.4f}")
+        right = f"{round(found['accuracy'] * found['count'])} of {found['count']}"
+        print(f"{command.run}: test accuracy {100 * found['accuracy']:.2f} % ({right}), cross entropy {found['loss']:.4f}")
     else:
         _train(command, argv)
 
@@ -124,7 +124,8 @@ def _train(command: Train, argv: list[str]) -> None:
 
     run = loop.fit(command.config) if command.resume is None else loop.resume(command.resume, previous=command.resume_previous)
     last = report.read_metrics(run, "epoch")[-1]
-    print(f"test accuracy {100 * last['test']['accuracy']:.2f} % (best {100 * last['best']:.2f} %) after {last['seconds']:.0f} s; run folder {run}")
+    accuracy = f"test accuracy {100 * last['test']['accuracy']:.2f} % (best {100 * last['best']:.2f} %)"
+    print(f"{accuracy} after {last['seconds']:.0f} s; run folder {run}")
 
 
 def _exit_code(error: Exception) -> int | None:

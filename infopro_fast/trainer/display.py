@@ -86,8 +86,9 @@ class PlainDisplay:
         self._last = time.monotonic()
         losses = "  ".join(f"{name.replace('module', 'm')} {value:.4f}" for name, value in status.train.items() if "/" in name)
         test = f"  test accuracy {100 * status.test['accuracy']:.2f}%" if status.test else ""
+        train = f"loss {status.train.get('loss', 0):.4f}  train accuracy {100 * status.train.get('accuracy', 0):.2f}%"
         self.message(
-            f"{where}  loss {status.train.get('loss', 0):.4f}  train accuracy {100 * status.train.get('accuracy', 0):.2f}%{test}  {losses}  "
+            f"{where}  {train}{test}  {losses}  "
             f"{status.images_per_second:.0f} images/s  peak {status.peak_bytes / 2**20:.0f} MiB  left {duration(status.seconds_left)}"
         )
 
