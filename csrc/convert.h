@@ -93,7 +93,10 @@ INLINE void read_strided(T* to, const S* from, int64_t stride, int64_t n) {
 
 template <class T, class S>
 INLINE void write_strided(S* to, const T* from, int64_t stride, int64_t n) {
-  for (int64_t i = 0; i < n; i++) to[i * stride] = Narrow<S>::from(from[i]);
+  if (stride == 1)
+    for (int64_t i = 0; i < n; i++) to[i] = Narrow<S>::from(from[i]);
+  else
+    for (int64_t i = 0; i < n; i++) to[i * stride] = Narrow<S>::from(from[i]);
 }
 
 // to[0..n) = elements offset, offset + stride, ... of an array of any dtype

@@ -148,52 +148,66 @@ INLINE void expand_columns(const Decoder<T>& d, const Scratch<T>& s) {
     }
 }
 
+// One output row of a resize and convolution along y: which rows it takes, with which weight.
+template <class T>
+struct RowTaps {
+  int n = 0;
+  int64_t row[6];
+  T weight[6];
+
+  INLINE void add(int64_t r, double w) {
+    if (w == 0) return;
+    row[n] = r;
+    weight[n++] = T(w);
+  }
+};
+
 template <class T>
 INLINE void expand_rows(const Decoder<T>& d, const Scratch<T>& s) {
   constexpr int width = Simd<T>::width;
-  for (int64_t k = 0; k < d.K; k++)
-    for (int64_t Y = 0; Y < d.H; Y++) {
-      const T* from[6];
-      T weight[6];
-      int n = 0;
-      for (int64_t dy = 0; dy < 3; dy++) {
-        int64_t y = Y + dy - 1;
-        if (y < 0 || y >= d.H) continue;
-        const T* rows = s.expanded + (k * 3 + dy) * d.h * s.row;
-        from[n] = rows + d.rows.low[y] * s.row;
-        weight[n++] = T(d.rows.low_weight[y]);
-        from[n] = rows + d.rows.high[y] * s.row;
-        weight[n++] = T(d.rows.high_weight[y]);
-      }
+  for (int64_t Y = 0; Y < d.H; Y++) {
+    RowTaps<T> taps;
+    for (int64_t dy = 0; dy < 3; dy++) {
+      int64_t y = Y + dy - 1;
+      if (y < 0 || y >= d.H) continue;
+      taps.add((dy * d.h + d.rows.low[y]) * s.row, d.rows.low_weight[y]);
+      taps.add((dy * d.h + d.rows.high[y]) * s.row, d.rows.high_weight[y]);
+    }
+    for (int64_t k = 0; k < d.K; k++) {
+      const T* from = s.expanded + k * 3 * d.h * s.row;
       T* to = s.z + k * s.plane.size + s.plane.origin + Y * s.plane.pitch;
       for (int64_t X = 0; X < d.W; X += width) {
         vec<T> sum = splat<T>(d.b1[k]);
-        for (int q = 0; q < n; q++) sum += load<T>(from[q] + X) * weight[q];
+        for (int q = 0; q < taps.n; q++) sum += load<T>(from + taps.row[q] + X) * taps.weight[q];
         store<T>(to + X, sum);
       }
     }
+  }
 }
 
 // expanded becomes the transpose of expand_rows, of the gradient in z.
 template <class T>
 INLINE void gather_rows(const Decoder<T>& d, const Scratch<T>& s) {
   constexpr int width = Simd<T>::width;
-  __builtin_memset(s.expanded, 0, sizeof(T) * d.K * 3 * d.h * s.row);
-  for (int64_t k = 0; k < d.K; k++)
+  int64_t first = 0;  // the first y whose high row is not above i
+  for (int64_t i = 0; i < d.h; i++) {
+    while (first < d.H && d.rows.high[first] < i) first++;
     for (int64_t dy = 0; dy < 3; dy++)
-      for (int64_t y = 0; y < d.H; y++) {
-        int64_t Y = y - dy + 1;
-        if (Y < 0 || Y >= d.H) continue;
-        const T* from = s.z + k * s.plane.size + s.plane.origin + Y * s.plane.pitch;
-        T* rows = s.expanded + (k * 3 + dy) * d.h * s.row;
-        T *low = rows + d.rows.low[y] * s.row, *high = rows + d.rows.high[y] * s.row;
-        T low_weight = T(d.rows.low_weight[y]), high_weight = T(d.rows.high_weight[y]);
+      for (int64_t k = 0; k < d.K; k++) {
+        const T* from = s.z + k * s.plane.size + s.plane.origin;
+        T* to = s.expanded + ((k * 3 + dy) * d.h + i) * s.row;
         for (int64_t X = 0; X < d.W; X += width) {
-          vec<T> g = load<T>(from + X);
-          store<T>(low + X, load<T>(low + X) + g * low_weight);
-          store<T>(high + X, load<T>(high + X) + g * high_weight);
+          vec<T> sum = {};
+          for (int64_t y = first; y < d.H && d.rows.low[y] <= i; y++) {
+            int64_t Y = y - dy + 1;
+            if (Y < 0 || Y >= d.H) continue;
+            T weight = T((d.rows.low[y] == i ? d.rows.low_weight[y] : 0) + (d.rows.high[y] == i ? d.rows.high_weight[y] : 0));
+            sum += load<T>(from + Y * s.plane.pitch + X) * weight;
+          }
+          store<T>(to + X, sum);
         }
       }
+  }
 }
 
 // taps becomes the transpose of expand_columns.
@@ -245,16 +259,45 @@ INLINE void resize_backward(const Decoder<T>& d, const Scratch<T>& s, const T* f
 
 // ---- the layers ----
 
+template <class T, class S>
+INLINE void read_maps_of(const S* from, const Maps& m, int64_t channels, int64_t rows, int64_t columns, T* to, int64_t plane, int64_t pitch) {
+  if (m.x == 1 && m.y == columns && pitch == columns) {
+    for (int64_t c = 0; c < channels; c++) read_strided(to + c * plane, from + c * m.c, 1, rows * columns);
+    return;
+  }
+  for (int64_t c = 0; c < channels; c++)
+    for (int64_t y = 0; y < rows; y++) read_strided(to + c * plane + y * pitch, from + c * m.c + y * m.y, m.x, columns);
+}
+
+// Sample n of maps of any dtype and strides, as planes.
 template <class T>
 INLINE void read_maps(const Maps& m, int64_t n, int64_t channels, int64_t rows, int64_t columns, T* to, int64_t plane, int64_t pitch) {
+  switch (m.dtype) {
+    case Dtype::f32: return read_maps_of((const float*)m.data + n * m.n, m, channels, rows, columns, to, plane, pitch);
+    case Dtype::f64: return read_maps_of((const double*)m.data + n * m.n, m, channels, rows, columns, to, plane, pitch);
+    case Dtype::bf16: return read_maps_of((const bf16*)m.data + n * m.n, m, channels, rows, columns, to, plane, pitch);
+    case Dtype::f16: return read_maps_of((const f16*)m.data + n * m.n, m, channels, rows, columns, to, plane, pitch);
+  }
+}
+
+template <class T, class S>
+INLINE void write_maps_of(S* to, const Maps& m, int64_t channels, int64_t rows, int64_t columns, const T* from, int64_t plane, int64_t pitch) {
+  if (m.x == 1 && m.y == columns && pitch == columns) {
+    for (int64_t c = 0; c < channels; c++) write_strided(to + c * m.c, from + c * plane, 1, rows * columns);
+    return;
+  }
   for (int64_t c = 0; c < channels; c++)
-    for (int64_t y = 0; y < rows; y++) read_row<T>(to + c * plane + y * pitch, m.data, m.dtype, n * m.n + c * m.c + y * m.y, m.x, columns);
+    for (int64_t y = 0; y < rows; y++) write_strided(to + c * m.c + y * m.y, from + c * plane + y * pitch, m.x, columns);
 }
 
 template <class T>
 INLINE void write_maps(const Maps& m, int64_t n, int64_t channels, int64_t rows, int64_t columns, const T* from, int64_t plane, int64_t pitch) {
-  for (int64_t c = 0; c < channels; c++)
-    for (int64_t y = 0; y < rows; y++) write_row<T>(m.data, from + c * plane + y * pitch, m.dtype, n * m.n + c * m.c + y * m.y, m.x, columns);
+  switch (m.dtype) {
+    case Dtype::f32: return write_maps_of((float*)m.data + n * m.n, m, channels, rows, columns, from, plane, pitch);
+    case Dtype::f64: return write_maps_of((double*)m.data + n * m.n, m, channels, rows, columns, from, plane, pitch);
+    case Dtype::bf16: return write_maps_of((bf16*)m.data + n * m.n, m, channels, rows, columns, from, plane, pitch);
+    case Dtype::f16: return write_maps_of((f16*)m.data + n * m.n, m, channels, rows, columns, from, plane, pitch);
+  }
 }
 
 // z = conv1(resize(h)) + b1 on its planes; what lies between the rows is arbitrary.
@@ -270,11 +313,8 @@ INLINE void first_convolution(const Decoder<T>& d, const Scratch<T>& s, int64_t 
     return;
   }
   if (d.resize) {
-    for (int64_t c = 0; c < d.C; c++) {
-      for (int64_t i = 0; i < d.h; i++)
-        read_row<T>(s.taps + i * d.w, d.features.data, d.features.dtype, n * d.features.n + c * d.features.c + i * d.features.y, d.features.x, d.w);
-      resize(d, s, s.taps, s.h + c * p.size + p.origin);
-    }
+    read_maps<T>(d.features, n, d.C, d.h, d.w, s.taps, s.pixels, d.w);
+    for (int64_t c = 0; c < d.C; c++) resize(d, s, s.taps + c * s.pixels, s.h + c * p.size + p.origin);
   } else {
     read_maps<T>(d.features, n, d.C, d.H, d.W, s.h + p.origin, p.size, p.pitch);
   }
@@ -451,8 +491,7 @@ INLINE void norm_backward(const Decoder<T>& d, const Scratch<T>& s, const T* mea
 template <class T>
 INLINE void first_weight_low_resolution(const Decoder<T>& d, const Scratch<T>& s, T* partial) {
   constexpr int width = Simd<T>::width, V = INFOPRO_MR == 12 ? 4 : 2;
-  for (int64_t c = 0; c < d.C; c++)
-    for (int64_t q = 0; q < d.h * d.w; q++) s.h_rows[q * s.features_pitch + c] = s.h[c * s.pixels + q];
+  transpose(s.h, s.pixels, d.C, d.h * d.w, s.h_rows, s.features_pitch);
   int64_t c = 0;
   for (; c + V * width <= s.features_pitch; c += V * width)
     row_product<V, true>(9 * d.K, s.taps, s.pixels, s.h_rows + c, s.features_pitch, 0, d.h * d.w, partial + c, s.features_pitch);

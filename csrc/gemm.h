@@ -25,6 +25,12 @@ INLINE void pack_panels(const S* m, int64_t row, int64_t column, int64_t rows, i
         for (int r = 0; r < R; r++) packed[k * R + r] = widen<T>(from[k * column + r]);
       continue;
     }
+    if constexpr (__is_same(T, S)) {
+      if (present == R && column == 1) {
+        transpose<T>(from, row, R, columns, packed, R);
+        continue;
+      }
+    }
     for (int r = 0; r < R; r++)
       for (int64_t k = 0; k < columns; k++) packed[k * R + r] = r < present ? widen<T>(from[r * row + k * column]) : T(0);
   }
@@ -78,8 +84,16 @@ template <class T>
 void edge_tile(int64_t k, const T* a, const T* b, T* c, int64_t ldc, bool accumulate, int64_t rows, int64_t columns) {
   T buffer[MR * NR<T>];
   tile<T>(k, a, b, buffer, NR<T>, false);
-  for (int64_t i = 0; i < rows; i++)
-    for (int64_t j = 0; j < columns; j++) c[i * ldc + j] = buffer[i * NR<T> + j] + (accumulate ? c[i * ldc + j] : T(0));
+  for (int64_t i = 0; i < rows; i++) {
+    const T* from = buffer + i * NR<T>;
+    T* to = c + i * ldc;
+    int64_t j = 0;
+    for (; j + Simd<T>::width <= columns; j += Simd<T>::width) {
+      vec<T> v = load<T>(from + j);
+      store<T>(to + j, accumulate ? v + load<T>(to + j) : v);
+    }
+    for (; j < columns; j++) to[j] = from[j] + (accumulate ? to[j] : T(0));
+  }
 }
 
 template <class T>
@@ -104,13 +118,13 @@ void gemm(int64_t m, int64_t n, int64_t k, const T* a, int64_t a_depth, const T*
 template <class T>
 void write_lanes(const T* from, int64_t rows, int64_t columns, Matrix to) {
   constexpr int64_t chunk = 64;
-  T row[chunk];
-  for (int64_t r = 0; r < rows; r++)
-    for (int64_t c0 = 0; c0 < columns; c0 += chunk) {
-      int64_t n = columns - c0 < chunk ? columns - c0 : chunk;
-      for (int64_t c = 0; c < n; c++) row[c] = from[(c0 + c) * NR<T> + r];
-      write_row<T>((void*)to.data, row, to.dtype, r * to.row + c0 * to.column, to.column, n);
-    }
+  T block[NR<T> * chunk];
+  for (int64_t c0 = 0; c0 < columns; c0 += chunk) {
+    int64_t n = columns - c0 < chunk ? columns - c0 : chunk;
+    transpose<T>(from + c0 * NR<T>, NR<T>, n, rows, block, chunk);
+    for (int64_t r = 0; r < rows; r++)
+      write_row<T>((void*)to.data, block + r * chunk, to.dtype, r * to.row + c0 * to.column, to.column, n);
+  }
 }
 
 }  // namespace INFOPRO_ISA

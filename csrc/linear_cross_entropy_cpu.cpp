@@ -1,7 +1,8 @@
 // linear_cross_entropy on the CPU, tiled over rows and classes. Tiles hold classes down and nr rows of the batch across
 // the lanes; operands are packed a chunk at a time and shared by the threads.
 //
-// Extra memory, in numbers: forward ROWS D + CLASSES D, backward 2 ROWS D + 2 CLASSES D + ROWS CLASSES + ROWS D, and a tile a thread.
+// Extra memory, in numbers, with chunks of R rows and Q classes: forward (R + Q) D and a tile a thread, backward
+// (3 R + 2 Q) D + R Q and 96 R a thread.
 #include <algorithm>
 #include <cmath>
 
@@ -11,8 +12,26 @@ namespace infopro {
 namespace {
 
 constexpr const char* OP = "linear_cross_entropy";
-constexpr int64_t ROWS = 1024, CLASSES = 768;  // a chunk; multiples of every nr and mr
-constexpr int64_t GROUPS = 4;                  // groups of nr rows that a thread takes at once, to use a block of classes again
+constexpr int64_t CLASSES = 768;  // a chunk of classes, a multiple of every mr
+constexpr int64_t GROUPS = 4;     // groups of nr rows that a thread takes at once, to use a block of classes again
+
+// How the work is shared out. Few weights: each thread takes rows of its own from end to end, in chunks that stay in its
+// cache, with its own sums of d weight. Many: all threads work on one chunk of rows after the other.
+struct Plan {
+  bool split_rows;
+  int64_t rows;     // a chunk, a multiple of every nr
+  int64_t workers;  // threads on one chunk
+
+  Plan(int64_t C, int64_t D) : split_rows(C * D <= 65536), rows(split_rows ? 256 : 1024), workers(split_rows ? 1 : threads()) {}
+
+  // work(first row, last row, worker), one of all rows or one a thread
+  template <class F>
+  void teams(int64_t N, int64_t nr, const F& work) const {
+    share(ceil_div(N, nr), split_rows ? threads() : 1,
+          [&](int64_t first, int64_t last, int64_t worker) { work(first * nr, std::min(N, last * nr), worker); });
+  }
+  int64_t team_count(int64_t N, int64_t nr) const { return split_rows ? std::min(threads(), ceil_div(N, nr)) : 1; }
+};
 
 template <class T>
 constexpr Dtype dtype() {
@@ -57,16 +76,16 @@ struct Batch {
   double weight_of_target(int64_t i) const { return double(class_weight[target[i]]); }
 
   // rows row..row+n as right operand (D, n)
-  void pack_rows(int64_t row, int64_t n, T* packed) const {
-    share(ceil_div(n, kernel.nr), threads(), [&](int64_t first, int64_t last, int64_t) {
+  void pack_rows(int64_t row, int64_t n, T* packed, int64_t workers) const {
+    share(ceil_div(n, kernel.nr), workers, [&](int64_t first, int64_t last, int64_t) {
       int64_t at = first * kernel.nr;
       kernel.pack_b(from_row(input, row + at, input_size).transposed(), D, std::min(n, last * kernel.nr) - at, D, packed + at * D);
     });
   }
 
   // classes c..c+n as left operand (n, D)
-  void pack_classes(int64_t c, int64_t n, T* packed) const {
-    share(ceil_div(n, kernel.mr), threads(), [&](int64_t first, int64_t last, int64_t) {
+  void pack_classes(int64_t c, int64_t n, T* packed, int64_t workers) const {
+    share(ceil_div(n, kernel.mr), workers, [&](int64_t first, int64_t last, int64_t) {
       int64_t at = first * kernel.mr;
       kernel.pack_a(from_row(weight, c + at, weight_size), std::min(n, last * kernel.mr) - at, D, D, packed + at * D);
     });
@@ -75,52 +94,68 @@ struct Batch {
 
 // work(first group, groups, worker) over `groups` groups, at most GROUPS at once.
 template <class F>
-void share_groups(int64_t groups, const F& work) {
-  share(groups, threads(), [&](int64_t first, int64_t last, int64_t worker) {
+void share_groups(int64_t groups, int64_t workers, const F& work) {
+  share(groups, workers, [&](int64_t first, int64_t last, int64_t worker) {
     for (int64_t group = first; group < last; group += GROUPS) work(group, std::min(GROUPS, last - group), worker);
   });
+}
+
+// The running state of every row, in forward.
+template <class T>
+struct RowState {
+  Buffer<T> best, sum, weighted, at_target;
+  Buffer<label<T>> argmax;
+
+  explicit RowState(int64_t n) : best(n), sum(n), weighted(n), at_target(n), argmax(n) {
+    best.fill(-T(INFINITY), n);
+    for (auto* v : {&sum, &weighted, &at_target}) v->fill(T(0), n);
+    argmax.fill(-1, n);
+  }
+};
+
+template <class T>
+void forward_rows(const Batch<T>& b, const Plan& plan, int64_t first_row, int64_t last_row, bool smooth, const RowState<T>& state) {
+  const Kernels<T>& kernel = b.kernel;
+  const int64_t D = b.D, C = b.C, nr = kernel.nr, class_chunk = std::min(CLASSES, C);
+  const int64_t row_chunk = ceil_div(std::min(plan.rows, last_row - first_row), nr) * nr;
+  Buffer<T> rows(row_chunk * D), classes(ceil_div(class_chunk, kernel.mr) * kernel.mr * D), tiles(plan.workers * GROUPS * class_chunk * nr);
+  for (int64_t row = first_row; row < last_row; row += plan.rows) {
+    const int64_t n = std::min(plan.rows, last_row - row);
+    b.pack_rows(row, n, rows.get(), plan.workers);
+    for (int64_t c = 0; c < C; c += CLASSES) {
+      const int64_t m = std::min(CLASSES, C - c);
+      if (C > CLASSES || row == first_row) b.pack_classes(c, m, classes.get(), plan.workers);
+      share_groups(ceil_div(n, nr), plan.workers, [&](int64_t group, int64_t groups, int64_t worker) {
+        T* x = tiles.get() + worker * GROUPS * class_chunk * nr;
+        kernel.gemm(m, groups * nr, D, classes.get(), D, rows.get() + group * nr * D, D, x, nr, m * nr, false);
+        for (int64_t g = 0; g < groups; g++) {
+          int64_t at = row + (group + g) * nr;
+          kernel.softmax_update(x + g * m * nr, m, c, b.bias_from(c), b.class_weight_from(c), smooth, b.target.get() + at,
+                                state.best.get() + at, state.sum.get() + at, state.weighted.get() + at, state.at_target.get() + at,
+                                state.argmax.get() + at);
+        }
+      });
+    }
+  }
 }
 
 template <class T>
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const Tensor& weight, const Tensor& target, const OptionalTensor& bias,
                                            const OptionalTensor& class_weight, int64_t ignore_index, double smoothing) {
   Batch<T> b(input, weight, target, bias, class_weight, ignore_index);
-  const Kernels<T>& kernel = b.kernel;
-  const int64_t N = b.N, D = b.D, C = b.C, nr = kernel.nr;
-  Tensor loss = empty({N}, scalar_type<T>), lse = empty({N}, scalar_type<T>), correct = empty({}, ScalarType::Long);
-  Buffer<T> best(b.padded), sum(b.padded), weighted(b.padded), at_target(b.padded);
-  Buffer<label<T>> argmax(b.padded);
-  best.fill(-T(INFINITY), b.padded);
-  for (auto* v : {&sum, &weighted, &at_target}) v->fill(T(0), b.padded);
-  argmax.fill(-1, b.padded);
-  const int64_t row_chunk = std::min(ROWS, b.padded), class_chunk = std::min(CLASSES, C);
-  Buffer<T> rows(row_chunk * D), classes(ceil_div(class_chunk, kernel.mr) * kernel.mr * D), tiles(threads() * GROUPS * class_chunk * nr);
-  for (int64_t row = 0; row < N; row += ROWS) {
-    const int64_t n = std::min(ROWS, N - row);
-    b.pack_rows(row, n, rows.get());
-    for (int64_t c = 0; c < C; c += CLASSES) {
-      const int64_t m = std::min(CLASSES, C - c);
-      b.pack_classes(c, m, classes.get());
-      share_groups(ceil_div(n, nr), [&](int64_t group, int64_t groups, int64_t worker) {
-        T* x = tiles.get() + worker * GROUPS * class_chunk * nr;
-        kernel.gemm(m, groups * nr, D, classes.get(), D, rows.get() + group * nr * D, D, x, nr, m * nr, false);
-        for (int64_t g = 0; g < groups; g++) {
-          int64_t at = row + (group + g) * nr;
-          kernel.softmax_update(x + g * m * nr, m, c, b.bias_from(c), b.class_weight_from(c), smoothing > 0, b.target.get() + at, best.get() + at,
-                                sum.get() + at, weighted.get() + at, at_target.get() + at, argmax.get() + at);
-        }
-      });
-    }
-  }
+  const Plan plan(b.C, b.D);
+  const RowState<T> state(b.padded);
+  plan.teams(b.N, b.kernel.nr, [&](int64_t first, int64_t last, int64_t) { forward_rows(b, plan, first, last, smoothing > 0, state); });
+  Tensor loss = empty({b.N}, scalar_type<T>), lse = empty({b.N}, scalar_type<T>), correct = empty({}, ScalarType::Long);
   int64_t hits = 0;
-  for (int64_t i = 0; i < N; i++) {
-    double l = double(best[i]) + std::log(double(sum[i]));
+  for (int64_t i = 0; i < b.N; i++) {
+    double l = double(state.best[i]) + std::log(double(state.sum[i]));
     pointer<T>(lse)[i] = T(l);
     double value = 0;
     if (b.kept[i]) {
-      value = (1 - smoothing) * b.weight_of_target(i) * (l - double(at_target[i]));
-      if (smoothing > 0) value += smoothing / double(C) * (b.weight_sum * l - double(weighted[i]));
-      hits += argmax[i] == b.target[i];
+      value = (1 - smoothing) * b.weight_of_target(i) * (l - double(state.at_target[i]));
+      if (smoothing > 0) value += smoothing / double(b.C) * (b.weight_sum * l - double(state.weighted[i]));
+      hits += state.argmax[i] == b.target[i];
     }
     pointer<T>(loss)[i] = T(value);
   }
@@ -128,43 +163,52 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const Tensor& we
   return {loss, lse, correct};
 }
 
-// Buffers and steps of the backward sweep over row chunks and, within them, class chunks.
+// The numbers of a row that softmax_gradient reads.
 template <class T>
-struct Backward {
-  const Batch<T>& b;
-  const Kernels<T>& kernel = b.kernel;
-  const int64_t nr = kernel.nr, mr = kernel.mr, row_chunk = std::min(ROWS, b.padded), class_chunk = std::min(CLASSES, b.C);
-  const int64_t class_space = ceil_div(class_chunk, mr) * mr, input_space = ceil_div(b.D, nr) * nr, left_space = ceil_div(b.D, mr) * mr;
-  Buffer<T> probability, smooth, at_target, lse;     // (padded), the numbers of softmax_gradient
-  Buffer<T> rows, classes, gradient;                 // x^T and w packed, and d loss / d logits, (groups, classes, nr)
-  Buffer<T> classes_transposed, d_rows;              // w^T packed, and d input^T (groups, D, nr)
-  Buffer<T> rows_right, left;                        // x packed, and a thread's part of the gradient packed, for d weight
+struct RowWeights {
+  Buffer<T> probability, smooth, at_target, lse;
 
-  Backward(const Batch<T>& batch, bool needs_input, bool needs_weight)
-      : b(batch), probability(b.padded), smooth(b.padded), at_target(b.padded), lse(b.padded), rows(row_chunk * b.D),
-        classes(class_space * b.D), gradient(row_chunk * class_chunk), classes_transposed(needs_input ? left_space * class_chunk : 0),
-        d_rows(needs_input ? row_chunk * b.D : 0), rows_right(needs_weight ? row_chunk * input_space : 0),
-        left(needs_weight ? threads() * 8 * mr * row_chunk : 0) {}
-
-  void set_rows(const T* upstream, const T* log_sum, double smoothing) {
+  RowWeights(const Batch<T>& b, const T* upstream, const T* log_sum, double smoothing)
+      : probability(b.padded), smooth(b.padded), at_target(b.padded), lse(b.padded) {
     for (int64_t i = 0; i < b.padded; i++) {
-      double g = i < b.N && b.kept[i] ? double(upstream[i]) : 0, w = i < b.N && b.kept[i] ? b.weight_of_target(i) : 0;
+      bool kept = i < b.N && b.kept[i];
+      double g = kept ? double(upstream[i]) : 0, w = kept ? b.weight_of_target(i) : 0;
       at_target[i] = T(g * (1 - smoothing) * w);
       smooth[i] = T(g * smoothing / double(b.C));
       probability[i] = T(g * ((1 - smoothing) * w + smoothing / double(b.C) * b.weight_sum));
       lse[i] = i < b.N ? log_sum[i] : T(0);
     }
   }
+};
+
+// Buffers and steps of the backward sweep of one team, over chunks of rows and, within them, of classes.
+template <class T>
+struct Backward {
+  const Batch<T>& b;
+  const RowWeights<T>& weights;
+  const Kernels<T>& kernel = b.kernel;
+  const int64_t nr = kernel.nr, mr = kernel.mr, workers, row_chunk, class_chunk = std::min(CLASSES, b.C);
+  const int64_t class_space = ceil_div(class_chunk, mr) * mr, input_space = ceil_div(b.D, nr) * nr, left_space = ceil_div(b.D, mr) * mr;
+  Buffer<T> rows, classes, gradient;     // x^T and w packed, and d loss / d logits, (groups, classes, nr)
+  Buffer<T> classes_transposed, d_rows;  // w^T packed, and d input^T (groups, D, nr)
+  Buffer<T> rows_right, left;            // x packed, and a thread's part of the gradient packed, for d weight
+  static constexpr int64_t BLOCK = 8;    // panels of mr classes that a thread takes at once for d weight
+
+  Backward(const Batch<T>& batch, const RowWeights<T>& row_weights, const Plan& plan, int64_t row_count, bool needs_input, bool needs_weight)
+      : b(batch), weights(row_weights), workers(plan.workers), row_chunk(ceil_div(std::min(plan.rows, row_count), nr) * nr),
+        rows(row_chunk * b.D), classes(class_space * b.D), gradient(row_chunk * class_chunk),
+        classes_transposed(needs_input ? left_space * class_chunk : 0), d_rows(needs_input ? row_chunk * b.D : 0),
+        rows_right(needs_weight ? row_chunk * input_space : 0), left(needs_weight ? workers * BLOCK * mr * row_chunk : 0) {}
 
   // The gradient in the logits of n rows and m classes, and what it adds to d input^T.
   void rows_step(int64_t row, int64_t n, int64_t c, int64_t m, bool needs_input) {
-    share_groups(ceil_div(n, nr), [&](int64_t group, int64_t groups, int64_t) {
+    share_groups(ceil_div(n, nr), workers, [&](int64_t group, int64_t groups, int64_t) {
       T* x = gradient.get() + group * m * nr;
       kernel.gemm(m, groups * nr, b.D, classes.get(), b.D, rows.get() + group * nr * b.D, b.D, x, nr, m * nr, false);
       for (int64_t g = 0; g < groups; g++) {
         int64_t at = row + (group + g) * nr;
-        kernel.softmax_gradient(x + g * m * nr, m, c, b.bias_from(c), b.class_weight_from(c), b.target.get() + at, lse.get() + at,
-                                probability.get() + at, smooth.get() + at, at_target.get() + at, b.kept.get() + at);
+        kernel.softmax_gradient(x + g * m * nr, m, c, b.bias_from(c), b.class_weight_from(c), b.target.get() + at, weights.lse.get() + at,
+                                weights.probability.get() + at, weights.smooth.get() + at, weights.at_target.get() + at, b.kept.get() + at);
       }
       if (needs_input)
         kernel.gemm(b.D, groups * nr, m, classes_transposed.get(), m, x, m, d_rows.get() + group * nr * b.D, nr, b.D * nr, c > 0);
@@ -174,10 +218,10 @@ struct Backward {
   // d weight (m classes from c) += gradient^T x, and d bias += its sums.
   void classes_step(int64_t n, int64_t c, int64_t m, T* d_weight, T* d_bias, bool first) {
     const int64_t groups = ceil_div(n, nr);
-    share(ceil_div(m, mr), threads(), [&](int64_t begin, int64_t end, int64_t worker) {
-      T* packed = left.get() + worker * 8 * mr * row_chunk;
-      for (int64_t block = begin; block < end; block += 8) {
-        const int64_t at = block * mr, count = std::min(m, std::min(end, block + 8) * mr) - at;
+    share(ceil_div(m, mr), workers, [&](int64_t begin, int64_t end, int64_t worker) {
+      T* packed = left.get() + worker * BLOCK * mr * row_chunk;
+      for (int64_t block = begin; block < end; block += BLOCK) {
+        const int64_t at = block * mr, count = std::min(m, std::min(end, block + BLOCK) * mr) - at;
         kernel.lane_sums(gradient.get() + at * nr, count, groups, m * nr, d_bias + c + at);
         if (!d_weight) continue;
         for (int64_t g = 0; g < groups; g++)
@@ -189,7 +233,7 @@ struct Backward {
   }
 
   void pack_right(int64_t row, int64_t n) {
-    share(ceil_div(b.D, nr), threads(), [&](int64_t first, int64_t last, int64_t) {
+    share(ceil_div(b.D, nr), workers, [&](int64_t first, int64_t last, int64_t) {
       Matrix x = from_row(b.input, row, b.input_size);
       x.data = static_cast<const char*>(x.data) + first * nr * x.column * int64_t(b.input_size);
       kernel.pack_b(x, n, std::min(b.D, last * nr) - first * nr, n, rows_right.get() + first * nr * n);
@@ -197,11 +241,37 @@ struct Backward {
   }
 
   void pack_transposed(int64_t c, int64_t m) {
-    share(ceil_div(b.D, mr), threads(), [&](int64_t first, int64_t last, int64_t) {
+    share(ceil_div(b.D, mr), workers, [&](int64_t first, int64_t last, int64_t) {
       Matrix w = from_row(b.weight, c, b.weight_size);
       w.data = static_cast<const char*>(w.data) + first * mr * w.column * int64_t(b.weight_size);
       kernel.pack_a(w.transposed(), std::min(b.D, last * mr) - first * mr, m, m, classes_transposed.get() + first * mr * m);
     });
+  }
+
+  void write_rows(int64_t n, T* d_input) {
+    share(ceil_div(n, nr), workers, [&](int64_t first, int64_t last, int64_t) {
+      for (int64_t g = first; g < last; g++)
+        kernel.write_lanes(d_rows.get() + g * nr * b.D, std::min(nr, n - g * nr), b.D, Matrix{d_input + g * nr * b.D, dtype<T>(), b.D, 1});
+    });
+  }
+
+  // Rows first..last: d_input is written, d_weight (written) and d_bias (added to) hold this team's part.
+  void run(int64_t first, int64_t last, T* d_input, T* d_weight, T* d_bias) {
+    for (int64_t row = first; row < last; row += row_chunk) {
+      const int64_t n = std::min(row_chunk, last - row);
+      b.pack_rows(row, n, rows.get(), workers);
+      if (d_weight) pack_right(row, n);
+      for (int64_t c = 0; c < b.C; c += CLASSES) {
+        const int64_t m = std::min(CLASSES, b.C - c);
+        if (b.C > CLASSES || row == first) {
+          b.pack_classes(c, m, classes.get(), workers);
+          if (d_input) pack_transposed(c, m);
+        }
+        rows_step(row, n, c, m, d_input != nullptr);
+        classes_step(n, c, m, d_weight, d_bias, row == first);
+      }
+      if (d_input) write_rows(n, d_input + row * b.D);
+    }
   }
 };
 
@@ -214,31 +284,26 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& in
   std::vector<int64_t> none = {0}, input_shape = {N, D}, weight_shape = {C, D};
   Tensor g_input = empty(needs_input ? input_shape : none, scalar_type<T>), g_weight = empty(needs_weight ? weight_shape : none, scalar_type<T>);
   Tensor g_bias = empty({C}, scalar_type<T>);
-  T *d_input = pointer<T>(g_input), *d_weight = needs_weight ? pointer<T>(g_weight) : nullptr, *d_bias = pointer<T>(g_bias);
-  std::fill(d_bias, d_bias + C, T(0));
-  if (N == 0 || D == 0) {
+  T *d_input = needs_input ? pointer<T>(g_input) : nullptr, *d_weight = needs_weight ? pointer<T>(g_weight) : nullptr, *d_bias = pointer<T>(g_bias);
+  if (N == 0) {
+    std::fill(d_bias, d_bias + C, T(0));
     if (needs_weight) std::fill(d_weight, d_weight + C * D, T(0));
-    if (N == 0) return {g_input, g_weight, g_bias};
+    return {g_input, g_weight, g_bias};
   }
-  Backward<T> s(b, needs_input, needs_weight);
-  s.set_rows(numbers<T>(OP, "grad", grad, N, T(0)).get(), pointer<T>(lse), smoothing);
-  for (int64_t row = 0; row < N; row += ROWS) {
-    const int64_t n = std::min(ROWS, N - row);
-    b.pack_rows(row, n, s.rows.get());
-    if (needs_weight) s.pack_right(row, n);
-    for (int64_t c = 0; c < C; c += CLASSES) {
-      const int64_t m = std::min(CLASSES, C - c);
-      b.pack_classes(c, m, s.classes.get());
-      if (needs_input) s.pack_transposed(c, m);
-      s.rows_step(row, n, c, m, needs_input);
-      s.classes_step(n, c, m, d_weight, d_bias, row == 0);
-    }
-    if (!needs_input) continue;
-    share(ceil_div(n, s.nr), threads(), [&](int64_t first, int64_t last, int64_t) {
-      for (int64_t g = first; g < last; g++)
-        s.kernel.write_lanes(s.d_rows.get() + g * s.nr * D, std::min(s.nr, n - g * s.nr), D,
-                             Matrix{d_input + (row + g * s.nr) * D, dtype<T>(), D, 1});
-    });
+  Buffer<T> upstream = numbers<T>(OP, "grad", grad, N, T(0));
+  const RowWeights<T> weights(b, upstream.get(), pointer<T>(lse), smoothing);
+  const Plan plan(C, D);
+  const int64_t teams = plan.team_count(N, b.kernel.nr), part = needs_weight ? C * D : 0;
+  Buffer<T> parts((teams - 1) * part), bias_parts(teams * C);
+  bias_parts.fill(T(0), teams * C);
+  plan.teams(N, b.kernel.nr, [&](int64_t first, int64_t last, int64_t team) {
+    T* mine = !needs_weight ? nullptr : team == 0 ? d_weight : parts.get() + (team - 1) * part;
+    Backward<T>(b, weights, plan, last - first, needs_input, needs_weight).run(first, last, d_input, mine, bias_parts.get() + team * C);
+  });
+  std::copy(bias_parts.get(), bias_parts.get() + C, d_bias);
+  for (int64_t team = 1; team < teams; team++) {
+    for (int64_t c = 0; c < C; c++) d_bias[c] += bias_parts[team * C + c];
+    for (int64_t i = 0; i < part; i++) d_weight[i] += parts[(team - 1) * part + i];
   }
   return {g_input, g_weight, g_bias};
 }

@@ -54,6 +54,16 @@ INLINE void store(T* p, vec<T> v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
 
+// Hold a vector in a register: without it the compiler may read it from memory again for every use.
+template <class V>
+INLINE void hold(V& v) {
+#if INFOPRO_BYTES == 64
+  asm("" : "+v"(v));
+#else
+  asm("" : "+x"(v));
+#endif
+}
+
 // The first n < width elements; the others are zero.
 template <class T>
 INLINE vec<T> load_first(const T* p, int n) {
@@ -67,11 +77,6 @@ INLINE void store_first(T* p, vec<T> v, int n) {
   for (int i = 0; i < n; i++) p[i] = v[i];
 }
 
-template <class V>
-INLINE V max(V a, V b) {
-  return a > b ? a : b;  // b where either is nan
-}
-
 template <class T>
 INLINE T sum(vec<T> v) {
   T lanes[Simd<T>::width];
@@ -81,11 +86,52 @@ INLINE T sum(vec<T> v) {
   return lanes[0];
 }
 
+// One stage of a transpose: swap the lanes whose number has bit `step` in `a` with those that have not in `b`.
+template <class T, int step>
+INLINE void swap_lanes(vec<T>& a, vec<T>& b) {
+  constexpr int width = Simd<T>::width;
+  typename Simd<T>::mask low, high;
+  for (int i = 0; i < width; i++) {
+    low[i] = i & step ? width + i - step : i;
+    high[i] = i & step ? width + i : i + step;
+  }
+  vec<T> first = __builtin_shuffle(a, b, low);
+  b = __builtin_shuffle(a, b, high);
+  a = first;
+}
+
+template <class T, int step>
+INLINE void transpose_stage(vec<T>* r) {
+  constexpr int width = Simd<T>::width;
+  if constexpr (step < width) {
+#pragma GCC unroll 16
+    for (int i = 0; i < width; i++)
+      if (!(i & step)) swap_lanes<T, step>(r[i], r[i + step]);
+    transpose_stage<T, step * 2>(r);
+  }
+}
+
+// to[j][i] = from[i][j], i and j below the width; rows are from_row and to_row elements apart.
 template <class T>
-INLINE T largest(vec<T> v) {
-  T best = v[0];
-  for (int i = 1; i < Simd<T>::width; i++) best = v[i] > best ? v[i] : best;
-  return best;
+INLINE void transpose_block(const T* from, int64_t from_row, T* to, int64_t to_row) {
+  constexpr int width = Simd<T>::width;
+  vec<T> r[width];
+#pragma GCC unroll 16
+  for (int i = 0; i < width; i++) r[i] = load<T>(from + i * from_row);
+  transpose_stage<T, 1>(r);
+#pragma GCC unroll 16
+  for (int i = 0; i < width; i++) store<T>(to + i * to_row, r[i]);
+}
+
+// to[j][i] = from[i][j], i < rows, j < columns.
+template <class T>
+INLINE void transpose(const T* from, int64_t from_row, int64_t rows, int64_t columns, T* to, int64_t to_row) {
+  constexpr int width = Simd<T>::width;
+  const int64_t whole_rows = rows / width * width, whole_columns = columns / width * width;
+  for (int64_t i = 0; i < whole_rows; i += width)
+    for (int64_t j = 0; j < whole_columns; j += width) transpose_block<T>(from + i * from_row + j, from_row, to + j * to_row + i, to_row);
+  for (int64_t i = 0; i < rows; i++)
+    for (int64_t j = i < whole_rows ? whole_columns : 0; j < columns; j++) to[j * to_row + i] = from[i * from_row + j];
 }
 
 // e^x to 1 ulp or so: 2^n e^r with |r| <= ln 2 / 2. Below lowest_exp the result is that of lowest_exp (about 1e-38, 1e-308);

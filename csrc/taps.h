@@ -71,7 +71,10 @@ INLINE void tap_tile(const T* packed, const T* in, int64_t in_plane, int64_t inp
       const T* from = in + offset[t];
       vec<T> x[V];
 #pragma GCC unroll 8
-      for (int v = 0; v < V; v++) x[v] = load<T>(from + v * Simd<T>::width);
+      for (int v = 0; v < V; v++) {
+        x[v] = load<T>(from + v * Simd<T>::width);
+        hold(x[v]);
+      }
 #pragma GCC unroll 12
       for (int b = 0; b < B; b++) {
         vec<T> w = splat<T>(packed[b]);
@@ -131,10 +134,14 @@ INLINE void weight_gradient_block(const T* g, int64_t g_plane, const T* in, cons
   for (int64_t p = 0; p < span; p += Simd<T>::width) {
     vec<T> gv[G];
 #pragma GCC unroll 3
-    for (int o = 0; o < G; o++) gv[o] = load<T>(g + o * g_plane + p);
+    for (int o = 0; o < G; o++) {
+      gv[o] = load<T>(g + o * g_plane + p);
+      hold(gv[o]);
+    }
 #pragma GCC unroll 9
     for (int t = 0; t < 9; t++) {
       vec<T> x = load<T>(in + p + offset[t]);
+      hold(x);
 #pragma GCC unroll 3
       for (int o = 0; o < G; o++) acc[o][t] += gv[o] * x;
     }
@@ -170,7 +177,10 @@ INLINE void row_tile(const T* a, int64_t a_row, const T* b, int64_t b_row, int64
   for (int64_t q = from; q < to; q++) {
     vec<T> x[V];
 #pragma GCC unroll 4
-    for (int v = 0; v < V; v++) x[v] = load<T>(b + q * b_row + v * Simd<T>::width);
+    for (int v = 0; v < V; v++) {
+      x[v] = load<T>(b + q * b_row + v * Simd<T>::width);
+      hold(x[v]);
+    }
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
       vec<T> s = splat<T>(a[r * a_row + q]);

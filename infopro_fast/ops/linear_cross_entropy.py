@@ -97,8 +97,8 @@ def _check(input, weight, target, bias, class_weight, reduction, label_smoothing
             raise TypeError(f"{OP}: {name}: expected a floating-point tensor, got {getattr(t, 'dtype', type(t).__name__)}")
     if not isinstance(target, torch.Tensor) or target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
         raise TypeError(f"{OP}: target: expected an integer tensor, got {getattr(target, 'dtype', type(target).__name__)}")
-    if input.dim() != 2:
-        raise ValueError(f"{OP}: input: expected (N, D), got {tuple(input.shape)}")
+    if input.dim() != 2 or input.shape[1] == 0:
+        raise ValueError(f"{OP}: input: expected (N, D), D > 0, got {tuple(input.shape)}")
     N, D = input.shape
     if weight.dim() != 2 or weight.shape[1] != D or weight.shape[0] == 0:
         raise ValueError(f"{OP}: weight: expected (C, {D}) with C > 0, got {tuple(weight.shape)}")

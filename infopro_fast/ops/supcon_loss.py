@@ -87,8 +87,8 @@ def _anchors(features, labels):
 def _check(features, labels, temperature, base_temperature, reduction):
     if not isinstance(features, torch.Tensor) or not features.is_floating_point():
         raise TypeError(f"{OP}: features: expected a floating-point tensor, got {getattr(features, 'dtype', type(features).__name__)}")
-    if features.dim() not in (2, 3):
-        raise ValueError(f"{OP}: features: expected (N, D) or (N, views, D), got {tuple(features.shape)}")
+    if features.dim() not in (2, 3) or features.shape[-1] == 0:
+        raise ValueError(f"{OP}: features: expected (N, D) or (N, views, D), D > 0, got {tuple(features.shape)}")
     if not isinstance(labels, torch.Tensor) or labels.is_floating_point() or labels.is_complex():
         raise TypeError(f"{OP}: labels: expected an integer tensor, got {getattr(labels, 'dtype', type(labels).__name__)}")
     if labels.shape != features.shape[:1]:
