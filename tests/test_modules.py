@@ -28,13 +28,34 @@ def _results(module: nn.Module, case: dict, target: torch.Tensor, dtype: torch.d
     return {"loss": loss.detach(), "h": h.grad, **gradients, **statistics}
 
 
+def _terms(module: nn.Module, case: dict, target: torch.Tensor) -> dict[str, float]:
+    """For gradients that sum a layer's output gradient over rows and positions (biases, batch norms): the same sum of magnitudes."""
+    found: dict[str, float] = {}
+
+    def watch(name, layer):
+        def on_grad(grad):
+            size = grad.abs().sum([d for d in range(grad.dim()) if d != 1]).norm().item()
+            found.update((f"{name}.{p}", size) for p, value in layer.named_parameters() if value.dim() == 1)
+
+        layer.register_forward_hook(lambda _layer, _inputs, out: out.register_hook(on_grad) and None)
+
+    for name, layer in module.named_modules():
+        if isinstance(layer, (nn.Linear, nn.BatchNorm2d)):
+            watch(name, layer)
+    _results(module, case, target, torch.float64)
+    return found
+
+
 def _check_golden(make, case: dict, target: torch.Tensor, impl: str, dtype: torch.dtype) -> None:
     """make(impl) is the module of the case. float32 is asked of the kernels alone: the reference is plain torch."""
-    found = _results(make(impl), case, target, dtype)
-    plain = {} if dtype == torch.float64 else _results(make("reference"), case, target, dtype)
-    expected = {"loss": case["loss"], "h": case["grad_h"], **case["grads"], **case["buffers"]}
+    found, plain, terms = _results(make(impl), case, target, dtype), {}, {}
+    if dtype == torch.float32:
+        plain = _results(make("reference"), case, target, dtype)
+        terms = _terms(make("reference"), case, target.double() if target.is_floating_point() else target)
+    expected = {"h": case["grad_h"], **case["grads"], **case["buffers"]}
+    compare.assert_golden("loss", found["loss"], case["loss"], dtype)
     for name, digest in expected.items():
-        compare.assert_golden(name, found[name], digest, dtype, plain=plain.get(name))
+        compare.assert_golden(name, found[name], digest, dtype, plain=plain.get(name), terms=terms.get(name, 0.0))
 
 
 @pytest.mark.parametrize("case", golden.cases("cifar_decoder"), ids=_id)

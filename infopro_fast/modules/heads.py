@@ -17,6 +17,19 @@ CONFIGS = ("0c1f", "0c2f", "1c1f", "1c2f", "1c3f", "2c2f")  # <convolutions>c<li
 LOSS_MODES = ("contrast", "cross_entropy")
 
 
+class GlobalAveragePool(nn.Module):
+    """(N, C, h, w) to (N, C), the mean over the map.
+
+    On channels_last maps as a mean over rows: torch's own pooling hands back a gradient expanded in NCHW order, on which the
+    ReLU before it is ten times slower than on this one (6.2 against 0.9 ms at 128x32x16x16, one thread of an EPYC).
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.is_contiguous(memory_format=torch.channels_last):
+            return x.permute(0, 2, 3, 1).flatten(1, 2).mean(1)
+        return x.mean((2, 3))
+
+
 class AuxClassifier(nn.Module):
     """Released auxiliary head: convolutions, global average pooling, linear layers; then a contrastive or cross-entropy loss.
 
@@ -82,7 +95,7 @@ def _head(inplanes: int, convs: int, linears: int, hidden: int, out: int, widen:
         conv = nn.Conv2d(width, planes, 3, stride=2 if shrink else 1, padding=1, bias=False)
         layers += [conv, nn.BatchNorm2d(planes), nn.ReLU(inplace=True)]
         width = planes
-    layers += [nn.AdaptiveAvgPool2d((1, 1)), nn.Flatten()]
+    layers += [GlobalAveragePool(), nn.Flatten()]  # the second keeps the released numbering of the layers
     for _ in range(linears - 1):
         layers += [nn.Linear(width, hidden), nn.ReLU(inplace=True)]
         width = hidden

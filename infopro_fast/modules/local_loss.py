@@ -10,13 +10,12 @@ import typing
 from collections.abc import Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from infopro_fast import ops
 
 from .decoder import Decoder
-from .heads import AuxClassifier, DGLHead
+from .heads import AuxClassifier, DGLHead, GlobalAveragePool
 
 LOCAL_LOSSES = ("contrast", "softmax", "greedy", "dgl", "none")
 
@@ -104,15 +103,16 @@ class Classifier(LocalLoss):
     def __init__(self, channels: int, class_num: int, *, impl: str = "auto"):
         super().__init__()
         self.impl = impl
+        self.pool = GlobalAveragePool()
         self.fc = nn.Linear(channels, class_num)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Logits (N, classes) of features (N, C, h, w)."""
-        return self.fc(_pool(features))
+        return self.fc(self.pool(features))
 
     def terms(self, features, image, label):
         loss, correct = ops.linear_cross_entropy(
-            _pool(features), self.fc.weight, label, bias=self.fc.bias, return_correct=True, impl=self.impl
+            self.pool(features), self.fc.weight, label, bias=self.fc.bias, return_correct=True, impl=self.impl
         )
         yield Term("cross_entropy", 1.0, loss, correct)
 
@@ -121,10 +121,6 @@ class Classifier(LocalLoss):
 
     def released_nets(self, stage, block):
         return {"": self}  # part of the backbone: ``fc.weight``, wherever the module ends
-
-
-def _pool(features: torch.Tensor) -> torch.Tensor:
-    return F.adaptive_avg_pool2d(features, 1).flatten(1)
 
 
 # Weights of the published CIFAR-10 and STL-10 runs (README of the released code): (reconstruction, task) of the first local

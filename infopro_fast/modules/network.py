@@ -188,7 +188,9 @@ def build(
     ]
     net = LocalNetwork(stages, losses, cuts, [unit.released_prefix for unit in units])
     backbones.initialize(net)
-    return net
+    # Convolutions follow their weights' memory format, and batch norms and convolutions are faster in this one: on a CPU (EPYC,
+    # 128 images, K = 1) a step takes three quarters of the time.
+    return net.to(memory_format=torch.channels_last)
 
 
 def _number_of_modules(modules: int | None, local_loss: str, cuts, balanced: bool) -> int:
