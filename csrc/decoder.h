@@ -261,6 +261,14 @@ INLINE void resize_backward(const Decoder<T>& d, const Scratch<T>& s, const T* f
 
 template <class T, class S>
 INLINE void read_maps_of(const S* from, const Maps& m, int64_t channels, int64_t rows, int64_t columns, T* to, int64_t plane, int64_t pitch) {
+  if constexpr (__is_same(T, S)) {
+    if (m.c == 1 && m.x > 1) {  // channels_last
+      bool whole = m.y == columns * m.x && pitch == columns;
+      for (int64_t y = 0; y < (whole ? 1 : rows); y++)
+        transpose(from + y * m.y, m.x, whole ? rows * columns : columns, channels, to + y * pitch, plane);
+      return;
+    }
+  }
   if (m.x == 1 && m.y == columns && pitch == columns) {
     for (int64_t c = 0; c < channels; c++) read_strided(to + c * plane, from + c * m.c, 1, rows * columns);
     return;
@@ -282,6 +290,14 @@ INLINE void read_maps(const Maps& m, int64_t n, int64_t channels, int64_t rows, 
 
 template <class T, class S>
 INLINE void write_maps_of(S* to, const Maps& m, int64_t channels, int64_t rows, int64_t columns, const T* from, int64_t plane, int64_t pitch) {
+  if constexpr (__is_same(T, S)) {
+    if (m.c == 1 && m.x > 1) {  // channels_last
+      bool whole = m.y == columns * m.x && pitch == columns;
+      for (int64_t y = 0; y < (whole ? 1 : rows); y++)
+        transpose(from + y * pitch, plane, channels, whole ? rows * columns : columns, to + y * m.y, m.x);
+      return;
+    }
+  }
   if (m.x == 1 && m.y == columns && pitch == columns) {
     for (int64_t c = 0; c < channels; c++) write_strided(to + c * m.c, from + c * plane, 1, rows * columns);
     return;

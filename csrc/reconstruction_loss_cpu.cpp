@@ -191,8 +191,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& fe
                                             const OptionalTensor& b2, const Tensor& saved, const std::vector<double>& restore,
                                             bool batch_statistics, double eps, int64_t mode, int64_t loss, bool needs_features, bool needs_w1) {
   const int64_t N = features.size(0), C = features.size(1), K = w1.size(0);
-  std::vector<int64_t> none = {0}, features_shape = {N, C, features.size(2), features.size(3)}, w1_shape = {K, C, 3, 3};
-  Tensor g_features = empty(needs_features ? features_shape : none, features.scalar_type());
+  std::vector<int64_t> none = {0}, w1_shape = {K, C, 3, 3};
+  Tensor g_features = needs_features ? torch::stable::empty_like(features) : empty(none, features.scalar_type());  // features' strides
   Tensor g_w1 = empty(needs_w1 ? w1_shape : none, scalar_type<T>), g_b1 = empty({K}, scalar_type<T>);
   T *d_w1 = pointer<T>(g_w1), *d_b1 = pointer<T>(g_b1);
   if (needs_w1) std::fill(d_w1, d_w1 + 9 * K * C, T(0));

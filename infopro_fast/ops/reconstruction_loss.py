@@ -205,7 +205,7 @@ def _(features, image, w1, b1, gamma, beta, w2, b2, running_mean, running_var, r
 def _(grad, features, image, w1, b1, gamma, beta, w2, b2, saved, restore, batch_statistics, eps, mode, loss, needs_features, needs_w1):
     dtype = compute_dtype(features, image, w1)
     K = w1.shape[0]
-    g_features = torch.empty(features.shape if needs_features else (0,), dtype=features.dtype, device=features.device)
+    g_features = torch.empty_like(features) if needs_features else features.new_empty((0,))
     g_w1 = torch.empty(w1.shape if needs_w1 else (0,), dtype=dtype, device=features.device)
     return g_features, g_w1, features.new_empty((K,), dtype=dtype)
 
