@@ -1,0 +1,63 @@
+"""The paper's shapes: what each op is handed in the published runs. Sizes in elements."""
+
+from __future__ import annotations
+
+import typing
+
+
+class DecoderShape(typing.NamedTuple):
+    """h (N, C, h, h) decoded to images (N, 3, H, H) through K hidden channels."""
+
+    N: int
+    C: int
+    h: int
+    H: int
+    K: int = 12
+
+    def resized_bytes(self) -> int:
+        """float32 bytes of the resized map (N, C, H, H), which the released code keeps and the fused op never forms."""
+        return 4 * self.N * self.C * self.H**2
+
+
+class SupConShape(typing.NamedTuple):
+    """N anchors of dimension D, `classes` labels."""
+
+    N: int
+    D: int = 128
+    classes: int = 10
+
+    def pairs_bytes(self) -> int:
+        """float32 bytes of one N x N map."""
+        return 4 * self.N**2
+
+
+class LinearShape(typing.NamedTuple):
+    """input (N, D), weight (C, D)."""
+
+    N: int
+    D: int
+    C: int
+
+    def logits_bytes(self) -> int:
+        """float32 bytes of the logits (N, C)."""
+        return 4 * self.N * self.C
+
+
+# ResNet-32/110 on CIFAR-10, SVHN: the three stages. STL-10: 96x96, batch 128 in the paper; 32 here for eager's memory.
+DECODER = (DecoderShape(128, 16, 32, 32), DecoderShape(128, 32, 16, 32), DecoderShape(128, 64, 8, 32))
+DECODER_LARGER = (DecoderShape(1024, 64, 8, 32), DecoderShape(32, 16, 96, 96), DecoderShape(32, 32, 48, 96), DecoderShape(32, 64, 24, 96))
+DECODER_PLOT = tuple(DecoderShape(n, 64, 8, 32) for n in (8, 32, 128, 512, 2048))
+
+# Batch 128 (STL-10) and 1024 (CIFAR-10, SVHN), feature_dim 128; 4096 where N x N maps hurt.
+SUPCON = (SupConShape(1024), SupConShape(4096))
+SUPCON_LARGER = (SupConShape(128), SupConShape(1024, classes=100))
+SUPCON_PLOT = tuple(SupConShape(n) for n in (128, 256, 512, 1024, 2048, 4096, 8192))
+
+# A head of the released nets (feature_dim 128, 10 classes); many classes; the local head of ImageNet.
+LINEAR = (LinearShape(4096, 1024, 10000), LinearShape(1024, 128, 10))
+LINEAR_LARGER = (LinearShape(1024, 64, 10), LinearShape(4096, 64, 1000), LinearShape(1024, 2048, 1000))
+LINEAR_PLOT = tuple(LinearShape(1024, 256, c) for c in (10, 100, 1000, 10000, 30000))
+
+# ResNet-32 at batch 128: modules K, and (lambda_1 of I(h,x), I(h,y) at the first module, the same at the last but one).
+TRAIN_STEP = {1: (0, 0, 0, 0), 4: (6, 0, 1, 2), 16: (5, 0.05, 0.2, 0.5)}
+TRAIN_BATCH = 128

@@ -1,0 +1,134 @@
+"""What the kernels do not hold: bytes kept for backward, and the peak of forward + backward in a process of its own.
+
+The same measure of plain torch is the control: it has to find the maps that plain torch is known to keep.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks import memory, shapes, workloads
+from infopro_fast import ops
+from tests import op_cases
+
+KIB, MIB = 2**10, 2**20
+NOISE = MIB // 2  # the resident set counts pages, and a thread's arrive in batches
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kept for backward, by the formulas of the docstrings
+
+
+def kept(case: op_cases.Case, impl: str, dtype: torch.dtype) -> int:
+    inputs = case.inputs(dtype)
+    f = case.function(impl)
+    return memory.saved_bytes(lambda: f(inputs), inputs.values())
+
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("training", (True, False))
+def test_reconstruction_loss_keeps_numbers_per_channel(training, dtype, cpu):
+    K, size = 12, 8 if dtype == torch.float64 else 4
+    decoder = op_cases.make_decoder(16, K).to(dtype).train(training)
+    features, image = torch.randn(8, 16, 8, 8, dtype=dtype, requires_grad=True), torch.rand(8, 3, 32, 32, dtype=dtype)
+    beside = [features, image, *decoder.parameters(), *decoder.buffers()]
+    for options in ({}, dict(loss="l1", interpolate_mode="nearest"), dict(image_mean=(0.4, 0.5, 0.6), image_std=(0.2, 0.3, 0.2))):
+        found = memory.saved_bytes(lambda options=options: ops.reconstruction_loss(features, image, decoder, impl=cpu, **options), beside)
+        assert 0 < found <= size * (4 * K + 27 * K + 3), options
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("views", (None, 2))
+def test_supcon_loss_keeps_three_numbers_an_anchor(views, dtype, cpu):
+    N, size = 200, 8 if dtype == torch.float64 else 4
+    M = N * (views or 1)
+    labels = 8 * M if views else 0  # one label an anchor, where a row of several has one
+    for reduction in ("mean", "sum", "none"):
+        assert 0 < kept(op_cases.supcon(N, 16, views, 10, reduction=reduction), cpu, dtype) <= 3 * size * M + labels
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_cross_entropy_keeps_a_number_a_row(dtype, cpu):
+    N, size = 200, 8 if dtype == torch.float64 else 4
+    for reduction in ("sum", "none", "mean"):
+        divisor = 8 if reduction == "mean" else 0
+        assert 0 < kept(op_cases.linear_ce(N, 16, 100, reduction=reduction), cpu, dtype) <= size * N + divisor
+
+
+@pytest.mark.parametrize("make", op_cases.SMALL.values(), ids=op_cases.SMALL)
+def test_nothing_is_kept_where_nothing_requires_grad(make, cpu):
+    case = make()
+    inputs, f = case.inputs(grad=()), case.function(cpu)
+    assert memory.saved_bytes(lambda: f(inputs), inputs.values()) == 0
+
+
+def test_plain_torch_keeps_its_maps():
+    """The measure sees what it should: nearly the three resized maps and five of K channels; three maps of N x N."""
+    shape = shapes.DecoderShape(8, 64, 8, 32)
+    workload = workloads.decoder("eager", shape)
+    assert memory.saved_bytes(workload.forward, workload.inputs) > shape.resized_bytes()
+    shape = shapes.SupConShape(500)
+    workload = workloads.supcon("eager", shape)
+    assert memory.saved_bytes(workload.forward, workload.inputs) >= 3 * shape.pairs_bytes()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The peak, at the paper's shapes
+
+
+def transient(op: str, shape, small, method: str = workloads.OURS, direction: str = "both") -> int:
+    """Bytes above the results, at the highest point of the call."""
+    found = memory.peak_bytes(
+        "benchmarks.workloads:for_peak", op=op, method=method, shape=list(shape), small=list(small), direction=direction
+    )
+    return found["peak"] - found["returned"]
+
+
+@pytest.mark.memory
+@pytest.mark.parametrize("shape", shapes.DECODER, ids=workloads.label)
+def test_reconstruction_loss_never_forms_the_resized_map(shape, cpu):
+    small = shape._replace(N=4)
+    assert transient("reconstruction_loss", shape, small) < shape.resized_bytes() / 4
+    assert transient("reconstruction_loss", shape, small, direction="forward") < shape.resized_bytes() / 4
+
+
+@pytest.mark.memory
+def test_reconstruction_loss_needs_no_more_for_a_larger_batch(cpu):
+    shape = shapes.DecoderShape(128, 64, 8, 32)
+    small = shape._replace(N=4)
+    once, four = (transient("reconstruction_loss", shape._replace(N=n), small) for n in (128, 512))
+    assert four < once + shape.resized_bytes() / 16 + NOISE
+
+
+@pytest.mark.memory
+def test_supcon_loss_has_no_square_buffer(cpu):
+    shape = shapes.SupConShape(4096)
+    inputs_again = 4 * shape.N * shape.D
+    found = transient("supcon_loss", shape, shapes.SupConShape(256))
+    assert found < shape.pairs_bytes() / 4 and found < 6 * inputs_again + NOISE
+
+
+@pytest.mark.memory
+def test_supcon_loss_grows_with_the_batch_not_its_square(cpu):
+    small = shapes.SupConShape(256)
+    once, twice = (transient("supcon_loss", shapes.SupConShape(n), small) for n in (4096, 8192))
+    assert twice < 2 * once + 2 * NOISE
+
+
+@pytest.mark.memory
+def test_linear_cross_entropy_needs_a_quarter_of_the_logits_at_most(cpu):
+    shape = shapes.LinearShape(4096, 1024, 10000)
+    assert transient("linear_cross_entropy", shape, shapes.LinearShape(64, 1024, 100)) <= shape.logits_bytes() / 4
+
+
+@pytest.mark.memory
+def test_the_peak_of_plain_torch_is_seen():
+    """A control: the maps and logits that plain torch is known to hold show up in full."""
+    decoder, pairs, logits = shapes.DecoderShape(128, 64, 8, 32), shapes.SupConShape(2048), shapes.LinearShape(1024, 64, 10000)
+    assert transient("reconstruction_loss", decoder, decoder._replace(N=4), "eager") > decoder.resized_bytes()
+    assert transient("supcon_loss", pairs, shapes.SupConShape(256), "eager") > 3 * pairs.pairs_bytes()
+    assert transient("linear_cross_entropy", logits, shapes.LinearShape(64, 64, 100), "eager") > 2 * logits.logits_bytes()
