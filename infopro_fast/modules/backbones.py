@@ -26,6 +26,12 @@ class Unit(typing.NamedTuple):
     channels: int
     downscale: int  # image size / size of its output map
 
+    @property
+    def name(self) -> str:
+        """Its name inside a stage: "stem", "layer1_0", ..."""
+        stage, block = self.position
+        return f"layer{stage}_{block}" if stage else "stem"
+
 
 class Stem(nn.Module):
     def __init__(self, channels: int):

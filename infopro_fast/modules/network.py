@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint as run_checkpointed
 from . import backbones, split
 from .decoder import Decoder
 from .heads import AuxClassifier, DGLHead
-from .local_loss import LOCAL_LOSSES, Classifier, HeadLoss, InfoPro, LocalLoss, default_lambdas, interpolate_lambdas
+from .local_loss import DEFAULT_LAMBDAS, LOCAL_LOSSES, Classifier, HeadLoss, InfoPro, LocalLoss, default_lambdas, interpolate_lambdas
 
 CIFAR10_MEAN = (125.3 / 255, 123.0 / 255, 113.9 / 255)
 CIFAR10_STD = (63.0 / 255, 62.1 / 255, 66.7 / 255)
@@ -151,41 +151,33 @@ def build(
     units = backbones.units(arch)
     positions = [unit.position for unit in units]
     modules = _number_of_modules(modules, local_loss, cuts, balanced)
-    if cuts is not None:
-        cuts = split.check_cuts(arch, positions, cuts, modules)
-        published = False
-    else:
-        cuts = split.split(arch, positions, modules, balanced=balanced, image_size=image_size)
-        published = True
     _check(local_loss, lambdas, modules, num_classes, image_size, image_mean, image_std, net_config)
     if lambdas is None:
-        lambdas = default_lambdas(arch if published else "", modules, local_loss, balanced=balanced, image_size=image_size)
+        published = cuts is None
+        lambdas = default_lambdas(arch, modules, local_loss, balanced=balanced, image_size=image_size) if published else DEFAULT_LAMBDAS
+    if cuts is None:
+        cuts = split.split(arch, positions, modules, balanced=balanced, image_size=image_size)
+    else:
+        cuts = split.check_cuts(arch, positions, cuts, modules)
 
-    auxiliary = {"widen": widen, "feature_dim": feature_dim, "impl": impl}
-    losses: list[LocalLoss] = []
-    for module, cut in enumerate(cuts):
-        unit = units[positions.index(cut)]
-        if local_loss in ("contrast", "softmax"):
-            weights = interpolate_lambdas(lambdas, module, modules)
-            if weights == (0, 0):
-                raise ValueError(f"build: lambdas: {tuple(lambdas)} leave local module {module + 1} of {modules} without any loss")
-            decoder = Decoder(unit.channels, image_size, widen=widen, image_mean=image_mean, image_std=image_std, impl=impl)
-            mode = "contrast" if local_loss == "contrast" else "cross_entropy"
-            head = AuxClassifier(unit.channels, net_config or "1c2f", mode, num_classes, **auxiliary)
-            losses.append(InfoPro(decoder, head, *weights))
-        elif local_loss == "greedy":
-            head = AuxClassifier(unit.channels, net_config or "0c1f", "cross_entropy", num_classes, **auxiliary)
-            losses.append(HeadLoss("greedy", head))
-        else:
-            size = math.ceil(image_size / unit.downscale)
-            losses.append(HeadLoss("dgl", DGLHead(unit.channels, size, num_classes, impl=impl)))
+    def make_loss(module: int, unit: backbones.Unit) -> LocalLoss:
+        C = unit.channels
+        if local_loss == "dgl":
+            return HeadLoss("dgl", DGLHead(C, math.ceil(image_size / unit.downscale), num_classes, impl=impl))
+        mode = "contrast" if local_loss == "contrast" else "cross_entropy"
+        config = net_config or ("0c1f" if local_loss == "greedy" else "1c2f")
+        head = AuxClassifier(C, config, mode, num_classes, widen, feature_dim, impl=impl)
+        if local_loss == "greedy":
+            return HeadLoss("greedy", head)
+        weights = interpolate_lambdas(lambdas, module, modules)
+        if weights == (0, 0):
+            raise ValueError(f"build: lambdas: {tuple(lambdas)} leave local module {module + 1} of {modules} without any loss")
+        return InfoPro(Decoder(C, image_size, widen=widen, image_mean=image_mean, image_std=image_std, impl=impl), head, *weights)
+
+    losses = [make_loss(module, units[positions.index(cut)]) for module, cut in enumerate(cuts)]
     losses.append(Classifier(units[-1].channels, num_classes, impl=impl))
-
     starts = [0, *(positions.index(cut) + 1 for cut in cuts), len(units)]
-    stages = [
-        Stage(OrderedDict((unit.released_prefix.rstrip(".").replace(".", "_") or "stem", unit.block) for unit in units[a:b]), checkpoint)
-        for a, b in zip(starts, starts[1:])
-    ]
+    stages = [Stage(OrderedDict((unit.name, unit.block) for unit in units[a:b]), checkpoint) for a, b in zip(starts, starts[1:])]
     net = LocalNetwork(stages, losses, cuts, [unit.released_prefix for unit in units])
     backbones.initialize(net)
     # Convolutions follow their weights' memory format, and batch norms and convolutions are faster in this one: on a CPU (EPYC,
