@@ -49,6 +49,20 @@ def test_loss_and_gradients(case, impl, dtype):
     op_cases.check(case, impl, dtype)
 
 
+LONG = {
+    "reconstruction_loss": lambda: op_cases.reconstruction(N=24, C=64, h=8, w=8, H=32, W=32, K=12),
+    "supcon_loss": lambda: op_cases.supcon(N=2048, D=128, views=None, classes=10, reduction="mean"),
+    "linear_cross_entropy": lambda: op_cases.linear_ce(N=2048, D=128, C=1000, ignored=0, class_weight=False, reduction="mean"),
+    "linear_cross_entropy, many classes": lambda: op_cases.linear_ce(N=200, D=128, C=10000, ignored=0, reduction="mean"),
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_sums_as_long_as_in_use(name, isa):
+    """Thousands of terms added one after the other in float32 would lose more than plain torch does."""
+    op_cases.check(LONG[name](), "cpu", torch.float32)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_instruction_set(case, isa, dtype):
     op_cases.check(case, "cpu", dtype)

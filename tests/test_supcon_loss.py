@@ -275,8 +275,9 @@ x, y = torch.zeros(4, 8), torch.zeros(4, dtype=torch.long)
 MESSAGES = [
     (dict(features=[1.0]), TypeError, "features: expected a floating-point tensor, got list"),
     (dict(features=x.long()), TypeError, "features: expected a floating-point tensor, got torch.int64"),
-    (dict(features=x[0]), ValueError, "features: expected (N, D) or (N, views, D), got (8,)"),
-    (dict(features=x[:, :, None, None]), ValueError, "features: expected (N, D) or (N, views, D), got (4, 8, 1, 1)"),
+    (dict(features=x[0]), ValueError, "features: expected (N, D) or (N, views, D), D > 0, got (8,)"),
+    (dict(features=x[:, :, None, None]), ValueError, "features: expected (N, D) or (N, views, D), D > 0, got (4, 8, 1, 1)"),
+    (dict(features=x[:, :0]), ValueError, "features: expected (N, D) or (N, views, D), D > 0, got (4, 0)"),
     (dict(labels=[0, 1, 2, 3]), TypeError, "labels: expected an integer tensor, got list"),
     (dict(labels=y.float()), TypeError, "labels: expected an integer tensor, got torch.float32"),
     (dict(labels=y[:3]), ValueError, "labels: expected (4,), got (3,)"),
