@@ -87,16 +87,13 @@ def _parse(argv: list[str]) -> Train | Eval | Info:
 
 
 def _one_line(box: str) -> str:
-    """The words of a message in a frame, up to its first rule, under which tyro repeats the help."""
+    """The message in one of tyro's boxes: between the title, in the frame or ruled off where the output is ASCII, and the next rule."""
     text = re.sub(r"\x1b\[[0-9;]*m|\[/?bold\]", "", box)
-    words = []
-    for line in text.splitlines():
-        if re.match(r"\s*[╭╰]", line):
-            continue
-        if re.match(r"[\s│]*─", line):
-            break
-        words += line.replace("│", " ").split()
-    return " ".join(words)
+    framed = "╭" in text
+    text = re.sub(r"(?m)^\s*[╭╰].*$", "", text).replace("│", " ")
+    sections = re.split(r"(?m)^\s*[─-]{5,}\s*$", text)
+    message = sections[0] if framed or len(sections) == 1 else sections[1]
+    return " ".join(message.split())
 
 
 def _run(command: Train | Eval | Info, argv: list[str]) -> None:

@@ -52,7 +52,7 @@ class Meters:
         self._counts = []
 
     def _fail(self, row: torch.Tensor, steps_before: int, last: str) -> None:
-        where = f"{steps_before} steps before {last}" if steps_before else last
+        where = f"{steps_before} step{'s' * (steps_before > 1)} before {last}" if steps_before else last
         try:
             check_finite(dict(zip(self._names, row)))
         except FloatingPointError as error:

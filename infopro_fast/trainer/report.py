@@ -91,12 +91,11 @@ def read_metrics(folder: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def write_weights(folder: Path, state: dict[str, Any], about: dict[str, Any]) -> None:
-    """state: tensors by released names; about: what to note beside them, as text, in the file's header."""
+    """state: tensors by released names; about: what to note in the file's header, as JSON."""
     import safetensors.torch
 
     tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in state.items()}
-    content = safetensors.torch.save(tensors, {name: str(value) for name, value in about.items()})
-    replace_file(folder / WEIGHTS, content)
+    replace_file(folder / WEIGHTS, safetensors.torch.save(tensors, {"about": json.dumps(about)}))
 
 
 def read_weights(folder: Path) -> dict[str, Any]:

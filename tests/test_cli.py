@@ -1,0 +1,181 @@
+"""The command line as people use it: processes, exit codes, one-line errors; --help without torch."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from infopro_fast import cli
+from infopro_fast.data import fashion_mnist
+from infopro_fast.trainer import checkpoint, loop, report
+from tests import tiny_run
+
+ROOT = Path(__file__).parent.parent
+
+
+def run_process(*argv, **options):
+    command = [sys.executable, "-m", "infopro_fast", *map(str, argv)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, **options)
+
+
+def run_here(capsys, *argv):
+    """Exit code, stdout, stderr of a call in this process, which saves starting Python."""
+    with pytest.raises(SystemExit) as stop:
+        cli.main([str(word) for word in argv])
+    out, err = capsys.readouterr()
+    return stop.value.code or 0, out, err
+
+
+def assert_one_line(err):
+    assert err.startswith("infopro-fast: error: ") and err.count("\n") == 1, err
+    assert not re.search("[╭│╰─]|---|Traceback|\x1b", err), err
+
+
+@pytest.mark.parametrize(
+    "argv,message",
+    [
+        ([], r"Expected one of \{train, eval, info\}. \(see infopro-fast --help\)"),
+        (["trian"], "Unrecognized options: trian"),
+        (["train", "--learning-rate", "3"], r"Unrecognized options: --learning-rate, 3 \(see infopro-fast train --help\)"),
+        (["train", "--lr", "fast"], "--lr.*could not convert string to float: 'fast'"),
+        (["train", "--lr", "-1"], "lr: expected a positive number, got -1.0"),
+        (["train", "--arch", "resnet33"], "invalid choice 'resnet33' for argument '--arch'. Expected one of .*'resnet32'"),
+        (["train", "--lambdas", "1", "2"], "--lambdas: .*expected argument count 4"),
+        (["train", "--cuts", "1", "2", "3"], "--cuts: "),
+        (["train", "--local-loss", "none", "--modules", "4"], "local_loss none trains end to end: expected modules 1, got 4"),
+        (["train", "--dataset", "cifar10"], "dataset cifar10 needs data_root"),
+        (["train", "--download"], "fashion_mnist comes with the package"),
+        (["train", "--modules", "40"], "modules: expected 1 to 16 for resnet32"),
+        (["train", "--resume-previous"], "--resume-previous says which checkpoint --resume takes: add --resume RUN"),
+        (["train", "--resume", "run", "--lr", "1", "--epochs=3"], "its own settings: leave out --lr, --epochs=3"),
+        (["train", "--resume", "no/such/run"], "no/such/run is not a run folder"),
+        (["train", "--device", "abacus"], "device abacus: "),
+        (["eval"], "Missing from infopro-fast eval: PATH"),
+        (["eval", "no/such/run"], "no/such/run is not a run folder: it has no config.json"),
+    ],
+)
+def test_errors_are_one_line_and_exit_code_2(capsys, argv, message):
+    code, out, err = run_here(capsys, *argv)
+    assert code == 2 and out == ""
+    assert_one_line(err)
+    assert re.search(message, err), err
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_one_line_whatever_the_terminal_can_show(encoding):
+    done = run_process("train", "--lr", "fast", env={**os.environ, "PYTHONIOENCODING": encoding})
+    assert done.returncode == 2 and done.stderr.startswith("infopro-fast: error: Error parsing --lr: ")
+    assert_one_line(done.stderr)
+
+
+def test_wrong_data_folders(capsys, tmp_path):
+    for name, message in (("cifar10", "data_batch_1 not found"), ("stl10", "train_X.bin not found"), ("svhn", "svhn: ")):
+        code, _, err = run_here(capsys, "train", "--dataset", name, "--data-root", tmp_path)
+        assert code == 2 and message in err
+        assert_one_line(err)
+        code, _, err = run_here(capsys, "train", "--dataset", name, "--data-root", tmp_path / "nowhere")
+        assert code == 2 and (f"{name}: --data-root {tmp_path}/nowhere is not a folder" in err)
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    """Only errors that are for people are made short."""
+    monkeypatch.setattr(loop, "fit", lambda config: {}["a bug"])
+    with pytest.raises(KeyError, match="a bug"):
+        cli.main(["train"])
+
+
+@pytest.mark.parametrize(
+    "error,code", [(loop.NonFiniteError("module 1"), 1), (OSError(28, "No space left on device"), 1), (KeyboardInterrupt(), 130)]
+)
+def test_exit_codes_of_runs_that_go_wrong(monkeypatch, capsys, error, code):
+    def fail(config):
+        raise error
+
+    monkeypatch.setattr(loop, "fit", fail)
+    found, _, err = run_here(capsys, "train")
+    assert found == code
+    assert_one_line(err)
+
+
+def test_train_resume_eval(monkeypatch, capsys, tmp_path):
+    """Flags reach the run; eval finds the accuracy that training printed."""
+    monkeypatch.setattr(fashion_mnist, "load", tiny_run.load)
+    run = tmp_path / "run"
+    flags = "--arch resnet20 --modules 3 --local-loss softmax --lambdas 2 0 0 1 --epochs 2 --warmup 0 --batch-size 16 --lr 0.03".split()
+    code, out, err = run_here(capsys, "train", *flags, "--seed", 4, "--threads", 1, "--dtype", "float64", "--no-augment", "--out", run)
+    assert code == 0 and err == ""
+    last = report.read_metrics(run, "epoch")[-1]
+    accuracy = f"test accuracy {100 * last['test']['accuracy']:.2f} %"
+    assert out.splitlines()[-1].startswith(accuracy) and out.splitlines()[-1].endswith(f"run folder {run}")
+    config = report.read_config(run)
+    assert (config.arch, config.modules, config.local_loss, config.lambdas) == ("resnet20", 3, "softmax", (2, 0, 0, 1))
+    assert (config.epochs, config.batch_size, config.lr, config.seed) == (2, 16, 0.03, 4)
+    assert (config.dtype, config.augment, config.out) == ("float64", False, run)
+    assert set(last["train"]) == {"module1/reconstruction", "module2/softmax", "module2/softmax_accuracy", "loss", "accuracy"}
+
+    code, out, err = run_here(capsys, "eval", run)
+    right = round(last["test"]["accuracy"] * 20)
+    assert code == 0 and out == f"{run}: {accuracy} ({right} of 20), cross entropy {last['test']['loss']:.4f}\n"
+
+    for path in checkpoint.list_checkpoints(run / "checkpoints"):  # both
+        (path / "state.json").write_text("{}")
+    code, _, err = run_here(capsys, "train", "--resume", run)
+    assert code == 2 and "epoch0002-batch000000 is damaged: state.json" in err and "add --resume-previous" in err
+    code, _, err = run_here(capsys, "train", f"--resume={run}", "--resume-previous")
+    assert code == 2 and "epoch0001-batch000000 is damaged" in err and "add --resume-previous" not in err
+    code, _, err = run_here(capsys, "train", "--out", run)
+    assert code == 2 and f"{run} exists already" in err
+
+
+def test_help_is_quick_and_complete():
+    """No torch, and every setting with its explanation."""
+    code = "import sys; from infopro_fast import cli\ntry: cli.main(['train', '--help'])\nfinally: assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stderr == ""
+    for name in report.TrainConfig.__dataclass_fields__:
+        assert f"--{name.replace('_', '-')} " in done.stdout or f"--{name.replace('_', '-')}," in done.stdout, name
+    assert "--resume" in done.stdout and "damaged" in done.stdout
+    done = run_process("--help")
+    assert done.returncode == 0 and all(word in done.stdout for word in ("train", "eval", "info"))
+
+
+def test_info(capsys):
+    from infopro_fast import info
+
+    code, out, err = run_here(capsys, "info")
+    assert code == 0 and err == "" and out == info.report() + "\n"
+
+
+def test_module_and_script_are_the_same_command():
+    done = run_process("train", "--nonsense")
+    assert done.returncode == 2 and done.stdout == ""
+    assert_one_line(done.stderr)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_on_a_real_run(tmp_path, signum):
+    """On all the embedded images: stops within a step, says how to continue, and the run can be continued and stopped again."""
+    run = tmp_path / "run"
+    settings = "--arch resnet20 --modules 2 --batch-size 16 --threads 1 --log-every 1".split()
+    command = [sys.executable, "-m", "infopro_fast", "train"]
+    for arguments in ([*settings, "--out", str(run)], ["--resume", str(run)]):
+        process = subprocess.Popen([*command, *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        before = (run / "metrics.jsonl").stat().st_size if (run / "metrics.jsonl").exists() else 0
+        end = time.monotonic() + 100
+        while not (run / "metrics.jsonl").exists() or (run / "metrics.jsonl").stat().st_size <= before:  # until a step is logged
+            assert time.monotonic() < end and process.poll() is None, process.stderr.read() if process.poll() is not None else "too slow"
+            time.sleep(0.05)
+        process.send_signal(signum)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 128 + signum, err
+        assert err == f"infopro-fast: error: stopped by {signum.name}; continue with: infopro-fast train --resume {run}\n"
+        last = checkpoint.list_checkpoints(run / "checkpoints")[-1]
+        state = checkpoint.load(last)
+        assert state["batch"] >= 1 and len(report.read_metrics(run, "step")) == state["batch"]
+    assert "continuing" in out and last.name > checkpoint.name_of(0, 1)
+    assert os.access(run / "config.json", os.R_OK)

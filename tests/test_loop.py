@@ -1,0 +1,476 @@
+"""The training loop: what it computes, what it writes, how it stops; test_kill.py has the violent ends."""
+
+import contextlib
+import io
+import json
+import math
+import signal
+import threading
+
+import pytest
+import safetensors.torch
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import infopro_fast
+from infopro_fast.data import fashion_mnist
+from infopro_fast.trainer import checkpoint, display, evaluate_run, fit, loop, report, resume, schedule
+from infopro_fast.trainer.config import ConfigError, TrainConfig
+from infopro_fast.trainer.meters import Meters
+from infopro_fast.trainer.step import LocalTrainer
+from tests import tiny_run
+
+
+@pytest.fixture(autouse=True)
+def few_images(monkeypatch):
+    monkeypatch.setattr(fashion_mnist, "load", tiny_run.load)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run left alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fashion_mnist, "load", tiny_run.load)
+        return fit(tiny_run.config(tmp_path_factory.mktemp("runs") / "alone"))
+
+
+def weights(run):
+    return safetensors.torch.load_file(run / "weights.safetensors")
+
+
+def assert_same_weights(run, other):
+    expected, got = weights(run), weights(other)
+    assert list(expected) == list(got) and all(torch.equal(got[name], tensor) for name, tensor in expected.items())
+
+
+def at_step(monkeypatch, number, action):
+    """Run ``action`` right after the ``number``-th step of the trainer; a value it returns replaces the step's metrics."""
+    step, count = LocalTrainer.step, 0
+
+    def patched(self, image, label):
+        nonlocal count
+        count += 1
+        metrics = step(self, image, label)
+        return (action(self, metrics) or metrics) if count == number else metrics
+
+    monkeypatch.setattr(LocalTrainer, "step", patched)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What it computes
+
+
+def test_equals_a_loop_written_out(finished):
+    """The same seeds, batches and rates through LocalTrainer alone give the same weights, to the bit, and the same test accuracy."""
+    config = report.read_config(finished)
+    images = tiny_run.load()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(config.seed)
+            net = infopro_fast.build("resnet20", 3, lambdas=(1, 0, 1, 1), image_mean=images.mean, image_std=images.std)
+            trainer = LocalTrainer(net, schedule.released_sgd(0.05))
+            for step in range(12):
+                epoch, batch = divmod(step, 4)
+                image, label = list(images.train_epoch(16, seed=0, epoch=epoch))[batch]
+                trainer.set_learning_rate(schedule.one_cycle(step, 12, 0.05, warmup_steps=4))
+                trainer.step(image, label)
+        found = trainer.evaluate(images.test_batches(16))
+    finally:
+        torch.set_num_threads(threads)
+    expected = net.released_state_dict()
+    got = weights(finished)
+    assert set(got) == set(expected) and all(torch.equal(got[name], tensor) for name, tensor in expected.items())
+    last = report.read_metrics(finished, "epoch")[-1]
+    assert last["test"] == found == evaluate_run(finished)
+
+
+def test_run_folder(finished):
+    names = {path.name for path in finished.iterdir()}
+    assert names == {"config.json", "metrics.jsonl", "weights.safetensors", "learning_curve.png", "checkpoints", ".lock"}
+    assert report.read_config(finished) == tiny_run.config(finished).resolved()
+    assert (finished / "learning_curve.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert [p.name for p in checkpoint.list_checkpoints(finished / "checkpoints")] == ["epoch0002-batch000000", "epoch0003-batch000000"]
+    state = checkpoint.load(finished / "checkpoints" / "epoch0003-batch000000")
+    assert state["metrics_bytes"] == (finished / "metrics.jsonl").stat().st_size
+
+
+def test_metrics_are_means_over_images(finished):
+    """An epoch's means are those of its steps' means by their images: 48 (three batches) and 4."""
+    steps, epochs = report.read_metrics(finished, "step"), report.read_metrics(finished, "epoch")
+    assert [(s["epoch"], s["batch"]) for s in steps] == [(e, b) for e in (1, 2, 3) for b in (3, 4)]
+    assert [e["epoch"] for e in epochs] == [1, 2, 3]
+    names = {"module1/reconstruction", "module2/reconstruction", "module2/contrast", "loss", "accuracy"}
+    for epoch in epochs:
+        first, second = (s for s in steps if s["epoch"] == epoch["epoch"])
+        assert set(epoch["train"]) == names
+        for name in names:
+            assert epoch["train"][name] == pytest.approx((48 * first[name] + 4 * second[name]) / 52, rel=1e-12)
+        assert epoch["best"] == max(e["test"]["accuracy"] for e in epochs[: epoch["epoch"]])
+        assert (epoch["train"]["accuracy"] * 52) == pytest.approx(round(epoch["train"]["accuracy"] * 52))
+        assert epoch["test"]["count"] == 20 and epoch["images_per_second"] > 0 and epoch["peak_memory_bytes"] > 2**20
+    assert [s["lr"] for s in steps] == [schedule.one_cycle(step, 12, 0.05, warmup_steps=4) for step in (2, 3, 6, 7, 10, 11)]
+
+
+@pytest.mark.parametrize(
+    "settings,released",
+    [
+        (dict(schedule="cosine", epochs=160, warmup=10), lambda e: schedule.cosine(e, 160, 0.8)),
+        (dict(schedule="cosine", epochs=9, warmup=0, zero_last_epoch=False),
+         lambda e: schedule.cosine(e, 9, 0.8, warmup_epochs=0, zero_last_epoch=False)),
+        (dict(schedule="step", epochs=160), lambda e: schedule.step(e, 160, 0.8)),
+    ],
+)  # fmt: skip
+def test_released_learning_rates(settings, released):
+    config = TrainConfig(lr=0.8, **settings).resolved()
+    for epoch in range(config.epochs):
+        assert {loop.learning_rate(config, epoch, batch, 7) for batch in range(7)} == {released(epoch + 1)}
+
+
+def test_one_cycle_changes_every_step():
+    config = TrainConfig(epochs=5, warmup=2, lr=0.3).resolved()
+    rates = [loop.learning_rate(config, epoch, batch, 10) for epoch in range(5) for batch in range(10)]
+    assert max(rates) <= 0.3 and rates[:20] == sorted(rates[:20]) and rates[20:] == sorted(rates[20:], reverse=True)
+    assert rates[0] == pytest.approx(0.3 / 40) and rates[-1] == pytest.approx(0.3 / 60) and len(set(rates)) > 40
+    assert math.fsum(rates) / 50 == pytest.approx(0.15)
+
+
+@pytest.mark.parametrize("settings", [dict(local_loss="softmax", dtype="float64"), dict(modules=1, local_loss="none", lambdas=None),
+                                      dict(local_loss="greedy", lambdas=None, drop_last=True, augment=False)])  # fmt: skip
+def test_other_runs(tmp_path, settings):
+    run = fit(tiny_run.config(tmp_path / "run", epochs=1, warmup=0, **settings))
+    (epoch,) = report.read_metrics(run, "epoch")
+    assert all(map(math.isfinite, epoch["train"].values()))
+    dtypes = {tensor.dtype for tensor in weights(run).values() if tensor.is_floating_point()}
+    assert dtypes == {getattr(torch, settings.get("dtype", "float32"))}
+    assert evaluate_run(run) == epoch["test"]
+    if settings.get("drop_last"):
+        assert epoch["train"]["module1/greedy_accuracy"] * 48 == pytest.approx(round(epoch["train"]["module1/greedy_accuracy"] * 48))
+
+
+def test_leaves_the_process_as_it_was(tmp_path, finished):
+    torch.manual_seed(5)
+    before, threads = torch.get_rng_state(), torch.get_num_threads()
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    run = fit(tiny_run.config(tmp_path / "run"))
+    assert torch.equal(torch.get_rng_state(), before) and torch.get_num_threads() == threads
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert_same_weights(run, finished)  # whatever the state of torch's generator outside
+    other = fit(tiny_run.config(tmp_path / "other", seed=1))
+    assert not torch.equal(weights(other)["fc.weight"], weights(run)["fc.weight"])
+
+
+def test_in_another_thread(tmp_path, finished):
+    """Python allows no signal handlers there; the run is the same."""
+    found = []
+    thread = threading.Thread(target=lambda: found.append(fit(tiny_run.config(tmp_path / "run"))))
+    thread.start()
+    thread.join()
+    assert_same_weights(found[0], finished)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stopping and continuing
+
+
+@pytest.mark.parametrize("signum,step", [(signal.SIGINT, 1), (signal.SIGTERM, 6), (signal.SIGINT, 8), (signal.SIGTERM, 11)])
+def test_signal_stops_after_a_checkpoint_and_continues_to_the_same_bits(tmp_path, monkeypatch, finished, signum, step):
+    with monkeypatch.context() as patch:
+        at_step(patch, step, lambda trainer, metrics: signal.raise_signal(signum))
+        with pytest.raises(loop.Stopped, match=f"stopped by {signum.name}; continue with: infopro-fast train --resume .*run") as stopped:
+            fit(tiny_run.config(tmp_path / "run"))
+    assert stopped.value.run == tmp_path / "run" and stopped.value.signum == signum
+    last = checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")[-1]
+    assert last.name == checkpoint.name_of((step - 1) // 4, (step - 1) % 4 + 1)
+    assert (tmp_path / "run" / "learning_curve.png").exists() == (step > 4)
+    assert_same_weights(resume(tmp_path / "run"), finished)
+    steps = [report.read_metrics(run, "step") for run in (finished, tmp_path / "run")]
+    assert steps[0] == steps[1]
+
+
+def test_signal_during_evaluation(tmp_path, monkeypatch, finished):
+    """Stops between two batches of it; continuing evaluates that epoch again."""
+    batches = infopro_fast.data.ImageSet.test_batches
+
+    def interrupted(self, *args):
+        for batch in batches(self, *args):
+            signal.raise_signal(signal.SIGINT)
+            yield batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(infopro_fast.data.ImageSet, "test_batches", interrupted)
+        with pytest.raises(loop.Stopped):
+            fit(tiny_run.config(tmp_path / "run"))
+    assert report.read_metrics(tmp_path / "run", "epoch") == []
+    assert_same_weights(resume(tmp_path / "run"), finished)
+    expected, got = (report.read_metrics(run, "epoch") for run in (finished, tmp_path / "run"))
+    assert [e["test"] for e in got] == [e["test"] for e in expected]
+
+
+def test_second_signal_interrupts_at_once(tmp_path, monkeypatch):
+    def twice(trainer, metrics):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    at_step(monkeypatch, 2, twice)
+    with pytest.raises(KeyboardInterrupt) as interrupt:
+        fit(tiny_run.config(tmp_path / "run"))
+    assert not isinstance(interrupt.value, loop.Stopped)
+    assert [p.name for p in checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")] == [checkpoint.name_of(0, 0)]
+
+
+def test_timed_checkpoints(tmp_path, monkeypatch):
+    """Every N minutes means inside epochs too."""
+    names = []
+    save = checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda folder, name, state: (names.append(name), save(folder, name, state)))
+    fit(tiny_run.config(tmp_path / "run", checkpoint_minutes=1e-9, epochs=2))
+    assert names == [checkpoint.name_of(e, b) for e in (0, 1) for b in (0, 1, 2, 3)] + [checkpoint.name_of(2, 0)]
+
+
+def test_continuing_a_finished_run_changes_nothing(tmp_path, finished, capsys):
+    run = fit(tiny_run.config(tmp_path / "run", epochs=2))
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.suffix != ".png"}
+    (run / "weights.safetensors").unlink()  # as after a kill right before they were written
+    resume(run)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.suffix != ".png"} == before
+
+
+def test_damaged_checkpoint(tmp_path, monkeypatch, finished):
+    """Refused by name; the one before it is used only when asked, and leads to the same end."""
+    with monkeypatch.context() as patch:
+        at_step(patch, 10, lambda trainer, metrics: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(loop.Stopped):
+            fit(tiny_run.config(tmp_path / "run"))
+    last = tmp_path / "run" / "checkpoints" / "epoch0002-batch000002"
+    content = bytearray((last / "tensors.safetensors").read_bytes())
+    content[-7] ^= 16
+    (last / "tensors.safetensors").write_bytes(content)
+    message = "epoch0002-batch000002 is damaged: tensors.safetensors: .*epoch0002-batch000000, add --resume-previous"
+    with pytest.raises(checkpoint.CheckpointError, match=message):
+        resume(tmp_path / "run")
+    assert_same_weights(resume(tmp_path / "run", previous=True), finished)
+    assert len(report.read_metrics(tmp_path / "run", "step")) == 6
+
+
+def test_metrics_that_are_too_short_are_refused(tmp_path, monkeypatch):
+    run = fit(tiny_run.config(tmp_path / "run", epochs=2))
+    (run / "metrics.jsonl").write_text("")
+    with pytest.raises(report.RunError, match="metrics.jsonl: expected at least the .* bytes that the checkpoint has seen, got 0"):
+        resume(run)
+
+
+def test_two_processes_cannot_share_a_run(finished):
+    with report.locked(finished), pytest.raises(report.RunError, match="alone is in use by another process"):
+        resume(finished)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Non-finite losses
+
+
+@pytest.mark.parametrize(
+    "name,where", [("module2/contrast", "module 2, contrast loss: nan"), ("loss", "last module, cross-entropy loss: nan")]
+)
+def test_non_finite_loss_is_named_and_the_last_checkpoint_is_good(tmp_path, monkeypatch, name, where):
+    """In step 2 of epoch 2, found when step 3 is read."""
+
+    def spoil(trainer, metrics):
+        with torch.no_grad():
+            trainer.net.stages[1][0].bn1.weight.fill_(math.nan)
+        return metrics | {name: torch.tensor(math.nan)}
+
+    at_step(monkeypatch, 6, spoil)
+    kept = "training stopped, the last checkpoint before it, .*epoch0001-batch000000, is kept"
+    with pytest.raises(loop.NonFiniteError, match=f"1 step before epoch 2, step 3 of 4: {where}; {kept}"):
+        fit(tiny_run.config(tmp_path / "run"))
+    last = checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")[-1]
+    state = checkpoint.load(last)
+    assert last.name == checkpoint.name_of(1, 0) and list(checkpoint.not_finite(state)) == []
+    assert [e["epoch"] for e in report.read_metrics(tmp_path / "run", "epoch")] == [1]
+
+
+def test_a_rate_that_diverges(tmp_path):
+    """For real: the loss overflows."""
+    with pytest.raises(loop.NonFiniteError, match=r"module \d, \w+ loss: (nan|inf)|cross-entropy loss: (nan|inf)|not finite"):
+        fit(tiny_run.config(tmp_path / "run", lr=1e30))
+    for path in checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints"):
+        assert list(checkpoint.not_finite(checkpoint.load(path))) == []
+
+
+def test_non_finite_weights_never_get_into_a_checkpoint(tmp_path, monkeypatch):
+    """The update of a step whose losses were all finite can still overflow."""
+
+    def overflow(trainer, metrics):
+        with torch.no_grad():
+            trainer.net.classifier.fc.weight[0, 0] = math.inf
+
+    at_step(monkeypatch, 4, overflow)
+    monkeypatch.setattr(LocalTrainer, "evaluate", lambda self, batches: {"accuracy": 0.5, "loss": 1.0, "count": 2})
+    message = "net.local_losses.2.fc.weight is not finite, though every loss was; .*epoch0000-batch000000"
+    with pytest.raises(loop.NonFiniteError, match=message):
+        fit(tiny_run.config(tmp_path / "run"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Refusals
+
+
+def test_refuses_to_write_over_something(tmp_path, finished):
+    with pytest.raises(report.RunError, match="alone exists already: give another folder as out, or continue it with --resume"):
+        fit(tiny_run.config(finished))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(report.RunError, match="file exists already"):
+        fit(tiny_run.config(tmp_path / "file"))
+    (tmp_path / "empty").mkdir()
+    assert report.create(tiny_run.config(tmp_path / "empty")) == tmp_path / "empty"
+
+
+def test_default_folder_says_what_it_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = report.create(TrainConfig(modules=16).resolved())
+    assert run.parent.name == "runs" and run.name.startswith("fashion_mnist-resnet32-k16-contrast-2")
+
+
+@pytest.mark.parametrize(
+    "settings,message",
+    [
+        (dict(modules=99, lambdas=None), "modules: expected 1 to 10 for resnet20"),
+        (dict(cuts=((9, 9),), modules=None), r"cuts: expected \(stage, block\) of resnet20"),
+        (dict(balanced=True), "balanced: expected one of"),
+        (dict(device="tpu"), "device tpu: "),
+        (dict(drop_last=True, batch_size=53), "batch_size 53 and drop_last: there are only 52 training images"),
+    ],
+)
+def test_impossible_settings_leave_no_folder(tmp_path, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        fit(tiny_run.config(tmp_path / "run", **settings))
+    assert not (tmp_path / "run").exists()
+
+
+def test_folders_that_are_no_runs(tmp_path, finished):
+    for call in (resume, evaluate_run):
+        with pytest.raises(report.RunError, match="is not a run folder: it has no config.json"):
+            call(tmp_path)
+    (tmp_path / "config.json").write_text((finished / "config.json").read_text())
+    with pytest.raises(checkpoint.CheckpointError, match="checkpoints: expected a checkpoint, found 0"):
+        resume(tmp_path)
+    message = "has no weights.safetensors: no epoch is finished; continue with: infopro-fast train --resume"
+    with pytest.raises(report.RunError, match=message):
+        evaluate_run(tmp_path)
+    (tmp_path / "weights.safetensors").write_bytes((finished / "weights.safetensors").read_bytes()[:-100])
+    with pytest.raises(report.RunError, match="weights.safetensors is damaged"):
+        evaluate_run(tmp_path)
+    (tmp_path / "weights.safetensors").write_bytes(safetensors.torch.save({"fc.weight": torch.zeros(10, 64)}))
+    with pytest.raises(report.RunError, match="weights.safetensors does not fit config.json: .*missing .*bn1.bias"):
+        evaluate_run(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(report.RunError, match="config.json: not the settings of a run"):
+        evaluate_run(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics, display, picture
+
+
+class NoWait(TorchDispatchMode):
+    """Fails where a tensor's value is asked for, which waits for a device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), func
+        return func(*args, **(kwargs or {}))
+
+
+def test_meters_wait_only_when_read():
+    meters = Meters(3)
+    with NoWait():
+        for i in range(3):
+            local = {"a": torch.tensor(float(i)), "a_correct": torch.tensor(i)}
+            meters.add(local | {"loss": torch.tensor(1.0), "correct": torch.tensor(2)}, 4)
+        with pytest.raises(AssertionError):
+            bool(torch.tensor(1.0) > 0)
+    meters.read()
+    assert meters.finish_interval() == {"a": 1.0, "a_accuracy": 3 / 12, "loss": 1.0, "accuracy": 0.5}
+    meters.add({"a": torch.tensor(7.0), "a_correct": torch.tensor(0), "loss": torch.tensor(0.0), "correct": torch.tensor(1)}, 1)
+    meters.read()
+    state = json.loads(json.dumps(meters.state_dict()))
+    other = Meters(3)
+    other.load_state_dict(state)
+    for each in (meters, other):
+        assert each.finish_interval() == {"a": 7.0, "a_accuracy": 0.0, "loss": 0.0, "accuracy": 1.0}
+        assert each.finish_epoch() == pytest.approx({"a": (12 + 7) / 13, "a_accuracy": 3 / 13, "loss": 12 / 13, "accuracy": 7 / 13})
+        assert each.finish_epoch() == {}
+
+
+def status():
+    train = {"module1/reconstruction": 0.25, "module2/reconstruction": 0.5, "module2/contrast": 3.25, "loss": 1.5, "accuracy": 0.625}
+    return display.Status("a title", 2, 8, 30, 63, 0.1, train, {"accuracy": 0.7512, "loss": 0.9}, 0.76, 321.4, 500 * 2**20, 3725.0)
+
+
+def test_live_table_shows_everything():
+    from rich.console import Console
+
+    console = Console(file=io.StringIO(), width=140, force_terminal=True, color_system=None)
+    console.print(display.render(status()))
+    text = console.file.getvalue()
+    for expected in (
+        "a title", "reconstruction", "contrast", "0.2500", "0.5000", "3.2500", "1.5000", "62.50 %", "75.12 %", "epoch 2/8", "30/63",
+        "321 images/s", "peak 500 MiB", "1:02:05", "best test 76.00 %", "rate 0.1",
+    ):  # fmt: skip
+        assert expected in text, expected
+    screen = display.LiveDisplay(console)
+    with screen:
+        screen.message("a message [not markup]")
+        screen.update(status())
+    assert "a message [not markup]" in console.file.getvalue()
+
+
+def test_plain_lines():
+    stream = io.StringIO()
+    screen = display.PlainDisplay(stream)
+    screen.update(status())  # too soon for a line
+    assert stream.getvalue() == ""
+    screen.epoch(status())
+    (line,) = stream.getvalue().splitlines()
+    for expected in (
+        "epoch 2/8", "loss 1.5000", "train accuracy 62.50%", "test accuracy 75.12%", "m1/reconstruction 0.2500", "m2/contrast 3.2500",
+        "321 images/s", "peak 500 MiB", "left 1:02:05",
+    ):  # fmt: skip
+        assert expected in line, expected
+    screen._last -= display.PLAIN_SECONDS + 1
+    screen.update(status())
+    assert "batch 30/63" in stream.getvalue().splitlines()[1]
+    assert [display.duration(s) for s in (None, 0, 59.6, 3599.6)] == ["-", "0:00", "1:00", "1:00:00"]
+
+
+def test_display_follows_the_terminal():
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert isinstance(display.choose(), display.PlainDisplay)
+
+
+def test_learning_curve_draws_every_series(finished, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: (drawn.append(self), path.touch())[0])
+    copy = finished / "learning_curve.png"
+    content = copy.read_bytes()
+    try:
+        report.draw_learning_curve(finished, "a title")
+    finally:
+        copy.write_bytes(content)
+    (figure,) = drawn
+    epochs = report.read_metrics(finished, "epoch")
+    panels = {panel.get_title().split(",")[0]: panel for panel in figure.axes}
+    assert list(panels) == ["reconstruction loss", "contrast loss", "cross entropy of the network", "accuracy (%)"]
+    lines = {line.get_label(): line for line in panels["reconstruction loss"].get_lines()}
+    assert set(lines) == {"module 1", "module 2"}
+    assert list(lines["module 2"].get_xdata()) == [1, 2, 3]
+    assert list(lines["module 2"].get_ydata()) == [e["train"]["module2/reconstruction"] for e in epochs]
+    test = panels["accuracy (%)"].get_lines()[1]
+    assert test.get_label() == "test" and list(test.get_ydata()) == [100 * e["test"]["accuracy"] for e in epochs]
+
+
+def test_learning_curve_without_an_epoch(tmp_path):
+    assert report.draw_learning_curve(tmp_path, "") is None and list(tmp_path.iterdir()) == []
