@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import weakref
 
@@ -378,6 +379,20 @@ def test_state_in_another_memory_format_is_laid_out_like_its_parameter(fused):
     for each in (trainer, resumed):
         each.step(IMAGE, LABEL)
     assert all(torch.equal(tensor, nets[1].state_dict()[name]) for name, tensor in nets[0].state_dict().items())
+
+
+def test_fused_sgd_is_plain_sgd():
+    """The released optimizer's fused pass, over weights in channels_last, against torch's loop over parameters."""
+    nets = []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        nets.append(infopro_fast.build("resnet20", 3, lambdas=(1, 1, 1, 1)).double())
+        make = functools.partial(released_sgd(lr=0.05), fused=fused)
+        trainer = infopro_fast.LocalTrainer(nets[-1], make)
+        for _ in range(3):
+            trainer.step(IMAGE.double(), LABEL)
+    for name, tensor in nets[0].state_dict().items():
+        compare.assert_close(tensor.double(), nets[1].state_dict()[name].double(), scale=max(1.0, tensor.abs().max().item()), what=name)
 
 
 def test_learning_rate():
