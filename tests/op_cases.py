@@ -22,8 +22,8 @@ Loss = typing.Callable[[Tensors], torch.Tensor]
 @dataclasses.dataclass(frozen=True)
 class Case:
     """tensors: all tensor arguments, float64 where floating. differentiable: those that get a gradient. zero: those whose exact
-    gradient is 0, with the one whose gradient sets the scale of the noise. condition: by how much rounding is magnified: the largest
-    logit, or a channel's mean over its spread."""
+    gradient is 0, with the one whose gradient sets the scale of the noise. condition: largest logit, what a loss is rounded relative
+    to. magnified: by how much the inputs' own rounding is magnified in any float32 arithmetic, where a case is made for that."""
 
     op: str
     tensors: Tensors
@@ -32,6 +32,7 @@ class Case:
     plain: Loss
     zero: dict[str, str] = dataclasses.field(default_factory=dict)
     condition: float = 1.0
+    magnified: float = 1.0
 
     def inputs(self, dtype: torch.dtype = torch.float64, grad: typing.Iterable[str] | None = None) -> Tensors:
         """Fresh leaves in ``dtype``; ``grad`` names those that require grad, all differentiable ones if None."""
@@ -93,10 +94,10 @@ def check(case: Case, impl: str, dtype: torch.dtype, inputs: Tensors | None = No
         wanted = (exact.detach() if name == "loss" else expected[name]).double()
         size = wanted.abs().max().item() if wanted.numel() else 0.0
         if name in case.zero:
-            size = expected[case.zero[name]].abs().max().item() * case.condition
+            size = expected[case.zero[name]].abs().max().item() * case.magnified
             compare.assert_close(found, torch.zeros_like(wanted), dtype=arithmetic, scale=size, what=what)
         elif theirs:
-            worth = 1.0 if name != "loss" else max(1.0, case.condition / size if size else 1.0)
+            worth = case.magnified if name != "loss" else max(1.0, case.condition / size if size else 1.0)
             compare.assert_accurate(found, theirs[name], wanted, scale=worth, what=what)
         else:
             scale = max(size, case.condition) if name == "loss" else size * case.condition
@@ -142,7 +143,7 @@ def plain_reconstruction(features, image, decoder, interpolate_mode="bilinear", 
     return {"bce": F.binary_cross_entropy, "mse": F.mse_loss, "l1": F.l1_loss}[loss](output, image)
 
 
-def reconstruction(N=3, C=5, h=4, w=3, H=9, W=7, K=7, *, bias=True, training=True, norm=None, condition=1.0, **options) -> Case:
+def reconstruction(N=3, C=5, h=4, w=3, H=9, W=7, K=7, *, bias=True, training=True, norm=None, magnified=1.0, **options) -> Case:
     """A case of `reconstruction_loss`; options as the op takes them."""
     generator = torch.Generator().manual_seed(N + 3 * C + 5 * h + 7 * w + 11 * H + 13 * W)
     decoder = make_decoder(C, K, bias=bias, **(norm or {})).train(training)
@@ -173,7 +174,7 @@ def reconstruction(N=3, C=5, h=4, w=3, H=9, W=7, K=7, *, bias=True, training=Tru
 
     batch_statistics = training or decoder[1].running_mean is None
     zero = {"decoder.0.bias": "decoder.0.weight"} if bias and batch_statistics else {}
-    return Case("reconstruction_loss", tensors | names, ("features", *names), function, plain, zero, condition)
+    return Case("reconstruction_loss", tensors | names, ("features", *names), function, plain, zero, magnified=magnified)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

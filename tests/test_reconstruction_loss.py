@@ -188,7 +188,8 @@ def test_large_logits(impl, dtype):
 @pytest.mark.parametrize("offset", (0.0, 30.0, 1000.0))
 def test_batch_statistics_of_a_shifted_channel(offset, impl):
     """A mean far larger than the spread: sums of squares would lose it all; statistics have to be stable."""
-    case = reconstruction(N=8, C=16, h=8, w=8, H=32, W=32, K=12, condition=1 + offset)
+    half_a_unit = offset / 16  # of z, in the units of the floor, which is 8 of them
+    case = reconstruction(N=8, C=16, h=8, w=8, H=32, W=32, K=12, magnified=1 + half_a_unit)
     case.tensors["decoder.0.bias"].add_(offset)
     for dtype in (torch.float64, torch.float32):
         check(case, impl, dtype)
