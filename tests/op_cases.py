@@ -100,7 +100,7 @@ def check(case: Case, impl: str, dtype: torch.dtype, inputs: Tensors | None = No
             worth = case.magnified if name != "loss" else max(1.0, case.condition / size if size else 1.0)
             compare.assert_accurate(found, theirs[name], wanted, scale=worth, what=what)
         else:
-            scale = max(size, case.condition) if name == "loss" else size * case.condition
+            scale = (max(size, case.condition) if name == "loss" else size * case.condition) * case.magnified
             compare.assert_close(found, wanted, dtype=arithmetic if name == "loss" else found.dtype, scale=scale, what=what)
 
 
