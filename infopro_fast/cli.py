@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -44,6 +45,8 @@ class Eval:
     """Run folder that `train` wrote."""
     data_root: Path | None = None
     """Where the data set's files are, if not where the run found them."""
+    device: str | None = None
+    """cpu, cuda, ..., if not the device of the run."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise
         _fail(str(error), code)
     except KeyboardInterrupt as error:
-        _fail(str(error) or "interrupted", 128 + getattr(error, "signum", 2))
+        print(f"{PROG}: {error or 'interrupted'}", file=sys.stderr)
+        sys.exit(128 + getattr(error, "signum", signal.SIGINT))
     sys.exit(0)
 
 
@@ -104,7 +108,7 @@ def _run(command: Train | Eval | Info, argv: list[str]) -> None:
     elif isinstance(command, Eval):
         from .trainer.loop import evaluate_run
 
-        found = evaluate_run(command.run, command.data_root)
+        found = evaluate_run(command.run, data_root=command.data_root, device=command.device)
         right = f"{round(found['accuracy'] * found['count'])} of {found['count']}"
         print(f"{command.run}: test accuracy {100 * found['accuracy']:.2f} % ({right}), cross entropy {found['loss']:.4f}")
     else:

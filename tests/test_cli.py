@@ -98,8 +98,7 @@ def test_exit_codes_of_runs_that_go_wrong(monkeypatch, capsys, error, code):
 
     monkeypatch.setattr(loop, "fit", fail)
     found, _, err = run_here(capsys, "train")
-    assert found == code
-    assert_one_line(err)
+    assert found == code and err.count("\n") == 1 and err.startswith("infopro-fast: ")
 
 
 def test_train_resume_eval(monkeypatch, capsys, tmp_path):
@@ -118,7 +117,7 @@ def test_train_resume_eval(monkeypatch, capsys, tmp_path):
     assert (config.dtype, config.augment, config.out) == ("float64", False, run)
     assert set(last["train"]) == {"module1/reconstruction", "module2/softmax", "module2/softmax_accuracy", "loss", "accuracy"}
 
-    code, out, err = run_here(capsys, "eval", run)
+    code, out, err = run_here(capsys, "eval", run, "--device", "cpu")
     right = round(last["test"]["accuracy"] * 20)
     assert code == 0 and out == f"{run}: {accuracy} ({right} of 20), cross entropy {last['test']['loss']:.4f}\n"
 
@@ -173,7 +172,7 @@ def test_ctrl_c_on_a_real_run(tmp_path, signum):
         process.send_signal(signum)
         out, err = process.communicate(timeout=60)
         assert process.returncode == 128 + signum, err
-        assert err == f"infopro-fast: error: stopped by {signum.name}; continue with: infopro-fast train --resume {run}\n"
+        assert err == f"infopro-fast: stopped by {signum.name}; continue with: infopro-fast train --resume {run}\n"
         last = checkpoint.list_checkpoints(run / "checkpoints")[-1]
         state = checkpoint.load(last)
         assert state["batch"] >= 1 and len(report.read_metrics(run, "step")) == state["batch"]

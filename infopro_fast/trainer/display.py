@@ -120,6 +120,7 @@ class LiveDisplay:
 def render(status: Status):
     """The live table as a rich renderable."""
     from rich.console import Group
+    from rich.padding import Padding
     from rich.progress_bar import ProgressBar
     from rich.table import Table
     from rich.text import Text
@@ -146,7 +147,8 @@ def render(status: Status):
     ]
     if status.best is not None:
         facts.append(f"best test {100 * status.best:.2f} %")
-    return Group(table, ProgressBar(total=status.epochs * status.batches, completed=done, width=60), Text("  ".join(facts)))
+    bar = ProgressBar(total=status.epochs * status.batches, completed=done, width=60)
+    return Group(table, Padding(bar, 0), Text("  ".join(facts)))  # the padding ends the bar's line
 
 
 def _number(name: str, value: float | None) -> str:

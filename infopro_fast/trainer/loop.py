@@ -8,6 +8,7 @@ themselves are a function of (seed, epoch) and the learning rate of the place. M
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import signal
 import threading
 from collections.abc import Iterable, Iterator
@@ -72,11 +73,15 @@ def resume(run: str | Path, *, previous: bool = False) -> Path:
     return run
 
 
-def evaluate_run(run: str | Path, data_root: str | Path | None = None) -> dict[str, float]:
-    """{"accuracy", "loss", "count"} of a run's weights.safetensors on its test images (under ``data_root`` if they moved)."""
+def evaluate_run(run: str | Path, *, data_root: str | Path | None = None, device: str | None = None) -> dict[str, float]:
+    """{"accuracy", "loss", "count"} of a run's weights.safetensors on its test images.
+
+    data_root, device: if not those of the run. Raises RunError, DataError or ConfigError.
+    """
     run = Path(run)
     config, weights = report.read_config(run), report.read_weights(run)
-    images = data.load(config.dataset, config.data_root if data_root is None else data_root)
+    config = dataclasses.replace(config, data_root=data_root or config.data_root, device=device or config.device)
+    images = data.load(config.dataset, config.data_root)
     with _machine(config):
         net = _build(config, images)
         try:
