@@ -48,6 +48,10 @@ inline Matrix matrix(const char* op, const char* name, const Tensor& t) {
   return {t.const_data_ptr(), dtype_of(op, name, t), t.stride(0), t.stride(1)};
 }
 
+inline Maps maps(const char* op, const char* name, const Tensor& t) {
+  return {const_cast<void*>(t.const_data_ptr()), dtype_of(op, name, t), t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
+}
+
 // Memory that lives as long as the object; 64-byte aligned, not set to anything.
 template <class T>
 class Buffer {
@@ -92,6 +96,19 @@ void share(int64_t n, int64_t workers, const F& work) {
   torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; worker++) work(worker * n / workers, (worker + 1) * n / workers, worker);
   });
+}
+
+// Mean and biased variance of a channel from those of the samples (Chan, Golub & LeVeque 1983), in float64.
+template <class T>
+inline void merge_statistics(int64_t N, int64_t K, double pixels, const double* mean, const double* squares, T* batch_mean, T* batch_var) {
+  for (int64_t k = 0; k < K; k++) {
+    double center = 0, total = 0;
+    for (int64_t n = 0; n < N; n++) center += mean[n * K + k];
+    center /= double(N);
+    for (int64_t n = 0; n < N; n++) total += squares[n * K + k] + pixels * (mean[n * K + k] - center) * (mean[n * K + k] - center);
+    batch_mean[k] = T(center);
+    batch_var[k] = T(total / (pixels * double(N)));
+  }
 }
 
 }  // namespace infopro

@@ -10,6 +10,7 @@
 // which is exact, borders included; backward is the transpose of each line.
 #pragma once
 
+#include "batch_norm.h"
 #include "convert.h"
 #include "taps.h"
 
@@ -434,23 +435,7 @@ void decoder_statistics(const Decoder<T>& d, int64_t n, T* scratch, double* mean
   first_convolution(d, s, n);
   for (int64_t k = 0; k < d.K; k++) {
     T* plane = s.z + k * p.size;
-    const T* z = plane + p.origin;
-    p.set_border(plane, T(0));
-    vec<T> sum = {};
-    for (int64_t i = 0; i < p.span; i += Simd<T>::width) sum += load<T>(z + i);
-    mean[k] = double(infopro::INFOPRO_ISA::sum<T>(sum)) / double(d.H * d.W);
-    T center = T(mean[k]);
-    p.set_border(plane, center);
-    vec<T> square = {}, rest = {};
-    for (int64_t i = 0; i < p.span; i += Simd<T>::width) {
-      vec<T> deviation = load<T>(z + i) - center;
-      square += deviation * deviation;
-      rest += deviation;
-    }
-    // the mean was rounded: what the deviations leave over corrects it and the sum of squares
-    double left = double(infopro::INFOPRO_ISA::sum<T>(rest)) / double(d.H * d.W);
-    mean[k] = double(center) + left;
-    squares[k] = double(infopro::INFOPRO_ISA::sum<T>(square)) - left * left * double(d.H * d.W);
+    channel_statistics(plane + p.origin, p.span, d.H * d.W, [&](T value) { p.set_border(plane, value); }, mean[k], squares[k]);
   }
 }
 

@@ -4,6 +4,7 @@
 #include "cross_entropy.h"
 #include "decoder.h"
 #include "gemm.h"
+#include "norm_pool.h"
 #include "supcon.h"
 
 namespace infopro {
@@ -37,6 +38,10 @@ constexpr Kernels<T> make_table() {
   t.decoder_backward = decoder_backward<T>;
   t.decoder_w1_reduce = decoder_w1_reduce<T>;
   t.decoder_w2_reduce = decoder_w2_reduce<T>;
+  t.norm_pool_row = norm_pool_row<T>;
+  t.norm_pool_statistics = norm_pool_statistics<T>;
+  t.norm_pool_forward = norm_pool_forward<T>;
+  t.norm_pool_backward = norm_pool_backward<T>;
   return t;
 }
 

@@ -73,6 +73,14 @@ struct SampleSums {
   double *d_b2;              // (3)
 };
 
+// One call of norm_relu_pool: maps (N, C, h, w).
+template <class T>
+struct NormPool {
+  int64_t N, C, h, w;
+  Maps x;
+  const T *center, *inverse_std, *scale, *shift;  // (C): y = (x - center) scale + shift, scale = gamma inverse_std
+};
+
 template <class T>
 struct Kernels {
   int mr, nr;  // rows and columns of a register tile: packed matrices are padded to multiples of them
@@ -117,6 +125,12 @@ struct Kernels {
                            T* scratch);
   void (*decoder_w1_reduce)(const Decoder<T>&, const T* partial, T* d_w1);  // d_w1 (K, C, 3, 3) += a thread's part
   void (*decoder_w2_reduce)(const Decoder<T>&, const T* partial, T* d_w2);  // d_w2 (3, K, 3, 3) += a thread's part
+
+  // ---- batch norm, ReLU and pooling, sample by sample: norm_pool.h ----
+  int64_t (*norm_pool_row)(int64_t pixels);  // elements of a row of a thread's (C, pixels)
+  void (*norm_pool_statistics)(const NormPool<T>&, int64_t n, T* rows, double* mean, double* squares);
+  void (*norm_pool_forward)(const NormPool<T>&, int64_t n, T* rows, T* pooled, T* positive, T* positive_xhat);
+  void (*norm_pool_backward)(const NormPool<T>&, int64_t n, T* rows, const T* upstream, const T* mean_dy, const T* mean_dy_xhat, const Maps& dx);
 };
 
 template <class T>

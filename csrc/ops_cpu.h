@@ -27,4 +27,10 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward_cpu(Tensor grad
                                                                      int64_t ignore_index, double label_smoothing, bool needs_input,
                                                                      bool needs_weight);
 
+std::tuple<Tensor, Tensor> norm_relu_pool_forward_cpu(Tensor x, OptionalTensor gamma, OptionalTensor beta, OptionalTensor running_mean,
+                                                      OptionalTensor running_var, double eps);
+
+std::tuple<Tensor, Tensor, Tensor> norm_relu_pool_backward_cpu(Tensor grad, Tensor x, OptionalTensor gamma, OptionalTensor beta, Tensor saved,
+                                                               bool batch_statistics, double eps);
+
 }  // namespace infopro

@@ -33,10 +33,6 @@ struct AxisTable {
   Axis view(int64_t in) const { return {in, int64_t(low.size()), low.data(), high.data(), low_weight.data(), high_weight.data()}; }
 };
 
-Maps maps(const char* name, const Tensor& t) {
-  return {const_cast<void*>(t.const_data_ptr()), dtype_of(OP, name, t), t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
-}
-
 // One call: the Decoder that the kernels read, and the memory behind its pointers.
 template <class T>
 struct Call {
@@ -92,8 +88,8 @@ struct Call {
     d.N = features.size(0), d.C = features.size(1), d.h = features.size(2), d.w = features.size(3);
     d.K = w1.size(0), d.H = image.size(2), d.W = image.size(3);
     STD_TORCH_CHECK(w1.size(1) == d.C && image.size(0) == d.N && image.size(1) == 3, OP, ": shapes of features, image and w1 do not fit");
-    d.features = maps("features", features);
-    d.image = maps("image", image);
+    d.features = maps(OP, "features", features);
+    d.image = maps(OP, "image", image);
     d.resize = d.h != d.H || d.w != d.W;
     // Multiply-adds of z either way: nine 1x1 convolutions and the expansion, or the resize and a 3x3 convolution.
     double pixels = double(d.H) * double(d.W), K = double(d.K), C = double(d.C);
@@ -124,19 +120,6 @@ struct Call {
     });
   }
 };
-
-// Mean and biased variance of a channel from those of the samples (Chan, Golub & LeVeque 1983), in float64.
-template <class T>
-void merge_statistics(int64_t N, int64_t K, double pixels, const double* mean, const double* squares, T* batch_mean, T* batch_var) {
-  for (int64_t k = 0; k < K; k++) {
-    double center = 0, total = 0;
-    for (int64_t n = 0; n < N; n++) center += mean[n * K + k];
-    center /= double(N);
-    for (int64_t n = 0; n < N; n++) total += squares[n * K + k] + pixels * (mean[n * K + k] - center) * (mean[n * K + k] - center);
-    batch_mean[k] = T(center);
-    batch_var[k] = T(total / (pixels * double(N)));
-  }
-}
 
 template <class T>
 std::tuple<Tensor, Tensor> forward(const Tensor& features, const Tensor& image, const Tensor& w1, const OptionalTensor& b1,
@@ -214,7 +197,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& fe
   }
   if (!needs_features && !needs_w1) return {g_features, g_w1, g_b1};
   std::optional<Maps> g_maps;
-  if (needs_features) g_maps = maps("features", g_features);
+  if (needs_features) g_maps = maps(OP, "features", g_features);
   const int64_t part = needs_w1 ? call.kernel.decoder_w1_partial(d) : 0;
   Buffer<T> partial(call.workers() * part);
   partial.fill(T(0), call.workers() * part);

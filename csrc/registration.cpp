@@ -51,6 +51,8 @@ STABLE_TORCH_LIBRARY_IMPL(infopro_fast, CPU, m) {
   m.impl("supcon_loss_backward", TORCH_BOX(&infopro::supcon_loss_backward_cpu));
   m.impl("linear_cross_entropy_forward", TORCH_BOX(&infopro::linear_cross_entropy_forward_cpu));
   m.impl("linear_cross_entropy_backward", TORCH_BOX(&infopro::linear_cross_entropy_backward_cpu));
+  m.impl("norm_relu_pool_forward", TORCH_BOX(&infopro::norm_relu_pool_forward_cpu));
+  m.impl("norm_relu_pool_backward", TORCH_BOX(&infopro::norm_relu_pool_backward_cpu));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(infopro_fast, CompositeExplicitAutograd, m) {

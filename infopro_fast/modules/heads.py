@@ -7,6 +7,7 @@ file), `DGLHead` is the published head of Decoupled Greedy Learning.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -75,15 +76,26 @@ class AuxClassifier(nn.Module):
     def loss_and_correct(self, features: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`forward`, and for cross_entropy how many rows are classified right (0-d int64, the same pass), else None."""
         if self.loss_mode == "contrast":
-            return ops.supcon_loss(self.head(features), target, impl=self.impl), None
+            return ops.supcon_loss(run_head(self.head, features, self.impl), target, impl=self.impl), None
         return classify(self.head, features, target, self.impl)
+
+
+def run_head(layers: Sequence[nn.Module], x: torch.Tensor, impl: str) -> torch.Tensor:
+    """The layers one after the other, but BatchNorm - ReLU - global average pooling in one op that keeps its input alone."""
+    layers = list(layers)
+    while layers:
+        if [type(layer) for layer in layers[:3]] == [nn.BatchNorm2d, nn.ReLU, GlobalAveragePool]:
+            x = ops.norm_relu_pool(x, layers[0], impl=impl)
+            layers = layers[3:]
+        else:
+            x = layers.pop(0)(x)
+    return x
 
 
 def classify(head: nn.Sequential, features: torch.Tensor, target: torch.Tensor, impl: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean cross entropy and number of right rows of a head that ends in a Linear layer, without its logits."""
-    for layer in list(head)[:-1]:
-        features = layer(features)
-    return ops.linear_cross_entropy(features, head[-1].weight, target, bias=head[-1].bias, return_correct=True, impl=impl)
+    rows = run_head(head[:-1], features, impl)
+    return ops.linear_cross_entropy(rows, head[-1].weight, target, bias=head[-1].bias, return_correct=True, impl=impl)
 
 
 def _head(inplanes: int, convs: int, linears: int, hidden: int, out: int, widen: float) -> nn.Sequential:

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .batch_norm import batch_norm_ref, update_running_statistics
 from .dispatch import LIBRARY, compute_dtype, no_autocast, resolve
 
 OP = "reconstruction_loss"
@@ -83,7 +84,7 @@ def reconstruction_loss_ref(features, image, decoder, interpolate_mode="bilinear
         corners = True if interpolate_mode == "bilinear" else None
         x = F.interpolate(features.to(dtype), image.shape[-2:], mode=interpolate_mode, align_corners=corners)
         x = F.conv2d(x, stage.conv1.weight.to(dtype), _cast(stage.conv1.bias, dtype), padding=1)
-        x = F.relu(_batch_norm_ref(x, stage.norm))
+        x = F.relu(batch_norm_ref(x, stage.norm))
         x = F.conv2d(x, stage.conv2.weight.to(dtype), _cast(stage.conv2.bias, dtype), padding=1)
         if loss == "bce":
             return F.binary_cross_entropy_with_logits(x, target)
@@ -146,33 +147,6 @@ def _check(features, image, stage, interpolate_mode, loss, image_mean, image_std
 
 def _cast(t: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
     return None if t is None else t.to(dtype)
-
-
-def _momentum(norm: nn.BatchNorm2d) -> float | torch.Tensor:
-    """Weight of the new statistics, after num_batches_tracked was counted up: a cumulative average if momentum is None."""
-    return 1.0 / norm.num_batches_tracked.to(norm.running_mean.dtype) if norm.momentum is None else norm.momentum
-
-
-@torch.no_grad()
-def _update_running(norm: nn.BatchNorm2d, mean: torch.Tensor, var: torch.Tensor, count: int) -> None:
-    """Move the running statistics as nn.BatchNorm2d does: mean and biased var (K,) of ``count`` values a channel."""
-    if not (norm.training and norm.track_running_stats and norm.running_mean is not None):
-        return
-    norm.num_batches_tracked.add_(1)
-    momentum = _momentum(norm)
-    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
-    norm.running_var.lerp_((var * (count / (count - 1))).to(norm.running_var.dtype), momentum)
-
-
-def _batch_norm_ref(x: torch.Tensor, norm: nn.BatchNorm2d) -> torch.Tensor:
-    if norm.training or norm.running_mean is None:
-        var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
-        _update_running(norm, mean.detach(), var.detach(), x.numel() // x.shape[1])
-    else:
-        mean, var = norm.running_mean.to(x.dtype), norm.running_var.to(x.dtype)
-    shape = (1, -1, 1, 1)
-    x = (x - mean.view(shape)) * torch.rsqrt(var + norm.eps).view(shape)
-    return x if norm.weight is None else x * norm.weight.to(x.dtype).view(shape) + norm.bias.to(x.dtype).view(shape)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -262,5 +236,5 @@ def _fused(features, image, stage, interpolate_mode, loss, image_mean, image_std
         features, image, conv1.weight, conv1.bias, norm.weight, norm.bias, conv2.weight, conv2.bias, *running, options
     )
     if batch_statistics and features.shape[0]:
-        _update_running(norm, mean, var, image.shape[0] * image.shape[2] * image.shape[3])
+        update_running_statistics(norm, mean, var, image.shape[0] * image.shape[2] * image.shape[3])
     return value
