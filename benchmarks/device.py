@@ -1,0 +1,45 @@
+"""Where a number comes from: device, versions and commit, put beside every number."""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+import subprocess
+
+import torch
+
+import infopro_fast
+from infopro_fast import ops
+
+
+@functools.cache
+def provenance() -> dict[str, str | int]:
+    """What a row has to carry to be compared with another."""
+    return {
+        "device": processor(), "threads": torch.get_num_threads(), "isa": ops.cpu_isa() or "no kernels", "torch": torch.__version__,
+        "python": platform.python_version(), "infopro_fast": infopro_fast.__version__, "commit": commit(),
+    }  # fmt: skip
+
+
+def processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as info:
+            name = next(line.split(":", 1)[1].strip() for line in info if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} CPUs"
+
+
+def commit() -> str:
+    """Short hash of the checkout, with + where the package or the kernels differ from it."""
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+    def git(*args: str) -> str:
+        return subprocess.run(["git", *args], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "infopro_fast", "csrc")
+        return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

@@ -1,0 +1,37 @@
+"""Fair ratios: every method warmed up first, then all of them in turn, round after round, and the median of each."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+import typing
+
+Call = typing.Callable[[], object]
+
+
+def seconds(call: Call) -> float:
+    start = time.perf_counter()
+    result = call()
+    elapsed = time.perf_counter() - start
+    del result
+    return elapsed
+
+
+def interleaved(calls: dict[str, Call], rounds: int = 15, warm_up: int = 3, budget: float = 60.0) -> dict[str, float]:
+    """Median seconds of each call. budget: seconds for all rounds together; at least five rounds are run."""
+    for call in calls.values():
+        for _ in range(warm_up):
+            call()
+    once = sum(seconds(call) for call in calls.values())
+    rounds = max(5, min(rounds, int(budget / once)))
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(rounds):
+            for name, call in calls.items():
+                taken[name].append(seconds(call))
+    finally:
+        gc.enable()
+    return {name: statistics.median(values) for name, values in taken.items()}

@@ -1,0 +1,54 @@
+"""One training step of ResNet-32 as a workload: ours, ours on the references, and the released formulation in plain torch."""
+
+from __future__ import annotations
+
+import typing
+
+import torch
+
+import infopro_fast
+from benchmarks import baselines, shapes
+from infopro_fast.modules.local_loss import interpolate_lambdas
+from infopro_fast.modules.network import CIFAR10_MEAN, CIFAR10_STD
+from infopro_fast.trainer import released_sgd
+
+METHODS = ("released", "released channels_last", "reference", "ours")
+
+
+def network(K: int, impl: str):
+    if K == 1:
+        return infopro_fast.build("resnet32", modules=1, local_loss="none", impl=impl)
+    return infopro_fast.build("resnet32", modules=K, local_loss="contrast", lambdas=shapes.TRAIN_STEP[K], impl=impl)
+
+
+def batch(N: int = shapes.TRAIN_BATCH) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (CIFAR10_MEAN, CIFAR10_STD))
+    return (torch.rand(N, 3, 32, 32, generator=generator) - mean) / std, torch.randint(10, (N,), generator=generator)
+
+
+def step(method: str, K: int, N: int = shapes.TRAIN_BATCH) -> typing.Callable[[], object]:
+    """A call that makes one update of the whole network."""
+    torch.manual_seed(0)
+    image, label = batch(N)
+    make_optimizer = released_sgd(lr=0.1)
+    if not method.startswith("released"):
+        trainer = infopro_fast.LocalTrainer(network(K, "reference" if method == "reference" else "auto"), make_optimizer)
+        return lambda: trainer.step(image, label)
+    net = network(K, "reference")
+    memory_format = torch.channels_last if method.endswith("channels_last") else torch.contiguous_format
+    released = baselines.ReleasedTraining(net, make_optimizer, CIFAR10_MEAN, CIFAR10_STD).to(memory_format=memory_format)
+    image = image.to(memory_format=memory_format)
+    lambdas = [interpolate_lambdas(shapes.TRAIN_STEP[K], k, K) for k in range(K - 1)]
+    return lambda: released.step(image, label, lambdas)
+
+
+def for_peak(method: str, K: int):
+    """Target of `memory.peak_bytes`: everything above the resident set at the end of the first steps of a small batch."""
+    call, small = step(method, K), step(method, K, 8)
+
+    def one() -> tuple[torch.Tensor, ...]:
+        call()
+        return ()
+
+    return one, small
