@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Union
+from typing import Annotated
 
 import tyro
 
@@ -54,11 +54,11 @@ class Info:
     """Versions, instruction set, and which implementations of every op can run here."""
 
 
-Command = Union[  # noqa: UP007  tyro reads the annotations; `|` of Annotated types needs Python 3.11
-    Annotated[Train, tyro.conf.subcommand("train")],
-    Annotated[Eval, tyro.conf.subcommand("eval")],
-    Annotated[Info, tyro.conf.subcommand("info")],
-]
+Command = (
+    Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Eval, tyro.conf.subcommand("eval")]
+    | Annotated[Info, tyro.conf.subcommand("info")]
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

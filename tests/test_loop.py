@@ -134,6 +134,9 @@ def test_one_cycle_changes_every_step():
     assert max(rates) <= 0.3 and rates[:20] == sorted(rates[:20]) and rates[20:] == sorted(rates[20:], reverse=True)
     assert rates[0] == pytest.approx(0.3 / 40) and rates[-1] == pytest.approx(0.3 / 60) and len(set(rates)) > 40
     assert math.fsum(rates) / 50 == pytest.approx(0.15)
+    for step, warmup in ((50, 20), (-1, 20), (0, 50)):
+        with pytest.raises(ValueError, match="step: expected 0 to 49 with warmup_steps < 50"):
+            schedule.one_cycle(step, 50, 0.3, warmup_steps=warmup)
 
 
 @pytest.mark.parametrize("settings", [dict(local_loss="softmax", dtype="float64"), dict(modules=1, local_loss="none", lambdas=None),
