@@ -56,14 +56,15 @@ void pack_b(Matrix b, int64_t k, int64_t n, int64_t depth, T* packed) {
   pack<NR<T>>(b.transposed(), n, k, depth, packed);
 }
 
-// One register tile: c[MR][NR] (+)= sum_k a[k][MR] b[k][NR].
+// One register tile: c[MR][NR] (+)= sum_k a[k][MR] b[k][NR]. The sum of a block of k is found apart and then added, which
+// rounds less than one long sum.
 template <class T>
 INLINE void tile(int64_t k, const T* a, const T* b, T* c, int64_t ldc, bool accumulate) {
   vec<T> acc[MR][VECTORS];
 #pragma GCC unroll 16
   for (int i = 0; i < MR; i++)
 #pragma GCC unroll 2
-    for (int j = 0; j < VECTORS; j++) acc[i][j] = accumulate ? load<T>(c + i * ldc + j * Simd<T>::width) : vec<T>{};
+    for (int j = 0; j < VECTORS; j++) acc[i][j] = vec<T>{};
   for (; k; k--, a += MR, b += NR<T>) {
     vec<T> b0 = load<T>(b), b1 = load<T>(b + Simd<T>::width);
 #pragma GCC unroll 16
@@ -76,7 +77,10 @@ INLINE void tile(int64_t k, const T* a, const T* b, T* c, int64_t ldc, bool accu
 #pragma GCC unroll 16
   for (int i = 0; i < MR; i++)
 #pragma GCC unroll 2
-    for (int j = 0; j < VECTORS; j++) store<T>(c + i * ldc + j * Simd<T>::width, acc[i][j]);
+    for (int j = 0; j < VECTORS; j++) {
+      T* to = c + i * ldc + j * Simd<T>::width;
+      store<T>(to, accumulate ? load<T>(to) + acc[i][j] : acc[i][j]);
+    }
 }
 
 // A tile that reaches over the edge of c goes through a buffer.

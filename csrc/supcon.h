@@ -23,7 +23,7 @@ void supcon_forward(T* s, int64_t others, int64_t first, int64_t anchor, T scale
   using lanes = typename Simd<T>::mask;
   set_self<T>(s, others, first, anchor, -T(__builtin_huge_val()));
   for (int j = 0; j < NR<T>; j += Simd<T>::width) {
-    vec<T> before = load<T>(best + j), top = before, pos = load<T>(positive + j), num = load<T>(count + j), zero = {};
+    vec<T> before = load<T>(best + j), top = before, pos = {}, num = load<T>(count + j), zero = {};
     vec<T> one = splat<T>(T(1)), lowest = splat<T>(-T(__builtin_huge_val()));
     lanes mine;
     __builtin_memcpy(&mine, anchor_labels + j, sizeof mine);
@@ -34,11 +34,11 @@ void supcon_forward(T* s, int64_t others, int64_t first, int64_t anchor, T scale
       pos += alike ? v : zero;
       num += alike ? one : zero;
     }
-    vec<T> total = load<T>(sum + j) * exp<T>(before - top);
+    vec<T> total = {};
     for (int64_t o = 0; o < others; o++) total += exp<T>(load<T>(s + o * NR<T> + j) * scale - top);
     store<T>(best + j, top);
-    store<T>(sum + j, total);
-    store<T>(positive + j, pos);
+    store<T>(sum + j, load<T>(sum + j) * exp<T>(before - top) + total);
+    store<T>(positive + j, load<T>(positive + j) + pos);
     store<T>(count + j, num);
   }
 }

@@ -130,7 +130,7 @@ INLINE void weight_gradient_block(const T* g, int64_t g_plane, const T* in, cons
 #pragma GCC unroll 3
   for (int o = 0; o < G; o++)
 #pragma GCC unroll 9
-    for (int t = 0; t < 9; t++) acc[o][t] = load<T>(lanes + o * lane_step + t * Simd<T>::width);
+    for (int t = 0; t < 9; t++) acc[o][t] = vec<T>{};
   for (int64_t p = 0; p < span; p += Simd<T>::width) {
     vec<T> gv[G];
 #pragma GCC unroll 3
@@ -149,7 +149,10 @@ INLINE void weight_gradient_block(const T* g, int64_t g_plane, const T* in, cons
 #pragma GCC unroll 3
   for (int o = 0; o < G; o++)
 #pragma GCC unroll 9
-    for (int t = 0; t < 9; t++) store<T>(lanes + o * lane_step + t * Simd<T>::width, acc[o][t]);
+    for (int t = 0; t < 9; t++) {
+      T* to = lanes + o * lane_step + t * Simd<T>::width;
+      store<T>(to, load<T>(to) + acc[o][t]);  // a sample's sum apart: adding it at the end rounds less
+    }
 }
 
 template <class T>
@@ -173,7 +176,7 @@ INLINE void row_tile(const T* a, int64_t a_row, const T* b, int64_t b_row, int64
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-    for (int v = 0; v < V; v++) acc[r][v] = ADD ? load<T>(c + r * c_row + v * Simd<T>::width) : vec<T>{};
+    for (int v = 0; v < V; v++) acc[r][v] = vec<T>{};
   for (int64_t q = from; q < to; q++) {
     vec<T> x[V];
 #pragma GCC unroll 4
@@ -191,7 +194,10 @@ INLINE void row_tile(const T* a, int64_t a_row, const T* b, int64_t b_row, int64
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-    for (int v = 0; v < V; v++) store<T>(c + r * c_row + v * Simd<T>::width, acc[r][v]);
+    for (int v = 0; v < V; v++) {
+      T* to = c + r * c_row + v * Simd<T>::width;
+      store<T>(to, ADD ? load<T>(to) + acc[r][v] : acc[r][v]);
+    }
 }
 
 template <int V, bool ADD, class T>

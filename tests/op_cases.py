@@ -5,6 +5,7 @@ A case holds its tensors in float64. `function` and `plain` map a dict of such t
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import typing
 
@@ -33,6 +34,7 @@ class Case:
     zero: dict[str, str] = dataclasses.field(default_factory=dict)
     condition: float = 1.0
     magnified: float = 1.0
+    rounded: bool = False  # the result is a map in its input's dtype, not a loss in the dtype of the arithmetic
 
     def inputs(self, dtype: torch.dtype = torch.float64, grad: typing.Iterable[str] | None = None) -> Tensors:
         """Fresh leaves in ``dtype``; ``grad`` names those that require grad, all differentiable ones if None."""
@@ -80,7 +82,8 @@ def check(case: Case, impl: str, dtype: torch.dtype, inputs: Tensors | None = No
     exact = case.plain(exact_inputs)
     loss = case.function(impl)(inputs)
     arithmetic = torch.float64 if dtype == torch.float64 else torch.float32
-    assert loss.dtype == arithmetic, f"{case.op}: expected a loss in {arithmetic}, got {loss.dtype}"
+    result = dtype if case.rounded else arithmetic
+    assert loss.dtype == result, f"{case.op}: expected a result in {result}, got {loss.dtype}"
     ours, expected = gradients(loss, inputs), gradients(exact, exact_inputs)
     theirs: Tensors = {}
     if dtype == torch.float32 and impl != "reference":
@@ -101,7 +104,7 @@ def check(case: Case, impl: str, dtype: torch.dtype, inputs: Tensors | None = No
             compare.assert_accurate(found, theirs[name], wanted, scale=worth, what=what)
         else:
             scale = (max(size, case.condition) if name == "loss" else size * case.condition) * case.magnified
-            compare.assert_close(found, wanted, dtype=arithmetic if name == "loss" else found.dtype, scale=scale, what=what)
+            compare.assert_close(found, wanted, dtype=result if name == "loss" else found.dtype, scale=scale, what=what)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -245,6 +248,41 @@ def linear_ce(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# norm_relu_pool
+
+
+def norm_pool(N=3, C=5, h=4, w=3, *, training=True, **norm) -> Case:
+    """A case of `norm_relu_pool`; norm: options of the BatchNorm2d."""
+    generator = torch.Generator().manual_seed(N + 3 * C + 5 * h + 7 * w)
+    draw = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    bn = nn.BatchNorm2d(C, **norm).double().train(training)
+    for buffer in (bn.running_mean, bn.running_var):
+        if buffer is not None:
+            buffer.copy_(draw(C).abs() + 0.3)
+    tensors = {"x": draw(N, C, h, w) + draw(C, 1, 1)}
+    tensors |= {"weight": draw(C), "bias": draw(C)} if bn.affine else {}
+    statistics = {k: b for k, b in bn.named_buffers()}
+
+    def bind(call) -> Loss:
+        def result(t: Tensors) -> torch.Tensor:
+            layer = copy.deepcopy(bn).to(t["x"].dtype)
+            for name, buffer in statistics.items():
+                getattr(layer, name).copy_(buffer)
+            for name in ("weight", "bias"):
+                if name in t:
+                    delattr(layer, name)
+                    setattr(layer, name, t[name])
+            return call(t["x"], layer)
+
+        return result
+
+    return Case(
+        "norm_relu_pool", tensors, tuple(tensors), lambda impl: bind(lambda x, bn: ops.norm_relu_pool(x, bn, impl=impl)),
+        bind(lambda x, bn: F.relu(bn(x)).mean((2, 3))), rounded=True,
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Memory layouts: the same values, stored otherwise.
 
 LAYOUTS = ("transposed", "slice", "step", "channels_last")
@@ -269,4 +307,4 @@ def relayout(t: torch.Tensor, layout: str) -> tuple[torch.Tensor, torch.Tensor]:
     return view.requires_grad_(t.requires_grad), base
 
 
-SMALL = {"reconstruction_loss": reconstruction, "supcon_loss": supcon, "linear_cross_entropy": linear_ce}
+SMALL = {"reconstruction_loss": reconstruction, "supcon_loss": supcon, "linear_cross_entropy": linear_ce, "norm_relu_pool": norm_pool}

@@ -72,7 +72,8 @@ def linear_cross_entropy_ref(
         rows = F.cross_entropy(
             logits, target.long(), weights, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing
         )
-        correct = ((logits.argmax(1) == target) & (target != ignore_index)).sum() if len(logits) else target.new_zeros((), dtype=torch.int64)
+        right = logits.argmax(1) == target if len(logits) else torch.empty_like(target, dtype=torch.bool)
+        correct = (right & (target != ignore_index)).sum()
     return _reduce(rows, target, class_weight, ignore_index, reduction), correct
 
 

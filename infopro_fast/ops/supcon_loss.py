@@ -33,9 +33,10 @@ def supcon_loss(
 
     features: (N, D) or (N, views, D), float32, float64, bfloat16 or float16, any strides.
     labels: (N,) integers.
-    temperature: T > 0. base_temperature: the loss is multiplied by temperature / base_temperature, as the released
-        SupConLoss does with 0.07; None means no factor. normalize: divide each row by its Euclidean norm first (rows of norm <= 1e-12 count as zero
-        and get a zero gradient).
+    temperature: T > 0.
+    base_temperature: the loss is multiplied by temperature / base_temperature, as the released SupConLoss does with 0.07;
+        None means no factor.
+    normalize: divide each row by its Euclidean norm first (rows of norm <= 1e-12 count as zero and get a zero gradient).
     reduction: "mean" over all anchors, those without a positive counting 0 (as released); "sum"; "none", which gives
         one loss an anchor in the shape of ``features`` without D.
     impl: "auto", "reference" or "cpu"; one that is named runs or raises.
@@ -104,7 +105,9 @@ def _check(features, labels, temperature, base_temperature, reduction):
 # The fused path
 
 LIBRARY.define("supcon_loss_forward(Tensor features, Tensor labels, float temperature, bool normalize) -> (Tensor loss, Tensor saved)")
-LIBRARY.define("supcon_loss_backward(Tensor grad, Tensor features, Tensor labels, Tensor saved, float temperature, bool normalize) -> Tensor")
+LIBRARY.define(
+    "supcon_loss_backward(Tensor grad, Tensor features, Tensor labels, Tensor saved, float temperature, bool normalize) -> Tensor"
+)
 
 
 @torch.library.register_fake("infopro_fast::supcon_loss_forward", lib=LIBRARY)
