@@ -43,7 +43,7 @@ def measure(benchmark):
         row = dict(op=op, shape=workloads.label(shape), method=method, direction=direction, **provenance())
         if direction == "both":
             row["saved_bytes"] = memory.saved_bytes(workload.forward, workload.inputs)
-            row["error"] = workloads.relative_errors(op, method, shape)
+            row["error"] = workloads.relative_errors(op, workload, shape)
         target = "benchmarks.workloads:for_peak"
         found = memory.peak_bytes(target, op=op, method=method, shape=list(shape), small=list(small), direction=direction)
         row["peak_bytes"], row["transient_bytes"] = found["peak"], found["peak"] - found["returned"]

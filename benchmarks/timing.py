@@ -18,7 +18,7 @@ def seconds(call: Call) -> float:
     return elapsed
 
 
-def interleaved(calls: dict[str, Call], rounds: int = 15, warm_up: int = 3, budget: float = 60.0) -> dict[str, float]:
+def interleaved(calls: dict[str, Call], rounds: int = 15, warm_up: int = 2, budget: float = 60.0) -> dict[str, float]:
     """Median seconds of each call. budget: seconds for all rounds together; at least five rounds are run."""
     for call in calls.values():
         for _ in range(warm_up):

@@ -13,7 +13,7 @@ from infopro_fast import ops
 from tests import compare, op_cases
 from tests.op_cases import SMALL, Case, Tensors, gradients, upstream
 
-CHANNELS_LAST = ("reconstruction_loss", "channels_last")  # the op of four-dimensional inputs
+CHANNELS_LAST = [(op, "channels_last") for op in ("reconstruction_loss", "norm_relu_pool")]  # of four-dimensional inputs
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -53,6 +53,7 @@ LONG = {
     "reconstruction_loss": lambda: op_cases.reconstruction(N=24, C=64, h=8, w=8, H=32, W=32, K=12),
     "supcon_loss": lambda: op_cases.supcon(N=2048, D=128, views=None, classes=10, reduction="mean"),
     "linear_cross_entropy": lambda: op_cases.linear_ce(N=2048, D=128, C=1000, ignored=0, class_weight=False, reduction="mean"),
+    "norm_relu_pool": lambda: op_cases.norm_pool(N=128, C=32, h=16, w=16),
     "linear_cross_entropy, many classes": lambda: op_cases.linear_ce(N=200, D=128, C=10000, ignored=0, reduction="mean"),
 }
 
@@ -208,7 +209,7 @@ def test_float64_among_float32_is_computed_in_float64(case, impl):
 # Memory: layouts in, nothing written, nothing shared
 
 
-@pytest.mark.parametrize("op, layout", [(op, k) for op in SMALL for k in op_cases.LAYOUTS if k != "channels_last"] + [CHANNELS_LAST])
+@pytest.mark.parametrize("op, layout", [(op, k) for op in SMALL for k in op_cases.LAYOUTS if k != "channels_last"] + CHANNELS_LAST)
 def test_strided_inputs(op, impl, layout):
     case = SMALL[op]()
     expected = results(case, impl)
@@ -292,6 +293,7 @@ EMPTY = {
     "reconstruction_loss": (lambda: op_cases.reconstruction(N=0), ()),
     "supcon_loss": (lambda: op_cases.supcon(N=0), (0, 2)),
     "linear_cross_entropy": (lambda: op_cases.linear_ce(N=0, ignored=0), (0,)),
+    "norm_relu_pool": (lambda: op_cases.norm_pool(N=0), (0, 5)),
 }
 
 
@@ -312,6 +314,7 @@ ONE = {
     "reconstruction_loss": lambda: op_cases.reconstruction(N=1),
     "supcon_loss": lambda: op_cases.supcon(N=1, views=3),
     "linear_cross_entropy": lambda: op_cases.linear_ce(N=1, ignored=0),
+    "norm_relu_pool": lambda: op_cases.norm_pool(N=1),
 }
 
 
@@ -344,6 +347,7 @@ LARGE = {
     "reconstruction_loss": lambda: op_cases.reconstruction(N=19, C=16, h=8, w=8, H=32, W=32, K=12),
     "supcon_loss": lambda: op_cases.supcon(N=333, D=65, views=None, classes=10),
     "linear_cross_entropy": lambda: op_cases.linear_ce(N=333, D=65, C=301, ignored=33),
+    "norm_relu_pool": lambda: op_cases.norm_pool(N=33, C=64, h=16, w=16),
 }
 
 

@@ -46,7 +46,7 @@ def norm_relu_pool_ref(x: torch.Tensor, bn: nn.BatchNorm2d) -> torch.Tensor:
     dtype = compute_dtype(x)
     with no_autocast(x.device):
         if x.shape[0] == 0:
-            touched = sum(p.sum() for p in bn.parameters())
+            touched = sum(p.sum() for p in (bn.weight, bn.bias) if p is not None)
             return (x.to(dtype).sum((2, 3)) + touched * 0).to(x.dtype)
         return batch_norm_ref(x.to(dtype), bn).relu().mean((2, 3)).to(x.dtype)
 
