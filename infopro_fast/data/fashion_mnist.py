@@ -2,7 +2,8 @@
 
 28x28 grey images are padded with black to 32x32 and repeated to three channels, the shape of CIFAR-10. Augmentation, chosen
 here since the paper has none for this set: shift by up to one pixel. More does not pay in a few epochs: the default recipe
-(ResNet-32, K = 4, 5 epochs, seed 0) reached 87.2 % test accuracy with none, 83.8 % with shifts up to two pixels and flips.
+(ResNet-32, K = 4, 5 epochs, seed 0, one run each) reached 85.4 % test accuracy with it, 87.2 % with no augmentation, 83.8 % with
+shifts up to two pixels and flips.
 """
 
 from __future__ import annotations
