@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
+import types
 import typing
 
 import torch
@@ -40,13 +42,23 @@ class Workload:
 
 def compiled(function: typing.Callable, budget: float = 1.0) -> typing.Callable:
     """torch.compile; budget: share of the activations it may keep (0: recompute all it can)."""
-    fast = torch.compile(function, fullgraph=True, dynamic=False)
+
+    def forward(*args):
+        return function(*args)
+
+    # A code object of its own: the compiler's cache hangs on it, and would hand one budget's graph to the other.
+    code = forward.__code__.replace(co_name=f"forward_{next(_numbers)}")
+    own = types.FunctionType(code, globals(), code.co_name, None, forward.__closure__)
+    fast = torch.compile(own, fullgraph=True, dynamic=False)
 
     def call(*args):
         with torch._functorch.config.patch(activation_memory_budget=budget):
             return fast(*args)
 
     return call
+
+
+_numbers = itertools.count()
 
 
 def checkpointed(function: typing.Callable) -> typing.Callable:
