@@ -40,7 +40,7 @@ struct Scratch {
     taps = take(d.low_resolution ? 9 * d.K * pixels : d.resize ? d.C * pixels : 0);
     expanded = take(d.low_resolution ? d.K * 3 * d.h * row : 0);
     h_rows = take(d.low_resolution ? d.h * d.w * features_pitch : d.C * plane.size);
-    line = take(d.w + d.W + 2 * width);
+    line = take(d.w + 3 * round_up(d.H, width));
     end = memory;
     for (int t = 0; t < 9; t++) offset[t] = plane.tap(t);
   }
@@ -77,12 +77,18 @@ void decoder_pack(const Decoder<T>& d, const T* w1, const T* w2, T* w1_packed, T
   pack_taps(K, 3, 9, w2_backward, [&](int64_t k, int64_t o, int tap) { return w2[(o * K + k) * 9 + 8 - tap]; });
 }
 
-// ---- the resize along x as matrices [dx][j][X] and [dx][X][j], zero but for a band ----
+// ---- the resize along x, shifted by each dx, and its transpose ----
+//
+// Two forms of each, chosen when the tables are made. Banded: a matrix [dx][j][X], or [dx][X][j] for the transpose, whose rows are
+// broadcast against, from the first to the last that is not all zero in a vector. Shuffled, where a vector holds what its outputs
+// take: for each output vector, entries of (lanes to take, weights), 2 of one input vector, or as many as needed of two.
 
 template <class T>
 int64_t decoder_expand_size(const Decoder<T>& d) {
   constexpr int width = Simd<T>::width;
-  int64_t forward = 3 * d.w * round_up(d.W, width), backward = 3 * d.W * round_up(d.w, width);
+  const int64_t W = round_up(d.W, width), w = round_up(d.w, width);
+  int64_t banded = 3 * d.w * W, shuffled = 3 * W * 4, banded_backward = 3 * d.W * w, shuffled_backward = 3 * w * 2 * d.W;
+  int64_t forward = banded > shuffled ? banded : shuffled, backward = banded_backward > shuffled_backward ? banded_backward : shuffled_backward;
   return forward > backward ? forward : backward;
 }
 
@@ -92,7 +98,7 @@ int64_t decoder_band_size(const Decoder<T>& d) {
   return 6 * round_up(d.W > d.w ? d.W : d.w, width) / width;
 }
 
-// band: for each dx and vector of the matrix's rows, the first and one past the last row that is not all zero there.
+// band: for each vector of the matrix's rows, the first and one past the last row that is not all zero there.
 template <class T>
 INLINE void find_band(const T* matrix, int64_t rows, int64_t row, int32_t* band) {
   for (int64_t v = 0; v < row; v += Simd<T>::width, band += 2) {
@@ -106,109 +112,175 @@ INLINE void find_band(const T* matrix, int64_t rows, int64_t row, int32_t* band)
   }
 }
 
+// The banded matrices.
 template <class T>
-void decoder_expand(const Decoder<T>& d, T* expand, T* expand_backward, int32_t* band, int32_t* band_backward) {
+INLINE void make_matrices(const Decoder<T>& d, int dx, T* forward, T* backward) {
   constexpr int width = Simd<T>::width;
   const int64_t W = round_up(d.W, width), w = round_up(d.w, width);
-  for (int64_t i = 0; i < 3 * d.w * W; i++) expand[i] = 0;
-  for (int64_t i = 0; i < 3 * d.W * w; i++) expand_backward[i] = 0;
+  for (int64_t i = 0; i < d.w * W; i++) forward[i] = 0;
+  for (int64_t i = 0; i < d.W * w; i++) backward[i] = 0;
+  for (int64_t X = 0; X < d.W; X++) {
+    int64_t from = X + dx - 1;
+    if (from < 0 || from >= d.W) continue;
+    int64_t j[2] = {d.columns.low[from], d.columns.high[from]};
+    double weight[2] = {d.columns.low_weight[from], d.columns.high_weight[from]};
+    for (int q = 0; q < 2; q++) {
+      forward[j[q] * W + X] += T(weight[q]);
+      backward[X * w + j[q]] += T(weight[q]);
+    }
+  }
+}
+
+template <class T>
+INLINE void put_entry(T* entry, int lane, int64_t take, T weight) {
+  label<T> index = label<T>(take);
+  __builtin_memcpy(entry + lane, &index, sizeof index);
+  entry[Simd<T>::width + lane] = weight;
+}
+
+// Entries of one dx from its banded matrix `matrix` (rows, row): for each vector, at most `most` rows that are not zero in a lane, the
+// first of them `limit` or more rows behind base[0] in no lane. False where that does not fit. base: (base, entries) of each vector.
+template <class T>
+INLINE bool make_entries(const T* matrix, int64_t rows, int64_t row, int64_t most, int64_t limit, bool from_base, T* entries, int32_t* base) {
+  constexpr int width = Simd<T>::width;
+  for (int64_t v = 0; v < row; v += width, entries += most * 2 * width, base += 2) {
+    const int32_t first = from_base ? base[0] : 0;
+    int32_t used = 0;
+    for (int64_t e = 0; e < most; e++)
+      for (int lane = 0; lane < width; lane++) put_entry(entries + e * 2 * width, lane, 0, T(0));
+    for (int lane = 0; lane < width; lane++) {
+      int32_t n = 0;
+      for (int64_t r = 0; r < rows; r++) {
+        T weight = matrix[r * row + v + lane];
+        if (weight == T(0)) continue;
+        if (n == most || r - first >= limit) return false;
+        put_entry(entries + n++ * 2 * width, lane, r - first, weight);
+      }
+      used = n > used ? n : used;
+    }
+    base[0] = first;
+    base[1] = used;
+  }
+  return true;
+}
+
+// Fills the tables; returns 1 where the resize, plus 2 where its transpose, is in the shuffled form.
+template <class T>
+int decoder_expand(const Decoder<T>& d, T* expand, T* expand_backward, int32_t* band, int32_t* band_backward, T* memory) {
+  constexpr int width = Simd<T>::width;
+  constexpr bool shuffles = INFOPRO_BYTES > 16;  // SSE2 has no shuffle by variable lanes
+  const int64_t W = round_up(d.W, width), w = round_up(d.w, width), half = decoder_expand_size(d) / 3;
+  T *forward = memory, *backward = memory + 3 * half;
+  bool forward_fits = shuffles, backward_fits = shuffles && d.W <= 2 * width;
   for (int dx = 0; dx < 3; dx++) {
-    T *forward = expand + dx * d.w * W, *backward = expand_backward + dx * d.W * w;
-    for (int64_t X = 0; X < d.W; X++) {
-      int64_t from = X + dx - 1;
-      if (from < 0 || from >= d.W) continue;
-      int64_t j[2] = {d.columns.low[from], d.columns.high[from]};
-      double weight[2] = {d.columns.low_weight[from], d.columns.high_weight[from]};
-      for (int q = 0; q < 2; q++) {
-        forward[j[q] * W + X] += T(weight[q]);
-        backward[X * w + j[q]] += T(weight[q]);
+    make_matrices(d, dx, forward + dx * half, backward + dx * half);
+    find_band<T>(forward + dx * half, d.w, W, band + dx * 2 * (W / width));
+    find_band<T>(backward + dx * half, d.W, w, band_backward + dx * 2 * (w / width));
+  }
+  for (int dx = 0; dx < 3 && forward_fits; dx++)
+    forward_fits = make_entries<T>(forward + dx * half, d.w, W, 2, width, true, expand + dx * W * 4, band + dx * 2 * (W / width));
+  const int64_t most = d.W / 2;  // more of them are no faster than the band
+  for (int dx = 0; dx < 3 && backward_fits; dx++)
+    backward_fits = make_entries<T>(backward + dx * half, d.W, w, most, 2 * width, false, expand_backward + dx * w * 2 * most,
+                                    band_backward + dx * 2 * (w / width));
+  for (int dx = 0; dx < 3; dx++) {
+    if (!forward_fits) {
+      __builtin_memcpy(expand + dx * d.w * W, forward + dx * half, sizeof(T) * d.w * W);
+      find_band<T>(forward + dx * half, d.w, W, band + dx * 2 * (W / width));
+    }
+    if (!backward_fits) {
+      __builtin_memcpy(expand_backward + dx * d.W * w, backward + dx * half, sizeof(T) * d.W * w);
+      find_band<T>(backward + dx * half, d.W, w, band_backward + dx * 2 * (w / width));
+    }
+  }
+  return (forward_fits ? 1 : 0) + (backward_fits ? 2 : 0);
+}
+
+template <class T>
+INLINE typename Simd<T>::mask load_lanes(const T* p) {
+  typename Simd<T>::mask lanes;
+  __builtin_memcpy(&lanes, p, sizeof lanes);
+  return lanes;
+}
+
+template <class T>
+INLINE void expand_columns_banded(const Decoder<T>& d, const Scratch<T>& s, int64_t k, int64_t dy, T* to) {
+  constexpr int width = Simd<T>::width;
+  const int64_t W = round_up(d.W, width), vectors = W / width;
+  for (int64_t v = 0; v < vectors; v++)
+    for (int64_t dx = 0; dx < 3; dx++) {
+      const T* from = s.taps + ((dy * 3 + dx) * d.K + k) * s.pixels;
+      const T* matrix = d.expand + dx * d.w * W + v * width;
+      const int32_t* band = d.band + (dx * vectors + v) * 2;
+      if (dx == 0)
+        row_product<1, false>(d.h, from, d.w, matrix, W, band[0], band[1], to + v * width, s.row);
+      else
+        row_product<1, true>(d.h, from, d.w, matrix, W, band[0], band[1], to + v * width, s.row);
+    }
+}
+
+template <class T>
+INLINE void expand_columns_shuffled(const Decoder<T>& d, const Scratch<T>& s, int64_t v, T* expanded) {
+  constexpr int width = Simd<T>::width;
+  const int64_t W = round_up(d.W, width), vectors = W / width, step = d.K * s.pixels;
+  typename Simd<T>::mask first[3], second[3];
+  vec<T> first_weight[3], second_weight[3];
+  int64_t base[3];
+  for (int dx = 0; dx < 3; dx++) {
+    const T* entries = d.expand + dx * W * 4 + v * 4 * width;
+    base[dx] = dx * step + d.band[(dx * vectors + v) * 2];
+    first[dx] = load_lanes(entries);
+    first_weight[dx] = load<T>(entries + width);
+    second[dx] = load_lanes(entries + 2 * width);
+    second_weight[dx] = load<T>(entries + 3 * width);
+  }
+  for (int64_t dy = 0; dy < 3; dy++)
+    for (int64_t k = 0; k < d.K; k++) {
+      const T* from = s.taps + (dy * 3 * d.K + k) * s.pixels;
+      T* to = expanded + (k * 3 + dy) * d.h * s.row;
+      for (int64_t i = 0; i < d.h; i++, from += d.w, to += s.row) {
+        vec<T> sum = {}, other = {};
+#pragma GCC unroll 3
+        for (int dx = 0; dx < 3; dx++) {
+          vec<T> x = load<T>(from + base[dx]);
+          sum += __builtin_shuffle(x, first[dx]) * first_weight[dx];
+          other += __builtin_shuffle(x, second[dx]) * second_weight[dx];
+        }
+        store<T>(to, sum + other);
       }
     }
-    find_band<T>(forward, d.w, W, band + dx * 2 * (W / width));
-    find_band<T>(backward, d.W, w, band_backward + dx * 2 * (w / width));
-  }
 }
 
 template <class T>
 INLINE void expand_columns(const Decoder<T>& d, const Scratch<T>& s) {
   constexpr int width = Simd<T>::width;
-  const int64_t W = round_up(d.W, width), vectors = W / width;
+  if (d.shuffled & 1) {
+    for (int64_t v = 0; v < round_up(d.W, width) / width; v++) expand_columns_shuffled(d, s, v, s.expanded + v * width);
+    return;
+  }
   for (int64_t k = 0; k < d.K; k++)
-    for (int64_t dy = 0; dy < 3; dy++) {
-      T* to = s.expanded + (k * 3 + dy) * d.h * s.row;
-      for (int64_t v = 0; v < vectors; v++)
-        for (int64_t dx = 0; dx < 3; dx++) {
-          const T* from = s.taps + ((dy * 3 + dx) * d.K + k) * s.pixels;
-          const T* matrix = d.expand + dx * d.w * W + v * width;
-          const int32_t* band = d.band + (dx * vectors + v) * 2;
-          if (dx == 0)
-            row_product<1, false>(d.h, from, d.w, matrix, W, band[0], band[1], to + v * width, s.row);
-          else
-            row_product<1, true>(d.h, from, d.w, matrix, W, band[0], band[1], to + v * width, s.row);
-        }
-    }
+    for (int64_t dy = 0; dy < 3; dy++) expand_columns_banded(d, s, k, dy, s.expanded + (k * 3 + dy) * d.h * s.row);
 }
 
-// One output row of a resize and convolution along y: which rows it takes, with which weight.
-template <class T>
-struct RowTaps {
-  int n = 0;
-  int64_t row[6];
-  T weight[6];
-
-  INLINE void add(int64_t r, double w) {
-    if (w == 0) return;
-    row[n] = r;
-    weight[n++] = T(w);
-  }
-};
-
-template <class T>
-INLINE void expand_rows(const Decoder<T>& d, const Scratch<T>& s) {
+// R rows of one vector of the transpose, shuffled: rows of `from` are two vectors.
+template <int R, class T>
+INLINE void gather_tile(const T* from, int64_t from_row, const T* entries, int64_t n, T* to, int64_t to_row) {
   constexpr int width = Simd<T>::width;
-  for (int64_t Y = 0; Y < d.H; Y++) {
-    RowTaps<T> taps;
-    for (int64_t dy = 0; dy < 3; dy++) {
-      int64_t y = Y + dy - 1;
-      if (y < 0 || y >= d.H) continue;
-      taps.add((dy * d.h + d.rows.low[y]) * s.row, d.rows.low_weight[y]);
-      taps.add((dy * d.h + d.rows.high[y]) * s.row, d.rows.high_weight[y]);
-    }
-    for (int64_t k = 0; k < d.K; k++) {
-      const T* from = s.expanded + k * 3 * d.h * s.row;
-      T* to = s.z + k * s.plane.size + s.plane.origin + Y * s.plane.pitch;
-      for (int64_t X = 0; X < d.W; X += width) {
-        vec<T> sum = splat<T>(d.b1[k]);
-        for (int q = 0; q < taps.n; q++) sum += load<T>(from + taps.row[q] + X) * taps.weight[q];
-        store<T>(to + X, sum);
-      }
-    }
+  vec<T> acc[R], low[R], high[R];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; r++) {
+    acc[r] = vec<T>{};
+    low[r] = load<T>(from + r * from_row);
+    high[r] = load<T>(from + r * from_row + width);
   }
-}
-
-// expanded becomes the transpose of expand_rows, of the gradient in z.
-template <class T>
-INLINE void gather_rows(const Decoder<T>& d, const Scratch<T>& s) {
-  constexpr int width = Simd<T>::width;
-  int64_t first = 0;  // the first y whose high row is not above i
-  for (int64_t i = 0; i < d.h; i++) {
-    while (first < d.H && d.rows.high[first] < i) first++;
-    for (int64_t dy = 0; dy < 3; dy++)
-      for (int64_t k = 0; k < d.K; k++) {
-        const T* from = s.z + k * s.plane.size + s.plane.origin;
-        T* to = s.expanded + ((k * 3 + dy) * d.h + i) * s.row;
-        for (int64_t X = 0; X < d.W; X += width) {
-          vec<T> sum = {};
-          for (int64_t y = first; y < d.H && d.rows.low[y] <= i; y++) {
-            int64_t Y = y - dy + 1;
-            if (Y < 0 || Y >= d.H) continue;
-            T weight = T((d.rows.low[y] == i ? d.rows.low_weight[y] : 0) + (d.rows.high[y] == i ? d.rows.high_weight[y] : 0));
-            sum += load<T>(from + Y * s.plane.pitch + X) * weight;
-          }
-          store<T>(to + X, sum);
-        }
-      }
+  for (; n; n--, entries += 2 * width) {
+    typename Simd<T>::mask lanes = load_lanes(entries);
+    vec<T> weight = load<T>(entries + width);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) acc[r] += __builtin_shuffle(low[r], high[r], lanes) * weight;
   }
+#pragma GCC unroll 4
+  for (int r = 0; r < R; r++) store<T>(to + r * to_row, acc[r]);
 }
 
 // taps becomes the transpose of expand_columns.
@@ -221,12 +293,95 @@ INLINE void gather_columns(const Decoder<T>& d, const Scratch<T>& s) {
       for (int64_t dx = 0; dx < 3; dx++) {
         const T* from = s.expanded + (k * 3 + dy) * d.h * s.row;
         T* to = s.taps + ((dy * 3 + dx) * d.K + k) * s.pixels;
-        const T* matrix = d.expand_backward + dx * d.W * w;
         const int32_t* band = d.band_backward + dx * vectors * 2;
         // From the last vector of the rows to the first: what a row's last vector writes over the next row's start is written again.
-        for (int64_t v = vectors - 1; v >= 0; v--)
-          row_product<1, false>(d.h, from, s.row, matrix + v * width, w, band[2 * v], band[2 * v + 1], to + v * width, d.w);
+        for (int64_t v = vectors - 1; v >= 0; v--) {
+          if (d.shuffled & 2) {
+            const int64_t most = d.W / 2;
+            const T* entries = d.expand_backward + dx * w * 2 * most + v * most * 2 * width;
+            int64_t i = 0;
+            for (; i + 4 <= d.h; i += 4) gather_tile<4>(from + i * s.row, s.row, entries, band[2 * v + 1], to + i * d.w + v * width, d.w);
+            for (; i < d.h; i++) gather_tile<1>(from + i * s.row, s.row, entries, band[2 * v + 1], to + i * d.w + v * width, d.w);
+          } else {
+            const T* matrix = d.expand_backward + dx * d.W * w;
+            row_product<1, false>(d.h, from, s.row, matrix + v * width, w, band[2 * v], band[2 * v + 1], to + v * width, d.w);
+          }
+        }
       }
+}
+
+// ---- the resize along y, convolved, and its transpose ----
+
+// rows[q] and weights of the six rows that row Y of z takes of an `expanded` (3, h, row); weight 0 where there is none.
+template <class T>
+INLINE void expand_rows(const Decoder<T>& d, const Scratch<T>& s) {
+  constexpr int width = Simd<T>::width;
+  for (int64_t Y = 0; Y < d.H; Y++) {
+    int64_t row[6];
+    vec<T> weight[6];
+    for (int64_t dy = 0; dy < 3; dy++) {
+      int64_t y = Y + dy - 1;
+      bool inside = y >= 0 && y < d.H;
+      row[2 * dy] = (dy * d.h + (inside ? d.rows.low[y] : 0)) * s.row;
+      row[2 * dy + 1] = (dy * d.h + (inside ? d.rows.high[y] : 0)) * s.row;
+      weight[2 * dy] = splat<T>(inside ? T(d.rows.low_weight[y]) : T(0));
+      weight[2 * dy + 1] = splat<T>(inside ? T(d.rows.high_weight[y]) : T(0));
+    }
+    for (int64_t k = 0; k < d.K; k++) {
+      const T* from = s.expanded + k * 3 * d.h * s.row;
+      T* to = s.z + k * s.plane.size + s.plane.origin + Y * s.plane.pitch;
+      for (int64_t X = 0; X < d.W; X += width) {
+        vec<T> even = splat<T>(d.b1[k]), odd = {};
+#pragma GCC unroll 3
+        for (int q = 0; q < 6; q += 2) {
+          even += load<T>(from + row[q] + X) * weight[q];
+          odd += load<T>(from + row[q + 1] + X) * weight[q + 1];
+        }
+        store<T>(to + X, even + odd);
+      }
+    }
+  }
+}
+
+// expanded becomes the transpose of expand_rows, of the gradient in z.
+template <class T>
+INLINE void gather_rows(const Decoder<T>& d, const Scratch<T>& s) {
+  constexpr int width = Simd<T>::width;
+  T* weights = s.line;                                          // of the rows of z that row i of `expanded` takes
+  int64_t* rows = (int64_t*)(s.line + round_up(d.H, width));  // and where they are
+  int64_t first = 0;                                            // the first y whose high row is not above i
+  for (int64_t i = 0; i < d.h; i++) {
+    while (first < d.H && d.rows.high[first] < i) first++;
+    for (int64_t dy = 0; dy < 3; dy++) {
+      int64_t n = 0;
+      for (int64_t y = first; y < d.H && d.rows.low[y] <= i; y++) {
+        int64_t Y = y - dy + 1;
+        if (Y < 0 || Y >= d.H) continue;
+        weights[n] = T((d.rows.low[y] == i ? d.rows.low_weight[y] : 0) + (d.rows.high[y] == i ? d.rows.high_weight[y] : 0));
+        rows[n++] = s.plane.origin + Y * s.plane.pitch;
+      }
+      for (int64_t k = 0; k < d.K; k++) {
+        const T* from = s.z + k * s.plane.size;
+        T* to = s.expanded + ((k * 3 + dy) * d.h + i) * s.row;
+        int64_t X = 0;
+        for (; X + width < d.W; X += 2 * width) {
+          vec<T> left = {}, right = {};
+          for (int64_t e = 0; e < n; e++) {
+            vec<T> weight = splat<T>(weights[e]);
+            left += load<T>(from + rows[e] + X) * weight;
+            right += load<T>(from + rows[e] + X + width) * weight;
+          }
+          store<T>(to + X, left);
+          store<T>(to + X + width, right);
+        }
+        for (; X < d.W; X += width) {
+          vec<T> sum = {};
+          for (int64_t e = 0; e < n; e++) sum += load<T>(from + rows[e] + X) * weights[e];
+          store<T>(to + X, sum);
+        }
+      }
+    }
+  }
 }
 
 // ---- resize, then convolve ----
@@ -489,15 +644,20 @@ INLINE void norm_backward(const Decoder<T>& d, const Scratch<T>& s, const T* mea
   }
 }
 
+// partial (9 K, features_pitch) += gradient of the taps times the features, V vectors of channels from c on at a time
+template <int V, class T>
+INLINE int64_t weight_columns(const Decoder<T>& d, const Scratch<T>& s, int64_t c, T* partial) {
+  for (; c + V * Simd<T>::width <= s.features_pitch; c += V * Simd<T>::width)
+    row_product<V, true>(9 * d.K, s.taps, s.pixels, s.h_rows + c, s.features_pitch, 0, d.h * d.w, partial + c, s.features_pitch);
+  return c;
+}
+
 template <class T>
 INLINE void first_weight_low_resolution(const Decoder<T>& d, const Scratch<T>& s, T* partial) {
-  constexpr int width = Simd<T>::width, V = INFOPRO_MR == 12 ? 4 : 2;
   transpose(s.h, s.pixels, d.C, d.h * d.w, s.h_rows, s.features_pitch);
-  int64_t c = 0;
-  for (; c + V * width <= s.features_pitch; c += V * width)
-    row_product<V, true>(9 * d.K, s.taps, s.pixels, s.h_rows + c, s.features_pitch, 0, d.h * d.w, partial + c, s.features_pitch);
-  for (; c < s.features_pitch; c += width)
-    row_product<1, true>(9 * d.K, s.taps, s.pixels, s.h_rows + c, s.features_pitch, 0, d.h * d.w, partial + c, s.features_pitch);
+  int64_t c = INFOPRO_MR == 12 ? weight_columns<4>(d, s, 0, partial) : 0;
+  c = weight_columns<2>(d, s, c, partial);
+  weight_columns<1>(d, s, c, partial);
 }
 
 template <class T>

@@ -62,7 +62,8 @@ struct Decoder {
   const T *w1, *w1_backward, *w2, *w2_backward;         // packed by Kernels::decoder_pack
   const T *b1, *b2;                                     // (K), (3)
   const T *center, *inverse_std, *scale, *shift;        // (K): relu((z - center) scale + shift), scale = gamma inverse_std
-  const T *expand, *expand_backward;                    // low_resolution: the resize along x, by Kernels::decoder_expand
+  int shuffled;                                         // low_resolution: the resize along x, by Kernels::decoder_expand
+  const T *expand, *expand_backward;
   const int32_t *band, *band_backward;
 };
 
@@ -118,7 +119,8 @@ struct Kernels {
   void (*decoder_pack)(const Decoder<T>&, const T* w1, const T* w2, T* w1_packed, T* w1_backward, T* w2_packed, T* w2_backward);
   int64_t (*decoder_expand_size)(const Decoder<T>&);
   int64_t (*decoder_band_size)(const Decoder<T>&);
-  void (*decoder_expand)(const Decoder<T>&, T* expand, T* expand_backward, int32_t* band, int32_t* band_backward);
+  // fills the tables and returns Decoder::shuffled; memory: twice decoder_expand_size
+  int (*decoder_expand)(const Decoder<T>&, T* expand, T* expand_backward, int32_t* band, int32_t* band_backward, T* memory);
   void (*decoder_statistics)(const Decoder<T>&, int64_t n, T* scratch, double* mean, double* squares);
   void (*decoder_loss)(const Decoder<T>&, int64_t n, bool needs_grad, T* scratch, SampleSums& sums, T* w2_partial);
   void (*decoder_backward)(const Decoder<T>&, int64_t n, const T* mean_dy, const T* mean_dy_xhat, const Maps* d_features, T* w1_partial,

@@ -75,7 +75,8 @@ struct Call {
       expand_backward.emplace(kernel.decoder_expand_size(d));
       band.emplace(kernel.decoder_band_size(d));
       band_backward.emplace(kernel.decoder_band_size(d));
-      kernel.decoder_expand(d, expand->get(), expand_backward->get(), band->get(), band_backward->get());
+      Buffer<T> memory(2 * kernel.decoder_expand_size(d));
+      d.shuffled = kernel.decoder_expand(d, expand->get(), expand_backward->get(), band->get(), band_backward->get(), memory.get());
       d.expand = expand->get();
       d.expand_backward = expand_backward->get();
       d.band = band->get();
