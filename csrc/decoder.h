@@ -472,6 +472,13 @@ INLINE void write_maps(const Maps& m, int64_t n, int64_t channels, int64_t rows,
   }
 }
 
+// Sample n of maps that lie in memory without gaps, to be asked for in `times` times; nothing where there is none.
+INLINE Ahead sample_ahead(const Maps& m, int64_t n, int64_t samples, int64_t numbers, int64_t times) {
+  if (n >= samples || m.n != numbers) return {};
+  const int64_t size = m.dtype == Dtype::f64 ? 8 : m.dtype == Dtype::f32 ? 4 : 2;
+  return {(const char*)m.data + n * m.n * size, numbers * size, times};
+}
+
 // z = conv1(resize(h)) + b1 on its planes; what lies between the rows is arbitrary.
 template <class T>
 INLINE void first_convolution(const Decoder<T>& d, const Scratch<T>& s, int64_t n) {
@@ -479,7 +486,8 @@ INLINE void first_convolution(const Decoder<T>& d, const Scratch<T>& s, int64_t 
   const int64_t zero = 0;
   if (d.low_resolution) {
     read_maps<T>(d.features, n, d.C, d.h, d.w, s.h, s.pixels, d.w);
-    convolve<1>(9 * d.K, d.w1, s.h, s.pixels, d.C, &zero, (const T*)nullptr, s.taps, s.pixels, d.h * d.w);
+    convolve<1>(9 * d.K, d.w1, s.h, s.pixels, d.C, &zero, (const T*)nullptr, s.taps, s.pixels, d.h * d.w,
+                sample_ahead(d.features, n + 1, d.N, d.C * d.h * d.w, convolve_tiles<T>(9 * d.K, d.h * d.w)));
     expand_columns(d, s);
     expand_rows(d, s);
     return;
@@ -491,7 +499,8 @@ INLINE void first_convolution(const Decoder<T>& d, const Scratch<T>& s, int64_t 
     read_maps<T>(d.features, n, d.C, d.H, d.W, s.h + p.origin, p.size, p.pitch);
   }
   for (int64_t c = 0; c < d.C; c++) p.set_border(s.h + c * p.size, T(0));
-  convolve<9>(d.K, d.w1, s.h + p.origin, p.size, d.C, s.offset, d.b1, s.z + p.origin, p.size, p.span);
+  convolve<9>(d.K, d.w1, s.h + p.origin, p.size, d.C, s.offset, d.b1, s.z + p.origin, p.size, p.span,
+              sample_ahead(d.features, n + 1, d.N, d.C * d.h * d.w, convolve_tiles<T>(d.K, p.span)));
 }
 
 // a = relu((z - center) scale + shift), zero outside the map.
@@ -575,9 +584,10 @@ INLINE void second_convolution_backward(const Decoder<T>& d, const Scratch<T>& s
 }
 
 template <class T>
-INLINE void logits(const Decoder<T>& d, const Scratch<T>& s) {
+INLINE void logits(const Decoder<T>& d, const Scratch<T>& s, int64_t n) {
   const Plane<T>& p = s.plane;
-  convolve<9>(3, d.w2, s.a + p.origin, p.size, d.K, s.offset, d.b2, s.g + p.origin, p.size, p.span);
+  convolve<9>(3, d.w2, s.a + p.origin, p.size, d.K, s.offset, d.b2, s.g + p.origin, p.size, p.span,
+              sample_ahead(d.image, n, d.N, 3 * d.H * d.W, convolve_tiles<T>(3, p.span)));
 }
 
 // ---- the sweeps ----
@@ -600,7 +610,7 @@ void decoder_loss(const Decoder<T>& d, int64_t n, bool needs_grad, T* scratch, S
   const Plane<T>& p = s.plane;
   first_convolution(d, s, n);
   normalize_rectify(d, s);
-  logits(d, s);
+  logits(d, s, n);
   sums.loss = pixel_loss(d, s, n, true);
   if (!needs_grad) return;
   weight_gradient(s.g + p.origin, p.size, 3, s.a + p.origin, p.size, d.K, s.offset, p.span, w2_partial);
@@ -668,7 +678,7 @@ void decoder_backward(const Decoder<T>& d, int64_t n, const T* mean_dy, const T*
   const int64_t zero = 0;
   first_convolution(d, s, n);
   normalize_rectify(d, s);
-  logits(d, s);
+  logits(d, s, n);
   pixel_loss(d, s, n, false);
   second_convolution_backward(d, s);
   norm_backward(d, s, mean_dy, mean_dy_xhat);

@@ -17,6 +17,23 @@ INLINE int64_t round_up(int64_t n, int64_t to) {
   return (n + to - 1) / to * to;
 }
 
+// Memory that will be read soon, asked for a little at a time while there is something to compute: the caches' own prefetching
+// does not see a sample end and the next begin.
+struct Ahead {
+  const char *next = nullptr, *end = nullptr;
+  int64_t step = 0;  // bytes at a time
+
+  Ahead() {}
+  // all of it in `times` times
+  Ahead(const void* from, int64_t bytes, int64_t times)
+      : next((const char*)from), end((const char*)from + bytes), step(round_up(bytes / (times > 0 ? times : 1) + 1, 64)) {}
+
+  INLINE void some() {
+    const char* stop = end - next < step ? end : next + step;
+    for (; next < stop; next += 64) __builtin_prefetch(next, 0, 2);
+  }
+};
+
 template <class T>
 struct Plane {
   int64_t H, W, pitch, origin, span, size;
@@ -90,30 +107,38 @@ INLINE void tap_tile(const T* packed, const T* in, int64_t in_plane, int64_t inp
 
 template <int B, int TAPS, class T>
 void tap_block(const T* packed, const T* in, int64_t in_plane, int64_t inputs, const int64_t* offset, const T* bias, T* out,
-               int64_t out_plane, int64_t span) {
+               int64_t out_plane, int64_t span, Ahead& ahead) {
   constexpr int V = ACCUMULATORS / B < MAX_VECTORS ? ACCUMULATORS / B : MAX_VECTORS;
   constexpr int width = Simd<T>::width;
   int64_t p = 0;
-  for (; p + (V - 1) * width < span; p += V * width)
+  for (; p + (V - 1) * width < span; p += V * width) {
+    ahead.some();
     tap_tile<B, V, TAPS>(packed, in + p, in_plane, inputs, offset, bias, out + p, out_plane);
+  }
   for (; p < span; p += width) tap_tile<B, 1, TAPS>(packed, in + p, in_plane, inputs, offset, bias, out + p, out_plane);
+}
+
+// How often `convolve` asks `ahead` for more.
+template <class T>
+INLINE int64_t convolve_tiles(int64_t outputs, int64_t span) {
+  return outputs * span / (ACCUMULATORS * Simd<T>::width);
 }
 
 // All outputs at positions 0..span of planes whose first element `in` and `out` point at.
 template <int TAPS, class T>
 void convolve(int64_t outputs, const T* packed, const T* in, int64_t in_plane, int64_t inputs, const int64_t* offset, const T* bias, T* out,
-              int64_t out_plane, int64_t span) {
+              int64_t out_plane, int64_t span, Ahead ahead = {}) {
   while (outputs > 0) {
     int block = block_of(outputs);
     switch (block) {
 #if INFOPRO_MR == 12
-      case 12: tap_block<12, TAPS>(packed, in, in_plane, inputs, offset, bias, out, out_plane, span); break;
-      case 8: tap_block<8, TAPS>(packed, in, in_plane, inputs, offset, bias, out, out_plane, span); break;
+      case 12: tap_block<12, TAPS>(packed, in, in_plane, inputs, offset, bias, out, out_plane, span, ahead); break;
+      case 8: tap_block<8, TAPS>(packed, in, in_plane, inputs, offset, bias, out, out_plane, span, ahead); break;
 #endif
-      case 6: tap_block<6, TAPS>(packed, in, in_plane, inputs, offset, bias, out, out_plane, span); break;
-      case 4: tap_block<4, TAPS>(packed, in, in_plane, inputs, offset, bias, out, out_plane, span); break;
-      case 3: tap_block<3, TAPS>(packed, in, in_plane, inputs, offset, bias, out, out_plane, span); break;
-      default: tap_block<1, TAPS>(packed, in, in_plane, inputs, offset, bias, out, out_plane, span);
+      case 6: tap_block<6, TAPS>(packed, in, in_plane, inputs, offset, bias, out, out_plane, span, ahead); break;
+      case 4: tap_block<4, TAPS>(packed, in, in_plane, inputs, offset, bias, out, out_plane, span, ahead); break;
+      case 3: tap_block<3, TAPS>(packed, in, in_plane, inputs, offset, bias, out, out_plane, span, ahead); break;
+      default: tap_block<1, TAPS>(packed, in, in_plane, inputs, offset, bias, out, out_plane, span, ahead);
     }
     outputs -= block;
     packed += inputs * TAPS * block;
