@@ -21,6 +21,7 @@ constexpr Kernels<T> make_table() {
   t.gemm = gemm<T>;
   t.write_lanes = write_lanes<T>;
   t.read_row = read_row<T>;
+  t.write_row = write_row<T>;
   t.softmax_update = softmax_update<T>;
   t.softmax_gradient = softmax_gradient<T>;
   t.lane_sums = lane_sums<T>;

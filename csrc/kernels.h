@@ -98,6 +98,7 @@ struct Kernels {
   // to (rows, columns) of any dtype = from^T, from (columns, nr) with the rows of `to` in its lanes
   void (*write_lanes)(const T* from, int64_t rows, int64_t columns, Matrix to);
   void (*read_row)(T* to, const void* from, Dtype dtype, int64_t offset, int64_t stride, int64_t n);
+  void (*write_row)(void* to, const T* from, Dtype dtype, int64_t offset, int64_t stride, int64_t n);
 
   // ---- logits (classes, nr rows in lanes): cross_entropy.h ----
   void (*softmax_update)(const T* x, int64_t classes, int64_t first, const T* bias, const T* class_weight, bool smooth,
@@ -107,9 +108,9 @@ struct Kernels {
   void (*lane_sums)(const T* x, int64_t rows, int64_t panels, int64_t panel, T* sums);  // sums[r] += sum of row r of each panel
 
   // ---- similarities (others, nr anchors in lanes): supcon.h ----
-  void (*supcon_forward)(T* s, int64_t others, int64_t first, int64_t anchor, T scale, const label<T>* labels, const label<T>* anchor_labels,
-                         T* best, T* sum, T* positive, T* count);
-  void (*supcon_backward)(T* s, int64_t others, int64_t first, int64_t anchor, T scale, const label<T>* labels, const T* lse, const T* pull,
+  void (*supcon_forward)(T* s, int64_t others, int64_t first, int64_t anchor, T scale, T bound, const label<T>* labels,
+                         const label<T>* anchor_labels, T* best, T* sum, T* positive, T* count);
+  void (*supcon_backward)(T* s, int64_t others, int64_t first, int64_t anchor, T scale, T bound, const label<T>* labels, const T* lse, const T* pull,
                           const T* push, const label<T>* anchor_labels, const T* anchor_lse, const T* anchor_pull, const T* anchor_push);
 
   // ---- the decoder, sample by sample: decoder.h ----

@@ -16,26 +16,30 @@ INLINE void set_self(T* s, int64_t others, int64_t first, int64_t anchor, T valu
   }
 }
 
-// Take `others` more samples into each anchor's running maximum of scale s, sum of exp, sum and number of positives.
+// Take `others` more samples into each anchor's running maximum of scale s, sum of exp(scale s - maximum), sum and number of
+// positives. bound: 0, or a bound of scale s so near that no sum underflows: then `best` has to hold it, and is not searched for.
 template <class T>
-void supcon_forward(T* s, int64_t others, int64_t first, int64_t anchor, T scale, const label<T>* labels, const label<T>* anchor_labels,
-                    T* best, T* sum, T* positive, T* count) {
+void supcon_forward(T* s, int64_t others, int64_t first, int64_t anchor, T scale, T bound, const label<T>* labels,
+                    const label<T>* anchor_labels, T* best, T* sum, T* positive, T* count) {
   using lanes = typename Simd<T>::mask;
   set_self<T>(s, others, first, anchor, -T(__builtin_huge_val()));
   for (int j = 0; j < NR<T>; j += Simd<T>::width) {
-    vec<T> before = load<T>(best + j), top = before, pos = {}, num = load<T>(count + j), zero = {};
+    vec<T> before = load<T>(best + j), top = before, pos = {}, num = load<T>(count + j), total = {}, zero = {};
     vec<T> one = splat<T>(T(1)), lowest = splat<T>(-T(__builtin_huge_val()));
     lanes mine;
     __builtin_memcpy(&mine, anchor_labels + j, sizeof mine);
     for (int64_t o = 0; o < others; o++) {
       vec<T> v = load<T>(s + o * NR<T> + j) * scale;
-      top = v > top ? v : top;
+      if (bound > T(0))
+        total += exp<T>(v - bound);
+      else
+        top = v > top ? v : top;
       lanes alike = (mine == labels[o]) & (v != lowest);
       pos += alike ? v : zero;
       num += alike ? one : zero;
     }
-    vec<T> total = {};
-    for (int64_t o = 0; o < others; o++) total += exp<T>(load<T>(s + o * NR<T> + j) * scale - top);
+    if (!(bound > T(0)))
+      for (int64_t o = 0; o < others; o++) total += exp<T>(load<T>(s + o * NR<T> + j) * scale - top);
     store<T>(best + j, top);
     store<T>(sum + j, load<T>(sum + j) * exp<T>(before - top) + total);
     store<T>(positive + j, load<T>(positive + j) + pos);
@@ -43,20 +47,26 @@ void supcon_forward(T* s, int64_t others, int64_t first, int64_t anchor, T scale
   }
 }
 
-// s becomes what z_other is weighted with in d loss / d z_anchor. With pull = g / |P| (0 without positives), push = g:
-// scale (push_i exp(scale s - lse_i) - pull_i [alike] + the same of the other), 0 for the pair of an anchor with itself.
+// s becomes what z_other is weighted with in d loss / d z_anchor: scale (push_i exp(scale s - lse_i) - pull_i [alike] + the same of
+// the other), 0 for the pair of an anchor with itself; pull = g / |P| and push = g, both 0 without positives.
+// bound: 0, or a bound of scale s so near every lse that exp(bound - lse) is finite, which push then comes multiplied with: one
+// exponential serves both.
 template <class T>
-void supcon_backward(T* s, int64_t others, int64_t first, int64_t anchor, T scale, const label<T>* labels, const T* lse, const T* pull,
-                     const T* push, const label<T>* anchor_labels, const T* anchor_lse, const T* anchor_pull, const T* anchor_push) {
+void supcon_backward(T* s, int64_t others, int64_t first, int64_t anchor, T scale, T bound, const label<T>* labels, const T* lse,
+                     const T* pull, const T* push, const label<T>* anchor_labels, const T* anchor_lse, const T* anchor_pull,
+                     const T* anchor_push) {
   using lanes = typename Simd<T>::mask;
   for (int j = 0; j < NR<T>; j += Simd<T>::width) {
     vec<T> l = load<T>(anchor_lse + j), g = load<T>(anchor_push + j), p = load<T>(anchor_pull + j), zero = {};
     lanes mine;
     __builtin_memcpy(&mine, anchor_labels + j, sizeof mine);
     for (int64_t o = 0; o < others; o++) {
-      vec<T> v = load<T>(s + o * NR<T> + j) * scale;
+      vec<T> v = load<T>(s + o * NR<T> + j) * scale, w;
       lanes alike = mine == labels[o];
-      vec<T> w = g * exp<T>(v - l) + push[o] * exp<T>(v - lse[o]);
+      if (bound > T(0))
+        w = (g + push[o]) * exp<T>(v - bound);
+      else
+        w = g * exp<T>(v - l) + push[o] * exp<T>(v - lse[o]);
       w -= alike ? p + pull[o] : zero;
       store<T>(s + o * NR<T> + j, w * scale);
     }

@@ -12,19 +12,36 @@ namespace {
 constexpr const char* OP = "supcon_loss";
 constexpr int64_t CHUNK = 768;  // others a tile, a multiple of every mr
 
-// Labels as small numbers in the order of their size, so that they fit a lane.
+// Labels as numbers that fit a lane: themselves from the smallest on, or where they are too far apart, by their order.
 template <class T>
 Buffer<label<T>> dense_labels(const Tensor& labels, int64_t padded) {
   Tensor wide = torch::stable::contiguous(torch::stable::to(labels, ScalarType::Long));
   const int64_t* y = static_cast<const int64_t*>(wide.const_data_ptr());
   const int64_t M = wide.numel();
+  Buffer<label<T>> dense(padded);
+  dense.fill(-1, padded);
+  if (M == 0) return dense;
+  const auto [smallest, largest] = std::minmax_element(y, y + M);
+  if (uint64_t(*largest) - uint64_t(*smallest) < (uint64_t(1) << 31)) {
+    for (int64_t i = 0; i < M; i++) dense[i] = label<T>(y[i] - *smallest);
+    return dense;
+  }
   std::vector<int64_t> known(y, y + M);
   std::sort(known.begin(), known.end());
   known.erase(std::unique(known.begin(), known.end()), known.end());
-  Buffer<label<T>> dense(padded);
-  dense.fill(-1, padded);
   for (int64_t i = 0; i < M; i++) dense[i] = label<T>(std::lower_bound(known.begin(), known.end(), y[i]) - known.begin());
   return dense;
+}
+
+// a . b in float64, in eight sums side by side.
+template <class T>
+double dot(const T* a, const T* b, int64_t n) {
+  double sums[8] = {};
+  int64_t k = 0;
+  for (; k + 8 <= n; k += 8)
+    for (int64_t i = 0; i < 8; i++) sums[i] += double(a[k + i]) * double(b[k + i]);
+  for (; k < n; k++) sums[0] += double(a[k]) * double(b[k]);
+  return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
 }
 
 // The rows z, normalised where asked for and packed for the tiles; inverse norms (0 for a row without direction).
@@ -45,9 +62,7 @@ struct Rows {
         kernel.read_row(row, from.data, from.dtype, i * from.row, from.column, D);
         inverse_norm[i] = T(1);
         if (!normalize) continue;
-        double squares = 0;
-        for (int64_t k = 0; k < D; k++) squares += double(row[k]) * double(row[k]);
-        double norm = std::sqrt(squares);
+        double norm = std::sqrt(dot(row, row, D));
         inverse_norm[i] = norm <= 1e-12 ? T(0) : T(1.0 / norm);  // nan stays nan
         for (int64_t k = 0; k < D; k++) row[k] *= inverse_norm[i];
       }
@@ -69,6 +84,13 @@ struct Rows {
   }
 };
 
+// A bound of similarities over T that every row's log-sum-exp is within exp's range of: 1 / T, for rows of length one (lse is then
+// at least -1 / T) where T is not tiny. 0 where there is none.
+template <class T>
+T similarity_bound(double temperature, bool normalize) {
+  return normalize && temperature >= 0.05 ? T(1.0 / temperature) : T(0);
+}
+
 template <class T>
 std::tuple<Tensor, Tensor> forward(const Tensor& features, const Tensor& labels, double temperature, bool normalize) {
   const int64_t M = features.size(0);
@@ -77,6 +99,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& features, const Tensor& labels,
   if (M == 0) return {loss, saved};
   Rows<T> rows(features, labels, normalize);
   const Kernels<T>& kernel = rows.kernel;
+  const T bound = similarity_bound<T>(temperature, normalize);
   const int64_t nr = kernel.nr, workers = std::min(threads(), rows.groups);
   Buffer<T> tiles(workers * CHUNK * nr);
   share(rows.groups, workers, [&](int64_t first_group, int64_t last_group, int64_t worker) {
@@ -84,12 +107,12 @@ std::tuple<Tensor, Tensor> forward(const Tensor& features, const Tensor& labels,
     T* s = tiles.get() + worker * CHUNK * nr;
     for (int64_t group = first_group; group < last_group; group++) {
       const int64_t anchor = group * nr;
-      std::fill(best.begin(), best.end(), -T(INFINITY));
+      std::fill(best.begin(), best.end(), bound > T(0) ? bound : -T(INFINITY));
       for (auto* v : {&sum, &positive, &number}) std::fill(v->begin(), v->end(), T(0));
       for (int64_t other = 0; other < M; other += CHUNK) {
         int64_t n = std::min(CHUNK, M - other);
         rows.similarities(other, n, group, s);
-        kernel.supcon_forward(s, n, other, anchor, T(1.0 / temperature), rows.labels.get() + other, rows.labels.get() + anchor, best.data(),
+        kernel.supcon_forward(s, n, other, anchor, T(1.0 / temperature), bound, rows.labels.get() + other, rows.labels.get() + anchor, best.data(),
                               sum.data(), positive.data(), number.data());
       }
       for (int64_t i = 0; i < nr && anchor + i < M; i++) {
@@ -107,9 +130,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& features, const Tensor& labels,
 template <class T>
 void norm_backward(T* dz, const T* z, int64_t D, T inverse_norm, bool normalize) {
   if (!normalize) return;
-  double dot = 0;
-  for (int64_t k = 0; k < D; k++) dot += double(dz[k]) * double(z[k]);
-  for (int64_t k = 0; k < D; k++) dz[k] = (dz[k] - z[k] * T(dot)) * inverse_norm;
+  const T along = T(dot(dz, z, D));
+  for (int64_t k = 0; k < D; k++) dz[k] = (dz[k] - z[k] * along) * inverse_norm;
 }
 
 template <class T>
@@ -122,10 +144,11 @@ Tensor backward(const Tensor& grad, const Tensor& features, const Tensor& labels
   const int64_t nr = kernel.nr, mr = kernel.mr, workers = std::min(threads(), rows.groups), padded = rows.padded;
   const T *inverse_norm = pointer<T>(saved), *log_sum = inverse_norm + M, *count = log_sum + M;
   Buffer<T> upstream = numbers<T>(OP, "grad", grad, M, T(0)), lse(padded), push(padded), pull(padded);
+  const T bound = similarity_bound<T>(temperature, normalize);
   for (int64_t i = 0; i < padded; i++) {
     bool counts = i < M && count[i] > 0;
     lse[i] = counts ? log_sum[i] : T(0);
-    push[i] = counts ? upstream[i] : T(0);
+    push[i] = counts ? (bound > T(0) ? T(double(upstream[i]) * std::exp(double(bound) - double(lse[i]))) : upstream[i]) : T(0);
     pull[i] = counts ? upstream[i] / count[i] : T(0);
   }
   // z^T as left operand: dz^T (D, anchors) = z^T (D, others) times the weights (others, anchors)
@@ -133,26 +156,25 @@ Tensor backward(const Tensor& grad, const Tensor& features, const Tensor& labels
   share(ceil_div(D, mr), threads(), [&](int64_t first, int64_t last, int64_t) {
     kernel.pack_a(Matrix{rows.z.get() + first * mr, rows.dtype(), 1, D}, std::min(D, last * mr) - first * mr, M, M, transposed.get() + first * mr * M);
   });
-  Buffer<T> tiles(workers * CHUNK * nr), sums(workers * D * nr), lines(workers * D);
+  Buffer<T> tiles(workers * CHUNK * nr), sums(workers * D * nr), rows_of_group(workers * nr * D);
   Matrix to = matrix(OP, "features", g_features);
   share(rows.groups, workers, [&](int64_t first_group, int64_t last_group, int64_t worker) {
-    T *s = tiles.get() + worker * CHUNK * nr, *dz = sums.get() + worker * D * nr, *line = lines.get() + worker * D;
+    T *s = tiles.get() + worker * CHUNK * nr, *dz = sums.get() + worker * D * nr, *line = rows_of_group.get() + worker * nr * D;
     for (int64_t group = first_group; group < last_group; group++) {
       const int64_t anchor = group * nr;
       for (int64_t other = 0; other < M; other += CHUNK) {
         int64_t n = std::min(CHUNK, M - other);
         rows.similarities(other, n, group, s);
-        kernel.supcon_backward(s, n, other, anchor, T(1.0 / temperature), rows.labels.get() + other, lse.get() + other, pull.get() + other,
+        kernel.supcon_backward(s, n, other, anchor, T(1.0 / temperature), bound, rows.labels.get() + other, lse.get() + other, pull.get() + other,
                                push.get() + other, rows.labels.get() + anchor, lse.get() + anchor, pull.get() + anchor, push.get() + anchor);
         kernel.gemm(D, nr, n, transposed.get() + other * mr, M, s, n, dz, nr, nr, other > 0);
       }
-      for (int64_t i = 0; i < nr && anchor + i < M; i++) {
-        for (int64_t k = 0; k < D; k++) line[k] = dz[k * nr + i];
-        norm_backward(line, rows.z.get() + (anchor + i) * D, D, inverse_norm[anchor + i], normalize);
-        for (int64_t k = 0; k < D; k++) dz[k * nr + i] = line[k];
+      const int64_t anchors = std::min(nr, M - anchor);
+      kernel.write_lanes(dz, anchors, D, Matrix{line, rows.dtype(), D, 1});
+      for (int64_t i = 0; i < anchors; i++) {
+        norm_backward(line + i * D, rows.z.get() + (anchor + i) * D, D, inverse_norm[anchor + i], normalize);
+        kernel.write_row(const_cast<void*>(to.data), line + i * D, to.dtype, (anchor + i) * D, 1, D);
       }
-      Matrix mine = {static_cast<char*>(const_cast<void*>(to.data)) + anchor * D * int64_t(g_features.element_size()), to.dtype, D, 1};
-      kernel.write_lanes(dz, std::min(nr, M - anchor), D, mine);
     }
   });
   return g_features;
