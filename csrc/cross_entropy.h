@@ -27,10 +27,11 @@ void softmax_update(const T* x, int64_t classes, int64_t first, const T* bias, c
       at = index == wanted ? v : at;
       if (smooth) total += v * (class_weight ? class_weight[c] : T(1));
     }
-    vec<T> s = {};
-    for (int64_t c = 0; c < classes; c++) s += exp<T>(load<T>(x + c * NR<T> + j) + (bias ? bias[c] : T(0)) - top);
+    // where all logits so far are -inf there is nothing to subtract, and their sum is forgotten with the first that is not
+    vec<T> s = {}, base = top == -T(__builtin_huge_val()) ? vec<T>{} : top;
+    for (int64_t c = 0; c < classes; c++) s += exp<T>(load<T>(x + c * NR<T> + j) + (bias ? bias[c] : T(0)) - base);
     store<T>(best + j, top);
-    store<T>(sum + j, load<T>(sum + j) * exp<T>(before - top) + s);
+    store<T>(sum + j, load<T>(sum + j) * exp<T>(before - base) + s);
     store<T>(weighted + j, total);
     store<T>(at_target + j, at);
     __builtin_memcpy(argmax + j, &arg, sizeof arg);

@@ -35,7 +35,6 @@ struct Axis {
 
 enum class Pixel : int { bce, mse, l1 };
 
-// Everything a decoder kernel needs to know of one call of reconstruction_loss. C: channels of features, K: hidden channels.
 // Integers as wide as T, so that a comparison of labels selects lanes of T.
 template <class T>
 struct Lane;

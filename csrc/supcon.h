@@ -25,16 +25,17 @@ void supcon_forward(T* s, int64_t others, int64_t first, int64_t anchor, T scale
   set_self<T>(s, others, first, anchor, -T(__builtin_huge_val()));
   for (int j = 0; j < NR<T>; j += Simd<T>::width) {
     vec<T> before = load<T>(best + j), top = before, pos = {}, num = load<T>(count + j), total = {}, zero = {};
-    vec<T> one = splat<T>(T(1)), lowest = splat<T>(-T(__builtin_huge_val()));
-    lanes mine;
+    vec<T> one = splat<T>(T(1));
+    lanes mine, itself;
     __builtin_memcpy(&mine, anchor_labels + j, sizeof mine);
+    for (int i = 0; i < Simd<T>::width; i++) itself[i] = label<T>(anchor + j + i - first);
     for (int64_t o = 0; o < others; o++) {
       vec<T> v = load<T>(s + o * NR<T> + j) * scale;
       if (bound > T(0))
         total += exp<T>(v - bound);
       else
         top = v > top ? v : top;
-      lanes alike = (mine == labels[o]) & (v != lowest);
+      lanes alike = (mine == labels[o]) & (itself != label<T>(o));
       pos += alike ? v : zero;
       num += alike ? one : zero;
     }

@@ -21,6 +21,9 @@ GOLDEN = {torch.float64: 1e-9, torch.float32: 1e-4}
 GOLDEN_ZERO = 1e-12
 NOISE = {torch.float64: 1e-12, torch.float32: 1e-6}
 
+# A sum that cancels is right to this many epsilons of the sum of its terms' magnitudes.
+SUM_EPS = 32.0
+
 # Largest absolute difference over the largest magnitude of the float64 values, for well-conditioned results.
 CLOSE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 
@@ -54,7 +57,7 @@ def assert_golden(
     bound = NOISE[dtype] if scale <= GOLDEN_ZERO else GOLDEN[dtype] * scale
     off = [abs(f - w) for f, w in zip(found, wanted, strict=True)]
     if dtype == torch.float32:
-        bound = max(bound, GOLDEN[dtype] * terms)
+        bound = max(bound, SUM_EPS * torch.finfo(dtype).eps * terms)
     if plain is not None and dtype == torch.float32:
         bound = max(bound, TIMES_PLAIN * max(abs(p - w) for p, w in zip(golden.digest(name, plain), wanted, strict=True)))
     assert all(d <= bound for d in off), f"{name} ({dtype}): expected {wanted}, got {found}: off by {max(off):.3g}, allowed {bound:.3g}"

@@ -42,6 +42,16 @@ from infopro_fast.trainer.config import IMAGE_SIZES, RECIPES, ConfigError, Train
         (dict(lambdas=(1, 1, 1, 1), local_loss="greedy"), "lambdas: local_loss greedy with modules 4 has nothing to weigh"),
         (dict(lambdas=(1, 1, 1, 1), modules=1), "lambdas: local_loss contrast with modules 1 has nothing to weigh"),
         (dict(net_config="1c2f", local_loss="dgl"), "net_config: local_loss dgl has no such head"),
+        (dict(net_config="1c2f", modules=1), "net_config: local_loss contrast with modules 1 has no such net"),
+        (dict(feature_dim=64, local_loss="dgl"), "feature_dim: local_loss dgl with modules 4 has no such net"),
+        (dict(widen=2.0, local_loss="none"), "widen: local_loss none with modules 1 has no such net"),
+        (dict(balanced=True, modules=1), "balanced: modules 1 has nothing to split"),
+        (dict(zero_last_epoch=False), "zero_last_epoch: schedule one_cycle has no such epoch"),
+        (dict(device="meta"), "device: expected auto, cpu, cuda or cuda:N, got 'meta'"),
+        (dict(seed=-1), r"seed: expected an integer of at least 0 and below 2\^63, got -1"),
+        (dict(seed=10**23), "seed: expected an integer"),
+        (dict(seed=1.5), "seed: expected an integer"),
+        (dict(batch_size=True), "batch_size: expected an integer of at least 1, got True"),
         (dict(impl="cpu", device="cuda"), "impl cpu and device cuda"),
         (dict(schedule="step", warmup=3), "schedule step has no warm-up, got warmup 3"),
         (dict(schedule="cosine", warmup=10, epochs=10), "warmup 10: expected fewer than the 10 epochs"),
@@ -50,6 +60,12 @@ from infopro_fast.trainer.config import IMAGE_SIZES, RECIPES, ConfigError, Train
 def test_refuses_by_name(settings, message):
     with pytest.raises(ConfigError, match=message):
         TrainConfig(**settings)
+
+
+@pytest.mark.parametrize("epochs, warmup", [(1, 0), (2, 1), (3, 2), (9, 2)])
+def test_a_short_run_has_a_short_warmup(epochs, warmup):
+    recipe = RECIPES["fashion_mnist"]
+    assert TrainConfig(epochs=epochs).resolved().warmup == min(warmup, recipe.warmup)
 
 
 def test_defaults_are_written_out():

@@ -64,9 +64,9 @@ def test_size_of_the_logits(size, label_smoothing, impl):
         check(linear_ce(N=40, D=16, C=37, size=size, label_smoothing=label_smoothing), impl, dtype)
 
 
-@pytest.mark.parametrize("C", (7, 300))
+@pytest.mark.parametrize("C", (7, 300, 1600))
 def test_a_class_masked_by_its_bias(C, impl):
-    """A bias of -inf takes a class out; a whole tile of them leaves nothing to take the maximum of."""
+    """A bias of -inf takes a class out; of 1600 the whole first chunk, which leaves nothing to take the maximum of."""
     case = linear_ce(N=20, D=5, C=C, class_weight=False, label_smoothing=0.0)
     case.tensors["bias"][: 2 * C // 3] = -torch.inf
     case.tensors["target"].copy_(C - 1 - torch.arange(20) % (C // 3))
@@ -93,6 +93,25 @@ def test_targets(ignore_index, target_dtype, impl):
     expected = gradients(wanted, exact)
     for name, grad in gradients(found, inputs).items():
         compare.assert_close(grad, expected[name], what=name)
+
+
+@pytest.mark.parametrize("reduction", ("mean", "sum", "none"))
+def test_no_label_is_mistaken_for_a_negative_ignore_index(reduction, impl):
+    """In uint8 -100 would be class 156."""
+    case = linear_ce(N=40, D=5, C=200, ignored=0, reduction=reduction)
+    case.tensors["target"][::5] = 156
+    inputs, exact = case.inputs(), case.inputs()
+    inputs["target"] = inputs["target"].to(torch.uint8)
+    compare.assert_close(case.function(impl)(inputs), case.plain(exact), what="loss")
+    _, correct = linear_cross_entropy(inputs["input"], inputs["weight"], inputs["target"], return_correct=True, impl=impl)
+    assert correct == ((inputs["input"] @ inputs["weight"].T).argmax(1) == case.tensors["target"]).sum()
+
+
+def test_class_weight_gets_no_gradient(impl):
+    case = linear_ce()
+    inputs = case.inputs(grad=("input", "class_weight"))
+    with pytest.raises(ValueError, match="linear_cross_entropy: class_weight: expected a tensor that does not require grad"):
+        case.function(impl)(inputs)
 
 
 @pytest.mark.parametrize("bad", (13, 10**6, -1, -101))

@@ -177,6 +177,23 @@ def test_in_another_thread(tmp_path, finished):
 # Stopping and continuing
 
 
+def test_stopping_right_after_a_resume_that_dropped_lines(tmp_path, monkeypatch, finished):
+    """Lines written after the last checkpoint, as kill -9 leaves them, are dropped; a checkpoint before the next counts the rest."""
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        at_step(patch, 6, lambda *_: signal.raise_signal(signal.SIGTERM))
+        with pytest.raises(loop.Stopped):
+            fit(tiny_run.config(run))
+    with open(run / report.METRICS, "ab") as file:
+        file.write(b'{"kind": "step"}\n' * 20)
+    with monkeypatch.context() as patch:
+        at_step(patch, 1, lambda *_: signal.raise_signal(signal.SIGTERM))
+        with pytest.raises(loop.Stopped):
+            resume(run)
+    resume(run)
+    assert_same_weights(run, finished)
+
+
 @pytest.mark.parametrize("signum,step", [(signal.SIGINT, 1), (signal.SIGTERM, 6), (signal.SIGINT, 8), (signal.SIGTERM, 11)])
 def test_signal_stops_after_a_checkpoint_and_continues_to_the_same_bits(tmp_path, monkeypatch, finished, signum, step):
     with monkeypatch.context() as patch:
@@ -342,7 +359,7 @@ def test_default_folder_says_what_it_is(tmp_path, monkeypatch):
         (dict(modules=99, lambdas=None), "modules: expected 1 to 10 for resnet20"),
         (dict(cuts=((9, 9),), modules=None), r"cuts: expected \(stage, block\) of resnet20"),
         (dict(balanced=True), "balanced: expected one of"),
-        (dict(device="tpu"), "device tpu: "),
+        (dict(device="tpu"), "device: expected auto, cpu, cuda or cuda:N, got 'tpu'"),
         (dict(drop_last=True, batch_size=53), "batch_size 53 and drop_last: there are only 52 training images"),
     ],
 )

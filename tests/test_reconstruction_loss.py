@@ -395,3 +395,21 @@ def test_same_padding_and_subclasses_are_taken(impl):
     plain = plain_reconstruction(x, image, copy.deepcopy(decoder))
     exact = plain_reconstruction(x.double(), image.double(), copy.deepcopy(decoder).double())
     compare.assert_accurate(reconstruction_loss(x, image, decoder, impl=impl), plain, exact, what="loss")
+
+
+def test_layers_that_would_not_run_are_refused(impl):
+    """The op takes a layer's parameters and runs its own arithmetic: a forward or a hook of the user's would be left out."""
+
+    class Doubled(torch.nn.Conv2d):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    h, image = torch.randn(2, 4, 4, 4), torch.rand(2, 3, 8, 8)
+    decoder = make_decoder(4, 5).float()
+    decoder[1].register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match=r"reconstruction_loss: decoder\[1\]: expected BatchNorm2d's own forward without hooks"):
+        reconstruction_loss(h, image, decoder, impl=impl)
+    decoder = make_decoder(4, 5).float()
+    decoder[0] = Doubled(4, 5, 3, padding=1)
+    with pytest.raises(ValueError, match=r"reconstruction_loss: decoder\[0\]: expected Conv2d's own forward without hooks"):
+        reconstruction_loss(h, image, decoder, impl=impl)

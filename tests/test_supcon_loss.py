@@ -282,9 +282,9 @@ MESSAGES = [
     (dict(labels=y.float()), TypeError, "labels: expected an integer tensor, got torch.float32"),
     (dict(labels=y[:3]), ValueError, "labels: expected (4,), got (3,)"),
     (dict(labels=y[:, None]), ValueError, "labels: expected (4,), got (4, 1)"),
-    (dict(temperature=0.0), ValueError, "temperature: expected a positive number, got 0.0"),
-    (dict(temperature=-1.0), ValueError, "temperature: expected a positive number, got -1.0"),
-    (dict(temperature=float("nan")), ValueError, "temperature: expected a positive number, got nan"),
+    (dict(temperature=0.0), ValueError, "temperature: expected a positive finite number, got 0.0"),
+    (dict(temperature=-1.0), ValueError, "temperature: expected a positive finite number, got -1.0"),
+    (dict(temperature=float("nan")), ValueError, "temperature: expected a positive finite number, got nan"),
     (dict(reduction="average"), ValueError, "reduction: expected one of ('mean', 'sum', 'none'), got 'average'"),
     (dict(impl="cuda"), ValueError, "impl: expected one of ('auto', 'reference', 'cpu'), got 'cuda'"),
 ]
@@ -294,3 +294,17 @@ MESSAGES = [
 def test_messages(wrong, kind, words):
     with pytest.raises(kind, match="^supcon_loss: " + re.escape(words)):
         supcon_loss(**(dict(features=x, labels=y) | wrong))
+
+
+def test_a_positive_infinitely_far_away_is_a_loss_of_infinity(impl):
+    """Not taken for the pair of a row with itself, which does not count."""
+    features = torch.tensor([[1e200, 0.0], [-1e200, 0.0], [0.0, 1.0]], dtype=torch.float64)
+    loss = supcon_loss(features, torch.tensor([0, 0, 1]), normalize=False, temperature=1.0, reduction="none", impl=impl)
+    assert loss[0] == torch.inf and loss[1] == torch.inf and loss[2] == 0
+
+
+@pytest.mark.parametrize("bad", (0, -1, float("inf"), float("nan"), "a"))
+@pytest.mark.parametrize("name", ("temperature", "base_temperature"))
+def test_a_temperature_that_is_none(name, bad, impl):
+    with pytest.raises(ValueError, match=f"supcon_loss: {name}: expected a positive finite number, got"):
+        supcon_loss(torch.ones(2, 3), torch.tensor([0, 1]), **{name: bad}, impl=impl)

@@ -10,6 +10,7 @@ import functools
 import glob
 import os
 import warnings
+from collections.abc import Sequence
 
 import torch
 
@@ -25,7 +26,7 @@ def _load() -> str | None:
     package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     found = sorted(glob.glob(os.path.join(package, "_cpu*.so")))
     if not found:
-        return f"no compiled CPU kernels (_cpu*.so) in {package}; build them with `pip install .`"
+        return f"no compiled CPU kernels (_cpu*.so) in {package}; build them with `pip install .`, in a checkout with `pip install -e .`"
     try:
         torch.ops.load_library(found[0])
     except OSError as error:
@@ -88,14 +89,40 @@ def resolve(op: str, impl: str, tensors: dict[str, torch.Tensor | None], limitat
         return "cpu"
     if impl == "cpu":
         raise ValueError(f"{op}: impl='cpu' cannot run this call: {reason or limitation}")
-    if reason is not None and first.device.type == "cpu":
-        _warn_slow(op, reason)
+    if first.device.type == "cpu":
+        _warn_slow(op, reason or limitation)
     return "reference"
 
 
 @functools.cache
 def _warn_slow(op: str, reason: str) -> None:
     warnings.warn(f"{op}: impl='auto' takes the slow reference: {reason}", stacklevel=5)
+
+
+class _FirstOrder(torch.autograd.Function):
+    """Hands gradients through; differentiating them again raises."""
+
+    @staticmethod
+    def forward(ctx, op, count, *tensors):
+        ctx.op = op
+        return tuple(g.detach() for g in tensors[:count])
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(f"{ctx.op}: the kernels have no second derivative; impl='reference' has")
+
+
+def first_order(op: str, inputs: Sequence[torch.Tensor | None], grads: Sequence[torch.Tensor | None]) -> tuple:
+    """The gradients that a kernel found in the backward of ``op``, such that differentiating them again raises.
+
+    once_differentiable only marks them where the upstream gradient itself requires grad, and elsewhere drops second derivatives.
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return tuple(grads)
+    found = [g for g in grads if g is not None]
+    leaves = [t for t in inputs if t is not None and t.requires_grad]
+    marked = iter(_FirstOrder.apply(op, len(found), *found, *leaves))
+    return tuple(None if g is None else next(marked) for g in grads)
 
 
 def compute_dtype(*tensors: torch.Tensor | None) -> torch.dtype:

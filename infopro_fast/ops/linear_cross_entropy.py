@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .dispatch import LIBRARY, compute_dtype, no_autocast, resolve
+from .dispatch import LIBRARY, compute_dtype, first_order, no_autocast, resolve
 
 OP = "linear_cross_entropy"
 REDUCTIONS = ("mean", "sum", "none")
@@ -35,8 +35,8 @@ def linear_cross_entropy(
     """Cross entropy of a linear classifier.
 
     input: (N, D); weight: (C, D); bias: (C,) or None; float32, float64, bfloat16 or float16, any strides.
-    target: (N,) integers in [0, C), or ``ignore_index``. As in torch on a GPU, a label out of range is not looked for
-        on the device: on the CPU it raises.
+    target: (N,) integers of any dtype in [0, C), or ``ignore_index``. On the CPU a label out of range raises (RuntimeError from the
+        kernels, IndexError from the reference).
     class_weight: (C,) floating, or None (torch's ``weight``); it gets no gradient.
     reduction: "mean" (divided by the sum of the targets' class weights), "sum" or "none" (N,). Where every row is
         ignored "mean" is 0 with zero gradients, where torch gives nan.
@@ -65,12 +65,12 @@ def linear_cross_entropy_ref(
     input, weight, target, *, bias=None, class_weight=None, ignore_index=-100, reduction="mean", label_smoothing=0.0
 ):
     """The specification, in plain torch: (loss, correct), arguments as in `linear_cross_entropy`."""
-    dtype = compute_dtype(input, weight, bias)
+    dtype, target = compute_dtype(input, weight, bias), target.long()
     with no_autocast(input.device):
         logits = F.linear(input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
         weights = None if class_weight is None else class_weight.to(dtype)
         rows = F.cross_entropy(
-            logits, target.long(), weights, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing
+            logits, target, weights, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing
         )
         right = logits.argmax(1) == target if len(logits) else torch.empty_like(target, dtype=torch.bool)
         correct = (right & (target != ignore_index)).sum()
@@ -82,11 +82,12 @@ def _reduce(rows, target, class_weight, ignore_index, reduction):
         return rows
     if reduction == "sum":
         return rows.sum()
+    target = target.long()  # -100 in an unsigned dtype would be a class
     kept = target != ignore_index
     if class_weight is None:
         total = kept.sum()
         return rows.sum() / total.clamp(min=1)
-    total = torch.where(kept, class_weight.detach().to(rows.dtype)[torch.where(kept, target, 0).long()], 0).sum()
+    total = torch.where(kept, class_weight.detach().to(rows.dtype)[torch.where(kept, target, 0)], 0).sum()
     return rows.sum() / torch.where(total == 0, 1, total)
 
 
@@ -106,6 +107,8 @@ def _check(input, weight, target, bias, class_weight, reduction, label_smoothing
     for name, t, shape in (("target", target, (N,)), ("bias", bias, weight.shape[:1]), ("class_weight", class_weight, weight.shape[:1])):
         if t is not None and tuple(t.shape) != tuple(shape):
             raise ValueError(f"{OP}: {name}: expected {tuple(shape)}, got {tuple(t.shape)}")
+    if class_weight is not None and class_weight.requires_grad:
+        raise ValueError(f"{OP}: class_weight: expected a tensor that does not require grad, it gets no gradient")
     if reduction not in REDUCTIONS:
         raise ValueError(f"{OP}: reduction: expected one of {REDUCTIONS}, got {reduction!r}")
     if not 0 <= label_smoothing <= 1:
@@ -152,14 +155,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss, correct
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad, _correct):
         input, weight, target, bias, class_weight, lse = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        g_input, g_weight, g_bias = torch.ops.infopro_fast.linear_cross_entropy_backward(
-            grad, input, weight, target, bias, class_weight, lse, *ctx.options, needs[0], needs[1]
-        )
-        return (
-            g_input.to(input.dtype) if needs[0] else None, g_weight.to(weight.dtype) if needs[1] else None, None,
-            g_bias.to(bias.dtype) if needs[3] else None, None, None, None,
-        )  # fmt: skip
+        with torch.no_grad():
+            g_input, g_weight, g_bias = torch.ops.infopro_fast.linear_cross_entropy_backward(
+                grad, input, weight, target, bias, class_weight, lse, *ctx.options, needs[0], needs[1]
+            )
+            found = (
+                g_input.to(input.dtype) if needs[0] else None, g_weight.to(weight.dtype) if needs[1] else None, None,
+                g_bias.to(bias.dtype) if needs[3] else None, None, None, None,
+            )  # fmt: skip
+        return first_order(OP, (input, weight, bias, grad), found)

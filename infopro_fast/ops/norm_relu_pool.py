@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .batch_norm import batch_norm_ref, update_running_statistics, uses_batch_statistics
-from .dispatch import LIBRARY, compute_dtype, no_autocast, resolve
+from .dispatch import LIBRARY, compute_dtype, first_order, no_autocast, resolve
 
 OP = "norm_relu_pool"
 
@@ -96,12 +96,13 @@ class _NormReluPool(torch.autograd.Function):
         return pooled, mean, var
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad, _mean, _var):
         x, gamma, beta, saved = ctx.saved_tensors
-        g_x, g_gamma, g_beta = torch.ops.infopro_fast.norm_relu_pool_backward(grad, x, gamma, beta, saved, *ctx.options)
         needs = ctx.needs_input_grad
-        return (
-            g_x if needs[0] else None, g_gamma.to(gamma.dtype) if needs[1] else None, g_beta.to(beta.dtype) if needs[2] else None,
-            None, None, None,
-        )  # fmt: skip
+        with torch.no_grad():
+            g_x, g_gamma, g_beta = torch.ops.infopro_fast.norm_relu_pool_backward(grad, x, gamma, beta, saved, *ctx.options)
+            found = (
+                g_x if needs[0] else None, g_gamma.to(gamma.dtype) if needs[1] else None, g_beta.to(beta.dtype) if needs[2] else None,
+                None, None, None,
+            )  # fmt: skip
+        return first_order(OP, (x, gamma, beta, grad), found)

@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .batch_norm import batch_norm_ref, update_running_statistics
-from .dispatch import LIBRARY, compute_dtype, no_autocast, resolve
+from .batch_norm import batch_norm_ref, update_running_statistics, uses_batch_statistics
+from .dispatch import LIBRARY, compute_dtype, first_order, no_autocast, resolve
 
 OP = "reconstruction_loss"
 MODES = ("bilinear", "nearest")
@@ -108,6 +108,9 @@ def decoder_stage(decoder: nn.Sequential) -> Stage:
     if not fits:
         got = type(decoder).__name__ + (f"({', '.join(type(x).__name__ for x in layers)})" if layers else "")
         raise ValueError(f"{OP}: decoder: expected {form}, got {got}")
+    for i, (layer, kind) in enumerate(zip(layers, kinds)):
+        if type(layer).forward is not kind.forward or layer._forward_hooks or layer._forward_pre_hooks:
+            raise ValueError(f"{OP}: decoder[{i}]: expected {kind.__name__}'s own forward without hooks, which would not run, got {layer}")
     conv1, norm, _, conv2, _ = layers
     for name, conv in (("decoder[0]", conv1), ("decoder[3]", conv2)):
         plain = conv.kernel_size == (3, 3) and conv.padding in ((1, 1), "same") and conv.padding_mode == "zeros"
@@ -138,10 +141,9 @@ def _check(features, image, stage, interpolate_mode, loss, image_mean, image_std
     if (image_mean is None) != (image_std is None):
         raise ValueError(f"{OP}: image_mean, image_std: expected both or neither, got {image_mean}, {image_std}")
     for name, value in (("image_mean", image_mean), ("image_std", image_std)):
-        if value is not None and len(value) != 3:
+        if value is not None and (not hasattr(value, "__len__") or len(value) != 3):
             raise ValueError(f"{OP}: {name}: expected 3 numbers, got {value}")
-    batch_statistics = stage.norm.training or stage.norm.running_mean is None
-    if batch_statistics and image.shape[0] * image.shape[2] * image.shape[3] == 1:
+    if uses_batch_statistics(stage.norm) and image.shape[0] * image.shape[2] * image.shape[3] == 1:
         raise ValueError(f"{OP}: image: expected more than 1 value per channel when training, got {tuple(image.shape)}")
 
 
@@ -203,32 +205,38 @@ class _ReconstructionLoss(torch.autograd.Function):
         return value, mean, var
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad, _mean, _var):
-        features, image, w1, b1, gamma, beta, w2, b2, saved = ctx.saved_tensors
-        restore, eps, mode, loss = ctx.options
-        needs = ctx.needs_input_grad
-        K = w1.shape[0]
-        _, _, g_gamma, g_beta, g_w2, g_b2 = saved.split([K, K, K, K, 27 * K, 3])
-        g_features = g_w1 = g_b1 = None
-        if needs[0] or needs[2] or needs[3]:
-            g_features, g_w1, g_b1 = torch.ops.infopro_fast.reconstruction_loss_backward(
-                grad, features, image, w1, b1, gamma, beta, w2, b2, saved, restore, ctx.batch_statistics, eps, mode, loss,
-                needs[0], needs[2],
-            )  # fmt: skip
+        features, _, w1, b1, gamma, beta, w2, b2, _ = ctx.saved_tensors
+        with torch.no_grad():
+            found = _gradients(ctx, grad)
+        return first_order(OP, (features, w1, b1, gamma, beta, w2, b2, grad), found)
 
-        def give(index, value, like):
-            return value.view(like.shape).to(like.dtype) if needs[index] else None
 
-        return (
-            g_features if needs[0] else None, None, give(2, g_w1, w1), give(3, g_b1, b1), give(4, g_gamma * grad, gamma),
-            give(5, g_beta * grad, beta), give(6, g_w2 * grad, w2), give(7, g_b2 * grad, b2), None, None, None,
-        )  # fmt: skip
+def _gradients(ctx, grad):
+    """What `_ReconstructionLoss.backward` returns, one for each argument of its forward."""
+    features, image, w1, b1, gamma, beta, w2, b2, saved = ctx.saved_tensors
+    restore, eps, mode, loss = ctx.options
+    needs = ctx.needs_input_grad
+    K = w1.shape[0]
+    _, _, g_gamma, g_beta, g_w2, g_b2 = saved.split([K, K, K, K, 27 * K, 3])
+    g_features = g_w1 = g_b1 = None
+    if needs[0] or needs[2] or needs[3]:
+        g_features, g_w1, g_b1 = torch.ops.infopro_fast.reconstruction_loss_backward(
+            grad, features, image, w1, b1, gamma, beta, w2, b2, saved, restore, ctx.batch_statistics, eps, mode, loss, needs[0], needs[2]
+        )
+
+    def give(index, value, like):
+        return value.view(like.shape).to(like.dtype) if needs[index] else None
+
+    return (
+        g_features if needs[0] else None, None, give(2, g_w1, w1), give(3, g_b1, b1), give(4, g_gamma * grad, gamma),
+        give(5, g_beta * grad, beta), give(6, g_w2 * grad, w2), give(7, g_b2 * grad, b2), None, None, None,
+    )  # fmt: skip
 
 
 def _fused(features, image, stage, interpolate_mode, loss, image_mean, image_std):
     conv1, norm, conv2 = stage
-    batch_statistics = norm.training or norm.running_mean is None
+    batch_statistics = uses_batch_statistics(norm)
     running = (None, None) if batch_statistics else (norm.running_mean, norm.running_var)
     restore = [] if image_mean is None else [float(v) for v in (*image_mean, *image_std)]
     options = (restore, norm.eps, MODES.index(interpolate_mode), LOSSES.index(loss))

@@ -10,9 +10,12 @@ a row's 1/|x_i|, l_i and |P(i)|; backward recomputes the tiles.
 
 from __future__ import annotations
 
+import math
+import numbers
+
 import torch
 
-from .dispatch import LIBRARY, compute_dtype, no_autocast, resolve
+from .dispatch import LIBRARY, compute_dtype, first_order, no_autocast, resolve
 
 OP = "supcon_loss"
 REDUCTIONS = ("mean", "sum", "none")
@@ -95,8 +98,8 @@ def _check(features, labels, temperature, base_temperature, reduction):
     if labels.shape != features.shape[:1]:
         raise ValueError(f"{OP}: labels: expected ({features.shape[0]},), got {tuple(labels.shape)}")
     for name, value in (("temperature", temperature), ("base_temperature", 1 if base_temperature is None else base_temperature)):
-        if not value > 0:
-            raise ValueError(f"{OP}: {name}: expected a positive number, got {value}")
+        if not isinstance(value, numbers.Real) or not 0 < value < math.inf:
+            raise ValueError(f"{OP}: {name}: expected a positive finite number, got {value!r}")
     if reduction not in REDUCTIONS:
         raise ValueError(f"{OP}: reduction: expected one of {REDUCTIONS}, got {reduction!r}")
 
@@ -130,7 +133,8 @@ class _SupConLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         features, labels, saved = ctx.saved_tensors
-        return torch.ops.infopro_fast.supcon_loss_backward(grad, features, labels, saved, *ctx.options), None, None, None
+        with torch.no_grad():
+            g = torch.ops.infopro_fast.supcon_loss_backward(grad, features, labels, saved, *ctx.options)
+        return first_order(OP, (features, grad), (g, None, None, None))

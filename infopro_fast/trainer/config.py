@@ -145,8 +145,8 @@ class TrainConfig:
                 lambdas = default_lambdas(arch, modules, self.local_loss, balanced=self.balanced, image_size=IMAGE_SIZES[self.dataset])
         given = {name: getattr(self, name) for name in ("epochs", "batch_size", "lr", "schedule", "warmup")}
         written = {name: getattr(recipe, name) if value is None else value for name, value in given.items()}
-        if self.warmup is None and written["schedule"] == "step":
-            written["warmup"] = 0
+        if self.warmup is None:
+            written["warmup"] = _default_warmup(recipe, written["schedule"], written["epochs"])
         device = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
         threads = torch.get_num_threads() if self.threads is None else self.threads
         return dataclasses.replace(self, modules=modules, lambdas=lambdas, device=device, threads=threads, **written)
@@ -167,6 +167,11 @@ class TrainConfig:
             return TrainConfig(**content)
         except (json.JSONDecodeError, TypeError) as error:
             raise ConfigError(f"not the settings of a run: {error}") from error
+
+
+def _default_warmup(recipe: Recipe, schedule: str, epochs: int) -> int:
+    """The recipe's epochs of warm-up, as far as a shorter run has room for them; the step schedule has none."""
+    return 0 if schedule == "step" else min(recipe.warmup, epochs - 1)
 
 
 def _fail(name: str, expected: str, got) -> None:
@@ -190,8 +195,10 @@ def _check_choices(c: TrainConfig) -> None:
 def _check_numbers(c: TrainConfig) -> None:
     for name in ("modules", "epochs", "batch_size", "warmup", "threads", "log_every", "feature_dim"):
         value, least = getattr(c, name), 0 if name == "warmup" else 1
-        if value is not None and (not isinstance(value, int) or value < least):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
             _fail(name, f"an integer of at least {least}", repr(value))
+    if not isinstance(c.seed, int) or isinstance(c.seed, bool) or not 0 <= c.seed < 2**63:
+        _fail("seed", "an integer of at least 0 and below 2^63", repr(c.seed))
     for name in ("lr", "checkpoint_minutes", "widen"):
         value = getattr(c, name)
         if value is not None and not (value > 0 and math.isfinite(value)):
@@ -222,12 +229,22 @@ def _check_contradictions(c: TrainConfig) -> None:
         raise ConfigError(f"lambdas: local_loss {c.local_loss} with modules {modules} has nothing to weigh")
     if c.net_config is not None and c.local_loss in ("dgl", "none"):
         raise ConfigError(f"net_config: local_loss {c.local_loss} has no such head")
+    if modules == 1 and c.balanced:
+        raise ConfigError("balanced: modules 1 has nothing to split")
+    plain = c.local_loss in ("dgl", "none") or modules == 1  # no auxiliary nets that these settings are of
+    for name, default in (("net_config", None), ("widen", 1.0), ("feature_dim", 128)):
+        if plain and getattr(c, name) != default:
+            raise ConfigError(f"{name}: local_loss {c.local_loss} with modules {modules} has no such net")
+    if c.device.partition(":")[0] not in ("auto", "cpu", "cuda"):
+        _fail("device", "auto, cpu, cuda or cuda:N", repr(c.device))
     if c.impl == "cpu" and c.device not in ("auto", "cpu"):
         raise ConfigError(f"impl cpu and device {c.device}: the CPU kernels run on the CPU")
     recipe = RECIPES[c.dataset]
     schedule = c.schedule or recipe.schedule
     epochs = c.epochs or recipe.epochs
-    warmup = recipe.warmup if c.warmup is None else c.warmup
+    warmup = _default_warmup(recipe, schedule, epochs) if c.warmup is None else c.warmup
+    if schedule != "cosine" and not c.zero_last_epoch:
+        raise ConfigError(f"zero_last_epoch: schedule {schedule} has no such epoch")
     if schedule == "step" and c.warmup:
         raise ConfigError(f"schedule step has no warm-up, got warmup {c.warmup}")
     if schedule != "step" and warmup >= epochs:

@@ -227,7 +227,8 @@ def learning_rate(config: TrainConfig, epoch: int, batch: int, batches: int) -> 
         steps, warmup = config.epochs * batches, config.warmup * batches
         return schedule.one_cycle(epoch * batches + batch, steps, config.lr, warmup_steps=warmup)
     if config.schedule == "step":  # 80 and 120 of the released 160 epochs
-        return schedule.step(epoch + 1, config.epochs, config.lr, milestones=(config.epochs // 2, 3 * config.epochs // 4))
+        first = max(2, config.epochs // 2)  # a run of few epochs begins with the full rate, too
+        return schedule.step(epoch + 1, config.epochs, config.lr, milestones=(first, max(first + 1, 3 * config.epochs // 4)))
     return schedule.cosine(epoch + 1, config.epochs, config.lr, warmup_epochs=config.warmup, zero_last_epoch=config.zero_last_epoch)
 
 

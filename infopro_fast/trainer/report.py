@@ -69,6 +69,7 @@ class MetricsLog:
             self._file.close()
             raise RunError(f"{self.path}: expected at least the {kept} bytes that the checkpoint has seen, got {size}")
         self._file.truncate(kept)
+        self._file.seek(kept)  # truncating leaves the position, which `sync` reports, where the file ended before
 
     def write(self, record: dict[str, Any]) -> None:
         self._file.write(json.dumps(record).encode() + b"\n")
