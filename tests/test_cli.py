@@ -54,7 +54,7 @@ def assert_one_line(err):
         (["train", "--resume-previous"], "--resume-previous says which checkpoint --resume takes: add --resume RUN"),
         (["train", "--resume", "run", "--lr", "1", "--epochs=3"], "its own settings: leave out --lr, --epochs=3"),
         (["train", "--resume", "no/such/run"], "no/such/run is not a run folder"),
-        (["train", "--device", "abacus"], "device abacus: "),
+        (["train", "--device", "abacus"], "device: expected auto, cpu, cuda or cuda:N, got .abacus"),
         (["eval"], "Missing from infopro-fast eval: PATH"),
         (["eval", "no/such/run"], "no/such/run is not a run folder: it has no config.json"),
     ],
