@@ -12,6 +12,8 @@ namespace infopro {
 namespace {
 
 constexpr const char* OP = "linear_cross_entropy";
+enum class Reduction : int64_t { mean, sum, none };  // in the order of REDUCTIONS in infopro_fast/ops/linear_cross_entropy.py
+
 constexpr int64_t CLASSES = 768;  // a chunk of classes, a multiple of every mr
 constexpr int64_t GROUPS = 4;     // groups of nr rows that a thread takes at once, to use a block of classes again
 
@@ -52,14 +54,15 @@ struct Batch {
   Buffer<T> bias, class_weight;
   bool has_bias, weighted;
   Buffer<label<T>> target, kept;
-  double weight_sum;
+  double weight_sum;   // of all classes
+  double target_sum;   // of the targets of the rows that are kept
 
   Batch(const Tensor& x, const Tensor& w, const Tensor& target_, const OptionalTensor& bias_, const OptionalTensor& class_weight_,
         int64_t ignore_index)
       : N(x.size(0)), D(x.size(1)), C(w.size(0)), padded(ceil_div(N, kernel.nr) * kernel.nr), input(matrix(OP, "input", x)),
         weight(matrix(OP, "weight", w)), input_size(x.element_size()), weight_size(w.element_size()),
         bias(numbers<T>(OP, "bias", bias_, C, T(0))), class_weight(numbers<T>(OP, "class_weight", class_weight_, C, T(1))),
-        has_bias(bias_.has_value()), weighted(class_weight_.has_value()), target(padded), kept(padded), weight_sum(0) {
+        has_bias(bias_.has_value()), weighted(class_weight_.has_value()), target(padded), kept(padded), weight_sum(0), target_sum(0) {
     Tensor wide = torch::stable::contiguous(torch::stable::to(target_, ScalarType::Long));
     const int64_t* y = static_cast<const int64_t*>(wide.const_data_ptr());
     for (int64_t i = 0; i < padded; i++) {
@@ -69,8 +72,11 @@ struct Batch {
                       ", got ", y[i], " in row ", i);
     }
     for (int64_t c = 0; c < C; c++) weight_sum += double(class_weight[c]);
+    for (int64_t i = 0; i < N; i++) target_sum += kept[i] ? weight_of_target(i) : 0;
   }
 
+  // What the sum of the rows' losses is multiplied with.
+  double factor(Reduction reduction) const { return reduction == Reduction::mean && target_sum != 0 ? 1 / target_sum : 1; }
   const T* bias_from(int64_t c) const { return has_bias ? bias.get() + c : nullptr; }
   const T* class_weight_from(int64_t c) const { return weighted ? class_weight.get() + c : nullptr; }
   double weight_of_target(int64_t i) const { return double(class_weight[target[i]]); }
@@ -141,13 +147,16 @@ void forward_rows(const Batch<T>& b, const Plan& plan, int64_t first_row, int64_
 
 template <class T>
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const Tensor& weight, const Tensor& target, const OptionalTensor& bias,
-                                           const OptionalTensor& class_weight, int64_t ignore_index, double smoothing) {
+                                           const OptionalTensor& class_weight, int64_t ignore_index, double smoothing, Reduction reduction) {
   Batch<T> b(input, weight, target, bias, class_weight, ignore_index);
   const Plan plan(b.C, b.D);
   const RowState<T> state(b.padded);
   plan.teams(b.N, b.kernel.nr, [&](int64_t first, int64_t last, int64_t) { forward_rows(b, plan, first, last, smoothing > 0, state); });
-  Tensor loss = empty({b.N}, scalar_type<T>), lse = empty({b.N}, scalar_type<T>), correct = empty({}, ScalarType::Long);
+  const bool rows = reduction == Reduction::none;
+  Tensor loss = empty(rows ? std::vector<int64_t>{b.N} : std::vector<int64_t>{}, scalar_type<T>);
+  Tensor lse = empty({b.N}, scalar_type<T>), correct = empty({}, ScalarType::Long);
   int64_t hits = 0;
+  double sum = 0;
   for (int64_t i = 0; i < b.N; i++) {
     double l = double(state.best[i]) + std::log(double(state.sum[i]));
     pointer<T>(lse)[i] = T(l);
@@ -157,8 +166,10 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const Tensor& we
       if (smoothing > 0) value += smoothing / double(b.C) * (b.weight_sum * l - double(state.weighted[i]));
       hits += state.argmax[i] == b.target[i];
     }
-    pointer<T>(loss)[i] = T(value);
+    if (rows) pointer<T>(loss)[i] = T(value);
+    sum += value;
   }
+  if (!rows) *pointer<T>(loss) = T(sum * b.factor(reduction));
   *pointer<int64_t>(correct) = hits;
   return {loss, lse, correct};
 }
@@ -168,11 +179,13 @@ template <class T>
 struct RowWeights {
   Buffer<T> probability, smooth, at_target, lse;
 
-  RowWeights(const Batch<T>& b, const T* upstream, const T* log_sum, double smoothing)
+  // upstream(i): the gradient of row i's loss
+  template <class F>
+  RowWeights(const Batch<T>& b, const F& upstream, const T* log_sum, double smoothing)
       : probability(b.padded), smooth(b.padded), at_target(b.padded), lse(b.padded) {
     for (int64_t i = 0; i < b.padded; i++) {
       bool kept = i < b.N && b.kept[i];
-      double g = kept ? double(upstream[i]) : 0, w = kept ? b.weight_of_target(i) : 0;
+      double g = kept ? upstream(i) : 0, w = kept ? b.weight_of_target(i) : 0;
       at_target[i] = T(g * (1 - smoothing) * w);
       smooth[i] = T(g * smoothing / double(b.C));
       probability[i] = T(g * ((1 - smoothing) * w + smoothing / double(b.C) * b.weight_sum));
@@ -278,7 +291,8 @@ struct Backward {
 template <class T>
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& input, const Tensor& weight, const Tensor& target,
                                             const OptionalTensor& bias, const OptionalTensor& class_weight, const Tensor& lse,
-                                            int64_t ignore_index, double smoothing, bool needs_input, bool needs_weight) {
+                                            int64_t ignore_index, double smoothing, Reduction reduction, bool needs_input,
+                                            bool needs_weight) {
   Batch<T> b(input, weight, target, bias, class_weight, ignore_index);
   const int64_t N = b.N, D = b.D, C = b.C;
   std::vector<int64_t> none = {0}, input_shape = {N, D}, weight_shape = {C, D};
@@ -290,8 +304,10 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& in
     if (needs_weight) std::fill(d_weight, d_weight + C * D, T(0));
     return {g_input, g_weight, g_bias};
   }
-  Buffer<T> upstream = numbers<T>(OP, "grad", grad, N, T(0));
-  const RowWeights<T> weights(b, upstream.get(), pointer<T>(lse), smoothing);
+  const bool rows = reduction == Reduction::none;
+  const Buffer<T> upstream = numbers<T>(OP, "grad", grad, rows ? N : 1, T(0));
+  const auto row_upstream = [&](int64_t i) { return rows ? double(upstream[i]) : double(upstream[0]) * b.factor(reduction); };
+  const RowWeights<T> weights(b, row_upstream, pointer<T>(lse), smoothing);
   const Plan plan(C, D);
   const int64_t teams = plan.team_count(N, b.kernel.nr), part = needs_weight ? C * D : 0;
   Buffer<T> parts((teams - 1) * part), bias_parts(teams * C);
@@ -315,17 +331,18 @@ bool in_double(const Tensor& input, const Tensor& weight, const OptionalTensor& 
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_forward_cpu(Tensor input, Tensor weight, Tensor target, OptionalTensor bias,
-                                                                    OptionalTensor class_weight, int64_t ignore_index, double label_smoothing) {
+                                                                    OptionalTensor class_weight, int64_t ignore_index, double label_smoothing,
+                                                                    int64_t reduction) {
   auto run = in_double(input, weight, bias) ? forward<double> : forward<float>;
-  return run(input, weight, target, bias, class_weight, ignore_index, label_smoothing);
+  return run(input, weight, target, bias, class_weight, ignore_index, label_smoothing, Reduction(reduction));
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward_cpu(Tensor grad, Tensor input, Tensor weight, Tensor target,
                                                                      OptionalTensor bias, OptionalTensor class_weight, Tensor lse,
-                                                                     int64_t ignore_index, double label_smoothing, bool needs_input,
-                                                                     bool needs_weight) {
+                                                                     int64_t ignore_index, double label_smoothing, int64_t reduction,
+                                                                     bool needs_input, bool needs_weight) {
   auto run = in_double(input, weight, bias) ? backward<double> : backward<float>;
-  return run(grad, input, weight, target, bias, class_weight, lse, ignore_index, label_smoothing, needs_input, needs_weight);
+  return run(grad, input, weight, target, bias, class_weight, lse, ignore_index, label_smoothing, Reduction(reduction), needs_input, needs_weight);
 }
 
 }  // namespace infopro

@@ -20,12 +20,13 @@ std::tuple<Tensor, Tensor> supcon_loss_forward_cpu(Tensor features, Tensor label
 Tensor supcon_loss_backward_cpu(Tensor grad, Tensor features, Tensor labels, Tensor saved, double temperature, bool normalize);
 
 std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_forward_cpu(Tensor input, Tensor weight, Tensor target, OptionalTensor bias,
-                                                                    OptionalTensor class_weight, int64_t ignore_index, double label_smoothing);
+                                                                    OptionalTensor class_weight, int64_t ignore_index, double label_smoothing,
+                                                                    int64_t reduction);
 
 std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward_cpu(Tensor grad, Tensor input, Tensor weight, Tensor target,
                                                                      OptionalTensor bias, OptionalTensor class_weight, Tensor lse,
-                                                                     int64_t ignore_index, double label_smoothing, bool needs_input,
-                                                                     bool needs_weight);
+                                                                     int64_t ignore_index, double label_smoothing, int64_t reduction,
+                                                                     bool needs_input, bool needs_weight);
 
 std::tuple<Tensor, Tensor> norm_relu_pool_forward_cpu(Tensor x, OptionalTensor gamma, OptionalTensor beta, OptionalTensor running_mean,
                                                       OptionalTensor running_var, double eps);

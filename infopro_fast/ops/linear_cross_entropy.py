@@ -56,8 +56,8 @@ def linear_cross_entropy(
             label_smoothing=label_smoothing,
         )  # fmt: skip
     else:
-        rows, correct = _LinearCrossEntropy.apply(input, weight, target, bias, class_weight, ignore_index, float(label_smoothing))
-        loss = _reduce(rows, target, class_weight, ignore_index, reduction)
+        options = (ignore_index, float(label_smoothing), REDUCTIONS.index(reduction))
+        loss, correct = _LinearCrossEntropy.apply(input, weight, target, bias, class_weight, options)
     return (loss, correct) if return_correct else loss
 
 
@@ -120,23 +120,24 @@ def _check(input, weight, target, bias, class_weight, reduction, label_smoothing
 
 LIBRARY.define(
     "linear_cross_entropy_forward(Tensor input, Tensor weight, Tensor target, Tensor? bias, Tensor? class_weight, int ignore_index, "
-    "float label_smoothing) -> (Tensor loss, Tensor lse, Tensor correct)"
+    "float label_smoothing, int reduction) -> (Tensor loss, Tensor lse, Tensor correct)"
 )
 LIBRARY.define(
     "linear_cross_entropy_backward(Tensor grad, Tensor input, Tensor weight, Tensor target, Tensor? bias, Tensor? class_weight, "
-    "Tensor lse, int ignore_index, float label_smoothing, bool needs_input, bool needs_weight) -> (Tensor, Tensor, Tensor)"
+    "Tensor lse, int ignore_index, float label_smoothing, int reduction, bool needs_input, bool needs_weight) -> (Tensor, Tensor, Tensor)"
 )
 
 
 @torch.library.register_fake("infopro_fast::linear_cross_entropy_forward", lib=LIBRARY)
-def _(input, weight, target, bias, class_weight, ignore_index, label_smoothing):
+def _(input, weight, target, bias, class_weight, ignore_index, label_smoothing, reduction):
     dtype = compute_dtype(input, weight, bias)
     N = input.shape[0]
-    return input.new_empty((N,), dtype=dtype), input.new_empty((N,), dtype=dtype), input.new_empty((), dtype=torch.int64)
+    loss = input.new_empty((N,) if REDUCTIONS[reduction] == "none" else (), dtype=dtype)
+    return loss, input.new_empty((N,), dtype=dtype), input.new_empty((), dtype=torch.int64)
 
 
 @torch.library.register_fake("infopro_fast::linear_cross_entropy_backward", lib=LIBRARY)
-def _(grad, input, weight, target, bias, class_weight, lse, ignore_index, label_smoothing, needs_input, needs_weight):
+def _(grad, input, weight, target, bias, class_weight, lse, ignore_index, label_smoothing, reduction, needs_input, needs_weight):
     dtype = compute_dtype(input, weight, bias)
     g_input = torch.empty(input.shape if needs_input else (0,), dtype=dtype, device=input.device)
     g_weight = torch.empty(weight.shape if needs_weight else (0,), dtype=dtype, device=input.device)
@@ -145,12 +146,10 @@ def _(grad, input, weight, target, bias, class_weight, lse, ignore_index, label_
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, input, weight, target, bias, class_weight, ignore_index, label_smoothing):
-        loss, lse, correct = torch.ops.infopro_fast.linear_cross_entropy_forward(
-            input, weight, target, bias, class_weight, ignore_index, label_smoothing
-        )
+    def forward(ctx, input, weight, target, bias, class_weight, options):
+        loss, lse, correct = torch.ops.infopro_fast.linear_cross_entropy_forward(input, weight, target, bias, class_weight, *options)
         ctx.save_for_backward(input, weight, target, bias, class_weight, lse)
-        ctx.options = (ignore_index, label_smoothing)
+        ctx.options = options
         ctx.mark_non_differentiable(correct)
         return loss, correct
 
@@ -164,6 +163,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
             )
             found = (
                 g_input.to(input.dtype) if needs[0] else None, g_weight.to(weight.dtype) if needs[1] else None, None,
-                g_bias.to(bias.dtype) if needs[3] else None, None, None, None,
+                g_bias.to(bias.dtype) if needs[3] else None, None, None,
             )  # fmt: skip
         return first_order(OP, (input, weight, bias, grad), found)
