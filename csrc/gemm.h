@@ -27,7 +27,10 @@ INLINE void pack_panels(const S* m, int64_t row, int64_t column, int64_t rows, i
     }
     if constexpr (__is_same(T, S)) {
       if (present == R && column == 1) {
-        transpose<T>(from, row, R, columns, packed, R);
+        if constexpr (R < Simd<T>::width)
+          transpose_panel<R>(from, row, columns, packed);
+        else
+          transpose<T>(from, row, R, columns, packed, R);
         continue;
       }
     }

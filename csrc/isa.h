@@ -26,6 +26,8 @@ constexpr Kernels<T> make_table() {
   t.softmax_gradient = softmax_gradient<T>;
   t.lane_sums = lane_sums<T>;
   t.supcon_forward = supcon_forward<T>;
+  t.supcon_forward_both = supcon_forward_both<T>;
+  t.supcon_others = supcon_others<T>;
   t.supcon_backward = supcon_backward<T>;
   t.decoder_scratch = decoder_scratch<T>;
   t.decoder_w1_partial = decoder_w1_partial<T>;

@@ -108,7 +108,10 @@ struct Kernels {
 
   // ---- similarities (others, nr anchors in lanes): supcon.h ----
   void (*supcon_forward)(T* s, int64_t others, int64_t first, int64_t anchor, T scale, T bound, const label<T>* labels,
-                         const label<T>* anchor_labels, T* best, T* sum, T* positive, T* count);
+                         const label<T>* anchor_labels, T* best, T* sum, T* positive);
+  void (*supcon_forward_both)(const T* s, int64_t others, T scale, T bound, const label<T>* labels, const label<T>* anchor_labels, T* sum,
+                              T* positive, T* other_sum, T* other_positive);
+  void (*supcon_others)(const T* s, int64_t others, const T* z, int64_t pitch, T* to);
   void (*supcon_backward)(T* s, int64_t others, int64_t first, int64_t anchor, T scale, T bound, const label<T>* labels, const T* lse, const T* pull,
                           const T* push, const label<T>* anchor_labels, const T* anchor_lse, const T* anchor_pull, const T* anchor_push);
 

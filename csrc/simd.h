@@ -111,6 +111,26 @@ INLINE void transpose_stage(vec<T>* r) {
   }
 }
 
+template <class T, int step>
+INLINE void fold_stage(vec<T>* r) {
+  constexpr int width = Simd<T>::width;
+  if constexpr (step < width) {
+#pragma GCC unroll 16
+    for (int i = 0; i < width; i += 2 * step) {
+      swap_lanes<T, step>(r[i], r[i + step]);
+      r[i] += r[i + step];
+    }
+    fold_stage<T, step * 2>(r);
+  }
+}
+
+// Lane i of the result is the sum of the lanes of r[i], which are overwritten.
+template <class T>
+INLINE vec<T> sums(vec<T>* r) {
+  fold_stage<T, 1>(r);
+  return r[0];
+}
+
 // to[j][i] = from[i][j], i and j below the width; rows are from_row and to_row elements apart.
 template <class T>
 INLINE void transpose_block(const T* from, int64_t from_row, T* to, int64_t to_row) {
@@ -132,6 +152,24 @@ INLINE void transpose(const T* from, int64_t from_row, int64_t rows, int64_t col
     for (int64_t j = 0; j < whole_columns; j += width) transpose_block<T>(from + i * from_row + j, from_row, to + j * to_row + i, to_row);
   for (int64_t i = 0; i < rows; i++)
     for (int64_t j = i < whole_rows ? whole_columns : 0; j < columns; j++) to[j * to_row + i] = from[i * from_row + j];
+}
+
+// to[j][i] = from[i][j], i < R < width, j < columns, rows of `to` R elements apart. A vector written reaches over the next row, which
+// is written after it, but for the last row.
+template <int R, class T>
+INLINE void transpose_panel(const T* from, int64_t from_row, int64_t columns, T* to) {
+  constexpr int width = Simd<T>::width;
+  int64_t j = 0;
+  for (; j + width < columns; j += width) {
+    vec<T> r[width];
+#pragma GCC unroll 16
+    for (int i = 0; i < width; i++) r[i] = i < R ? load<T>(from + i * from_row + j) : vec<T>{};
+    transpose_stage<T, 1>(r);
+#pragma GCC unroll 16
+    for (int i = 0; i < width; i++) store<T>(to + (j + i) * R, r[i]);
+  }
+  for (; j < columns; j++)
+    for (int i = 0; i < R; i++) to[j * R + i] = from[i * from_row + j];
 }
 
 // e^x to 1 ulp or so: 2^n e^r with |r| <= ln 2 / 2. Below lowest_exp the result is that of lowest_exp (about 1e-38, 1e-308);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "gemm.h"
+#include "taps.h"
 
 namespace infopro {
 namespace INFOPRO_ISA {
@@ -16,16 +17,15 @@ INLINE void set_self(T* s, int64_t others, int64_t first, int64_t anchor, T valu
   }
 }
 
-// Take `others` more samples into each anchor's running maximum of scale s, sum of exp(scale s - maximum), sum and number of
-// positives. bound: 0, or a bound of scale s so near that no sum underflows: then `best` has to hold it, and is not searched for.
+// Take `others` more samples into each anchor's running maximum of scale s, sum of exp(scale s - maximum), and sum of its positives.
+// bound: 0, or a bound of scale s so near that no sum underflows: then `best` has to hold it, and is not searched for.
 template <class T>
 void supcon_forward(T* s, int64_t others, int64_t first, int64_t anchor, T scale, T bound, const label<T>* labels,
-                    const label<T>* anchor_labels, T* best, T* sum, T* positive, T* count) {
+                    const label<T>* anchor_labels, T* best, T* sum, T* positive) {
   using lanes = typename Simd<T>::mask;
   set_self<T>(s, others, first, anchor, -T(__builtin_huge_val()));
   for (int j = 0; j < NR<T>; j += Simd<T>::width) {
-    vec<T> before = load<T>(best + j), top = before, pos = {}, num = load<T>(count + j), total = {}, zero = {};
-    vec<T> one = splat<T>(T(1));
+    vec<T> before = load<T>(best + j), top = before, pos = {}, total = {}, zero = {};
     lanes mine, itself;
     __builtin_memcpy(&mine, anchor_labels + j, sizeof mine);
     for (int i = 0; i < Simd<T>::width; i++) itself[i] = label<T>(anchor + j + i - first);
@@ -37,14 +37,48 @@ void supcon_forward(T* s, int64_t others, int64_t first, int64_t anchor, T scale
         top = v > top ? v : top;
       lanes alike = (mine == labels[o]) & (itself != label<T>(o));
       pos += alike ? v : zero;
-      num += alike ? one : zero;
     }
     if (!(bound > T(0)))
       for (int64_t o = 0; o < others; o++) total += exp<T>(load<T>(s + o * NR<T> + j) * scale - top);
     store<T>(best + j, top);
     store<T>(sum + j, load<T>(sum + j) * exp<T>(before - top) + total);
     store<T>(positive + j, load<T>(positive + j) + pos);
-    store<T>(count + j, num);
+  }
+}
+
+// The same for others none of which is an anchor of the group, with a bound; each pair counts for the other sample, too.
+template <class T>
+void supcon_forward_both(const T* s, int64_t others, T scale, T bound, const label<T>* labels, const label<T>* anchor_labels, T* sum,
+                         T* positive, T* other_sum, T* other_positive) {
+  using lanes = typename Simd<T>::mask;
+  constexpr int width = Simd<T>::width;
+  vec<T> total[VECTORS] = {}, pos[VECTORS] = {}, zero = {};
+  lanes mine[VECTORS];
+  __builtin_memcpy(mine, anchor_labels, sizeof mine);
+  for (int64_t o0 = 0; o0 < others; o0 += width) {
+    const int n = others - o0 < width ? int(others - o0) : width;
+    vec<T> row[width], row_pos[width];
+    for (int i = 0; i < width; i++) row[i] = row_pos[i] = zero;
+    for (int i = 0; i < n; i++)
+#pragma GCC unroll 2
+      for (int q = 0; q < VECTORS; q++) {
+        vec<T> v = load<T>(s + (o0 + i) * NR<T> + q * width) * scale, e = exp<T>(v - bound), p = mine[q] == labels[o0 + i] ? v : zero;
+        total[q] += e;
+        pos[q] += p;
+        row[i] += e;
+        row_pos[i] += p;
+      }
+    vec<T> e = sums<T>(row), p = sums<T>(row_pos);
+    if (n == width) {
+      store<T>(other_sum + o0, load<T>(other_sum + o0) + e);
+      store<T>(other_positive + o0, load<T>(other_positive + o0) + p);
+    } else {
+      for (int i = 0; i < n; i++) other_sum[o0 + i] += e[i], other_positive[o0 + i] += p[i];
+    }
+  }
+  for (int q = 0; q < VECTORS; q++) {
+    store<T>(sum + q * width, load<T>(sum + q * width) + total[q]);
+    store<T>(positive + q * width, load<T>(positive + q * width) + pos[q]);
   }
 }
 
@@ -73,6 +107,15 @@ void supcon_backward(T* s, int64_t others, int64_t first, int64_t anchor, T scal
     }
   }
   set_self<T>(s, others, first, anchor, T(0));
+}
+
+// to (others, pitch) += s (others, nr) z (nr, pitch): what the others get from one group of anchors. pitch: whole vectors.
+template <class T>
+void supcon_others(const T* s, int64_t others, const T* z, int64_t pitch, T* to) {
+  constexpr int V = INFOPRO_MR == 12 ? 4 : 2, width = Simd<T>::width;
+  int64_t c = 0;
+  for (; c + V * width <= pitch; c += V * width) row_product<V, true>(others, s, NR<T>, z + c, pitch, 0, NR<T>, to + c, pitch);
+  for (; c < pitch; c += width) row_product<1, true>(others, s, NR<T>, z + c, pitch, 0, NR<T>, to + c, pitch);
 }
 
 }  // namespace INFOPRO_ISA

@@ -308,3 +308,8 @@ def test_a_positive_infinitely_far_away_is_a_loss_of_infinity(impl):
 def test_a_temperature_that_is_none(name, bad, impl):
     with pytest.raises(ValueError, match=f"supcon_loss: {name}: expected a positive finite number, got"):
         supcon_loss(torch.ones(2, 3), torch.tensor([0, 1]), **{name: bad}, impl=impl)
+
+
+def test_too_large_for_a_gradient_a_thread(cpu):
+    """Beyond 2^24 numbers threads share one gradient, and a pair is met from both its sides."""
+    check(supcon(N=300, D=60000, views=None, reduction="none"), cpu, torch.float64)
