@@ -270,7 +270,7 @@ MESSAGES = [
     (dict(reduction="batchmean"), ValueError, "reduction: expected one of ('mean', 'sum', 'none'), got 'batchmean'"),
     (dict(label_smoothing=1.5), ValueError, "label_smoothing: expected in [0, 1], got 1.5"),
     (dict(label_smoothing=-0.1), ValueError, "label_smoothing: expected in [0, 1], got -0.1"),
-    (dict(impl="liger"), ValueError, "impl: expected one of ('auto', 'reference', 'cpu'), got 'liger'"),
+    (dict(impl="liger"), ValueError, "impl: expected one of ('auto', 'reference', 'cpu', 'triton', 'cuda'), got 'liger'"),
 ]
 
 

@@ -364,7 +364,7 @@ MESSAGES = [
     (dict(decoder=sequential(norm=nn.BatchNorm2d(6))), ValueError, "got channels 7, 6, 7 to 3"),
     (dict(features=features[:1], image=image[:1, :, :1, :1]), ValueError,
      "image: expected more than 1 value per channel when training, got (1, 3, 1, 1)"),
-    (dict(impl="triton"), ValueError, "impl: expected one of ('auto', 'reference', 'cpu'), got 'triton'"),
+    (dict(impl="liger"), ValueError, "impl: expected one of ('auto', 'reference', 'cpu', 'triton', 'cuda'), got 'liger'"),
 ]  # fmt: skip
 
 

@@ -286,7 +286,7 @@ MESSAGES = [
     (dict(temperature=-1.0), ValueError, "temperature: expected a positive finite number, got -1.0"),
     (dict(temperature=float("nan")), ValueError, "temperature: expected a positive finite number, got nan"),
     (dict(reduction="average"), ValueError, "reduction: expected one of ('mean', 'sum', 'none'), got 'average'"),
-    (dict(impl="cuda"), ValueError, "impl: expected one of ('auto', 'reference', 'cpu'), got 'cuda'"),
+    (dict(impl="liger"), ValueError, "impl: expected one of ('auto', 'reference', 'cpu', 'triton', 'cuda'), got 'liger'"),
 ]
 
 

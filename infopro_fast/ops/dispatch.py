@@ -8,25 +8,38 @@ from __future__ import annotations
 import contextlib
 import functools
 import glob
+import importlib
+import importlib.util
 import os
+import typing
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 LIBRARY = torch.library.Library("infopro_fast", "DEF")
 LIBRARY.define("_isa(int level) -> int")  # instruction set of the CPU kernels; a level >= 0 sets it, for tests
 
-IMPLEMENTATIONS = ("reference", "cpu")
+IMPLEMENTATIONS = ("reference", "cpu", "triton", "cuda")
 
-_CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+SUFFIX = {"cpu": "", "triton": "_triton", "cuda": "_cuda"}  # of a torch op's name, for what implements it
+_FASTEST_FIRST = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # what impl="auto" tries, for tensors of this device type
+
+_GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = {"cpu": (torch.float32, torch.float64, torch.bfloat16, torch.float16), "triton": _GPU_DTYPES, "cuda": _GPU_DTYPES}
+
+# Whether Triton interprets its kernels on the CPU: its own switch for debugging, which it reads when a kernel is defined.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on")
 
 
-def _load() -> str | None:
+def _load(kind: str) -> str | None:
     package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    found = sorted(glob.glob(os.path.join(package, "_cpu*.so")))
+    found = sorted(glob.glob(os.path.join(package, f"_{kind}*.so")))
     if not found:
-        return f"no compiled CPU kernels (_cpu*.so) in {package}; build them with `pip install .`, in a checkout with `pip install -e .`"
+        return (
+            f"no compiled {kind.upper()} kernels (_{kind}*.so) in {package}; "
+            "build them with `pip install .`, in a checkout with `pip install -e .`"
+        )
     try:
         torch.ops.load_library(found[0])
     except OSError as error:
@@ -34,7 +47,17 @@ def _load() -> str | None:
     return None
 
 
-_CPU_KERNELS_MISSING = _load()  # at import: a compiler that traces an op finds a constant here, not file names and dlopen
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:
+        return False
+
+
+# At import: a compiler that traces an op finds constants here, not file names and dlopen.
+_CPU_KERNELS_MISSING = _load("cpu")
+_CUDA_KERNELS_MISSING = _load("cuda") if torch.version.cuda else "torch was built without CUDA"
+_TRITON_MISSING = None if _installed("triton") else "triton is not installed"
 
 
 def load_cpu_kernels() -> str | None:
@@ -49,6 +72,51 @@ def cpu_isa() -> str | None:
     return ("baseline", "avx2", "avx512")[torch.ops.infopro_fast._isa(-1)]
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# One opaque torch op a direction and implementation
+
+
+_CUDA_OPS: set[str] = set()
+
+
+def define_kernels(schema: str, fake: Callable, *, cuda: bool = False) -> dict[str, typing.Any]:
+    """Define one direction of an op, once for each implementation of it, and return the torch ops by implementation.
+
+    schema: "<op>_forward(...) -> ..." or "<op>_backward(...) -> ..."; all implementations share it, and ``fake`` too. The compiled
+        ones register themselves; Triton's is the function ``forward`` or ``backward`` of ``<op>_triton.py``, imported when first called.
+    cuda: whether the op has CUDA C++ kernels.
+    """
+    name, arguments = schema.split("(", 1)
+    op, direction = name.rsplit("_", 1)
+    if cuda:
+        _CUDA_OPS.add(op)
+    defined = {}
+    for impl in ("cpu", "triton", "cuda") if cuda else ("cpu", "triton"):
+        full = name + SUFFIX[impl]
+        LIBRARY.define(f"{full}({arguments}")
+        torch.library.register_fake(f"infopro_fast::{full}", fake, lib=LIBRARY)
+        defined[impl] = getattr(torch.ops.infopro_fast, full).default
+    for key in ("CUDA", "CPU") if INTERPRETED else ("CUDA",):
+        LIBRARY.impl(name + SUFFIX["triton"], _imported_when_called(f"{__package__}.{op}_triton", direction), key)
+    return defined
+
+
+def _imported_when_called(module: str, function: str) -> Callable:
+    found = None
+
+    def call(*args):
+        nonlocal found
+        if found is None:
+            found = getattr(importlib.import_module(module), function)
+        return found(*args)
+
+    return call
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which one runs
+
+
 def available(op: str, device: str | torch.device) -> dict[str, str | None]:
     """For each implementation of ``op`` on ``device``: None if it can run there, else the reason why it cannot.
 
@@ -59,9 +127,41 @@ def available(op: str, device: str | torch.device) -> dict[str, str | None]:
 
     if op not in ops.OPS:
         raise ValueError(f"available: op: expected one of {sorted(ops.OPS)}, got {op!r}")
-    kind = torch.device(device).type
-    cpu = load_cpu_kernels() if kind == "cpu" else f"runs on CPU tensors, not on {kind}"
-    return {"reference": None, "cpu": cpu}
+    device = torch.device(device)
+    reasons = {impl: _missing(op, impl, device) for impl in SUFFIX}
+    if device.type == "cuda" and not torch.cuda.is_available():
+        reasons |= {impl: "torch sees no CUDA device" for impl in ("triton", "cuda") if reasons[impl] is None}
+    return {"reference": None} | reasons
+
+
+def _missing(op: str, impl: str, device: torch.device) -> str | None:
+    """Why the kernels of ``impl`` cannot run on ``device``, None if they can."""
+    kind = device.type
+    if impl == "cpu":
+        return load_cpu_kernels() if kind == "cpu" else f"runs on CPU tensors, not on {kind}"
+    if impl == "cuda":
+        if op not in _CUDA_OPS:
+            return f"{op} has no CUDA C++ kernels"
+        return (_CUDA_KERNELS_MISSING or _too_old(device)) if kind == "cuda" else f"runs on CUDA tensors, not on {kind}"
+    if kind == "cpu" and not INTERPRETED:
+        return "runs on CUDA tensors; on CPU tensors in Triton's interpreter alone, if TRITON_INTERPRET=1 was set at import"
+    if kind not in ("cpu", "cuda"):
+        return f"runs on CUDA tensors, not on {kind}"
+    return _TRITON_MISSING or (_too_old(device) if kind == "cuda" else None)
+
+
+_CAPABILITY: dict[int | None, tuple[int, int]] = {}  # by index of the device: asking the driver takes longer than a call may
+
+
+def _too_old(device: torch.device) -> str | None:
+    if torch.version.hip:
+        return "the kernels are made for NVIDIA GPUs, this torch is for AMD's"
+    if torch.compiler.is_compiling() or not torch.cuda.is_available():  # a compiler can trace no driver call
+        return None
+    if device.index not in _CAPABILITY:
+        _CAPABILITY[device.index] = torch.cuda.get_device_capability(device)
+    major, minor = _CAPABILITY[device.index]
+    return None if major >= 8 else f"needs compute capability 8.0 or later, this device has {major}.{minor}"
 
 
 def resolve(op: str, impl: str, tensors: dict[str, torch.Tensor | None], limitation: str | None = None) -> str:
@@ -80,18 +180,26 @@ def resolve(op: str, impl: str, tensors: dict[str, torch.Tensor | None], limitat
         raise ValueError(f"{op}: impl: expected one of {('auto', *IMPLEMENTATIONS)}, got {impl!r}")
     if impl == "reference":
         return "reference"
-    reason = load_cpu_kernels() if first.device.type == "cpu" else f"{first_name} is on {first.device}, not on the CPU"
-    if reason is None:
-        for name, t in given.items():
-            if t.is_floating_point() and t.dtype not in _CPU_DTYPES:
-                reason = f"{name} is {t.dtype}, the kernels take {_CPU_DTYPES}"
-    if (reason or limitation) is None:
-        return "cpu"
-    if impl == "cpu":
-        raise ValueError(f"{op}: impl='cpu' cannot run this call: {reason or limitation}")
-    if first.device.type == "cpu":
-        _warn_slow(op, reason or limitation)
+    reason = None
+    for candidate in _FASTEST_FIRST.get(first.device.type, ()) if impl == "auto" else (impl,):
+        reason = _missing(op, candidate, first.device)
+        if reason is not None and impl != "auto":
+            reason = f"{first_name} is on {first.device}: {reason}"
+        reason = reason or _wrong_dtype(given, candidate) or limitation
+        if reason is None:
+            return candidate
+    if impl != "auto":
+        raise ValueError(f"{op}: impl={impl!r} cannot run this call: {reason}")
+    if reason is not None:
+        _warn_slow(op, reason)
     return "reference"
+
+
+def _wrong_dtype(given: dict[str, torch.Tensor], impl: str) -> str | None:
+    for name, t in given.items():
+        if t.is_floating_point() and t.dtype not in _DTYPES[impl]:
+            return f"{name} is {t.dtype}, the kernels take {_DTYPES[impl]}"
+    return None
 
 
 @functools.cache

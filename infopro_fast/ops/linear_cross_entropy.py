@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .dispatch import LIBRARY, compute_dtype, first_order, no_autocast, resolve
+from .dispatch import compute_dtype, define_kernels, first_order, no_autocast, resolve
 
 OP = "linear_cross_entropy"
 REDUCTIONS = ("mean", "sum", "none")
@@ -42,7 +42,7 @@ def linear_cross_entropy(
         ignored "mean" is 0 with zero gradients, where torch gives nan.
     return_correct: also return how many rows that are not ignored have their largest logit at the target, a 0-d int64
         tensor (the first of equal logits counts, as in argmax).
-    impl: "auto", "reference" or "cpu"; one that is named runs or raises.
+    impl: "auto", "reference", "cpu" or "triton"; one that is named runs or raises.
 
     Returns float64 if any input is float64, else float32 (arithmetic too).
     Kept for backward by the kernels: the inputs and N numbers.
@@ -50,14 +50,15 @@ def linear_cross_entropy(
     """
     _check(input, weight, target, bias, class_weight, reduction, label_smoothing)
     tensors = {"input": input, "weight": weight, "target": target, "bias": bias, "class_weight": class_weight}
-    if resolve(OP, impl, tensors) == "reference":
+    chosen = resolve(OP, impl, tensors)
+    if chosen == "reference":
         loss, correct = linear_cross_entropy_ref(
             input, weight, target, bias=bias, class_weight=class_weight, ignore_index=ignore_index, reduction=reduction,
             label_smoothing=label_smoothing,
         )  # fmt: skip
     else:
         options = (ignore_index, float(label_smoothing), REDUCTIONS.index(reduction))
-        loss, correct = _LinearCrossEntropy.apply(input, weight, target, bias, class_weight, options)
+        loss, correct = _LinearCrossEntropy.apply(input, weight, target, bias, class_weight, options, chosen)
     return (loss, correct) if return_correct else loss
 
 
@@ -118,38 +119,42 @@ def _check(input, weight, target, bias, class_weight, reduction, label_smoothing
 # ---------------------------------------------------------------------------------------------------------------------
 # The fused path
 
-LIBRARY.define(
-    "linear_cross_entropy_forward(Tensor input, Tensor weight, Tensor target, Tensor? bias, Tensor? class_weight, int ignore_index, "
-    "float label_smoothing, int reduction) -> (Tensor loss, Tensor lse, Tensor correct)"
-)
-LIBRARY.define(
-    "linear_cross_entropy_backward(Tensor grad, Tensor input, Tensor weight, Tensor target, Tensor? bias, Tensor? class_weight, "
-    "Tensor lse, int ignore_index, float label_smoothing, int reduction, bool needs_input, bool needs_weight) -> (Tensor, Tensor, Tensor)"
-)
 
-
-@torch.library.register_fake("infopro_fast::linear_cross_entropy_forward", lib=LIBRARY)
-def _(input, weight, target, bias, class_weight, ignore_index, label_smoothing, reduction):
+def _forward_fake(input, weight, target, bias, class_weight, ignore_index, label_smoothing, reduction):
     dtype = compute_dtype(input, weight, bias)
     N = input.shape[0]
     loss = input.new_empty((N,) if REDUCTIONS[reduction] == "none" else (), dtype=dtype)
     return loss, input.new_empty((N,), dtype=dtype), input.new_empty((), dtype=torch.int64)
 
 
-@torch.library.register_fake("infopro_fast::linear_cross_entropy_backward", lib=LIBRARY)
-def _(grad, input, weight, target, bias, class_weight, lse, ignore_index, label_smoothing, reduction, needs_input, needs_weight):
+def _backward_fake(
+    grad, input, weight, target, bias, class_weight, lse, ignore_index, label_smoothing, reduction, needs_input, needs_weight
+):
     dtype = compute_dtype(input, weight, bias)
     g_input = torch.empty(input.shape if needs_input else (0,), dtype=dtype, device=input.device)
     g_weight = torch.empty(weight.shape if needs_weight else (0,), dtype=dtype, device=input.device)
     return g_input, g_weight, input.new_empty((weight.shape[0],), dtype=dtype)
 
 
+_FORWARD = define_kernels(
+    "linear_cross_entropy_forward(Tensor input, Tensor weight, Tensor target, Tensor? bias, Tensor? class_weight, int ignore_index, "
+    "float label_smoothing, int reduction) -> (Tensor loss, Tensor lse, Tensor correct)",
+    _forward_fake,
+)
+_BACKWARD = define_kernels(
+    "linear_cross_entropy_backward(Tensor grad, Tensor input, Tensor weight, Tensor target, Tensor? bias, Tensor? class_weight, "
+    "Tensor lse, int ignore_index, float label_smoothing, int reduction, bool needs_input, bool needs_weight) -> (Tensor, Tensor, Tensor)",
+    _backward_fake,
+)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, input, weight, target, bias, class_weight, options):
-        loss, lse, correct = torch.ops.infopro_fast.linear_cross_entropy_forward(input, weight, target, bias, class_weight, *options)
+    def forward(ctx, input, weight, target, bias, class_weight, options, impl):
+        loss, lse, correct = _FORWARD[impl](input, weight, target, bias, class_weight, *options)
         ctx.save_for_backward(input, weight, target, bias, class_weight, lse)
         ctx.options = options
+        ctx.impl = impl
         ctx.mark_non_differentiable(correct)
         return loss, correct
 
@@ -158,11 +163,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         input, weight, target, bias, class_weight, lse = ctx.saved_tensors
         needs = ctx.needs_input_grad
         with torch.no_grad():
-            g_input, g_weight, g_bias = torch.ops.infopro_fast.linear_cross_entropy_backward(
+            g_input, g_weight, g_bias = _BACKWARD[ctx.impl](
                 grad, input, weight, target, bias, class_weight, lse, *ctx.options, needs[0], needs[1]
             )
             found = (
                 g_input.to(input.dtype) if needs[0] else None, g_weight.to(weight.dtype) if needs[1] else None, None,
-                g_bias.to(bias.dtype) if needs[3] else None, None, None,
+                g_bias.to(bias.dtype) if needs[3] else None, None, None, None,
             )  # fmt: skip
         return first_order(OP, (input, weight, bias, grad), found)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .batch_norm import batch_norm_ref, update_running_statistics, uses_batch_statistics
-from .dispatch import LIBRARY, compute_dtype, first_order, no_autocast, resolve
+from .dispatch import compute_dtype, define_kernels, first_order, no_autocast, resolve
 
 OP = "norm_relu_pool"
 
@@ -24,18 +24,19 @@ def norm_relu_pool(x: torch.Tensor, bn: nn.BatchNorm2d, *, impl: str = "auto") -
 
     x: (N, C, h, w), float32, float64, bfloat16 or float16, any strides.
     bn: BatchNorm2d(C), affine or not, in training or eval mode.
-    impl: "auto", "reference" or "cpu"; one that is named runs or raises.
+    impl: "auto", "reference", "cpu" or "triton"; one that is named runs or raises.
 
     Returns (N, C) in x's dtype; the arithmetic is float64 for float64, else float32.
     Kept for backward by the kernels: x, the layer's parameters, and 2 N C + 2 C numbers.
     Raises ValueError or TypeError naming the argument, what was expected and what came.
     """
     _check(x, bn)
-    if resolve(OP, impl, {"x": x, "bn.weight": bn.weight, "bn.bias": bn.bias}) == "reference":
+    chosen = resolve(OP, impl, {"x": x, "bn.weight": bn.weight, "bn.bias": bn.bias})
+    if chosen == "reference":
         return norm_relu_pool_ref(x, bn)
     batch_statistics = uses_batch_statistics(bn)
     running = (None, None) if batch_statistics else (bn.running_mean, bn.running_var)
-    pooled, mean, var = _NormReluPool.apply(x, bn.weight, bn.bias, *running, bn.eps)
+    pooled, mean, var = _NormReluPool.apply(x, bn.weight, bn.bias, *running, bn.eps, chosen)
     if batch_statistics and x.shape[0]:
         update_running_statistics(bn, mean, var, x.numel() // x.shape[1])
     return pooled.to(x.dtype)
@@ -62,34 +63,35 @@ def _check(x, bn):
         raise ValueError(f"{OP}: x: expected more than 1 value per channel when training, got {tuple(x.shape)}")
 
 
-LIBRARY.define(
-    "norm_relu_pool_forward(Tensor x, Tensor? gamma, Tensor? beta, Tensor? running_mean, Tensor? running_var, float eps) "
-    "-> (Tensor pooled, Tensor saved)"
-)
-LIBRARY.define(
-    "norm_relu_pool_backward(Tensor grad, Tensor x, Tensor? gamma, Tensor? beta, Tensor saved, bool batch_statistics, float eps) "
-    "-> (Tensor, Tensor, Tensor)"
-)
-
-
-@torch.library.register_fake("infopro_fast::norm_relu_pool_forward", lib=LIBRARY)
-def _(x, gamma, beta, running_mean, running_var, eps):
+def _forward_fake(x, gamma, beta, running_mean, running_var, eps):
     (N, C), dtype = x.shape[:2], compute_dtype(x)
     return x.new_empty((N, C), dtype=dtype), x.new_empty((2 * C + 2 * N * C,), dtype=dtype)
 
 
-@torch.library.register_fake("infopro_fast::norm_relu_pool_backward", lib=LIBRARY)
-def _(grad, x, gamma, beta, saved, batch_statistics, eps):
+def _backward_fake(grad, x, gamma, beta, saved, batch_statistics, eps):
     C, dtype = x.shape[1], compute_dtype(x)
     return torch.empty_like(x), x.new_empty((C,), dtype=dtype), x.new_empty((C,), dtype=dtype)
 
 
+_FORWARD = define_kernels(
+    "norm_relu_pool_forward(Tensor x, Tensor? gamma, Tensor? beta, Tensor? running_mean, Tensor? running_var, float eps) "
+    "-> (Tensor pooled, Tensor saved)",
+    _forward_fake,
+)
+_BACKWARD = define_kernels(
+    "norm_relu_pool_backward(Tensor grad, Tensor x, Tensor? gamma, Tensor? beta, Tensor saved, bool batch_statistics, float eps) "
+    "-> (Tensor, Tensor, Tensor)",
+    _backward_fake,
+)
+
+
 class _NormReluPool(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, gamma, beta, running_mean, running_var, eps):
-        pooled, saved = torch.ops.infopro_fast.norm_relu_pool_forward(x, gamma, beta, running_mean, running_var, eps)
+    def forward(ctx, x, gamma, beta, running_mean, running_var, eps, impl):
+        pooled, saved = _FORWARD[impl](x, gamma, beta, running_mean, running_var, eps)
         ctx.save_for_backward(x, gamma, beta, saved)
         ctx.options = (running_mean is None, eps)
+        ctx.impl = impl
         C = x.shape[1]
         mean, var = saved[:C].clone(), saved[C : 2 * C].clone()
         ctx.mark_non_differentiable(mean, var)
@@ -100,9 +102,9 @@ class _NormReluPool(torch.autograd.Function):
         x, gamma, beta, saved = ctx.saved_tensors
         needs = ctx.needs_input_grad
         with torch.no_grad():
-            g_x, g_gamma, g_beta = torch.ops.infopro_fast.norm_relu_pool_backward(grad, x, gamma, beta, saved, *ctx.options)
+            g_x, g_gamma, g_beta = _BACKWARD[ctx.impl](grad, x, gamma, beta, saved, *ctx.options)
             found = (
                 g_x if needs[0] else None, g_gamma.to(gamma.dtype) if needs[1] else None, g_beta.to(beta.dtype) if needs[2] else None,
-                None, None, None,
+                None, None, None, None,
             )  # fmt: skip
         return first_order(OP, (x, gamma, beta, grad), found)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .batch_norm import batch_norm_ref, update_running_statistics, uses_batch_statistics
-from .dispatch import LIBRARY, compute_dtype, first_order, no_autocast, resolve
+from .dispatch import compute_dtype, define_kernels, first_order, no_autocast, resolve
 
 OP = "reconstruction_loss"
 MODES = ("bilinear", "nearest")
@@ -56,7 +56,7 @@ def reconstruction_loss(
         training or eval mode, its own parameters (with or without conv bias, affine or not).
     interpolate_mode: "bilinear" (align_corners=True, as released) or "nearest"; features are resized to (H, W).
     loss: "bce", "mse" or "l1", the mean over all N*3*H*W elements.
-    impl: "auto", "reference" or "cpu"; one that is named runs or raises.
+    impl: "auto", "reference", "cpu", "triton" or "cuda"; one that is named runs or raises.
 
     Returns a 0-d tensor, float64 if any input is float64, else float32 (arithmetic too). An empty batch gives 0.
     Kept for backward by the kernels: the inputs and 4 K + 27 K + 3 numbers.
@@ -69,7 +69,7 @@ def reconstruction_loss(
     chosen = resolve(OP, impl, tensors, limitation)
     if chosen == "reference":
         return reconstruction_loss_ref(features, image, decoder, interpolate_mode, loss, image_mean, image_std)
-    return _fused(features, image, stage, interpolate_mode, loss, image_mean, image_std)
+    return _fused(features, image, stage, interpolate_mode, loss, image_mean, image_std, chosen)
 
 
 def reconstruction_loss_ref(features, image, decoder, interpolate_mode="bilinear", loss="bce", image_mean=None, image_std=None):
@@ -154,31 +154,20 @@ def _cast(t: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
 # ---------------------------------------------------------------------------------------------------------------------
 # The fused path: two opaque ops a direction, one autograd.Function.
 
-LIBRARY.define(
-    "reconstruction_loss_forward(Tensor features, Tensor image, Tensor w1, Tensor? b1, Tensor? gamma, Tensor? beta, "
-    "Tensor w2, Tensor? b2, Tensor? running_mean, Tensor? running_var, float[] restore, float eps, int mode, int loss, "
-    "bool needs_grad) -> (Tensor loss, Tensor saved)"
-)
-LIBRARY.define(
-    "reconstruction_loss_backward(Tensor grad, Tensor features, Tensor image, Tensor w1, Tensor? b1, Tensor? gamma, "
-    "Tensor? beta, Tensor w2, Tensor? b2, Tensor saved, float[] restore, bool batch_statistics, float eps, int mode, int loss, "
-    "bool needs_features, bool needs_w1) -> (Tensor, Tensor, Tensor)"
-)
-
 
 def saved_numbers(K: int) -> int:
     """Numbers the fused op keeps beside its inputs: mean, var, d gamma, d beta, dW2, db2 (K, K, K, K, 27 K, 3)."""
     return 4 * K + 27 * K + 3
 
 
-@torch.library.register_fake("infopro_fast::reconstruction_loss_forward", lib=LIBRARY)
-def _(features, image, w1, b1, gamma, beta, w2, b2, running_mean, running_var, restore, eps, mode, loss, needs_grad):
+def _forward_fake(features, image, w1, b1, gamma, beta, w2, b2, running_mean, running_var, restore, eps, mode, loss, needs_grad):
     dtype = compute_dtype(features, image, w1)
     return features.new_empty((), dtype=dtype), features.new_empty((saved_numbers(w1.shape[0]),), dtype=dtype)
 
 
-@torch.library.register_fake("infopro_fast::reconstruction_loss_backward", lib=LIBRARY)
-def _(grad, features, image, w1, b1, gamma, beta, w2, b2, saved, restore, batch_statistics, eps, mode, loss, needs_features, needs_w1):
+def _backward_fake(
+    grad, features, image, w1, b1, gamma, beta, w2, b2, saved, restore, batch_statistics, eps, mode, loss, needs_features, needs_w1
+):
     dtype = compute_dtype(features, image, w1)
     K = w1.shape[0]
     g_features = torch.empty_like(features) if needs_features else features.new_empty((0,))
@@ -186,18 +175,35 @@ def _(grad, features, image, w1, b1, gamma, beta, w2, b2, saved, restore, batch_
     return g_features, g_w1, features.new_empty((K,), dtype=dtype)
 
 
+_FORWARD = define_kernels(
+    "reconstruction_loss_forward(Tensor features, Tensor image, Tensor w1, Tensor? b1, Tensor? gamma, Tensor? beta, "
+    "Tensor w2, Tensor? b2, Tensor? running_mean, Tensor? running_var, float[] restore, float eps, int mode, int loss, "
+    "bool needs_grad) -> (Tensor loss, Tensor saved)",
+    _forward_fake,
+    cuda=True,
+)
+_BACKWARD = define_kernels(
+    "reconstruction_loss_backward(Tensor grad, Tensor features, Tensor image, Tensor w1, Tensor? b1, Tensor? gamma, "
+    "Tensor? beta, Tensor w2, Tensor? b2, Tensor saved, float[] restore, bool batch_statistics, float eps, int mode, int loss, "
+    "bool needs_features, bool needs_w1) -> (Tensor, Tensor, Tensor)",
+    _backward_fake,
+    cuda=True,
+)
+
+
 class _ReconstructionLoss(torch.autograd.Function):
     """d loss / d (gamma, beta, W2, b2) are found in the forward sweep (the loss is a scalar) and scaled in backward."""
 
     @staticmethod
-    def forward(ctx, features, image, w1, b1, gamma, beta, w2, b2, running_mean, running_var, options):
+    def forward(ctx, features, image, w1, b1, gamma, beta, w2, b2, running_mean, running_var, options, impl):
         restore, eps, mode, loss = options
         needs_grad = any(ctx.needs_input_grad)
-        value, saved = torch.ops.infopro_fast.reconstruction_loss_forward(
+        value, saved = _FORWARD[impl](
             features, image, w1, b1, gamma, beta, w2, b2, running_mean, running_var, restore, eps, mode, loss, needs_grad
         )
         ctx.save_for_backward(features, image, w1, b1, gamma, beta, w2, b2, saved)
         ctx.options = options
+        ctx.impl = impl
         ctx.batch_statistics = running_mean is None
         K = w1.shape[0]
         mean, var = saved[:K].clone(), saved[K : 2 * K].clone()
@@ -221,7 +227,7 @@ def _gradients(ctx, grad):
     _, _, g_gamma, g_beta, g_w2, g_b2 = saved.split([K, K, K, K, 27 * K, 3])
     g_features = g_w1 = g_b1 = None
     if needs[0] or needs[2] or needs[3]:
-        g_features, g_w1, g_b1 = torch.ops.infopro_fast.reconstruction_loss_backward(
+        g_features, g_w1, g_b1 = _BACKWARD[ctx.impl](
             grad, features, image, w1, b1, gamma, beta, w2, b2, saved, restore, ctx.batch_statistics, eps, mode, loss, needs[0], needs[2]
         )
 
@@ -230,18 +236,18 @@ def _gradients(ctx, grad):
 
     return (
         g_features if needs[0] else None, None, give(2, g_w1, w1), give(3, g_b1, b1), give(4, g_gamma * grad, gamma),
-        give(5, g_beta * grad, beta), give(6, g_w2 * grad, w2), give(7, g_b2 * grad, b2), None, None, None,
+        give(5, g_beta * grad, beta), give(6, g_w2 * grad, w2), give(7, g_b2 * grad, b2), None, None, None, None,
     )  # fmt: skip
 
 
-def _fused(features, image, stage, interpolate_mode, loss, image_mean, image_std):
+def _fused(features, image, stage, interpolate_mode, loss, image_mean, image_std, impl):
     conv1, norm, conv2 = stage
     batch_statistics = uses_batch_statistics(norm)
     running = (None, None) if batch_statistics else (norm.running_mean, norm.running_var)
     restore = [] if image_mean is None else [float(v) for v in (*image_mean, *image_std)]
     options = (restore, norm.eps, MODES.index(interpolate_mode), LOSSES.index(loss))
     value, mean, var = _ReconstructionLoss.apply(
-        features, image, conv1.weight, conv1.bias, norm.weight, norm.bias, conv2.weight, conv2.bias, *running, options
+        features, image, conv1.weight, conv1.bias, norm.weight, norm.bias, conv2.weight, conv2.bias, *running, options, impl
     )
     if batch_statistics and features.shape[0]:
         update_running_statistics(norm, mean, var, image.shape[0] * image.shape[2] * image.shape[3])

@@ -15,7 +15,7 @@ import numbers
 
 import torch
 
-from .dispatch import LIBRARY, compute_dtype, first_order, no_autocast, resolve
+from .dispatch import compute_dtype, define_kernels, first_order, no_autocast, resolve
 
 OP = "supcon_loss"
 REDUCTIONS = ("mean", "sum", "none")
@@ -42,17 +42,18 @@ def supcon_loss(
     normalize: divide each row by its Euclidean norm first (rows of norm <= 1e-12 count as zero and get a zero gradient).
     reduction: "mean" over all anchors, those without a positive counting 0 (as released); "sum"; "none", which gives
         one loss an anchor in the shape of ``features`` without D.
-    impl: "auto", "reference" or "cpu"; one that is named runs or raises.
+    impl: "auto", "reference", "cpu" or "triton"; one that is named runs or raises.
 
     Returns float64 for float64 features, else float32 (arithmetic too). One anchor, or an empty batch, gives 0.
     Kept for backward by the kernels: the inputs and 3 M numbers.
     Raises ValueError or TypeError naming the argument, what was expected and what came.
     """
     _check(features, labels, temperature, base_temperature, reduction)
-    if resolve(OP, impl, {"features": features, "labels": labels}) == "reference":
+    chosen = resolve(OP, impl, {"features": features, "labels": labels})
+    if chosen == "reference":
         loss = supcon_loss_ref(features, labels, temperature=temperature, normalize=normalize)
     else:
-        loss = _SupConLoss.apply(*_anchors(features, labels), float(temperature), normalize)
+        loss = _SupConLoss.apply(*_anchors(features, labels), float(temperature), normalize, chosen)
     if base_temperature is not None:
         loss = loss * (temperature / base_temperature)
     if reduction == "none":
@@ -107,34 +108,38 @@ def _check(features, labels, temperature, base_temperature, reduction):
 # ---------------------------------------------------------------------------------------------------------------------
 # The fused path
 
-LIBRARY.define("supcon_loss_forward(Tensor features, Tensor labels, float temperature, bool normalize) -> (Tensor loss, Tensor saved)")
-LIBRARY.define(
-    "supcon_loss_backward(Tensor grad, Tensor features, Tensor labels, Tensor saved, float temperature, bool normalize) -> Tensor"
-)
 
-
-@torch.library.register_fake("infopro_fast::supcon_loss_forward", lib=LIBRARY)
-def _(features, labels, temperature, normalize):
+def _forward_fake(features, labels, temperature, normalize):
     M, dtype = features.shape[0], compute_dtype(features)
     return features.new_empty((M,), dtype=dtype), features.new_empty((3, M), dtype=dtype)
 
 
-@torch.library.register_fake("infopro_fast::supcon_loss_backward", lib=LIBRARY)
-def _(grad, features, labels, saved, temperature, normalize):
+def _backward_fake(grad, features, labels, saved, temperature, normalize):
     return torch.empty(features.shape, dtype=features.dtype, device=features.device)
+
+
+_FORWARD = define_kernels(
+    "supcon_loss_forward(Tensor features, Tensor labels, float temperature, bool normalize) -> (Tensor loss, Tensor saved)",
+    _forward_fake,
+)
+_BACKWARD = define_kernels(
+    "supcon_loss_backward(Tensor grad, Tensor features, Tensor labels, Tensor saved, float temperature, bool normalize) -> Tensor",
+    _backward_fake,
+)
 
 
 class _SupConLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, features, labels, temperature, normalize):
-        loss, saved = torch.ops.infopro_fast.supcon_loss_forward(features, labels, temperature, normalize)
+    def forward(ctx, features, labels, temperature, normalize, impl):
+        loss, saved = _FORWARD[impl](features, labels, temperature, normalize)
         ctx.save_for_backward(features, labels, saved)
         ctx.options = (temperature, normalize)
+        ctx.impl = impl
         return loss
 
     @staticmethod
     def backward(ctx, grad):
         features, labels, saved = ctx.saved_tensors
         with torch.no_grad():
-            g = torch.ops.infopro_fast.supcon_loss_backward(grad, features, labels, saved, *ctx.options)
-        return first_order(OP, (features, grad), (g, None, None, None))
+            g = _BACKWARD[ctx.impl](grad, features, labels, saved, *ctx.options)
+        return first_order(OP, (features, grad), (g, None, None, None, None))
