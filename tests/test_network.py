@@ -184,29 +184,34 @@ def test_errors(kwargs, message):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Gradient checkpointing
+# Recompute
 
 
 @pytest.mark.parametrize("modules", [1, 3])
-def test_checkpointing_changes_nothing(modules):
-    """Same losses, weights and running statistics after two steps: these are updated once a step, not again in the second forward."""
+@pytest.mark.parametrize("recompute", ["block", "sqrt"])
+def test_recompute_changes_no_bit(modules, recompute):
+    """Same losses, gradients (the momentum of one step), weights and statistics: these move once a step, not again in the second forward."""
     states = []
-    for checkpoint in (False, True):
+    for each in ("none", recompute):
         torch.manual_seed(0)
-        net = infopro_fast.build("resnet20", modules, checkpoint=checkpoint, impl="reference")
+        net = infopro_fast.build("resnet20", modules, recompute=each, impl="reference")
         trainer = infopro_fast.LocalTrainer(net, lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9))
         image, label = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0])
-        losses = [trainer.step(image, label)["loss"] for _ in range(2)]
-        states.append({**net.state_dict(), "losses": torch.stack(losses)})
-    assert states[1]["stages.0.stem.bn1.num_batches_tracked"] == 2
+        losses = [trainer.step(image, label)["loss"]]
+        momenta = [entry["momentum_buffer"].clone() for optimizer in trainer.optimizers for entry in optimizer.state.values()]
+        losses += [trainer.step(image, label)["loss"]]
+        states.append({**net.state_dict(), "losses": torch.stack(losses), **{f"gradient {i}": m for i, m in enumerate(momenta)}})
+    tracked = [name for name in states[1] if name.startswith("stages") and name.endswith("num_batches_tracked")]
+    assert len(tracked) == 21 and all(states[1][name] == 2 for name in tracked)  # conv1 and 18 of 9 blocks, 2 shortcuts
     for name, tensor in states[0].items():
         assert torch.equal(tensor, states[1][name]), name
 
 
-def test_checkpointing_keeps_only_the_blocks_inputs():
-    """Bytes kept for backward by a stage of n blocks: their inputs, n maps and the image."""
-    N, n = 4, backbones.BLOCKS["resnet20"]
-    net = infopro_fast.build("resnet20", 1, checkpoint=True)
+@pytest.mark.parametrize("recompute, kept_blocks", [("block", range(10)), ("sqrt", (0, 3, 6, 9))])
+def test_recompute_keeps_only_inputs(recompute, kept_blocks):
+    """Bytes kept for backward by a stage of a stem and 9 blocks: the inputs of its blocks, or of every third (10 blocks, sqrt 3)."""
+    N = 4
+    net = infopro_fast.build("resnet20", 1, recompute=recompute)
     kept: dict[int, int] = {}
 
     def pack(tensor):
@@ -217,5 +222,16 @@ def test_checkpointing_keeps_only_the_blocks_inputs():
     parameters = {p.untyped_storage().data_ptr() for p in net.parameters()}
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         out = net.stages[0](torch.randn(N, 3, 32, 32))
-    maps = {1: (n + 1) * 16 * 32 * 32, 2: n * 32 * 16 * 16, 3: (n - 1) * 64 * 8 * 8}  # inputs of the blocks, the stem's output included
-    assert out.requires_grad and sum(kept.values()) <= 4 * N * (3 * 32 * 32 + sum(maps.values()))
+    # input of the stem: the image; of block i of the next nine: the output of the one before it
+    inputs = [3 * 32 * 32] + [16 * 32 * 32] * 4 + [32 * 16 * 16] * 3 + [64 * 8 * 8] * 2
+    assert out.requires_grad and sum(kept.values()) == 4 * N * sum(inputs[i] for i in kept_blocks)
+
+
+def test_recompute_in_eval_mode_runs_once():
+    net = infopro_fast.build("resnet20", 2, recompute="block").eval()
+    runs = []
+    net.stages[0][1].register_forward_hook(lambda *_: runs.append(1))
+    net.stages[0](torch.randn(2, 3, 32, 32)).sum().backward()
+    assert len(runs) == 1
+    with pytest.raises(ValueError, match="build: recompute: expected one of .*, got 'blocks'"):
+        infopro_fast.build("resnet20", 2, recompute="blocks")

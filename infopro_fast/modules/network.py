@@ -20,22 +20,45 @@ CIFAR10_MEAN = (125.3 / 255, 123.0 / 255, 113.9 / 255)
 CIFAR10_STD = (63.0 / 255, 62.1 / 255, 66.7 / 255)
 
 
-class Stage(nn.Sequential):
-    """The blocks of one local module. checkpoint: keep only each block's input for backward and run the block again there."""
+RECOMPUTE = ("none", "block", "sqrt")
 
-    def __init__(self, blocks: OrderedDict[str, nn.Module], checkpoint: bool = False):
+
+class Stage(nn.Sequential):
+    """The blocks of one local module.
+
+    recompute: "none"; "block": keep only each block's input for backward and run the block again there; "sqrt": the same for
+    segments of about sqrt(blocks) blocks (Chen et al. 2016), fewer inputs for a larger segment. Batch norms' running statistics
+    move once a step, in the first forward. Gradients are those of "none" bit for bit, where torch's kernels repeat theirs.
+    """
+
+    def __init__(self, blocks: OrderedDict[str, nn.Module], recompute: str = "none"):
         super().__init__(blocks)
-        self.checkpoint = checkpoint
+        if recompute not in RECOMPUTE:
+            raise ValueError(f"Stage: recompute: expected one of {RECOMPUTE}, got {recompute!r}")
+        self.recompute = recompute
+
+    def segments(self) -> list[nn.Module]:
+        """What is run again as one: a block, or for "sqrt" several in a row."""
+        size = max(1, round(math.sqrt(len(self)))) if self.recompute == "sqrt" else 1
+        blocks = list(self)
+        return [blocks[i] if size == 1 else nn.Sequential(*blocks[i : i + size]) for i in range(0, len(blocks), size)]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not (self.checkpoint and self.training and torch.is_grad_enabled()):
+        if self.recompute == "none" or not (self.training and torch.is_grad_enabled()):
             return super().forward(x)
-        for block in self:
+        for segment in self.segments():
             x = run_checkpointed(
-                block, x, use_reentrant=False, preserve_rng_state=False,  # no block draws random numbers
-                context_fn=lambda block=block: (contextlib.nullcontext(), _statistics_kept(block)),
+                segment, x, use_reentrant=False, preserve_rng_state=False,  # no block draws random numbers
+                context_fn=lambda segment=segment: (contextlib.nullcontext(), self.second_forward(segment)),
             )  # fmt: skip
         return x
+
+    def second_forward(self, segment: nn.Module) -> contextlib.AbstractContextManager:
+        """The context in which backward runs a segment again."""
+        return _statistics_kept(segment)
+
+    def extra_repr(self) -> str:
+        return f"recompute={self.recompute!r}"
 
 
 @contextlib.contextmanager
@@ -125,7 +148,7 @@ def build(
     net_config: str | None = None,
     widen: float = 1,
     feature_dim: int = 128,
-    checkpoint: bool = False,
+    recompute: str = "none",
     impl: str = "auto",
 ) -> LocalNetwork:
     """A CIFAR ResNet in local modules, initialised as released.
@@ -143,7 +166,8 @@ def build(
         network is given (in units of [0, 1]), which the reconstruction undoes; None, None: images in [0, 1].
     cuts: last (stage, block) of each module but the last, (0, 0) being the stem; in place of a published split.
     net_config, widen, feature_dim: of the auxiliary nets (`AuxClassifier`, `Decoder`); net_config None: "1c2f", for greedy "0c1f".
-    checkpoint: recompute each block's activations in backward (gradient checkpointing, Chen et al. 2016).
+    recompute: "none"; "block": keep each residual block's input alone and run the block again in backward (gradient
+        checkpointing inside every module); "sqrt": the same for segments of sqrt(blocks) blocks (Chen et al. 2016).
     impl: implementation of the losses, as in the ops.
 
     Raises ValueError naming the argument for unknown names, splits that do not exist and arguments that contradict each other.
@@ -151,7 +175,7 @@ def build(
     units = backbones.units(arch)
     positions = [unit.position for unit in units]
     modules = _number_of_modules(modules, local_loss, cuts, balanced)
-    _check(local_loss, lambdas, modules, num_classes, image_size, image_mean, image_std, net_config)
+    _check(local_loss, lambdas, modules, num_classes, image_size, image_mean, image_std, net_config, recompute)
     if lambdas is None:
         published = cuts is None
         lambdas = default_lambdas(arch, modules, local_loss, balanced=balanced, image_size=image_size) if published else DEFAULT_LAMBDAS
@@ -177,7 +201,7 @@ def build(
     losses = [make_loss(module, units[positions.index(cut)]) for module, cut in enumerate(cuts)]
     losses.append(Classifier(units[-1].channels, num_classes, impl=impl))
     starts = [0, *(positions.index(cut) + 1 for cut in cuts), len(units)]
-    stages = [Stage(OrderedDict((unit.name, unit.block) for unit in units[a:b]), checkpoint) for a, b in zip(starts, starts[1:])]
+    stages = [Stage(OrderedDict((unit.name, unit.block) for unit in units[a:b]), recompute) for a, b in zip(starts, starts[1:])]
     net = LocalNetwork(stages, losses, cuts, [unit.released_prefix for unit in units])
     backbones.initialize(net)
     # Convolutions follow their weights' memory format, and batch norms and convolutions are faster in this one: on a CPU (EPYC,
@@ -197,7 +221,7 @@ def _number_of_modules(modules: int | None, local_loss: str, cuts, balanced: boo
     return modules
 
 
-def _check(local_loss, lambdas, modules, num_classes, image_size, image_mean, image_std, net_config):
+def _check(local_loss, lambdas, modules, num_classes, image_size, image_mean, image_std, net_config, recompute):
     infopro = local_loss in ("contrast", "softmax")
     if lambdas is not None:
         if len(lambdas) != 4 or not all(math.isfinite(v) and v >= 0 for v in lambdas):
@@ -208,6 +232,8 @@ def _check(local_loss, lambdas, modules, num_classes, image_size, image_mean, im
             raise ValueError(f"build: lambdas: modules=1 has no local loss to weigh, got {tuple(lambdas)}")
     if net_config is not None and local_loss in ("dgl", "none"):
         raise ValueError(f"build: net_config: local_loss={local_loss!r} has no such head, got {net_config!r}")
+    if recompute not in RECOMPUTE:
+        raise ValueError(f"build: recompute: expected one of {RECOMPUTE}, got {recompute!r}")
     if num_classes < 1:
         raise ValueError(f"build: num_classes: expected at least 1, got {num_classes}")
     if image_size < 4:

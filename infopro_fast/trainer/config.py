@@ -74,8 +74,8 @@ class TrainConfig:
     """Width of the auxiliary nets."""
     feature_dim: int = 128
     """Width of the auxiliary classifier's hidden layer and of the contrastive features."""
-    gradient_checkpointing: bool = False
-    """Recompute each block's activations in backward, keeping only its input."""
+    recompute: Literal["none", "block", "sqrt"] = "none"
+    """Run parts of a module again in backward, keeping only their inputs: each residual block, or sqrt(blocks) of them at once."""
 
     epochs: int | None = None
     """Passes over the training images. Default, like the next four: the recipe of the data set."""
@@ -184,6 +184,7 @@ def _check_choices(c: TrainConfig) -> None:
         ("arch", ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110")),
         ("local_loss", ("contrast", "softmax", "greedy", "dgl", "none")),
         ("net_config", (None, "0c1f", "0c2f", "1c1f", "1c2f", "1c3f", "2c2f")),
+        ("recompute", ("none", "block", "sqrt")),
         ("schedule", (None, "cosine", "step", "one_cycle")),
         ("dtype", ("float32", "float64")),
         ("impl", ("auto", "reference", "cpu")),

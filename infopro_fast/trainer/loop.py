@@ -249,7 +249,7 @@ def _build(config: TrainConfig, images: data.ImageSet) -> modules.LocalNetwork:
         net = modules.build(
             config.arch, config.modules, config.local_loss, config.lambdas, config.balanced, images.num_classes, images.image_size,
             images.mean, images.std, cuts=config.cuts, net_config=config.net_config, widen=config.widen, feature_dim=config.feature_dim,
-            checkpoint=config.gradient_checkpointing, impl=config.impl,
+            recompute=config.recompute, impl=config.impl,
         )  # fmt: skip
     except ValueError as error:
         raise ConfigError(str(error).removeprefix("build: ")) from error

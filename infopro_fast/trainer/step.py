@@ -25,6 +25,14 @@ def local_step(
     The terms of the local loss are back-propagated one after the other into the gradient of the output alone, each one's graph gone
     before the next is built; then the module itself, once; then the optimizer steps and the gradients are freed.
     This is the only place of the package that calls backward().
+
+    Lifetimes, beside parameters, optimizer state and the batch (image, label), which stay:
+    - h, the input: until the step ends, when the caller replaces it by the output;
+    - the module's activations: from its forward to the backward of the block that made them;
+    - a term's activations: within its turn, before the next term's exist;
+    - the gradient of the output: from the first term's backward to the backward of the module's last operation, which frees it;
+    - gradients of parameters: from the backward that makes them to the optimizer's step at the end of this call;
+    - the output: it is returned. Of a module that is done nothing else is left but its metrics, 0-d.
     """
     out = stage(h)
     leaf = out.detach().requires_grad_()
@@ -35,10 +43,27 @@ def local_step(
             metrics[f"{term.name}_correct"] = term.correct
         (term.loss if term.weight == 1 else term.loss * term.weight).backward()
         del term  # before the generator goes on, or this term's graph would outlive the next one's making
-    out.backward(leaf.grad)
+    grad, leaf.grad = [leaf.grad], None
+    _GradientOf.apply(out, grad).backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return leaf.detach(), metrics
+
+
+class _GradientOf(torch.autograd.Function):
+    """A scalar whose gradient with respect to ``out`` is the one tensor in the list ``grad``, which is left empty.
+
+    out.backward(gradient) would hold the gradient, as large as the output, until the whole module is done.
+    """
+
+    @staticmethod
+    def forward(ctx, out, grad):
+        ctx.grad = grad
+        return out.new_zeros(())
+
+    @staticmethod
+    def backward(ctx, _):
+        return ctx.grad.pop(), None
 
 
 class LocalTrainer:
