@@ -12,7 +12,7 @@
 
 #include "batch_norm.h"
 #include "convert.h"
-#include "taps.h"
+#include "winograd.h"
 
 namespace infopro {
 namespace INFOPRO_ISA {
@@ -21,12 +21,14 @@ namespace INFOPRO_ISA {
 template <class T>
 struct Scratch {
   Plane<T> plane;
+  Strips<T> strips;
   int64_t pixels, row, features_pitch;  // of low resolution: a padded map, a padded row of W, a row of transposed features
   T *h, *z, *a, *g, *image, *taps, *expanded, *h_rows, *line;
+  T *spread_h, *spread_z, *products, *pixel_rows;  // of Winograd's convolutions
   T* end;
   int64_t offset[9];
 
-  Scratch(const Decoder<T>& d, T* memory) : plane(d.H, d.W) {
+  Scratch(const Decoder<T>& d, T* memory) : plane(d.H, d.W), strips(plane) {
     constexpr int width = Simd<T>::width;
     pixels = round_up(d.h * d.w, width) + MAX_VECTORS * width;
     row = round_up(d.W, width) + width;
@@ -41,6 +43,11 @@ struct Scratch {
     expanded = take(d.low_resolution ? d.K * 3 * d.h * row : 0);
     h_rows = take(d.low_resolution ? d.h * d.w * features_pitch : d.C * plane.size);
     line = take(d.w + 3 * round_up(d.H, width));
+    const int64_t spread = d.winograd ? POINTS * strips.size : 0;
+    spread_h = take(d.C * spread);
+    spread_z = take(d.K * spread);
+    products = take((d.K > d.C ? d.K : d.C) * spread);
+    pixel_rows = take(d.winograd ? (strips.span + 2) * features_pitch : 0);
     end = memory;
     for (int t = 0; t < 9; t++) offset[t] = plane.tap(t);
   }
@@ -54,7 +61,8 @@ int64_t decoder_scratch(const Decoder<T>& d) {
 
 template <class T>
 int64_t decoder_w1_partial(const Decoder<T>& d) {
-  return 9 * d.K * (d.low_resolution ? round_up(d.C, Simd<T>::width) : d.C * Simd<T>::width);
+  if (d.low_resolution) return 9 * d.K * round_up(d.C, Simd<T>::width);
+  return d.winograd ? 3 * POINTS * d.K * round_up(d.C, Simd<T>::width) : 9 * d.K * d.C * Simd<T>::width;
 }
 
 template <class T>
@@ -69,8 +77,11 @@ void decoder_pack(const Decoder<T>& d, const T* w1, const T* w2, T* w1_packed, T
   if (d.low_resolution) {  // maps tap * K + k
     pack_taps(9 * K, C, 1, w1_packed, [&](int64_t m, int64_t c, int) { return first(m % K, c, m / K); });
     pack_taps(C, 9 * K, 1, w1_backward, [&](int64_t c, int64_t m, int) { return first(m % K, c, m / K); });
+  } else if (d.winograd) {
+    pack_winograd(K, C, w1_packed, first);
+    pack_winograd(C, K, w1_backward, [&](int64_t c, int64_t k, int tap) { return first(k, c, 8 - tap); });
   } else {
-    pack_taps(K, C, 9, w1_packed, [&](int64_t k, int64_t c, int tap) { return first(k, c, tap); });
+    pack_taps(K, C, 9, w1_packed, first);
     pack_taps(C, K, 9, w1_backward, [&](int64_t c, int64_t k, int tap) { return first(k, c, 8 - tap); });
   }
   pack_taps(3, K, 9, w2_packed, [&](int64_t o, int64_t k, int tap) { return w2[(o * K + k) * 9 + tap]; });
@@ -499,8 +510,14 @@ INLINE void first_convolution(const Decoder<T>& d, const Scratch<T>& s, int64_t 
     read_maps<T>(d.features, n, d.C, d.H, d.W, s.h + p.origin, p.size, p.pitch);
   }
   for (int64_t c = 0; c < d.C; c++) p.set_border(s.h + c * p.size, T(0));
-  convolve<9>(d.K, d.w1, s.h + p.origin, p.size, d.C, s.offset, d.b1, s.z + p.origin, p.size, p.span,
-              sample_ahead(d.features, n + 1, d.N, d.C * d.h * d.w, convolve_tiles<T>(d.K, p.span)));
+  const int64_t span = d.winograd ? s.strips.span : p.span;
+  Ahead ahead = sample_ahead(d.features, n + 1, d.N, d.C * d.h * d.w, convolve_tiles<T>(d.K, span));
+  if (d.winograd) {
+    for (int64_t c = 0; c < d.C; c++) spread(p, s.strips, s.h + c * p.size, s.spread_h + c * POINTS * s.strips.size);
+    convolve_winograd(p, s.strips, d.K, d.w1, s.spread_h, d.C, d.b1, s.products, s.z, ahead);
+    return;
+  }
+  convolve<9>(d.K, d.w1, s.h + p.origin, p.size, d.C, s.offset, d.b1, s.z + p.origin, p.size, p.span, ahead);
 }
 
 // a = relu((z - center) scale + shift), zero outside the map.
@@ -575,6 +592,13 @@ INLINE double pixel_loss(const Decoder<T>& d, const Scratch<T>& s, int64_t n, bo
   return total;
 }
 
+template <class T>
+INLINE void logits(const Decoder<T>& d, const Scratch<T>& s, int64_t n) {
+  const Plane<T>& p = s.plane;
+  convolve<9>(3, d.w2, s.a + p.origin, p.size, d.K, s.offset, d.b2, s.g + p.origin, p.size, p.span,
+              sample_ahead(d.image, n, d.N, 3 * d.H * d.W, convolve_tiles<T>(3, p.span)));
+}
+
 // a, which is no longer needed, becomes the gradient in it.
 template <class T>
 INLINE void second_convolution_backward(const Decoder<T>& d, const Scratch<T>& s) {
@@ -583,11 +607,30 @@ INLINE void second_convolution_backward(const Decoder<T>& d, const Scratch<T>& s
   for (int64_t k = 0; k < d.K; k++) p.set_border(s.a + k * p.size, T(0));
 }
 
+// partial += the sample's gradient of W1, from that in z, where the convolution is direct.
 template <class T>
-INLINE void logits(const Decoder<T>& d, const Scratch<T>& s, int64_t n) {
+INLINE void first_weight(const Decoder<T>& d, const Scratch<T>& s, T* partial) {
   const Plane<T>& p = s.plane;
-  convolve<9>(3, d.w2, s.a + p.origin, p.size, d.K, s.offset, d.b2, s.g + p.origin, p.size, p.span,
-              sample_ahead(d.image, n, d.N, 3 * d.H * d.W, convolve_tiles<T>(3, p.span)));
+  const Strips<T>& t = s.strips;
+  if (!d.winograd) return weight_gradient<9>(s.z + p.origin, p.size, d.K, s.h + p.origin, p.size, d.C, s.offset, p.span, partial);
+  const int64_t step = POINTS * t.size;
+  for (int64_t k = 0; k < d.K; k++) spread_gradient(p, t, s.z + k * p.size, s.spread_z + k * step);
+  for (int f = 0; f < POINTS; f++) {
+    pixel_rows(t, s.spread_h + f * t.size, d.C, s.pixel_rows, s.features_pitch);
+    weight_rows(t, s.spread_z + f * t.size + t.origin, step, d.K, s.pixel_rows + s.features_pitch, s.features_pitch,
+                partial + f * 3 * d.K * s.features_pitch);
+  }
+}
+
+// du = the gradient in the resized features, from that in z, where the convolution is direct.
+template <class T>
+INLINE void first_convolution_backward(const Decoder<T>& d, const Scratch<T>& s, T* du) {
+  const Plane<T>& p = s.plane;
+  if (d.winograd) {
+    for (int64_t k = 0; k < d.K; k++) spread(p, s.strips, s.z + k * p.size, s.spread_z + k * POINTS * s.strips.size);
+    return convolve_winograd(p, s.strips, d.C, d.w1_backward, s.spread_z, d.K, (const T*)nullptr, s.products, du);
+  }
+  convolve<9>(d.C, d.w1_backward, s.z + p.origin, p.size, d.K, s.offset, (const T*)nullptr, du + p.origin, p.size, p.span);
 }
 
 // ---- the sweeps ----
@@ -613,7 +656,7 @@ void decoder_loss(const Decoder<T>& d, int64_t n, bool needs_grad, T* scratch, S
   logits(d, s, n);
   sums.loss = pixel_loss(d, s, n, true);
   if (!needs_grad) return;
-  weight_gradient(s.g + p.origin, p.size, 3, s.a + p.origin, p.size, d.K, s.offset, p.span, w2_partial);
+  weight_gradient<9>(s.g + p.origin, p.size, 3, s.a + p.origin, p.size, d.K, s.offset, p.span, w2_partial);
   for (int o = 0; o < 3; o++) {
     vec<T> sum = {};
     for (int64_t i = 0; i < p.span; i += Simd<T>::width) sum += load<T>(s.g + o * p.size + p.origin + i);
@@ -691,10 +734,10 @@ void decoder_backward(const Decoder<T>& d, int64_t n, const T* mean_dy, const T*
     write_maps<T>(*d_features, n, d.C, d.h, d.w, s.h, s.pixels, d.w);
     return;
   }
-  if (w1_partial) weight_gradient(s.z + p.origin, p.size, d.K, s.h + p.origin, p.size, d.C, s.offset, p.span, w1_partial);
+  if (w1_partial) first_weight(d, s, w1_partial);
   if (!d_features) return;
   T* du = s.h_rows;
-  convolve<9>(d.C, d.w1_backward, s.z + p.origin, p.size, d.K, s.offset, (const T*)nullptr, du + p.origin, p.size, p.span);
+  first_convolution_backward(d, s, du);
   if (!d.resize) return write_maps<T>(*d_features, n, d.C, d.H, d.W, du + p.origin, p.size, p.pitch);
   for (int64_t c = 0; c < d.C; c++) resize_backward(d, s, du + c * p.size + p.origin, s.taps + c * s.pixels);
   write_maps<T>(*d_features, n, d.C, d.h, d.w, s.taps, s.pixels, d.w);
@@ -706,9 +749,17 @@ void decoder_w1_reduce(const Decoder<T>& d, const T* partial, T* d_w1) {
   const int64_t pitch = round_up(d.C, width);
   for (int64_t k = 0; k < d.K; k++)
     for (int64_t c = 0; c < d.C; c++)
-      for (int64_t tap = 0; tap < 9; tap++)
-        d_w1[(k * d.C + c) * 9 + tap] += d.low_resolution ? partial[(tap * d.K + k) * pitch + c]
-                                                          : sum<T>(load<T>(partial + ((k * d.C + c) * 9 + tap) * width));
+      for (int64_t tap = 0; tap < 9; tap++) {
+        T* to = d_w1 + (k * d.C + c) * 9 + tap;
+        if (d.winograd) {
+          double sum = 0;
+          for (int f = 0; f < POINTS; f++)
+            sum += TAP_TRANSFORM[f][tap / 3] * double(partial[((f * 3 + tap % 3) * d.K + k) * pitch + c]);
+          *to += T(sum);
+        } else {
+          *to += d.low_resolution ? partial[(tap * d.K + k) * pitch + c] : sum<T>(load<T>(partial + ((k * d.C + c) * 9 + tap) * width));
+        }
+      }
 }
 
 template <class T>

@@ -51,6 +51,7 @@ template <class T>
 struct Decoder {
   int64_t N, C, K, h, w, H, W;
   bool low_resolution;  // mix channels at the size of the features, then expand; else resize, then convolve
+  bool winograd;        // the first convolution, where it is of the image's size, by Winograd's algorithm
   bool resize;          // features and image differ in size
   Axis rows, columns;
   Maps features, image;

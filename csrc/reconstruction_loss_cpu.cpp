@@ -48,7 +48,8 @@ struct Call {
       : rows(features.size(2), image.size(2), mode == 1), columns(features.size(3), image.size(3), mode == 1),
         d(shape(features, image, w1_)), w1(numbers<T>(OP, "w1", w1_, 9 * d.K * d.C, T(0))), w2(numbers<T>(OP, "w2", w2_, 27 * d.K, T(0))),
         b1(numbers<T>(OP, "b1", b1_, d.K, T(0))), b2(numbers<T>(OP, "b2", b2_, 3, T(0))), gamma(numbers<T>(OP, "gamma", gamma_, d.K, T(1))),
-        beta(numbers<T>(OP, "beta", beta_, d.K, T(0))), w1_packed(9 * d.K * d.C), w1_backward(9 * d.K * d.C), w2_packed(27 * d.K),
+        beta(numbers<T>(OP, "beta", beta_, d.K, T(0))), w1_packed(packed_taps() * d.K * d.C),
+        w1_backward(packed_taps() * d.K * d.C), w2_packed(27 * d.K),
         w2_backward(27 * d.K), center(d.K), inverse_std(d.K), scale(d.K) {
     d.rows = rows.view(d.h);
     d.columns = columns.view(d.w);
@@ -96,8 +97,11 @@ struct Call {
     double pixels = double(d.H) * double(d.W), K = double(d.K), C = double(d.C);
     double low = 9 * K * C * double(d.h) * double(d.w) + K * pixels * (6 + 18.0 * double(d.h) / double(d.H));
     d.low_resolution = d.resize && low < 9 * K * C * pixels + 4 * C * pixels;
+    d.winograd = !d.low_resolution && d.H % 4 == 0;
     return d;
   }
+
+  int64_t packed_taps() const { return d.winograd ? 18 : 9; }
 
   void set_statistics(const T* mean, const T* var, double eps) {
     for (int64_t k = 0; k < d.K; k++) {

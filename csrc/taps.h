@@ -147,15 +147,15 @@ void convolve(int64_t outputs, const T* packed, const T* in, int64_t in_plane, i
   }
 }
 
-// lanes[output][input][tap][width] += products of g[output] and in[input] shifted by the tap, position p in lane p mod width.
+// lanes[output][input][tap of TAPS][width] += products of g[output] and in[input] shifted by the tap, position p in lane p mod width.
 // g must be zero outside the map.
-template <int G, class T>
+template <int G, int TAPS, class T>
 INLINE void weight_gradient_block(const T* g, int64_t g_plane, const T* in, const int64_t* offset, int64_t span, T* lanes, int64_t lane_step) {
-  vec<T> acc[G][9];
+  vec<T> acc[G][TAPS];
 #pragma GCC unroll 3
   for (int o = 0; o < G; o++)
 #pragma GCC unroll 9
-    for (int t = 0; t < 9; t++) acc[o][t] = vec<T>{};
+    for (int t = 0; t < TAPS; t++) acc[o][t] = vec<T>{};
   for (int64_t p = 0; p < span; p += Simd<T>::width) {
     vec<T> gv[G];
 #pragma GCC unroll 3
@@ -164,7 +164,7 @@ INLINE void weight_gradient_block(const T* g, int64_t g_plane, const T* in, cons
       hold(gv[o]);
     }
 #pragma GCC unroll 9
-    for (int t = 0; t < 9; t++) {
+    for (int t = 0; t < TAPS; t++) {
       vec<T> x = load<T>(in + p + offset[t]);
       hold(x);
 #pragma GCC unroll 3
@@ -174,24 +174,24 @@ INLINE void weight_gradient_block(const T* g, int64_t g_plane, const T* in, cons
 #pragma GCC unroll 3
   for (int o = 0; o < G; o++)
 #pragma GCC unroll 9
-    for (int t = 0; t < 9; t++) {
+    for (int t = 0; t < TAPS; t++) {
       T* to = lanes + o * lane_step + t * Simd<T>::width;
       store<T>(to, load<T>(to) + acc[o][t]);  // a sample's sum apart: adding it at the end rounds less
     }
 }
 
-template <class T>
+template <int TAPS, class T>
 void weight_gradient(const T* g, int64_t g_plane, int64_t outputs, const T* in, int64_t in_plane, int64_t inputs, const int64_t* offset,
                      int64_t span, T* lanes) {
   constexpr int G = INFOPRO_MR == 12 ? 3 : 1;  // 27 accumulators, or 9 where there are 16 registers
-  const int64_t step = inputs * 9 * Simd<T>::width;
+  const int64_t step = inputs * TAPS * Simd<T>::width;
   int64_t o = 0;
   for (; o + G <= outputs; o += G)
     for (int64_t i = 0; i < inputs; i++)
-      weight_gradient_block<G>(g + o * g_plane, g_plane, in + i * in_plane, offset, span, lanes + o * step + i * 9 * Simd<T>::width, step);
+      weight_gradient_block<G, TAPS>(g + o * g_plane, g_plane, in + i * in_plane, offset, span, lanes + o * step + i * TAPS * Simd<T>::width, step);
   for (; o < outputs; o++)
     for (int64_t i = 0; i < inputs; i++)
-      weight_gradient_block<1>(g + o * g_plane, g_plane, in + i * in_plane, offset, span, lanes + o * step + i * 9 * Simd<T>::width, step);
+      weight_gradient_block<1, TAPS>(g + o * g_plane, g_plane, in + i * in_plane, offset, span, lanes + o * step + i * TAPS * Simd<T>::width, step);
 }
 
 // c[r][0..V vectors) (+)= sum over q in [from, to) of a[r * a_row + q] b[q * b_row ...]: rows of a broadcast, b in vectors.
