@@ -1,0 +1,52 @@
+"""What the launchers of Triton kernels share: the GPU they launch on, torch's float32 precision, and how a kernel is described to be
+compiled ahead of time."""
+
+from __future__ import annotations
+
+import functools
+import typing
+
+import torch
+import triton
+
+# Whether kernels are interpreted on the CPU. There bfloat16 is not computed with: it is widened right after a load.
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+# Where three TF32 products a float32 one (as exact as a float32 product is) are faster than the GPU's float32 units.
+_SPLIT_FLOAT32 = (80, 90, 100, 103)
+
+
+class Compilation(typing.NamedTuple):
+    """A kernel as one of its launches compiles it."""
+
+    kernel: typing.Any
+    signature: dict[str, str]  # Triton type of every argument, "constexpr" for those in ``constexprs``
+    constexprs: dict[str, typing.Any]
+    num_warps: int
+    num_stages: int
+    tensor_cores: bool  # whether a tl.dot of it is meant for them
+    aligned: tuple[str, ...]  # arguments that are multiples of 16 (pointers: addresses), as in most calls
+
+
+@functools.cache
+def capability(device: torch.device) -> int:
+    """Compute capability as 10 * major + minor; that of an H100 for the CPU, where kernels are interpreted."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of the GPU; few for the CPU, so that the interpreter sees a split as soon as a GPU would."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def dot_precision(dtype: torch.dtype, cc: int) -> str:
+    """``input_precision`` of a tl.dot on ``dtype``: TF32 where torch allows it for matmuls, else float32's own precision."""
+    if dtype != torch.float32:
+        return "ieee"
+    if torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return "tf32"
+    return "tf32x3" if cc in _SPLIT_FLOAT32 else "ieee"

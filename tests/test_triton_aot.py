@@ -1,0 +1,22 @@
+"""Every Triton kernel, at every configuration that is shipped, compiled for every architecture: nothing spills, shared memory fits, and
+what is meant for the tensor cores uses them. Needs no GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+
+from infopro_fast.ops import OPS
+from tests import triton_aot
+
+MODULES = [f"{op}_triton" for op in OPS if importlib.util.find_spec(f"infopro_fast.ops.{op}_triton")]
+
+
+@pytest.mark.parametrize("cc", triton_aot.CAPABILITIES)
+@pytest.mark.parametrize("module", MODULES)
+def test_kernels_fit_the_architecture(module, cc):
+    compiled = triton_aot.compile_all(module, cc)
+    assert compiled
+    wrong = [k for k in compiled if k.spilled or k.shared > triton_aot.SHARED_MEMORY[cc] or k.uses_tensor_cores != k.meant_for_tensor_cores]
+    assert not wrong, "\n".join(map(str, wrong))

@@ -1,0 +1,91 @@
+"""Compiles Triton kernels for GPUs that need not be there, and reads what the assembler made of them."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import importlib
+import multiprocessing
+import os
+import re
+import subprocess
+import tempfile
+
+CAPABILITIES = (80, 90, 100, 120)
+
+# Shared memory that one block may have, in bytes.
+SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+
+# Instructions of the tensor cores in SASS, on whatever architecture.
+TENSOR_CORES = re.compile(r"\b(HMMA|HGMMA|QGMMA|UTCHMMA|UTCQMMA|IMMA|DMMA)\b")
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """What became of a kernel: registers a thread, bytes of spills and of stack, bytes of shared memory a block."""
+
+    name: str
+    registers: int
+    spilled: int
+    shared: int
+    uses_tensor_cores: bool
+    meant_for_tensor_cores: bool
+
+
+def compile_all(module: str, cc: int, workers: int = 2) -> list[Statistics]:
+    """Every kernel at every configuration that ``infopro_fast.ops.<module>`` ships for compute capability ``cc``.
+
+    The module has `configurations(cc)`, which yields `triton_target.Compilation`s. Each is compiled in one of ``workers`` processes.
+    """
+    count = len(_configurations(module, cc))
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
+        return list(pool.map(_compile_one, [module] * count, [cc] * count, range(count)))
+
+
+def _configurations(module: str, cc: int) -> list:
+    return list(importlib.import_module(f"infopro_fast.ops.{module}").configurations(cc))
+
+
+def _compile_one(module: str, cc: int, index: int) -> Statistics:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    c = _configurations(module, cc)[index]
+    names = list(c.signature)
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in c.aligned}
+    source = ASTSource(fn=c.kernel, signature=c.signature, constexprs=c.constexprs, attrs=attributes)
+    options = {"num_warps": c.num_warps, "num_stages": c.num_stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", cc, 32), options=options)
+    types = " ".join(t for t in c.signature.values() if t != "constexpr")
+    values = ", ".join(f"{k}={v}" for k, v in c.constexprs.items())
+    name = f"sm_{cc} {c.kernel.__name__}[{types}]({values}, num_warps={c.num_warps}, num_stages={c.num_stages})"
+    return _statistics(name, compiled, cc, c.tensor_cores)
+
+
+def _statistics(name: str, compiled, cc: int, meant: bool) -> Statistics:
+    """Spills come from assembling the PTX once more as Triton does: the object alone does not tell them from other local memory."""
+    import triton.backends.nvidia
+
+    tools = os.path.join(os.path.dirname(triton.backends.nvidia.__file__), "bin")
+    architecture = re.search(r"^\.target (sm_\w+)", compiled.asm["ptx"], re.MULTILINE)[1]
+    with tempfile.TemporaryDirectory() as folder:
+        ptx, cubin = os.path.join(folder, "kernel.ptx"), os.path.join(folder, "kernel.cubin")
+        with open(ptx, "w") as file:
+            file.write(compiled.asm["ptx"])
+        with open(cubin, "wb") as file:
+            file.write(compiled.asm["cubin"])
+        assembler = os.path.join(tools, "ptxas-blackwell" if cc >= 100 else "ptxas")
+        assembled = _output([assembler, "-v", f"--gpu-name={architecture}", ptx, "-o", os.path.join(folder, "again")])
+        sass = _output([os.path.join(tools, "nvdisasm"), cubin])
+    stack, stores, loads = map(int, re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", assembled).groups())
+    registers = int(re.search(r"Used (\d+) registers", assembled)[1])
+    return Statistics(name, registers, stack + stores + loads, compiled.metadata.shared, bool(TENSOR_CORES.search(sass)), meant)
+
+
+def _output(command: list[str]) -> str:
+    ran = subprocess.run(command, capture_output=True, text=True)
+    if ran.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)} ended with status {ran.returncode}:\n{ran.stderr}")
+    return ran.stdout + ran.stderr
