@@ -1,0 +1,1115 @@
+"""Triton kernels of `reconstruction_loss`: three sweeps over the batch, each one launch, no map of the batch ever written.
+
+A program takes one item at a time: a sample, or a strip of its rows where there are fewer samples than places to run or the maps are
+large. Between the phases of an item its maps lie in the program's own scratch, small enough to stay in the caches, and a barrier
+lets all of the program's threads see them:
+
+    resized features                                     no resize
+    T[tap, k] = W1[tap, k, :] h         tl.dot           z = conv3x3(h) + b1                  tl.dot over taps and channels
+    E[dy, k]  = T expanded in x, shifted by dx
+    z[k]      = E expanded in y, shifted by dy, + b1
+    statistics:  count, mean, squares of z               per item, merged in float64 by a second kernel
+    x = (z - mean) / std;  a = relu(gamma x + beta);  s = conv3x3(a) + b2;  loss and g = d loss / d s
+    loss:        da = conv3x3^T(g), sums of dy, dy x     tl.dot with the 27 shifted values of g around a pixel
+                 dW2 = g a^T                             tl.dot with the same
+    backward:    dz = batch norm's backward of da        and then
+                 dE = y-expansion^T dz, dT = x-expansion^T dE                                   dh = conv3x3^T(dz)
+                 dh = W1^T dT, dW1 = dT h^T              tl.dot           dW1 = dz u^T          tl.dot
+
+Cost a sample, bytes of DRAM where the scratch stays in the caches, e bytes a feature and 4 a pixel value (multiply-adds):
+
+    statistics   e C h w                              P = 9 K C h w + K (18 h W + 6 H W)      [no resize: P = 9 K C H W]
+    loss         e C h w + 12 H W                     P + 81 K H W                            (27 K H W for s, dW2, da each)
+    backward     2 e C h w + 12 H W                   2 P + 54 K H W + 9 K C h w              (P again for dT: transposes)
+
+and beside them the partial sums of every program: 4 (29 K + 4) bytes after the loss, 36 K C after the backward. A strip computes
+its neighbours' rows again: 2 (4 and more in backward) rows of H, by `Plan`.
+
+Deterministic: sums are kept per program, in the order of its items, and added up by a second kernel in the order of programs; the
+number of programs depends on shape and device alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import struct
+import typing
+
+import torch
+import triton
+import triton.language as tl
+
+from .dispatch import INTERPRETED as _INTERPRETED
+
+INTERPRETED = tl.constexpr(_INTERPRETED)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The resize of one axis. `source` and `first_output` below say the same in Python.
+
+
+@triton.jit
+def _source(p, IN: tl.constexpr, OUT: tl.constexpr, NEAREST: tl.constexpr):
+    """The two inputs that output p (inside 0..OUT) takes, and the weight of the second: exact integers, no rounded positions."""
+    if NEAREST:
+        low = tl.minimum((p.to(tl.float32) * (IN / OUT)).to(tl.int32), IN - 1)  # F.interpolate: a float32 scale
+        return low, low, low.to(tl.float32) * 0
+    LAST: tl.constexpr = OUT - 1 if OUT > 1 else 1
+    low = p * (IN - 1) // LAST
+    rest = p * (IN - 1) - low * LAST
+    return low, tl.minimum(low + 1, IN - 1), tl.div_rn(rest.to(tl.float32), low.to(tl.float32) * 0 + LAST)
+
+
+@triton.jit
+def _first_output(i, IN: tl.constexpr, OUT: tl.constexpr, NEAREST: tl.constexpr):
+    """No output before this one takes input i."""
+    if NEAREST:
+        return tl.maximum(i * OUT // IN - 1, 0)
+    if IN == 1:
+        return i * 0
+    return tl.where(i > 0, tl.maximum(i - 1, 0) * (OUT - 1) // (IN - 1) + 1, 0)
+
+
+@triton.jit
+def _inside(p, SIZE: tl.constexpr):
+    return (p >= 0) & (p < SIZE)
+
+
+@triton.jit
+def _shifted_source(p, IN: tl.constexpr, OUT: tl.constexpr, NEAREST: tl.constexpr):
+    """`_source` with both weights, which are 0 where p lies outside the resized map."""
+    low, high, weight = _source(tl.minimum(tl.maximum(p, 0), OUT - 1), IN, OUT, NEAREST)
+    inside = _inside(p, OUT)
+    return low, high, tl.where(inside, 1 - weight, 0.0), tl.where(inside, weight, 0.0)
+
+
+@triton.jit
+def _write_table(table, IN: tl.constexpr, OUT: tl.constexpr, COUNT: tl.constexpr, NEAREST: tl.constexpr, BLOCK: tl.constexpr):
+    """table[i, t] = weight of input i in output first_output(i) + t, for t < COUNT: the transpose of the resize."""
+    for e0 in range(0, IN * COUNT, BLOCK):
+        e = e0 + tl.arange(0, BLOCK)
+        i = e // COUNT
+        p = _first_output(i, IN, OUT, NEAREST) + e % COUNT
+        low, high, low_weight, high_weight = _shifted_source(p, IN, OUT, NEAREST)
+        weight = tl.where(low == i, low_weight, 0.0) + tl.where(high == i, high_weight, 0.0)
+        tl.store(table + e, weight, mask=e < IN * COUNT)
+
+
+@triton.jit
+def _dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b with float32 accumulation; 16-bit operands stay so where both are, which is exact."""
+    if INTERPRETED or a.dtype != b.dtype:  # the interpreter computes garbage from bfloat16
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision=PRECISION)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# z
+
+
+@triton.jit
+def _write_taps(
+    features, s_c, s_y, s_x, w_taps, taps, t0, t1, C: tl.constexpr, w: tl.constexpr, K: tl.constexpr, TP: tl.constexpr,
+    PRECISION: tl.constexpr, M: tl.constexpr, P: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """taps[tap * K + k][p] = sum over c of W1 features, at the pixels of the feature rows t0..t1."""
+    count = (t1 - t0) * w
+    for p0 in range(0, count, P):
+        p = p0 + tl.arange(0, P)
+        at = (t0 + p // w) * s_y + p % w * s_x
+        for m0 in range(0, 9 * K, M):
+            m = m0 + tl.arange(0, M)
+            acc = tl.zeros((M, P), tl.float32)
+            for c0 in range(0, C, D):
+                c = c0 + tl.arange(0, D)
+                weight = tl.load(w_taps + m[:, None] * C + c[None, :], mask=(m[:, None] < 9 * K) & (c[None, :] < C), other=0.0)
+                x = tl.load(features + c[:, None] * s_c + at[None, :], mask=(c[:, None] < C) & (p[None, :] < count), other=0.0)
+                acc = _dot(weight, x, acc, PRECISION)
+            tl.store(taps + m[:, None] * TP + p[None, :], acc, mask=(m[:, None] < 9 * K) & (p[None, :] < count))
+
+
+@triton.jit
+def _write_expanded(
+    taps, expanded, rows, w: tl.constexpr, W: tl.constexpr, K: tl.constexpr, TP: tl.constexpr, EP: tl.constexpr, NEAREST: tl.constexpr,
+    KB: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
+    """expanded[dy * K + k][i, X] = sum over dx of taps[dy, dx, k][i], resized in x, at X + dx - 1."""
+    for e0 in range(0, rows * W, B):
+        e = e0 + tl.arange(0, B)
+        i, X = e // W, e % W
+        low0, high0, wl0, wh0 = _shifted_source(X - 1, w, W, NEAREST)
+        low1, high1, wl1, wh1 = _shifted_source(X, w, W, NEAREST)
+        low2, high2, wl2, wh2 = _shifted_source(X + 1, w, W, NEAREST)
+        for q0 in range(0, 3 * K, KB):
+            q = q0 + tl.arange(0, KB)
+            mask = (q[:, None] < 3 * K) & (e[None, :] < rows * W)
+            at = taps + (q // K * (3 * K) + q % K)[:, None] * TP + (i * w)[None, :]
+            acc = wl0[None, :] * tl.load(at + low0[None, :], mask=mask, other=0.0)
+            acc += wl1[None, :] * tl.load(at + K * TP + low1[None, :], mask=mask, other=0.0)
+            acc += wl2[None, :] * tl.load(at + 2 * K * TP + low2[None, :], mask=mask, other=0.0)
+            if not NEAREST:
+                acc += wh0[None, :] * tl.load(at + high0[None, :], mask=mask, other=0.0)
+                acc += wh1[None, :] * tl.load(at + K * TP + high1[None, :], mask=mask, other=0.0)
+                acc += wh2[None, :] * tl.load(at + 2 * K * TP + high2[None, :], mask=mask, other=0.0)
+            tl.store(expanded + q[:, None] * EP + e[None, :], acc, mask=mask)
+
+
+@triton.jit
+def _write_rows(
+    expanded, b1, x, a0, a1, t0, h: tl.constexpr, H: tl.constexpr, W: tl.constexpr, K: tl.constexpr, EP: tl.constexpr, XP: tl.constexpr,
+    NEAREST: tl.constexpr, KB: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
+    """x[k][Y - a0, X] = z = b1 + sum over dy of expanded[dy, k], resized in y, at Y + dy - 1, for the rows a0..a1 of the image."""
+    count = (a1 - a0) * W
+    for p0 in range(0, count, B):
+        p = p0 + tl.arange(0, B)
+        Y, X = a0 + p // W, p % W
+        low0, high0, wl0, wh0 = _shifted_source(Y - 1, h, H, NEAREST)
+        low1, high1, wl1, wh1 = _shifted_source(Y, h, H, NEAREST)
+        low2, high2, wl2, wh2 = _shifted_source(Y + 1, h, H, NEAREST)
+        low0, high0 = (low0 - t0) * W + X, (high0 - t0) * W + X
+        low1, high1 = (low1 - t0) * W + X, (high1 - t0) * W + X
+        low2, high2 = (low2 - t0) * W + X, (high2 - t0) * W + X
+        for k0 in range(0, K, KB):
+            k = k0 + tl.arange(0, KB)
+            mask = (k[:, None] < K) & (p[None, :] < count)
+            at = expanded + k[:, None] * EP
+            acc = wl0[None, :] * tl.load(at + low0[None, :], mask=mask, other=0.0)
+            acc += wl1[None, :] * tl.load(at + K * EP + low1[None, :], mask=mask, other=0.0)
+            acc += wl2[None, :] * tl.load(at + 2 * K * EP + low2[None, :], mask=mask, other=0.0)
+            if not NEAREST:
+                acc += wh0[None, :] * tl.load(at + high0[None, :], mask=mask, other=0.0)
+                acc += wh1[None, :] * tl.load(at + K * EP + high1[None, :], mask=mask, other=0.0)
+                acc += wh2[None, :] * tl.load(at + 2 * K * EP + high2[None, :], mask=mask, other=0.0)
+            if b1 is not None:
+                acc += tl.load(b1 + k, mask=k < K, other=0.0).to(tl.float32)[:, None]
+            tl.store(x + k[:, None] * XP + p[None, :], acc, mask=mask)
+
+
+@triton.jit
+def _write_convolved(
+    features, s_c, s_y, s_x, w_taps, b1, x, a0, a1, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, K: tl.constexpr, XP: tl.constexpr,
+    PRECISION: tl.constexpr, P: tl.constexpr, KT: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """x[k][Y - a0, X] = z = conv3x3(features) + b1, where the features have the image's size."""
+    count = (a1 - a0) * W
+    for p0 in range(0, count, P):
+        p = p0 + tl.arange(0, P)
+        Y, X = a0 + p // W, p % W
+        for k0 in range(0, K, KT):
+            k = k0 + tl.arange(0, KT)
+            acc = tl.zeros((P, KT), tl.float32)
+            for step in range(0, 9 * ((C + D - 1) // D)):
+                tap, c = step % 9, step // 9 * D + tl.arange(0, D)
+                y, xx = Y + tap // 3 - 1, X + tap % 3 - 1
+                inside = (p < count) & _inside(y, H) & _inside(xx, W)
+                u = tl.load(features + (y * s_y + xx * s_x)[:, None] + c[None, :] * s_c, mask=inside[:, None] & (c[None, :] < C), other=0.0)
+                at = (tap * K + k)[None, :] * C + c[:, None]
+                weight = tl.load(w_taps + at, mask=(k[None, :] < K) & (c[:, None] < C), other=0.0)
+                acc = _dot(u, weight, acc, PRECISION)
+            if b1 is not None:
+                acc += tl.load(b1 + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
+            tl.store(x + k[None, :] * XP + p[:, None], acc, mask=(k[None, :] < K) & (p[:, None] < count))
+
+
+@triton.jit
+def _write_pre_norm(
+    features, s_c, s_y, s_x, w_taps, b1, x, low, a0, a1, C: tl.constexpr, h: tl.constexpr, w: tl.constexpr, H: tl.constexpr,
+    W: tl.constexpr, K: tl.constexpr, RESIZE: tl.constexpr, NEAREST: tl.constexpr, AR: tl.constexpr, TR: tl.constexpr,
+    PRECISION: tl.constexpr, M: tl.constexpr, P: tl.constexpr, D: tl.constexpr, PC: tl.constexpr, KT: tl.constexpr, KB: tl.constexpr,
+    B: tl.constexpr,
+):  # fmt: skip
+    """x[k][Y - a0, X] = z for the rows a0..a1 of the image; `low` is scratch for 9 K TR w + 3 K TR W numbers."""
+    if RESIZE:
+        t0, _, _ = _source(tl.maximum(a0 - 1, 0), h, H, NEAREST)
+        _, t1, _ = _source(tl.minimum(a1, H - 1), h, H, NEAREST)
+        t1 += 1
+        expanded = low + 9 * K * TR * w
+        _write_taps(features, s_c, s_y, s_x, w_taps, low, t0, t1, C, w, K, TR * w, PRECISION, M, P, D)
+        tl.debug_barrier()
+        _write_expanded(low, expanded, t1 - t0, w, W, K, TR * w, TR * W, NEAREST, KB, B)
+        tl.debug_barrier()
+        _write_rows(expanded, b1, x, a0, a1, t0, h, H, W, K, TR * W, AR * W, NEAREST, KB, B)
+    else:
+        _write_convolved(features, s_c, s_y, s_x, w_taps, b1, x, a0, a1, C, H, W, K, AR * W, PRECISION, PC, KT, D)
+    tl.debug_barrier()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From z to the gradient in the logits
+
+
+@triton.jit
+def _channel_norm(mean, var, gamma, beta, k, eps, K: tl.constexpr):
+    """Of the channels k: mean, 1 / std, gamma, beta."""
+    valid = k < K
+    center = tl.load(mean + k, mask=valid, other=0.0).to(tl.float32)
+    variance = tl.load(var + k, mask=valid, other=1.0).to(tl.float32)
+    one = variance * 0 + 1
+    inverse_std = tl.div_rn(one, tl.sqrt_rn(variance + eps))
+    scale, shift = one, one * 0
+    if gamma is not None:
+        scale = tl.load(gamma + k, mask=valid, other=0.0).to(tl.float32)
+        shift = tl.load(beta + k, mask=valid, other=0.0).to(tl.float32)
+    return center, inverse_std, scale, shift
+
+
+@triton.jit
+def _write_activation(
+    x, a, mean, var, gamma, beta, eps, a0, a1, H: tl.constexpr, W: tl.constexpr, K: tl.constexpr, XP: tl.constexpr, AP: tl.constexpr,
+    KB: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
+    """x becomes (z - mean) / std; a = relu(gamma x + beta), a plane with a border of zeros: rows a0 - 1..a1 + 1 of W + 2."""
+    count = (a1 - a0 + 2) * (W + 2)
+    for p0 in range(0, count, B):
+        p = p0 + tl.arange(0, B)
+        row, X = p // (W + 2) - 1, p % (W + 2) - 1
+        inside = (row >= 0) & (row < a1 - a0) & _inside(X, W)
+        for k0 in range(0, K, KB):
+            k = k0 + tl.arange(0, KB)
+            center, inverse_std, scale, shift = _channel_norm(mean, var, gamma, beta, k, eps, K)
+            valid = (k[:, None] < K) & inside[None, :]
+            at = x + k[:, None] * XP + (row * W + X)[None, :]
+            normalized = (tl.load(at, mask=valid, other=0.0) - center[:, None]) * inverse_std[:, None]
+            tl.store(at, normalized, mask=valid)
+            y = normalized * scale[:, None] + shift[:, None]
+            tl.store(a + k[:, None] * AP + p[None, :], tl.where(valid & (y > 0), y, 0.0), mask=(k[:, None] < K) & (p[None, :] < count))
+
+
+@triton.jit
+def _fill_zero(to, count, B: tl.constexpr):
+    for e0 in range(0, count, B):
+        e = e0 + tl.arange(0, B)
+        tl.store(to + e, tl.zeros((B,), tl.float32), mask=e < count)
+
+
+@triton.jit
+def _pixel(s, t, LOSS: tl.constexpr):
+    """Loss of a pixel from its logit s and target t, and the derivative in s; nothing overflows or cancels."""
+    e = tl.exp(-tl.abs(s))
+    inverse = 1 / (1 + e)
+    small = e * inverse  # sigmoid(-|s|)
+    if LOSS == 0:
+        log1p = tl.where(e < 0.01, e * (1 - e * (0.5 - e * (1.0 / 3 - e * 0.25))), tl.log(1 + e))
+        loss = tl.where(s > 0, s * (1 - t), -s * t) + log1p
+        return loss, tl.where(s > 0, (1 - t) - small, small - t)
+    off = tl.where(s > 0, (1 - t) - small, small - t)
+    slope = small * inverse
+    if LOSS == 1:
+        return off * off, 2 * off * slope
+    return tl.abs(off), tl.where(off > 0, slope, tl.where(off < 0, -slope, 0.0))
+
+
+@triton.jit
+def _target(image, at, mask, restore_mean, restore_std, RESTORE: tl.constexpr):
+    t = tl.load(image + at, mask=mask, other=0.0).to(tl.float32)
+    if RESTORE:
+        t = tl.minimum(tl.maximum(t * restore_std + restore_mean, 0.0), 1.0)
+    return t
+
+
+@triton.jit
+def _write_gradient(
+    a, g, image, i_c, i_y, i_x, w2, b2, weight, m0, m1, m2, d0, d1, d2, a0, g0, g1, y0, y1, W: tl.constexpr, K: tl.constexpr,
+    AP: tl.constexpr, GP: tl.constexpr, RESTORE: tl.constexpr, LOSS: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
+    """g[o] = weight * d loss / d s, a plane with a border of zeros; returns the sum of the loss over the rows y0..y1."""
+    PITCH: tl.constexpr = W + 2
+    count = (g1 - g0) * W
+    total = tl.zeros((B,), tl.float32)
+    for p0 in range(0, count, B):
+        p = p0 + tl.arange(0, B)
+        Y, X = g0 + p // W, p % W
+        mask = p < count
+        at = a + (Y - a0) * PITCH + X
+        s0 = tl.zeros((B,), tl.float32)
+        s1 = tl.zeros((B,), tl.float32)
+        s2 = tl.zeros((B,), tl.float32)
+        if b2 is not None:
+            s0 += tl.load(b2).to(tl.float32)
+            s1 += tl.load(b2 + 1).to(tl.float32)
+            s2 += tl.load(b2 + 2).to(tl.float32)
+        for k in range(K):
+            for tap in tl.static_range(9):
+                value = tl.load(at + k * AP + tap // 3 * PITCH + tap % 3, mask=mask, other=0.0)
+                s0 += value * tl.load(w2 + k * 9 + tap).to(tl.float32)
+                s1 += value * tl.load(w2 + (K + k) * 9 + tap).to(tl.float32)
+                s2 += value * tl.load(w2 + (2 * K + k) * 9 + tap).to(tl.float32)
+        pixel = Y * i_y + X * i_x
+        loss0, gradient0 = _pixel(s0, _target(image, pixel, mask, m0, d0, RESTORE), LOSS)
+        loss1, gradient1 = _pixel(s1, _target(image, pixel + i_c, mask, m1, d1, RESTORE), LOSS)
+        loss2, gradient2 = _pixel(s2, _target(image, pixel + 2 * i_c, mask, m2, d2, RESTORE), LOSS)
+        to = g + (Y - g0 + 1) * PITCH + X + 1
+        tl.store(to, gradient0 * weight, mask=mask)
+        tl.store(to + GP, gradient1 * weight, mask=mask)
+        tl.store(to + 2 * GP, gradient2 * weight, mask=mask)
+        total += tl.where(mask & (Y >= y0) & (Y < y1), loss0 + loss1 + loss2, 0.0)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def _around(g, p, count, first, g0, W: tl.constexpr, GP: tl.constexpr):
+    """(P, 32): for the pixels p of the rows from `first` on, g[o] where tap meets the pixel, in column o * 9 + tap; the rest 0."""
+    q = tl.arange(0, 32)
+    at = (first + p // W - g0 + 1) * (W + 2) + p % W + 1
+    off = q // 9 * GP - (q % 9 // 3 - 1) * (W + 2) - (q % 3 - 1)  # q % 9 % 3 is q % 3
+    return tl.load(g + at[:, None] + off[None, :], mask=(p[:, None] < count) & (q[None, :] < 27), other=0.0)
+
+
+@triton.jit
+def _weights_around(w2, k, K: tl.constexpr):
+    """(32, KT): w2[o, k, tap] in row o * 9 + tap."""
+    q = tl.arange(0, 32)
+    at = (q // 9 * K)[:, None] * 9 + k[None, :] * 9 + (q % 9)[:, None]
+    return tl.load(w2 + at, mask=(q[:, None] < 27) & (k[None, :] < K), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _add_sums(
+    x, a, g, w2, partial, fresh, a0, g0, y0, y1, W: tl.constexpr, K: tl.constexpr, XP: tl.constexpr, AP: tl.constexpr, GP: tl.constexpr,
+    PRECISION: tl.constexpr, KT: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """partial += over the rows y0..y1: d gamma (K), d beta (K), d w2 (3, K, 9), d b2 (3); what is there counts unless `fresh`."""
+    count = (y1 - y0) * W
+    q = tl.arange(0, 32)
+    for k0 in range(0, K, KT):
+        k = k0 + tl.arange(0, KT)
+        weight = _weights_around(w2, k, K)
+        d_w2 = tl.zeros((32, KT), tl.float32)
+        d_beta = tl.zeros((P, KT), tl.float32)
+        d_gamma = tl.zeros((P, KT), tl.float32)
+        d_b2 = tl.zeros((32,), tl.float32)
+        for p0 in range(0, count, P):
+            p = p0 + tl.arange(0, P)
+            mask = (p[:, None] < count) & (k[None, :] < K)
+            Y, X = y0 + p // W, p % W
+            around = _around(g, p, count, y0, g0, W, GP)
+            activation = tl.load(a + ((Y - a0 + 1) * (W + 2) + X + 1)[:, None] + k[None, :] * AP, mask=mask, other=0.0)
+            normalized = tl.load(x + ((Y - a0) * W + X)[:, None] + k[None, :] * XP, mask=mask, other=0.0)
+            dy = _dot(around, weight, tl.zeros((P, KT), tl.float32), PRECISION)
+            dy = tl.where(activation > 0, dy, 0.0)
+            d_beta += dy
+            d_gamma += dy * normalized
+            d_w2 = _dot(tl.trans(around), activation, d_w2, PRECISION)
+            d_b2 += tl.sum(around, 0)
+        kept = (k < K) & (fresh == 0)
+        to = partial + k
+        tl.store(to, tl.sum(d_gamma, 0) + tl.load(to, mask=kept, other=0.0), mask=k < K)
+        tl.store(to + K, tl.sum(d_beta, 0) + tl.load(to + K, mask=kept, other=0.0), mask=k < K)
+        to_w2 = partial + 2 * K + (q // 9 * K)[:, None] * 9 + k[None, :] * 9 + (q % 9)[:, None]
+        valid = (q[:, None] < 27) & (k[None, :] < K)
+        tl.store(to_w2, d_w2 + tl.load(to_w2, mask=valid & (fresh == 0), other=0.0), mask=valid)
+        if k0 == 0:
+            to_b2 = partial + 29 * K + q // 9
+            center = (q < 27) & (q % 9 == 4)
+            tl.store(to_b2, d_b2 + tl.load(to_b2, mask=center & (fresh == 0), other=0.0), mask=center)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From the gradient in the logits to those of the features and W1
+
+
+@triton.jit
+def _write_norm_backward(
+    x, a, g, w2, to, t_row, t_plane, t_origin, mean, var, gamma, beta, eps, d_gamma, d_beta, scale_sums, a0, g0, r0, r1,
+    W: tl.constexpr, K: tl.constexpr, XP: tl.constexpr, AP: tl.constexpr, GP: tl.constexpr, PRECISION: tl.constexpr,
+    KT: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """to = gradient in z of the rows r0..r1, in the place of x or of a. scale_sums: upstream / count, 0 in eval mode."""
+    count = (r1 - r0) * W
+    for k0 in range(0, K, KT):
+        k = k0 + tl.arange(0, KT)
+        weight = _weights_around(w2, k, K)
+        _, inverse_std, scale, _ = _channel_norm(mean, var, gamma, beta, k, eps, K)
+        mean_dy = tl.load(d_beta + k, mask=k < K, other=0.0) * scale_sums
+        mean_dy_x = tl.load(d_gamma + k, mask=k < K, other=0.0) * scale_sums
+        for p0 in range(0, count, P):
+            p = p0 + tl.arange(0, P)
+            mask = (p[:, None] < count) & (k[None, :] < K)
+            Y, X = r0 + p // W, p % W
+            activation = tl.load(a + ((Y - a0 + 1) * (W + 2) + X + 1)[:, None] + k[None, :] * AP, mask=mask, other=0.0)
+            normalized = tl.load(x + ((Y - a0) * W + X)[:, None] + k[None, :] * XP, mask=mask, other=0.0)
+            dy = _dot(_around(g, p, count, r0, g0, W, GP), weight, tl.zeros((P, KT), tl.float32), PRECISION)
+            dy = tl.where(activation > 0, dy, 0.0)
+            dz = (dy - mean_dy[None, :] - normalized * mean_dy_x[None, :]) * (scale * inverse_std)[None, :]
+            tl.store(to + t_origin + ((Y - a0) * t_row + X)[:, None] + k[None, :] * t_plane, dz, mask=mask)
+
+
+@triton.jit
+def _gather_rows(
+    dz, table, d_expanded, i0, i1, a0, h: tl.constexpr, H: tl.constexpr, W: tl.constexpr, K: tl.constexpr, XP: tl.constexpr,
+    EP: tl.constexpr, COUNT: tl.constexpr, NEAREST: tl.constexpr, KB: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
+    """The transpose of `_write_rows`, for the feature rows i0..i1."""
+    count = (i1 - i0) * W
+    for e0 in range(0, count, B):
+        e = e0 + tl.arange(0, B)
+        i, X = i0 + e // W, e % W
+        first = _first_output(i, h, H, NEAREST)
+        for q0 in range(0, 3 * K, KB):
+            q = q0 + tl.arange(0, KB)
+            dy = q // K - 1
+            mask = (q[:, None] < 3 * K) & (e[None, :] < count)
+            acc = tl.zeros((KB, B), tl.float32)
+            for t in range(COUNT):
+                Y = (first + t)[None, :] - dy[:, None]
+                weight = tl.load(table + i * COUNT + t, mask=e < count, other=0.0)
+                valid = mask & _inside(Y, H) & (weight != 0)[None, :]
+                acc += weight[None, :] * tl.load(dz + (q % K * XP)[:, None] + (Y - a0) * W + X[None, :], mask=valid, other=0.0)
+            tl.store(d_expanded + q[:, None] * EP + e[None, :], acc, mask=mask)
+
+
+@triton.jit
+def _gather_columns(
+    d_expanded, table, d_taps, rows, w: tl.constexpr, W: tl.constexpr, K: tl.constexpr, EP: tl.constexpr, TP: tl.constexpr,
+    COUNT: tl.constexpr, NEAREST: tl.constexpr, KB: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
+    """The transpose of `_write_expanded`."""
+    count = rows * w
+    for e0 in range(0, count, B):
+        e = e0 + tl.arange(0, B)
+        i, j = e // w, e % w
+        first = _first_output(j, w, W, NEAREST)
+        for m0 in range(0, 9 * K, KB):
+            m = m0 + tl.arange(0, KB)  # tap * K + k
+            dx = m // K % 3 - 1
+            mask = (m[:, None] < 9 * K) & (e[None, :] < count)
+            at = d_expanded + (m // (3 * K) * K + m % K)[:, None] * EP + (i * W)[None, :]
+            acc = tl.zeros((KB, B), tl.float32)
+            for t in range(COUNT):
+                X = (first + t)[None, :] - dx[:, None]
+                weight = tl.load(table + j * COUNT + t, mask=e < count, other=0.0)
+                acc += weight[None, :] * tl.load(at + X, mask=mask & _inside(X, W) & (weight != 0)[None, :], other=0.0)
+            tl.store(d_taps + m[:, None] * TP + e[None, :], acc, mask=mask)
+
+
+@triton.jit
+def _write_features_from_taps(
+    d_taps, w_taps, d_features, s_c, s_y, s_x, i0, i1, C: tl.constexpr, w: tl.constexpr, K: tl.constexpr, TP: tl.constexpr,
+    PRECISION: tl.constexpr, M: tl.constexpr, P: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """d features = W1^T d taps, of the feature rows i0..i1."""
+    count = (i1 - i0) * w
+    for p0 in range(0, count, P):
+        p = p0 + tl.arange(0, P)
+        for c0 in range(0, C, M):
+            c = c0 + tl.arange(0, M)
+            acc = tl.zeros((M, P), tl.float32)
+            for m0 in range(0, 9 * K, D):
+                m = m0 + tl.arange(0, D)
+                weight = tl.load(w_taps + m[None, :] * C + c[:, None], mask=(m[None, :] < 9 * K) & (c[:, None] < C), other=0.0)
+                x = tl.load(d_taps + m[:, None] * TP + p[None, :], mask=(m[:, None] < 9 * K) & (p[None, :] < count), other=0.0)
+                acc = _dot(weight, x, acc, PRECISION)
+            to = d_features + c[:, None] * s_c + ((i0 + p // w) * s_y + p % w * s_x)[None, :]
+            tl.store(to, acc, mask=(c[:, None] < C) & (p[None, :] < count))
+
+
+@triton.jit
+def _add_w1_from_taps(
+    d_taps, features, s_c, s_y, s_x, partial, fresh, i0, i1, C: tl.constexpr, w: tl.constexpr, K: tl.constexpr, TP: tl.constexpr,
+    PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """partial[tap * K + k][c] += d taps features^T over the feature rows i0..i1."""
+    count = (i1 - i0) * w
+    for m0 in range(0, 9 * K, M):
+        m = m0 + tl.arange(0, M)
+        for c0 in range(0, C, N):
+            c = c0 + tl.arange(0, N)
+            acc = tl.zeros((M, N), tl.float32)
+            for p0 in range(0, count, D):
+                p = p0 + tl.arange(0, D)
+                x = tl.load(d_taps + m[:, None] * TP + p[None, :], mask=(m[:, None] < 9 * K) & (p[None, :] < count), other=0.0)
+                at = ((i0 + p // w) * s_y + p % w * s_x)[:, None] + c[None, :] * s_c
+                acc = _dot(x, tl.load(features + at, mask=(p[:, None] < count) & (c[None, :] < C), other=0.0), acc, PRECISION)
+            mask = (m[:, None] < 9 * K) & (c[None, :] < C)
+            to = partial + m[:, None] * C + c[None, :]
+            tl.store(to, acc + tl.load(to, mask=mask & (fresh == 0), other=0.0), mask=mask)
+
+
+@triton.jit
+def _write_features_convolved(
+    dz, w_taps, d_features, s_c, s_y, s_x, i0, i1, a0, C: tl.constexpr, W: tl.constexpr, K: tl.constexpr, AP: tl.constexpr,
+    PRECISION: tl.constexpr, P: tl.constexpr, N: tl.constexpr, KT: tl.constexpr,
+):  # fmt: skip
+    """d features = conv3x3^T(dz) of the rows i0..i1, where there is no resize; dz is a plane with a border of zeros."""
+    count = (i1 - i0) * W
+    for p0 in range(0, count, P):
+        p = p0 + tl.arange(0, P)
+        Y, X = i0 + p // W, p % W
+        at = (Y - a0 + 1) * (W + 2) + X + 1
+        for c0 in range(0, C, N):
+            c = c0 + tl.arange(0, N)
+            acc = tl.zeros((P, N), tl.float32)
+            for step in range(0, 9 * ((K + KT - 1) // KT)):
+                tap, k = step % 9, step // 9 * KT + tl.arange(0, KT)
+                off = at - (tap // 3 - 1) * (W + 2) - (tap % 3 - 1)
+                x = tl.load(dz + off[:, None] + k[None, :] * AP, mask=(p[:, None] < count) & (k[None, :] < K), other=0.0)
+                weight = tl.load(w_taps + (tap * K + k)[:, None] * C + c[None, :], mask=(k[:, None] < K) & (c[None, :] < C), other=0.0)
+                acc = _dot(x, weight, acc, PRECISION)
+            to = d_features + (Y * s_y + X * s_x)[:, None] + c[None, :] * s_c
+            tl.store(to, acc, mask=(p[:, None] < count) & (c[None, :] < C))
+
+
+@triton.jit
+def _add_w1_convolved(
+    dz, features, s_c, s_y, s_x, partial, fresh, i0, i1, a0, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, K: tl.constexpr,
+    AP: tl.constexpr, PRECISION: tl.constexpr, KT: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """partial[tap * K + k][c] += dz features^T over the rows i0..i1; all taps and channels of the features side by side."""
+    count = (i1 - i0) * W
+    for k0 in range(0, K, KT):
+        k = k0 + tl.arange(0, KT)
+        for n0 in range(0, 9 * C, N):
+            n = n0 + tl.arange(0, N)  # tap * C + c
+            tap, c = n // C, n % C
+            acc = tl.zeros((KT, N), tl.float32)
+            for p0 in range(0, count, D):
+                p = p0 + tl.arange(0, D)
+                Y, X = i0 + p // W, p % W
+                at = (Y - a0 + 1) * (W + 2) + X + 1
+                x = tl.load(dz + k[:, None] * AP + at[None, :], mask=(k[:, None] < K) & (p[None, :] < count), other=0.0)
+                y, xx = Y[:, None] + (tap // 3 - 1)[None, :], X[:, None] + (tap % 3 - 1)[None, :]
+                inside = (p[:, None] < count) & (n[None, :] < 9 * C) & _inside(y, H) & _inside(xx, W)
+                acc = _dot(x, tl.load(features + y * s_y + xx * s_x + (c * s_c)[None, :], mask=inside, other=0.0), acc, PRECISION)
+            mask = (k[:, None] < K) & (n[None, :] < 9 * C)
+            to = partial + (tap * K)[None, :] * C + k[:, None] * C + c[None, :]
+            tl.store(to, acc + tl.load(to, mask=mask & (fresh == 0), other=0.0), mask=mask)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The sweeps
+
+
+@triton.jit
+def statistics_kernel(
+    scratch, items, features, s_n, s_c, s_y, s_x, w_taps, b1, means, squares,
+    C: tl.constexpr, h: tl.constexpr, w: tl.constexpr, H: tl.constexpr, W: tl.constexpr, K: tl.constexpr, NEAREST: tl.constexpr,
+    ROWS: tl.constexpr, AR: tl.constexpr, TR: tl.constexpr, SCRATCH: tl.constexpr, PRECISION: tl.constexpr,
+    M: tl.constexpr, P: tl.constexpr, D: tl.constexpr, PC: tl.constexpr, KT: tl.constexpr, KB: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
+    """means, squares (K, items), float64: of z over an item, the squares about its mean."""
+    STRIPS: tl.constexpr = (H + ROWS - 1) // ROWS
+    x = scratch + tl.program_id(0).to(tl.int64) * SCRATCH
+    for i in range(tl.program_id(0), items, tl.num_programs(0)):
+        item = tl.program_id(0) * 0 + i  # a tensor in the interpreter too
+        y0 = item % STRIPS * ROWS
+        y1 = tl.minimum(y0 + ROWS, H)
+        sample = features + (item // STRIPS).to(tl.int64) * s_n
+        _write_pre_norm(
+            sample, s_c, s_y, s_x, w_taps, b1, x, x + K * AR * W, y0, y1, C, h, w, H, W, K, h != H or w != W, NEAREST, AR, TR, PRECISION,
+            M, P, D, PC, KT, KB, B,
+        )  # fmt: skip
+        count = (y1 - y0) * W
+        for k0 in range(0, K, KB):
+            k = k0 + tl.arange(0, KB)
+            total = tl.zeros((KB, B), tl.float32)
+            for p0 in range(0, count, B):
+                p = p0 + tl.arange(0, B)
+                total += tl.load(x + k[:, None] * (AR * W) + p[None, :], mask=(k[:, None] < K) & (p[None, :] < count), other=0.0)
+            center = tl.sum(total, 1) / count
+            square = tl.zeros((KB, B), tl.float32)
+            rest = tl.zeros((KB, B), tl.float32)
+            for p0 in range(0, count, B):
+                p = p0 + tl.arange(0, B)
+                mask = (k[:, None] < K) & (p[None, :] < count)
+                off = tl.where(mask, tl.load(x + k[:, None] * (AR * W) + p[None, :], mask=mask, other=0.0) - center[:, None], 0.0)
+                square += off * off
+                rest += off
+            # the center was rounded: what the deviations leave over corrects it and the sum of squares
+            left = tl.sum(rest, 1).to(tl.float64) / count
+            to = k * items + item
+            tl.store(means + to, center.to(tl.float64) + left, mask=k < K)
+            tl.store(squares + to, tl.sum(square, 1).to(tl.float64) - left * left * count, mask=k < K)
+        tl.debug_barrier()
+
+
+@triton.jit
+def merge_statistics_kernel(
+    means, squares, saved, items, H: tl.constexpr, W: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, B: tl.constexpr
+):
+    """saved[k], saved[K + k] = mean and biased variance of channel k, which is the program's."""
+    STRIPS: tl.constexpr = (H + ROWS - 1) // ROWS
+    k = tl.program_id(0)
+    pixels = items.to(tl.float64) / STRIPS * (H * W)
+    total = tl.zeros((B,), tl.float64)
+    for i0 in range(0, items, B):
+        i = i0 + tl.arange(0, B)
+        count = tl.minimum(H - i % STRIPS * ROWS, ROWS) * W
+        total += tl.load(means + k * items + i, mask=i < items, other=0.0) * count
+    mean = tl.sum(total, 0) / pixels
+    total = tl.zeros((B,), tl.float64)
+    for i0 in range(0, items, B):
+        i = i0 + tl.arange(0, B)
+        count = tl.minimum(H - i % STRIPS * ROWS, ROWS) * W
+        off = tl.load(means + k * items + i, mask=i < items, other=0.0) - mean
+        total += tl.where(i < items, tl.load(squares + k * items + i, mask=i < items, other=0.0) + off * off * count, 0.0)
+    tl.store(saved + k, mean.to(tl.float32))
+    tl.store(saved + K + k, (tl.sum(total, 0) / pixels).to(tl.float32))
+
+
+@triton.jit
+def loss_kernel(
+    scratch, items, features, s_n, s_c, s_y, s_x, image, i_n, i_c, i_y, i_x, w_taps, b1, gamma, beta, w2, b2, mean, var, partial,
+    eps, weight, m0, m1, m2, d0, d1, d2,
+    C: tl.constexpr, h: tl.constexpr, w: tl.constexpr, H: tl.constexpr, W: tl.constexpr, K: tl.constexpr, NEAREST: tl.constexpr,
+    RESTORE: tl.constexpr, LOSS: tl.constexpr, NEEDS_GRAD: tl.constexpr, ROWS: tl.constexpr, AR: tl.constexpr, GR: tl.constexpr,
+    TR: tl.constexpr, SCRATCH: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, P: tl.constexpr, D: tl.constexpr,
+    PC: tl.constexpr, PS: tl.constexpr, KT: tl.constexpr, KB: tl.constexpr, B: tl.constexpr, BS: tl.constexpr,
+):  # fmt: skip
+    """partial (programs, 29 K + 4): d gamma, d beta, d w2, d b2 of the mean loss (if NEEDS_GRAD), and the sum of the loss."""
+    STRIPS: tl.constexpr = (H + ROWS - 1) // ROWS
+    XP: tl.constexpr = AR * W
+    AP: tl.constexpr = (AR + 2) * (W + 2)
+    GP: tl.constexpr = (GR + 2) * (W + 2)
+    program = tl.program_id(0)
+    x = scratch + program.to(tl.int64) * SCRATCH
+    g = x + K * XP
+    a = g + 3 * GP
+    mine = partial + program * (29 * K + 4)
+    total = 0.0
+    for i in range(program, items, tl.num_programs(0)):
+        item = program * 0 + i  # a tensor in the interpreter too
+        y0 = item % STRIPS * ROWS
+        y1 = tl.minimum(y0 + ROWS, H)
+        g0, g1 = tl.maximum(y0 - 1, 0), tl.minimum(y1 + 1, H)
+        a0, a1 = tl.maximum(y0 - 2, 0), tl.minimum(y1 + 2, H)
+        n = (item // STRIPS).to(tl.int64)
+        _write_pre_norm(
+            features + n * s_n, s_c, s_y, s_x, w_taps, b1, x, a, a0, a1, C, h, w, H, W, K, h != H or w != W, NEAREST, AR, TR, PRECISION,
+            M, P, D, PC, KT, KB, B,
+        )  # fmt: skip
+        _write_activation(x, a, mean, var, gamma, beta, eps, a0, a1, H, W, K, XP, AP, KB, B)
+        _fill_zero(g, 3 * GP, BS)
+        tl.debug_barrier()
+        total += _write_gradient(
+            a, g, image + n * i_n, i_c, i_y, i_x, w2, b2, weight, m0, m1, m2, d0, d1, d2, a0, g0, g1, y0, y1, W, K, AP, GP,
+            RESTORE, LOSS, BS,
+        )  # fmt: skip
+        tl.debug_barrier()
+        if NEEDS_GRAD:
+            _add_sums(x, a, g, w2, mine, item == program, a0, g0, y0, y1, W, K, XP, AP, GP, PRECISION, KT, PS)
+            tl.debug_barrier()
+    tl.store(mine + 29 * K + 3, total)
+
+
+@triton.jit
+def reduce_sums_kernel(partial, saved, loss, programs, weight, K: tl.constexpr, NEEDS_GRAD: tl.constexpr, R: tl.constexpr, N: tl.constexpr):
+    """saved[2 K..] and the loss from the partial sums of `loss_kernel`."""
+    ROW: tl.constexpr = 29 * K + 4
+    column = tl.program_id(0) * N + tl.arange(0, N)
+    total = tl.zeros((R, N), tl.float64)
+    for r0 in range(0, programs, R):
+        r = r0 + tl.arange(0, R)
+        valid = (r[:, None] < programs) & (column[None, :] < ROW)
+        if not NEEDS_GRAD:
+            valid = valid & (column[None, :] == ROW - 1)
+        total += tl.load(partial + r[:, None] * ROW + column[None, :], mask=valid, other=0.0)
+    found = tl.sum(total, 0)
+    tl.store(saved + 2 * K + column, found.to(tl.float32), mask=column < ROW - 1)
+    tl.store(loss + column * 0, (found * weight).to(tl.float32), mask=column == ROW - 1)
+
+
+@triton.jit
+def backward_kernel(
+    scratch, items, features, s_n, s_c, s_y, s_x, image, i_n, i_c, i_y, i_x, w_taps, b1, gamma, beta, w2, b2, saved, grad, d_features,
+    f_n, f_c, f_y, f_x, partial, eps, weight, scale_sums, m0, m1, m2, d0, d1, d2,
+    C: tl.constexpr, h: tl.constexpr, w: tl.constexpr, H: tl.constexpr, W: tl.constexpr, K: tl.constexpr, NEAREST: tl.constexpr,
+    RESTORE: tl.constexpr, LOSS: tl.constexpr, NEEDS_FEATURES: tl.constexpr, NEEDS_W1: tl.constexpr, ROWS: tl.constexpr,
+    AR: tl.constexpr, GR: tl.constexpr, TR: tl.constexpr, NY: tl.constexpr, NX: tl.constexpr, SCRATCH: tl.constexpr,
+    PRECISION: tl.constexpr, M: tl.constexpr, P: tl.constexpr, D: tl.constexpr, PC: tl.constexpr, PS: tl.constexpr, MW: tl.constexpr,
+    NW: tl.constexpr, NC: tl.constexpr, DC: tl.constexpr, KT: tl.constexpr, KB: tl.constexpr, B: tl.constexpr, BS: tl.constexpr,
+    BG: tl.constexpr, KG: tl.constexpr,
+):  # fmt: skip
+    """d features, and partial (programs, 9 K, C): d W1 in order (tap, k, c). An item is a strip of ROWS feature rows."""
+    STRIPS: tl.constexpr = (h + ROWS - 1) // ROWS
+    RESIZE: tl.constexpr = h != H or w != W
+    XP: tl.constexpr = AR * W
+    AP: tl.constexpr = (AR + 2) * (W + 2)
+    GP: tl.constexpr = (GR + 2) * (W + 2)
+    TP: tl.constexpr = ROWS * w
+    program = tl.program_id(0)
+    x = scratch + program.to(tl.int64) * SCRATCH
+    g = x + K * XP
+    rows_table = g + 3 * GP
+    columns_table = rows_table + h * NY
+    a = columns_table + w * NX
+    mine = partial + program.to(tl.int64) * (9 * K * C)
+    mean, var, d_gamma, d_beta = saved, saved + K, saved + 2 * K, saved + 3 * K
+    upstream = tl.load(grad).to(tl.float32)
+    weight = weight * upstream
+    if RESIZE:
+        _write_table(rows_table, h, H, NY, NEAREST, BS)
+        _write_table(columns_table, w, W, NX, NEAREST, BS)
+    for i in range(program, items, tl.num_programs(0)):
+        item = program * 0 + i  # a tensor in the interpreter too
+        i0 = item % STRIPS * ROWS
+        i1 = tl.minimum(i0 + ROWS, h)
+        y0, y1 = i0, i1
+        if RESIZE:
+            y0 = _first_output(i0, h, H, NEAREST)
+            y1 = tl.minimum(_first_output(i1 - 1, h, H, NEAREST) + NY, H)
+        r0, r1 = tl.maximum(y0 - 1, 0), tl.minimum(y1 + 1, H)
+        g0, g1 = tl.maximum(y0 - 2, 0), tl.minimum(y1 + 2, H)
+        a0, a1 = tl.maximum(y0 - 3, 0), tl.minimum(y1 + 3, H)
+        n = (item // STRIPS).to(tl.int64)
+        sample = features + n * s_n
+        _write_pre_norm(
+            sample, s_c, s_y, s_x, w_taps, b1, x, a, a0, a1, C, h, w, H, W, K, RESIZE, NEAREST, AR, TR, PRECISION, M, P, D, PC, KT, KB, B
+        )
+        _write_activation(x, a, mean, var, gamma, beta, eps, a0, a1, H, W, K, XP, AP, KB, B)
+        _fill_zero(g, 3 * GP, BS)
+        tl.debug_barrier()
+        _write_gradient(
+            a, g, image + n * i_n, i_c, i_y, i_x, w2, b2, weight, m0, m1, m2, d0, d1, d2, a0, g0, g1, y0, y1, W, K, AP, GP,
+            RESTORE, LOSS, BS,
+        )  # fmt: skip
+        tl.debug_barrier()
+        if RESIZE:
+            _write_norm_backward(
+                x, a, g, w2, x, W, XP, 0, mean, var, gamma, beta, eps, d_gamma, d_beta, scale_sums * upstream, a0, g0, r0, r1, W, K, XP, AP,
+                GP, PRECISION, KT, PS,
+            )  # fmt: skip
+            tl.debug_barrier()
+            d_taps = a + 3 * K * ROWS * W
+            _gather_rows(x, rows_table, a, i0, i1, a0, h, H, W, K, XP, ROWS * W, NY, NEAREST, KB, B)
+            tl.debug_barrier()
+            _gather_columns(a, columns_table, d_taps, i1 - i0, w, W, K, ROWS * W, TP, NX, NEAREST, KG, BG)
+            tl.debug_barrier()
+            if NEEDS_FEATURES:
+                to = d_features + n * f_n
+                _write_features_from_taps(d_taps, w_taps, to, f_c, f_y, f_x, i0, i1, C, w, K, TP, PRECISION, NC, P, D)
+            if NEEDS_W1:
+                _add_w1_from_taps(d_taps, sample, s_c, s_y, s_x, mine, item == program, i0, i1, C, w, K, TP, PRECISION, MW, NW, D)
+        else:
+            _write_norm_backward(
+                x, a, g, w2, a, W + 2, AP, W + 3, mean, var, gamma, beta, eps, d_gamma, d_beta, scale_sums * upstream, a0, g0, r0, r1, W, K,
+                XP, AP, GP, PRECISION, KT, PS,
+            )  # fmt: skip
+            tl.debug_barrier()
+            if NEEDS_FEATURES:
+                to = d_features + n * f_n
+                _write_features_convolved(a, w_taps, to, f_c, f_y, f_x, i0, i1, a0, C, W, K, AP, PRECISION, PC, NC, KT)
+            if NEEDS_W1:
+                _add_w1_convolved(a, sample, s_c, s_y, s_x, mine, item == program, i0, i1, a0, C, H, W, K, AP, PRECISION, KT, NW, DC)
+        tl.debug_barrier()
+
+
+@triton.jit
+def reduce_w1_kernel(partial, d_w1, programs, C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, N: tl.constexpr):
+    """d W1 (K, C, 3, 3) from the partial sums of `backward_kernel`."""
+    column = tl.program_id(0) * N + tl.arange(0, N)
+    total = tl.zeros((R, N), tl.float32)
+    for r0 in range(0, programs, R):
+        r = r0 + tl.arange(0, R)
+        at = r.to(tl.int64)[:, None] * (9 * K * C) + column[None, :]
+        total += tl.load(partial + at, mask=(r[:, None] < programs) & (column[None, :] < 9 * K * C), other=0.0)
+    to = column % (K * C) * 9 + column // (K * C)
+    tl.store(d_w1 + to, tl.sum(total, 0), mask=column < 9 * K * C)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tiles, strips and programs, all chosen before launch
+
+
+class Tiles(typing.NamedTuple):
+    """Sizes of tiles, powers of two: of the products (rows, columns, depth) and of what is not a product."""
+
+    M: int  # taps and hidden channels, times P pixels of the features: 9 K of them
+    P: int
+    D: int  # depth of a product
+    PC: int  # pixels of the image, times KT hidden channels: the first convolution without resize
+    PS: int  # pixels of the image, times KT hidden channels: second convolution backward
+    MW: int  # taps and hidden channels, times NW features' channels (without resize KT, times NW taps and channels): d W1
+    NW: int
+    NC: int  # channels of the features: d features
+    DC: int  # depth, in pixels, of d W1 without resize
+    KT: int  # hidden channels in a product
+    KB: int  # hidden channels (or with dy) times B pixels: resizes and norms
+    B: int
+    BS: int  # pixels of the second convolution
+    BG: int  # pixels of the features, times KG hidden channels and taps: the last transpose
+    KG: int
+    num_warps: int
+    per_sm: int  # programs that run on a multiprocessor at a time
+
+
+TILES_OF = {
+    "statistics": ("M", "P", "D", "PC", "KT", "KB", "B"),
+    "loss": ("M", "P", "D", "PC", "PS", "KT", "KB", "B", "BS"),
+    "backward": ("M", "P", "D", "PC", "PS", "MW", "NW", "NC", "DC", "KT", "KB", "B", "BS", "BG", "KG"),
+}
+
+
+def _power_of_two(n: int, low: int, high: int) -> int:
+    return min(max(low, 1 << max(n - 1, 0).bit_length()), high)
+
+
+def tiles(capability: tuple[int, int], C: int, K: int, features_pixels: int, resize: bool, precision: str) -> Tiles:
+    """The table. capability (0, 0): the interpreter, where a tile costs the same whatever its size."""
+    KT, channels, pixels = _power_of_two(K, 16, 32), _power_of_two(C, 16, 64), _power_of_two(features_pixels, 16, 64)
+    if capability == (0, 0):
+        taps = _power_of_two(9 * K, 16, 256)
+        return Tiles(taps, pixels, channels, 512, 512, taps, channels if resize else 256, channels, 256, KT, 32, 256, 1024, 64, 256, 4, 2)
+    depth = 16 if precision == "ieee" else 32  # ieee: multiply-adds, all of a product's depth in registers
+    taps = _power_of_two(9 * K, 64, 128)
+    return Tiles(taps, pixels, depth, 256, 128, 64, 64 if resize else 128, channels, depth, KT, 4, 256, 1024, 64, 16, 8, 2)
+
+
+class Plan(typing.NamedTuple):
+    """How a sweep is cut up. Rows are of the image, in the backward sweep `rows` of the features."""
+
+    rows: int  # an item's own
+    strips: int  # items of a sample
+    activation_rows: int  # of z and a that an item computes at most: its own and those around
+    gradient_rows: int
+    tap_rows: int  # of the features
+    row_outputs: int  # rows of the image that one of the features goes to at most, from the first on; 0 without resize
+    column_outputs: int
+    scratch: int  # float32 numbers a program
+    programs: int
+
+
+class Shape(typing.NamedTuple):
+    N: int
+    C: int
+    h: int
+    w: int
+    H: int
+    W: int
+    K: int
+    nearest: bool
+
+    @property
+    def resize(self) -> bool:
+        return (self.h, self.w) != (self.H, self.W)
+
+    @property
+    def row_outputs(self) -> int:
+        return outputs_of_one(self.h, self.H, self.nearest) if self.resize else 0
+
+    @property
+    def column_outputs(self) -> int:
+        return outputs_of_one(self.w, self.W, self.nearest) if self.resize else 0
+
+
+MIN_SCRATCH = 32 * 2**20  # bytes: below, a batch is small whatever it takes
+
+
+def scratch_budget(shape: Shape) -> int:
+    """Bytes that all programs' scratch may take: a quarter of the resized map (N, C, H, W) in float32, or 32 MiB."""
+    return max(MIN_SCRATCH, shape.N * shape.C * shape.H * shape.W)
+
+
+def _float32(x: float) -> float:
+    return struct.unpack("f", struct.pack("f", x))[0]
+
+
+def source(p: int, n_in: int, n_out: int, nearest: bool) -> tuple[int, int, bool]:
+    """The two inputs of output p, and whether the second has weight: `_source` in Python."""
+    if nearest:
+        low = min(int(_float32(p * _float32(n_in / n_out))), n_in - 1)
+        return low, low, False
+    low, rest = divmod(p * (n_in - 1), max(n_out - 1, 1))
+    return low, min(low + 1, n_in - 1), rest > 0
+
+
+def first_output(i: int, n_in: int, n_out: int, nearest: bool) -> int:
+    """`_first_output` in Python."""
+    if nearest:
+        return max(i * n_out // n_in - 1, 0)
+    return (i - 1) * (n_out - 1) // (n_in - 1) + 1 if i > 0 and n_in > 1 else 0
+
+
+@functools.cache
+def outputs_of_one(n_in: int, n_out: int, nearest: bool) -> int:
+    """The most outputs, from first_output(i) on, that it takes to see all that take input i."""
+    last = {}
+    for p in range(n_out):
+        low, high, weighs = source(p, n_in, n_out, nearest)
+        last[low] = p
+        if weighs:
+            last[high] = p
+    return max(p - first_output(i, n_in, n_out, nearest) + 1 for i, p in last.items())
+
+
+def _windows(shape: Shape, sweep: str, rows: int) -> tuple[int, int, int]:
+    """The most rows of z, of g and of the features that an item of `rows` rows needs: the bounds that the kernels compute."""
+    N, C, h, w, H, W, K, nearest = shape
+    activation = gradient = taps = 0
+    for first in range(0, h if sweep == "backward" else H, rows):
+        if sweep == "backward":
+            last = min(first + rows, h)
+            y0, y1, halo = first, last, 3
+            if shape.resize:
+                y0 = first_output(first, h, H, nearest)
+                y1 = min(first_output(last - 1, h, H, nearest) + shape.row_outputs, H)
+        else:
+            y0, y1, halo = first, min(first + rows, H), 2 if sweep == "loss" else 0
+        a0, a1 = max(y0 - halo, 0), min(y1 + halo, H)
+        g0, g1 = max(y0 - halo + 1, 0), min(y1 + halo - 1, H)
+        t0, t1 = source(max(a0 - 1, 0), h, H, nearest)[0], source(min(a1, H - 1), h, H, nearest)[1] + 1
+        activation, gradient, taps = max(activation, a1 - a0), max(gradient, g1 - g0), max(taps, t1 - t0)
+    return activation, gradient, taps
+
+
+def _scratch(shape: Shape, sweep: str, rows: int) -> int:
+    N, C, h, w, H, W, K, nearest = shape
+    activation, gradient, taps = _windows(shape, sweep, rows)
+    low = 9 * K * taps * w + 3 * K * taps * W if shape.resize else 0  # T and E
+    total = K * activation * W
+    if sweep != "statistics":
+        low = max(low, K * (activation + 2) * (W + 2))  # a, when T and E are no longer needed
+        total += 3 * (gradient + 2) * (W + 2)
+    if sweep == "backward" and shape.resize:
+        low = max(low, 3 * K * rows * W + 9 * K * rows * w)  # dE and dT, when a is no longer needed
+        total += h * shape.row_outputs + w * shape.column_outputs
+    return -(-(total + low) // 32) * 32
+
+
+@functools.lru_cache(maxsize=4096)
+def plan(shape: Shape, sweep: str, places: int) -> Plan:
+    """Strips and programs of a sweep, "statistics", "loss" or "backward". places: programs that the device runs at a time.
+
+    Of the halvings of a sample, that which takes least: rounds of all programs times the rows that an item computes.
+    """
+    best = None
+    rows = shape.h if sweep == "backward" else shape.H
+    while True:
+        windows = _windows(shape, sweep, rows)
+        size = _scratch(shape, sweep, rows)
+        strips = -(-(shape.h if sweep == "backward" else shape.H) // rows)
+        programs = max(1, min(shape.N * strips, places, scratch_budget(shape) // (4 * size)))
+        cost = -(-shape.N * strips // programs) * windows[0]
+        if best is None or cost < best[0]:
+            best = cost, Plan(rows, strips, *windows, shape.row_outputs, shape.column_outputs, size, programs)
+        if rows <= (1 if sweep == "backward" else 4):
+            return best[1]
+        rows = -(-rows // 2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Launchers: the arguments of the ops' schemas
+
+
+@functools.cache
+def _device(index: int | None) -> tuple[tuple[int, int], int]:
+    """Compute capability and number of multiprocessors; the interpreter is (0, 0) with one."""
+    if index is None:
+        return (0, 0), 1
+    properties = torch.cuda.get_device_properties(index)
+    return (properties.major, properties.minor), properties.multi_processor_count
+
+
+def _near(t: torch.Tensor) -> torch.Tensor:
+    """t, or a contiguous copy where offsets within a sample need more than 32 bits."""
+    far = sum((n - 1) * s for n, s in zip(t.shape[1:], t.stride()[1:])) >= 2**31 - 2**20
+    return t.contiguous() if far else t
+
+
+def _contiguous(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    return tuple(None if t is None else t.contiguous() for t in tensors)
+
+
+class _Call:
+    """What the launches of one call share."""
+
+    def __init__(self, features, image, w1, mode, restore):
+        self.shape = Shape(*features.shape, *image.shape[2:], w1.shape[0], mode == 1)
+        self.device = features.device
+        capability, processors = _device(features.device.index)
+        self.precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+        _, C, h, w, *_, K, _ = self.shape
+        self.tiles = tiles(capability, C, K, h * w, self.shape.resize, self.precision)
+        self.places = self.tiles.per_sm * processors
+        self.restore = restore or [0.0] * 6
+        self.features, self.image = _near(features), _near(image)
+        self.w_taps = w1.permute(2, 3, 0, 1).contiguous()  # (3, 3, K, C)
+
+    def launch(self, kernel, sweep: str, cut: Plan, *args, **constants):
+        N, C, h, w, H, W, K, nearest = self.shape
+        scratch = torch.empty(cut.programs * cut.scratch, dtype=torch.float32, device=self.device)
+        kernel[(cut.programs,)](
+            scratch, N * cut.strips, self.features, *self.features.stride(), *args, C=C, h=h, w=w, H=H, W=W, K=K, NEAREST=nearest,
+            ROWS=cut.rows, AR=cut.activation_rows, TR=cut.tap_rows, SCRATCH=cut.scratch, PRECISION=self.precision, **constants,
+            **{name: getattr(self.tiles, name) for name in TILES_OF[sweep]}, num_warps=self.tiles.num_warps, num_stages=1,
+        )  # fmt: skip
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
+
+def forward(features, image, w1, b1, gamma, beta, w2, b2, running_mean, running_var, restore, eps, mode, loss, needs_grad):
+    """`reconstruction_loss_forward` on CUDA tensors (or any, in the interpreter); a map that spans 2^31 elements is copied first."""
+    K, restored = w1.shape[0], bool(restore)
+    if features.shape[0] == 0:
+        return features.new_zeros((), dtype=torch.float32), features.new_zeros(31 * K + 3, dtype=torch.float32)
+    with _guard(features.device):
+        call = _Call(features, image, w1, mode, restore)
+        b1, gamma, beta, w2, b2, running_mean, running_var = _contiguous(b1, gamma, beta, w2, b2, running_mean, running_var)
+        value, saved = call.empty(), call.empty(31 * K + 3)
+        mean, var = saved[:K], saved[K : 2 * K]
+        if running_mean is None:
+            _statistics(call, b1, saved)
+        else:
+            mean.copy_(running_mean)
+            var.copy_(running_var)
+        cut = plan(call.shape, "loss", call.places)
+        partial = call.empty(cut.programs, 29 * K + 4)
+        weight = 1.0 / (3 * image.shape[0] * image.shape[2] * image.shape[3])
+        call.launch(
+            loss_kernel, "loss", cut, call.image, *call.image.stride(), call.w_taps, b1, gamma, beta, w2, b2, mean, var, partial, eps,
+            weight, *call.restore, RESTORE=restored, LOSS=loss, NEEDS_GRAD=needs_grad, GR=cut.gradient_rows,
+        )  # fmt: skip
+        reduce_sums_kernel[(triton.cdiv(29 * K + 4, 32),)](
+            partial, saved, value, cut.programs, weight, K=K, NEEDS_GRAD=needs_grad, R=32, N=32
+        )
+    return value, saved
+
+
+def _statistics(call: _Call, b1: torch.Tensor | None, saved: torch.Tensor) -> None:
+    """saved[: 2 K] = mean and biased variance of z over the batch."""
+    cut = plan(call.shape, "statistics", call.places)
+    K, items = call.shape.K, call.shape.N * cut.strips
+    means, squares = call.empty(K, items, dtype=torch.float64), call.empty(K, items, dtype=torch.float64)
+    call.launch(statistics_kernel, "statistics", cut, call.w_taps, b1, means, squares)
+    merge_statistics_kernel[(K,)](means, squares, saved, items, H=call.shape.H, W=call.shape.W, K=K, ROWS=cut.rows, B=1024)
+
+
+def backward(
+    grad, features, image, w1, b1, gamma, beta, w2, b2, saved, restore, batch_statistics, eps, mode, loss, needs_features, needs_w1
+):
+    """`reconstruction_loss_backward`, as `forward`; the gradient of the features has their strides."""
+    K, restored = w1.shape[0], bool(restore)
+    d_features = torch.empty_like(features) if needs_features else features.new_empty(0)
+    d_w1 = torch.empty(w1.shape if needs_w1 else (0,), dtype=torch.float32, device=w1.device)
+    if batch_statistics:  # a constant added to z changes nothing: the gradient of b1 is exactly 0
+        d_b1 = torch.zeros(K, dtype=torch.float32, device=w1.device)
+    else:
+        scale = (saved[K : 2 * K] + eps).rsqrt()
+        d_b1 = saved[3 * K : 4 * K] * (scale if gamma is None else scale * gamma) * grad.float()
+    if features.shape[0] == 0:
+        return d_features, d_w1.zero_(), d_b1
+    if not (needs_features or needs_w1):
+        return d_features, d_w1, d_b1
+    with _guard(features.device):
+        call = _Call(features, image, w1, mode, restore)
+        b1, gamma, beta, w2, b2, grad = _contiguous(b1, gamma, beta, w2, b2, grad)
+        cut = plan(call.shape, "backward", call.places)
+        shape = call.shape
+        counted = shape.N * shape.H * shape.W
+        scale_sums = 1.0 / counted if batch_statistics else 0.0
+        partial = call.empty(cut.programs if needs_w1 else 0, w1.numel())
+        call.launch(
+            backward_kernel, "backward", cut, call.image, *call.image.stride(), call.w_taps, b1, gamma, beta, w2, b2, saved, grad,
+            d_features, *(d_features.stride() if needs_features else (0, 0, 0, 0)), partial, eps, 1.0 / (3 * counted), scale_sums,
+            *call.restore, RESTORE=restored, LOSS=loss, NEEDS_FEATURES=needs_features, NEEDS_W1=needs_w1, GR=cut.gradient_rows,
+            NY=cut.row_outputs, NX=cut.column_outputs,
+        )  # fmt: skip
+        if needs_w1:
+            reduce_w1_kernel[(triton.cdiv(w1.numel(), 64),)](partial, d_w1, cut.programs, C=shape.C, K=K, R=32, N=64)
+    return d_features, d_w1, d_b1
+
+
+def _guard(device: torch.device) -> contextlib.AbstractContextManager:
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
