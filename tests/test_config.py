@@ -18,7 +18,7 @@ from infopro_fast.trainer.config import IMAGE_SIZES, RECIPES, ConfigError, Train
         (dict(arch="vgg"), "arch: expected one of .*, got 'vgg'"),
         (dict(local_loss="info"), "local_loss: expected one of"),
         (dict(dtype="float16"), "dtype: expected one of"),
-        (dict(impl="cuda"), "impl: expected one of"),
+        (dict(impl="tpu"), "impl: expected one of"),
         (dict(net_config="9c9f"), "net_config: expected one of"),
         (dict(schedule="linear"), "schedule: expected one of"),
         (dict(modules=0), "modules: expected an integer of at least 1, got 0"),

@@ -1,6 +1,7 @@
 """The training loop: what it computes, what it writes, how it stops; test_kill.py has the violent ends."""
 
 import contextlib
+import functools
 import io
 import json
 import math
@@ -207,6 +208,18 @@ def test_signal_stops_after_a_checkpoint_and_continues_to_the_same_bits(tmp_path
     assert_same_weights(resume(tmp_path / "run"), finished)
     steps = [report.read_metrics(run, "step") for run in (finished, tmp_path / "run")]
     assert steps[0] == steps[1]
+
+
+def test_float16_with_images_off_the_device_continues_to_the_same_bits(tmp_path, monkeypatch):
+    """Scalers are part of a checkpoint: a scale that is about to double does so at the same step."""
+    settings = dict(amp="float16", resident=False, epochs=2)
+    monkeypatch.setattr(torch.amp.GradScaler, "__init__", functools.partialmethod(torch.amp.GradScaler.__init__, growth_interval=3))
+    alone = fit(tiny_run.config(tmp_path / "alone", **settings))
+    with monkeypatch.context() as patch:
+        at_step(patch, 5, lambda trainer, metrics: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(loop.Stopped):
+            fit(tiny_run.config(tmp_path / "run", **settings))
+    assert_same_weights(resume(tmp_path / "run"), alone)
 
 
 def test_signal_during_evaluation(tmp_path, monkeypatch, finished):

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from .augment import Augmentation, augment, draw, normalize
+from .prefetch import prefetch
 
 
 class DataError(ValueError):
@@ -76,12 +77,21 @@ class ImageSet:
         drop_last: bool = False,
         augmented: bool = True,
         dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Batches ``first``, ``first`` + 1, ... of an epoch: image (B, 3, H, W) normalised in ``dtype``, label (B,).
 
         The order, the crops and the flips depend on (seed, epoch) alone and are drawn for the whole epoch at once, so that
         starting at batch ``first`` gives the very batches that the whole epoch has there, on any device.
+        device: where the batches go; None leaves them where the images are. On their way they are uint8.
         """
+        batches = self._augmented(batch_size, seed, epoch, first, drop_last, augmented)
+        for batch, label in prefetch(batches, device or self.train.images.device):
+            yield normalize(batch, self.mean, self.std, dtype), label
+
+    def _augmented(
+        self, batch_size: int, seed: int, epoch: int, first: int, drop_last: bool, augmented: bool
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         images, labels = self.train.images, self.train.labels
         generator = torch.Generator().manual_seed(epoch_seed(seed, epoch))
         order = torch.randperm(len(images), generator=generator).to(images.device)
@@ -91,11 +101,14 @@ class ImageSet:
             batch = images.index_select(0, order[here])
             if augmented:
                 batch = augment(batch, self.augmentation, draws.select(here))
-            yield normalize(batch, self.mean, self.std, dtype), labels.index_select(0, order[here])
+            yield batch, labels.index_select(0, order[here])
 
-    def test_batches(self, batch_size: int, dtype: torch.dtype = torch.float32) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """The test images in order, normalised, and their labels."""
-        for image, label in zip(self.test.images.split(batch_size), self.test.labels.split(batch_size), strict=True):
+    def test_batches(
+        self, batch_size: int, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The test images in order, normalised, and their labels. device: as in `train_epoch`."""
+        batches = zip(self.test.images.split(batch_size), self.test.labels.split(batch_size), strict=True)
+        for image, label in prefetch(batches, device or self.test.images.device):
             yield normalize(image, self.mean, self.std, dtype), label
 
 

@@ -104,7 +104,15 @@ class TrainConfig:
     """cpu, cuda, cuda:1, ...; auto is cuda where there is one."""
     dtype: Literal["float32", "float64"] = "float32"
     """Of weights and arithmetic."""
-    impl: Literal["auto", "reference", "cpu"] = "auto"
+    amp: Literal["none", "bfloat16", "float16"] = "none"
+    """Run forwards under autocast to this dtype; weights stay in dtype. float16 scales each module's loss."""
+    tf32: bool = False
+    """On a GPU, let float32 convolutions and products round their factors to TF32."""
+    cuda_graph: bool = False
+    """On a GPU, capture the whole step in a CUDA graph once it has run three times."""
+    resident: bool = True
+    """Keep all images on the device, as uint8; otherwise batches are made on the CPU and copied ahead of their use."""
+    impl: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"
     """Implementation of the losses."""
     threads: int | None = None
     """CPU threads. Default: torch's."""
@@ -148,6 +156,7 @@ class TrainConfig:
         if self.warmup is None:
             written["warmup"] = _default_warmup(recipe, written["schedule"], written["epochs"])
         device = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
+        _check_device(self, device)
         threads = torch.get_num_threads() if self.threads is None else self.threads
         return dataclasses.replace(self, modules=modules, lambdas=lambdas, device=device, threads=threads, **written)
 
@@ -187,7 +196,8 @@ def _check_choices(c: TrainConfig) -> None:
         ("recompute", ("none", "block", "sqrt")),
         ("schedule", (None, "cosine", "step", "one_cycle")),
         ("dtype", ("float32", "float64")),
-        ("impl", ("auto", "reference", "cpu")),
+        ("amp", ("none", "bfloat16", "float16")),
+        ("impl", ("auto", "reference", "cpu", "triton", "cuda")),
     ):
         if getattr(c, name) not in hint:
             _fail(name, f"one of {hint}", repr(getattr(c, name)))
@@ -214,6 +224,12 @@ def _check_numbers(c: TrainConfig) -> None:
         _fail("cuts", "pairs of stage and block", c.cuts)
 
 
+def _check_device(c: TrainConfig, device: str) -> None:
+    for name in ("tf32", "cuda_graph"):
+        if getattr(c, name) and device == "cpu":
+            raise ConfigError(f"{name} and device {device}: only a GPU has it")
+
+
 def _check_contradictions(c: TrainConfig) -> None:
     modules, infopro = c.number_of_modules(), c.local_loss in ("contrast", "softmax")
     if c.dataset == "fashion_mnist" and (c.data_root is not None or c.download):
@@ -238,8 +254,16 @@ def _check_contradictions(c: TrainConfig) -> None:
             raise ConfigError(f"{name}: local_loss {c.local_loss} with modules {modules} has no such net")
     if c.device.partition(":")[0] not in ("auto", "cpu", "cuda"):
         _fail("device", "auto, cpu, cuda or cuda:N", repr(c.device))
+    if c.amp != "none" and c.dtype == "float64":
+        raise ConfigError(f"amp {c.amp} and dtype float64: autocast is of float32")
+    if c.amp == "float16" and c.cuda_graph:
+        raise ConfigError("amp float16 and cuda_graph: its gradient scaler is not captured; use bfloat16")
+    if c.device != "auto":
+        _check_device(c, c.device)
     if c.impl == "cpu" and c.device not in ("auto", "cpu"):
         raise ConfigError(f"impl cpu and device {c.device}: the CPU kernels run on the CPU")
+    if c.impl in ("triton", "cuda") and c.device == "cpu":
+        raise ConfigError(f"impl {c.impl} and device cpu: these kernels run on a GPU")
     recipe = RECIPES[c.dataset]
     schedule = c.schedule or recipe.schedule
     epochs = c.epochs or recipe.epochs

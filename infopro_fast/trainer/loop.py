@@ -88,7 +88,7 @@ def evaluate_run(run: str | Path, *, data_root: str | Path | None = None, device
             net.load_released_state_dict(weights)
         except ValueError as error:
             raise report.RunError(f"{run / report.WEIGHTS} does not fit {report.CONFIG}: {error}") from error
-        trainer = LocalTrainer(net, schedule.released_sgd(config.lr))
+        trainer = LocalTrainer(net, schedule.released_sgd(config.lr), amp=amp_dtype(config))
         return trainer.evaluate(images.to(config.device).test_batches(config.batch_size, getattr(torch, config.dtype)))
 
 
@@ -98,9 +98,10 @@ class _Training:
     def __init__(self, config: TrainConfig, run: Path, images: data.ImageSet, net: modules.LocalNetwork):
         self.config, self.run, self.net = config, run, net
         self.device, self.dtype = torch.device(config.device), getattr(torch, config.dtype)
-        self.images = images.to(self.device)
+        self.images = images.to(self.device) if config.resident else images
         self.batches = images.batches(config.batch_size, config.drop_last)
-        self.trainer = LocalTrainer(net, schedule.released_sgd(config.lr, config.momentum, config.weight_decay))
+        make_optimizer = schedule.released_sgd(config.lr, config.momentum, config.weight_decay)
+        self.trainer = LocalTrainer(net, make_optimizer, amp=amp_dtype(config), cuda_graph=config.cuda_graph)
         self.meters = Meters(config.log_every)
         self.epoch = self.batch = 0
         self.best: float | None = None
@@ -137,7 +138,7 @@ class _Training:
         self.clock.new_epoch()
         for image, label in self.images.train_epoch(
             config.batch_size, seed=config.seed, epoch=self.epoch, first=self.batch, drop_last=config.drop_last,
-            augmented=config.augment, dtype=self.dtype,
+            augmented=config.augment, dtype=self.dtype, device=self.device,
         ):  # fmt: skip
             lr = learning_rate(config, self.epoch, self.batch, self.batches)
             self.trainer.set_learning_rate(lr)
@@ -158,7 +159,7 @@ class _Training:
 
     def finish_epoch(self) -> None:
         try:
-            self.test = self.trainer.evaluate(self.stop.watch(self.images.test_batches(self.config.batch_size, self.dtype)))
+            self.test = self.trainer.evaluate(self.stop.watch(self.images.test_batches(self.config.batch_size, self.dtype, self.device)))
         except Stopped:
             self.save()  # at the last batch: continuing evaluates again
             raise
@@ -221,6 +222,11 @@ class _Training:
         return f"{c.arch}, {c.modules} module{'s' * (c.modules > 1)}, {c.local_loss}, on {c.dataset} ({self.device})"
 
 
+def amp_dtype(config: TrainConfig) -> torch.dtype | None:
+    """What autocast rounds to, or None."""
+    return None if config.amp == "none" else getattr(torch, config.amp)
+
+
 def learning_rate(config: TrainConfig, epoch: int, batch: int, batches: int) -> float:
     """Of the step at this place: ``epoch`` epochs and ``batch`` of the next one's ``batches`` are finished before it."""
     if config.schedule == "one_cycle":
@@ -264,16 +270,18 @@ def _machine(config: TrainConfig) -> Iterator[None]:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch built without CUDA
         raise ConfigError(f"device {config.device}: {str(error).splitlines()[0]}") from error
-    threads = torch.get_num_threads()
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
     torch.set_num_threads(config.threads)
+    torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
     try:
         with (
             torch.random.fork_rng([device] if device.type == "cuda" else []),
-            torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True),
+            torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=config.tf32),
         ):
             yield
     finally:
         torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)
 
 
 def _rng_state(device: torch.device) -> dict[str, torch.Tensor]:

@@ -7,6 +7,7 @@ auxiliary net's, and one module's gradients.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 
 import torch
@@ -14,13 +15,26 @@ from torch import nn
 
 from infopro_fast.modules import LocalLoss, LocalNetwork
 
+from .cuda_graph import GraphedStep, with_tensor_learning_rates
+
 Metrics = dict[str, torch.Tensor]
 
 
 def local_step(
-    stage: nn.Module, local_loss: LocalLoss, optimizer: torch.optim.Optimizer, h: torch.Tensor, image: torch.Tensor, label: torch.Tensor
+    stage: nn.Module,
+    local_loss: LocalLoss,
+    optimizer: torch.optim.Optimizer,
+    h: torch.Tensor,
+    image: torch.Tensor,
+    label: torch.Tensor,
+    *,
+    autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+    scaler: torch.amp.GradScaler | None = None,
 ) -> tuple[torch.Tensor, Metrics]:
     """Update one module from its input ``h`` (without a graph) and return its output, without a graph, and its metrics.
+
+    autocast: makes the context that forwards run in. scaler: of this module's loss, for float16; a step whose gradients overflow
+    leaves this module as it was, and no other.
 
     The terms of the local loss are back-propagated one after the other into the gradient of the output alone, each one's graph gone
     before the next is built; then the module itself, once; then the optimizer steps and the gradients are freed.
@@ -34,18 +48,29 @@ def local_step(
     - gradients of parameters: from the backward that makes them to the optimizer's step at the end of this call;
     - the output: it is returned. Of a module that is done nothing else is left but its metrics, 0-d.
     """
-    out = stage(h)
+    with autocast():
+        out = stage(h)
     leaf = out.detach().requires_grad_()
     metrics: Metrics = {}
-    for term in local_loss.terms(leaf, image, label):
+    terms = local_loss.terms(leaf, image, label)
+    while True:
+        with autocast():  # around each term's forward alone
+            term = next(terms, None)
+        if term is None:
+            break
         metrics[term.name] = term.loss.detach()
         if term.correct is not None:
             metrics[f"{term.name}_correct"] = term.correct
-        (term.loss if term.weight == 1 else term.loss * term.weight).backward()
-        del term  # before the generator goes on, or this term's graph would outlive the next one's making
+        loss = term.loss if term.weight == 1 else term.loss * term.weight
+        (loss if scaler is None else scaler.scale(loss)).backward()
+        del term, loss  # before the generator goes on, or this term's graph would outlive the next one's making
     grad, leaf.grad = [leaf.grad], None
     _GradientOf.apply(out, grad).backward()
-    optimizer.step()
+    if scaler is None:
+        optimizer.step()
+    else:
+        scaler.step(optimizer)
+        scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return leaf.detach(), metrics
 
@@ -71,14 +96,43 @@ class LocalTrainer:
 
     net: as `build` makes it. make_optimizer: called once a module with the list of its parameters: the stage's and those of the
     auxiliary nets that run (a net whose weight is 0 has no optimizer).
+    amp: torch.bfloat16 or torch.float16: forwards run under autocast to it, weights stay as they are; with float16 every module
+    has a gradient scaler of its own. With a fused optimizer no step waits for the device.
+    cuda_graph: after three steps on batches of one shape the whole step is captured in a CUDA graph, and replayed for every batch
+    of that shape; others run as before. The learning rates of the optimizers become tensors on the device, so that a schedule
+    reaches the graph; every optimizer must be able to be captured (fused SGD and Adam are).
+
+    Raises ValueError for another amp dtype, for cuda_graph where the network is not on a GPU, and for it with float16.
     """
 
-    def __init__(self, net: LocalNetwork, make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer]):
-        self.net = net
+    def __init__(
+        self,
+        net: LocalNetwork,
+        make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
+        *,
+        amp: torch.dtype | None = None,
+        cuda_graph: bool = False,
+    ):
+        if amp not in (None, torch.bfloat16, torch.float16):
+            raise ValueError(f"LocalTrainer: amp: expected torch.bfloat16, torch.float16 or None, got {amp}")
+        self.net, self.amp = net, amp
+        self.device = next(net.parameters()).device
+        if cuda_graph and self.device.type != "cuda":
+            raise ValueError(f"LocalTrainer: cuda_graph: expected the network on a CUDA device, got {self.device}")
+        if cuda_graph and amp == torch.float16:
+            raise ValueError("LocalTrainer: cuda_graph: expected amp torch.bfloat16 or None, got torch.float16, which is not captured")
         self.optimizers = [
             make_optimizer([*stage.parameters(), *local_loss.trained_parameters()])
             for stage, local_loss in zip(net.stages, net.local_losses)
         ]
+        self.scalers = [torch.amp.GradScaler(self.device.type) if amp == torch.float16 else None for _ in self.optimizers]
+        self._graphed = GraphedStep(self._step) if cuda_graph else None
+        if cuda_graph:
+            with_tensor_learning_rates(self.optimizers, self.device)
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """The context that forwards run in."""
+        return contextlib.nullcontext() if self.amp is None else torch.autocast(self.device.type, self.amp)
 
     def step(self, image: torch.Tensor, label: torch.Tensor) -> Metrics:
         """One update of every module, in training mode.
@@ -90,10 +144,14 @@ class LocalTrainer:
         """
         if not self.net.training:
             self.net.train()
+        return (self._graphed or self._step)(image, label)
+
+    def _step(self, image: torch.Tensor, label: torch.Tensor) -> Metrics:
         metrics: Metrics = {}
         h = image.detach()
-        for k, (stage, local_loss, optimizer) in enumerate(zip(self.net.stages, self.net.local_losses, self.optimizers), 1):
-            h, found = local_step(stage, local_loss, optimizer, h, image, label)
+        modules = zip(self.net.stages, self.net.local_losses, self.optimizers, self.scalers)
+        for k, (stage, local_loss, optimizer, scaler) in enumerate(modules, 1):
+            h, found = local_step(stage, local_loss, optimizer, h, image, label, autocast=self.autocast, scaler=scaler)
             if k < len(self.optimizers):
                 metrics.update((f"module{k}/{name}", value) for name, value in found.items())
         return metrics | {"loss": found["cross_entropy"], "correct": found["cross_entropy_correct"]}
@@ -107,7 +165,7 @@ class LocalTrainer:
         sums = torch.zeros(2, dtype=torch.float64, device=next(self.net.parameters()).device)
         self.net.eval()
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), self.autocast():
                 for image, label in batches:
                     h = image
                     for stage in self.net.stages:
@@ -126,21 +184,37 @@ class LocalTrainer:
         """Give every parameter group of every optimizer this learning rate."""
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                if isinstance(group["lr"], torch.Tensor):
+                    group["lr"].fill_(lr)
+                else:
+                    group["lr"] = lr
 
     def state_dict(self) -> dict[str, list[dict]]:
-        """State of the optimizers, in the modules' order."""
-        return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+        """State of the optimizers, in the modules' order, and of their gradient scalers where there are any."""
+        optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
+        for state in optimizers:
+            for group in state["param_groups"]:
+                group["lr"] = float(group["lr"])  # the same whether or not there is a graph
+        scalers = [scaler.state_dict() for scaler in self.scalers if scaler is not None]
+        return {"optimizers": optimizers} | ({"scalers": scalers} if scalers else {})
 
     def load_state_dict(self, state: dict[str, list[dict]]) -> None:
-        """Take the state `state_dict` gave. Raises ValueError if it is of another number of modules."""
+        """Take the state `state_dict` gave. Raises ValueError if it is of another number of modules, or of other scalers."""
         if len(state["optimizers"]) != len(self.optimizers):
             raise ValueError(f"LocalTrainer: expected the state of {len(self.optimizers)} optimizers, got {len(state['optimizers'])}")
+        scalers = [scaler for scaler in self.scalers if scaler is not None]
+        if len(state.get("scalers", [])) != len(scalers):
+            raise ValueError(f"LocalTrainer: expected the state of {len(scalers)} gradient scalers, got {len(state.get('scalers', []))}")
         for optimizer, own in zip(self.optimizers, state["optimizers"]):
             optimizer.load_state_dict(own)
             for p, entry in optimizer.state.items():
                 # Fused optimizers walk a parameter and its state side by side in memory: both need the same strides.
                 entry.update({k: torch.empty_like(p).copy_(v) for k, v in entry.items() if _laid_out_otherwise(v, p)})
+        for scaler, own in zip(scalers, state.get("scalers", [])):
+            scaler.load_state_dict(own)
+        if self._graphed is not None:  # a graph of before holds the old state's memory
+            self._graphed = GraphedStep(self._step)
+            with_tensor_learning_rates(self.optimizers, self.device)
 
 
 def _laid_out_otherwise(value: object, p: nn.Parameter) -> bool:
