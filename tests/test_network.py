@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import infopro_fast
-from infopro_fast.modules import LOCAL_LOSSES, backbones
+from infopro_fast.modules import LOCAL_LOSSES
 from infopro_fast.modules.local_loss import DEFAULT_LAMBDAS, default_lambdas, interpolate_lambdas
 from tests import golden
 
@@ -190,7 +190,7 @@ def test_errors(kwargs, message):
 @pytest.mark.parametrize("modules", [1, 3])
 @pytest.mark.parametrize("recompute", ["block", "sqrt"])
 def test_recompute_changes_no_bit(modules, recompute):
-    """Same losses, gradients (the momentum of one step), weights and statistics: these move once a step, not again in the second forward."""
+    """Same losses, gradients (the momentum of one step), weights, statistics: these move once a step, not again in the second forward."""
     states = []
     for each in ("none", recompute):
         torch.manual_seed(0)

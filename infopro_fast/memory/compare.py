@@ -1,0 +1,175 @@
+"""Ways to train the same network, side by side: bytes by what they are for, the peak the system sees, and time.
+
+Each way is measured in a process of its own, on the CPU or a GPU: a step to warm up, one whose peak is taken, then timed ones, and
+one that is followed byte by byte.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from infopro_fast.modules import CIFAR10_MEAN, CIFAR10_STD, LocalNetwork, build
+from infopro_fast.trainer.schedule import released_sgd
+from infopro_fast.trainer.step import LocalTrainer
+
+from .live import Bytes, nbytes
+from .planner import make_plan
+from .released import ReleasedTrainer, with_released_losses
+from .resident import in_a_process, peak_above
+from .step import measure_step
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to train. modules: K, 1 end to end. losses: "ours" or "released". planned: cuts by `make_plan`, not the published ones.
+
+    budget: torch.compile of the blocks with this activation_memory_budget (0 recompute all, 1 keep what is fast), or None.
+    """
+
+    modules: int = 1
+    recompute: str = "none"
+    losses: str = "ours"
+    planned: bool = True
+    budget: float | None = None
+
+    @property
+    def name(self) -> str:
+        if self.modules > 1:
+            who = "released" if self.losses == "released" else "ours"
+            again = {"none": "", "block": " + recompute", "sqrt": " + recompute sqrt"}[self.recompute]
+            return f"{who} K={self.modules}{again}"
+        if self.budget is not None:
+            return f"E2E compiled, budget {self.budget:g}"
+        return {"none": "E2E", "block": "E2E checkpoint/block", "sqrt": "E2E checkpoint/sqrt"}[self.recompute]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a way takes. peak: `Bytes` at the step's highest point, or None where compiled code hides it; saved: most kept by autograd.
+
+    resident: peak beyond the loaded model, its optimizer's state and the batch, as the system (or a GPU's allocator) sees it.
+    parameters, optimizer: there all the time. seconds: a step, median.
+    """
+
+    way: Way
+    parameters: int
+    optimizer: int
+    saved: int
+    peak: Bytes | None
+    resident: int
+    seconds: float
+
+
+def ways(modules: list[int], budgets: list[float]) -> list[Way]:
+    """End to end, plain, checkpointed and compiled; then for each K the released losses, ours, and ours with recompute."""
+    found = [Way(), Way(recompute="block"), Way(recompute="sqrt"), *(Way(budget=b) for b in budgets)]
+    for K in modules:
+        found += [Way(K, losses="released", planned=False), Way(K), Way(K, "block")]
+    return found
+
+
+def measure(way: Way, arch: str, batch_size: int, image_size: int, *, rounds: int = 5, device: str = "cpu", threads: int | None = None):
+    """`Measured`, from a process of its own."""
+    found = in_a_process(
+        "infopro_fast.memory.compare:_measure_here", way=asdict(way), arch=arch, batch_size=batch_size, image_size=image_size,
+        rounds=rounds, device=device, threads=threads or torch.get_num_threads(),
+    )  # fmt: skip
+    return Measured(way, **{**found, "peak": Bytes(*found["peak"]) if found["peak"] else None})
+
+
+def trainer_of(way: Way, arch: str, batch_size: int, image_size: int, device: str = "cpu") -> LocalTrainer:
+    """The network and its trainer; an equal or published split where there is no plan."""
+    make_optimizer = released_sgd(lr=0.01)
+    if way.modules == 1:
+        net = build(arch, 1, "none", image_size=image_size, recompute=way.recompute)
+    else:
+        cuts = None
+        if way.planned:
+            cuts = make_plan(arch, batch_size, image_size, modules=way.modules, recompute=way.recompute).cuts
+        net = build(arch, way.modules, cuts=cuts, image_size=image_size, recompute=way.recompute)
+    net = net.to(device)
+    if way.losses == "released":
+        return ReleasedTrainer(with_released_losses(net), make_optimizer)
+    if way.budget is not None:
+        _compile(net, way.budget)
+    return LocalTrainer(net, make_optimizer)
+
+
+def _compile(net: LocalNetwork, budget: float) -> None:
+    torch._functorch.config.activation_memory_budget = budget
+    for stage in net.stages:
+        stage.compile(dynamic=False)
+
+
+def batch(batch_size: int, image_size: int, device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (CIFAR10_MEAN, CIFAR10_STD))
+    image = (torch.rand(batch_size, 3, image_size, image_size, generator=generator) - mean) / std
+    return image.to(device), torch.randint(10, (batch_size,), generator=generator).to(device)
+
+
+def _measure_here(way: dict, arch: str, batch_size: int, image_size: int, rounds: int, device: str, threads: int) -> dict[str, Any]:
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    way = Way(**way)
+    trainer = trainer_of(way, arch, batch_size, image_size, device)
+    image, label = batch(batch_size, image_size, device)
+
+    def step() -> None:
+        trainer.step(image, label)
+
+    step()
+    resident = _peak(step, torch.device(device))
+    seconds = statistics.median(_seconds(step, torch.device(device)) for _ in range(rounds))
+    if way.budget is None:
+        memory = measure_step(trainer, image, label)
+        return {
+            "parameters": memory.parameters, "optimizer": memory.optimizer, "saved": memory.saved, "peak": memory.largest.peak,
+            "resident": resident, "seconds": seconds,
+        }  # fmt: skip
+    state = [t for o in trainer.optimizers for entry in o.state.values() for t in entry.values() if isinstance(t, torch.Tensor)]
+    loaded = [*trainer.net.parameters(), *trainer.net.buffers()]
+    return {
+        "parameters": nbytes(loaded), "optimizer": nbytes(state), "saved": _saved_by_compiled(step, [*loaded, image, label]),
+        "peak": None, "resident": resident, "seconds": seconds,
+    }  # fmt: skip
+
+
+def _peak(step: Callable[[], None], device: torch.device) -> int:
+    if device.type != "cuda":
+        return peak_above(step)
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    step()
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _seconds(step: Callable[[], None], device: torch.device) -> float:
+    start = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def _saved_by_compiled(step: Callable[[], None], loaded: list[torch.Tensor]) -> int:
+    """Bytes that compiled code hands to autograd to keep, each storage once. (A dispatch mode would run it uncompiled.)"""
+    there = {t.untyped_storage()._cdata for t in loaded}
+    kept: dict[int, int] = {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        storage = t.untyped_storage()
+        if storage._cdata not in there:
+            kept[storage._cdata] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        step()
+    return sum(kept.values())

@@ -1,0 +1,193 @@
+"""What a local module from one block to another would take, for every pair, from measuring each block once.
+
+A step's memory rises and falls block by block, so a module's highest point is found by adding up what its blocks were measured to
+keep and to need for a moment. A block or auxiliary net that occurs again at the same shape is measured once.
+"""
+
+from __future__ import annotations
+
+import time
+import typing
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from infopro_fast.modules import LocalLoss, LocalNetwork, Stage
+from infopro_fast.trainer.step import _GradientOf, local_step
+
+from .live import LiveBytes, nbytes
+
+
+class BlockCost(typing.NamedTuple):
+    """Bytes of one block, its input not counted; seconds of forward and backward, or 0 where nothing ran.
+
+    inner: kept for backward, neither input nor output. output: of its output map. forward: highest point of its forward.
+    backward: how far its backward rises above what is alive when it starts (inner, output, the gradient of the output).
+    parameters: of its parameters, and of their gradients.
+    """
+
+    inner: int
+    output: int
+    forward: int
+    backward: int
+    parameters: int
+    seconds: float = 0.0
+
+
+class LossCost(typing.NamedTuple):
+    """Bytes of a local loss at a module's end, the features not counted: kept at most, highest point, parameters; seconds."""
+
+    saved: int
+    peak: int
+    parameters: int
+    seconds: float = 0.0
+
+
+class ChainCosts:
+    """Costs of all contiguous modules of a network whose every block is a module of its own.
+
+    blocks: in order. losses: of a module that ends with each block, the last being the network's own; None where none can end.
+    image: bytes of the network's input. recompute: "none" or "block".
+    """
+
+    def __init__(self, blocks: Sequence[BlockCost], losses: Sequence[LossCost | None], image: int, recompute: str = "none"):
+        self.blocks, self.losses, self.image, self.recompute = tuple(blocks), tuple(losses), image, recompute
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def cut_allowed(self, end: int) -> bool:
+        return self.losses[end] is not None
+
+    def saved(self, start: int, end: int, count_image: bool = False) -> int:
+        """Most bytes kept for backward by a module of the blocks ``start`` to ``end``, both included, with its loss."""
+        given = self._given(start) if start or count_image else 0
+        blocks = self.blocks[start : end + 1]
+        outputs = sum(block.output for block in blocks)
+        if self.recompute == "none":
+            return given + outputs + sum(block.inner for block in blocks) + self.losses[end].saved
+        found, before = given + outputs + self.losses[end].saved - blocks[-1].output * (self.losses[end].saved == 0), 0
+        for block in blocks:  # while it is run again: the inputs up to it, its own maps
+            found = max(found, given + before + block.inner + block.output)
+            before += block.output
+        return found
+
+    def peak(self, start: int, end: int) -> int:
+        """Highest point of such a module's step, above parameters, optimizer state and the batch; its gradients included."""
+        given, blocks, loss = self._given(start) if start else 0, self.blocks[start : end + 1], self.losses[end]
+        kept = [block.output + (block.inner if self.recompute == "none" else 0) for block in blocks]
+        found, before = 0, given
+        for block, own in zip(blocks, kept):
+            found = max(found, before + block.forward)
+            before += own
+        found = max(found, before + loss.peak)
+        gradients, result = loss.parameters, blocks[-1].output  # the module's output outlives its backward
+        for i in range(len(blocks) - 1, -1, -1):
+            block, last = blocks[i], i == len(blocks) - 1
+            before -= kept[i]
+            alive = before + gradients + block.output  # the gradient of its output
+            again = 0 if self.recompute == "none" else alive + result + block.forward
+            own = block.inner + block.output + (0 if last and self.recompute == "none" else result)
+            found = max(found, alive + own + block.backward, again)
+            gradients += block.parameters
+        return found
+
+    def seconds(self, start: int, end: int) -> float:
+        return sum(block.seconds for block in self.blocks[start : end + 1]) + self.losses[end].seconds
+
+    def _given(self, start: int) -> int:
+        return self.blocks[start - 1].output if start else self.image
+
+
+def measure_chain(
+    net: LocalNetwork, image: torch.Tensor, label: torch.Tensor, *, recompute: str = "none", timed: bool = False
+) -> ChainCosts:
+    """Costs of ``net``, which has every block as a module of its own (`chains.chain`), on a batch; see `ChainCosts`.
+
+    Inside a `FakeTensorMode` nothing runs. timed: with real tensors, also measure seconds (forward and backward, the best of 3).
+    """
+    net.train()
+    blocks: list[BlockCost] = []
+    losses: list[LossCost | None] = []
+    known: dict[object, object] = {}
+    h, batch = image, (image, label)
+    for stage, local_loss in zip(net.stages, net.local_losses):
+        key = (repr(stage), h.shape, len(blocks) > 0)
+        if key not in known:
+            known[key] = _measure_block(stage, h, first=not blocks, timed=timed)
+        cost, h = known[key]
+        blocks.append(cost)
+        key = (repr(local_loss), h.shape)
+        if key not in known:
+            known[key] = None if isinstance(local_loss, NoCut) else _measure_loss(local_loss, h, *batch, timed=timed)
+        losses.append(known[key])
+    return ChainCosts(blocks, losses, nbytes([image]), recompute)
+
+
+class NoCut(LocalLoss):
+    """In the place of the loss of a block after which no module can end."""
+
+
+def _measure_block(stage: Stage, x: torch.Tensor, first: bool, timed: bool) -> tuple[BlockCost, torch.Tensor]:
+    x = x.detach().requires_grad_(not first)
+    parameters = [p for p in stage.parameters() if p.requires_grad]
+    live = LiveBytes([*stage.parameters(), *stage.buffers(), x])
+    with live:
+        out = stage(x)
+        forward, result = live.peak.total, torch.empty_like(out, requires_grad=False)
+        shape = result.untyped_storage().nbytes()
+        kept = live.now.total - shape  # the output among it
+        live.hold("loaded", [result])
+        grad = [torch.empty_like(result)]
+        target = _GradientOf.apply(out, grad)
+        del out
+        before = live.now.total
+        live.reset()
+        given = torch.autograd.grad(target, [*parameters, *([] if first else [x])])
+        backward = max(0, live.peak.total - before)
+    del given, target
+    seconds = _seconds(lambda: _run_block(stage, x, result, parameters)) if timed else 0.0
+    return BlockCost(kept - shape, shape, forward, backward, nbytes(parameters), seconds), result
+
+
+def _run_block(stage, x, grad, parameters):
+    torch.autograd.grad(_GradientOf.apply(stage(x), [grad]), [*parameters, *([x] if x.requires_grad else [])])
+
+
+def _measure_loss(local_loss: LocalLoss, h: torch.Tensor, image: torch.Tensor, label: torch.Tensor, timed: bool) -> LossCost:
+    h = h.detach().requires_grad_()
+    parameters = local_loss.trained_parameters()
+
+    def run() -> None:
+        local_step(nn.Identity(), local_loss, _NoOptimizer(parameters), h, image, label)
+        h.grad = None
+
+    live = LiveBytes([*local_loss.parameters(), *local_loss.buffers(), h, image, label])
+    with live:
+        run()
+    return LossCost(live.most_saved, live.peak.total, nbytes(parameters), _seconds(run) if timed else 0.0)
+
+
+class _NoOptimizer:
+    """Frees gradients and changes no parameter."""
+
+    def __init__(self, parameters):
+        self._parameters = parameters
+
+    def step(self) -> None:
+        pass
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for p in self._parameters:
+            p.grad = None
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    call()
+    taken = []
+    for _ in range(3):
+        start = time.perf_counter()
+        call()
+        taken.append(time.perf_counter() - start)
+    return min(taken)

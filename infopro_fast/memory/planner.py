@@ -1,0 +1,194 @@
+"""Where to cut: the split into K contiguous modules whose largest is smallest, by dynamic programming over measured costs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from infopro_fast.plan import Plan, PlanError, PlannedModule, for_people
+
+from . import chains, costs, fake
+from .costs import ChainCosts
+from .live import nbytes
+
+Cost = Callable[[int, int], float]
+
+
+def best_cuts(cost: Cost, blocks: int, modules: int, allowed: Callable[[int], bool] = lambda end: True) -> tuple[int, ...]:
+    """Last block of every module but the last, for the split whose most expensive module is the cheapest possible.
+
+    cost: of the module from block a to block b, both included (0 to blocks - 1). modules: K, 1 to blocks. allowed: whether a
+    module other than the last can end with a block. Of several such splits the one with the least sum of squared costs is taken,
+    so that what could be smaller is, and of equals the one with the earliest cuts.
+    Raises ValueError if there is no split into K modules. Takes O(K blocks^2) costs.
+    """
+    if not 1 <= modules <= blocks:
+        raise ValueError(f"best_cuts: modules: expected 1 to {blocks} for {blocks} blocks, got {modules}")
+    ends = [end for end in range(blocks - 1) if allowed(end)]
+    if len(ends) < modules - 1:
+        raise ValueError(f"best_cuts: modules: expected at most {len(ends) + 1}: a module can end at {len(ends)} places, got {modules}")
+    known: dict[tuple[int, int], float] = {}
+
+    def once(a: int, b: int) -> float:
+        if (a, b) not in known:
+            known[a, b] = cost(a, b)
+        return known[a, b]
+
+    least = _search(once, blocks, modules, ends, lambda largest, own: max(largest, own), math.inf)[0]
+    return _search(once, blocks, modules, ends, lambda total, own: total + own * own, least)[1]
+
+
+def _search(cost: Cost, blocks: int, modules: int, ends: list[int], add: Callable[[float, float], float], most: float):
+    """(value, cuts) of the best split whose modules cost at most ``most``; values add up by ``add`` from 0."""
+    best: dict[int, tuple[float, tuple[int, ...]]] = {-1: (0.0, ())}  # by last block, of the modules so far
+    for module in range(modules):
+        last = module == modules - 1
+        following: dict[int, tuple[float, tuple[int, ...]]] = {}
+        for end in [blocks - 1] if last else ends:
+            for before, (value, cuts) in best.items():
+                if before >= end:
+                    continue
+                own = cost(before + 1, end)
+                if own > most:
+                    continue
+                found = (add(value, own), cuts if last else (*cuts, end))
+                if end not in following or found < following[end]:
+                    following[end] = found
+        best = following
+    return best[blocks - 1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plans
+
+OBJECTIVES = ("peak", "saved", "time")
+LOSSES = ("ours", "released")
+
+
+def make_plan(
+    arch: str,
+    batch_size: int,
+    image_size: int | tuple[int, int] | None = None,
+    *,
+    modules: int | None = None,
+    budget: int | None = None,
+    recompute: str = "none",
+    losses: str = "ours",
+    objective: str = "peak",
+) -> Plan:
+    """The best split of ``arch`` into ``modules``, or into as few as fit into ``budget`` bytes. Nothing is run but for "time".
+
+    arch: a network of `build`, or one of `published.ARCHS`. image_size: side, or (height, width); None: what it is published for.
+    modules: K. None: the smallest that fits, K = 1 being end to end. budget: bytes of everything: parameters, optimizer state (SGD
+        with momentum), the batch, gradients and the step's peak. With ``modules``, only whether it fits is checked.
+    recompute: "none" or "block", as in `build`. losses: "ours" or "released" (plain torch, for comparison).
+    objective: what the largest module is least in: "peak" (bytes alive), "saved" (bytes kept for backward, as the paper's
+        tables count, the image among them), or "time" (seconds of forward and backward, measured here, for a pipeline).
+
+    Raises PlanError if nothing fits, ValueError for names that are unknown.
+    """
+    _check(objective, losses, recompute, modules, budget)
+    size = _size(arch, image_size)
+    chain = _Chain(arch, batch_size, size, recompute, losses, objective == "time")
+    if modules is None and budget is None:
+        raise PlanError("plan: expected modules or a budget")
+    for K in range(1, len(chain.costs) + 1) if modules is None else [modules]:
+        try:
+            plan = chain.plan(K, objective)
+        except ValueError as error:
+            raise PlanError(f"{arch}, {K} modules: {error}".replace("best_cuts: modules: ", "")) from error
+        if budget is None or plan.total <= budget:
+            return plan
+        if modules is None and K >= chain.most_modules:
+            break
+    least = f"{for_people(plan.total)} with {len(plan.modules)} module{'s' * (len(plan.modules) > 1)}"
+    raise PlanError(f"{arch} at batch {batch_size} does not fit into {for_people(budget)}: it takes {least}")
+
+
+def largest_batch(arch: str, image_size: int | tuple[int, int] | None, *, modules: int, budget: int, **options: str) -> Plan:
+    """The plan of the largest batch whose step fits into ``budget`` bytes; other arguments as in `make_plan`."""
+    return _largest(lambda n: make_plan(arch, n, image_size, modules=modules, budget=budget, **options), f"{arch}: a batch", 1)
+
+
+def largest_image(arch: str, batch_size: int, *, modules: int, budget: int, step: int = 8, **options: str) -> Plan:
+    """The plan of the largest square image, its side a multiple of ``step`` pixels, whose step fits into ``budget`` bytes."""
+    plan = _largest(
+        lambda n: make_plan(arch, batch_size, step * n, modules=modules, budget=budget, **options), f"{arch}: images of {step}", step
+    )
+    return plan
+
+
+def _largest(make: Callable[[int], Plan], what: str, unit: int) -> Plan:
+    """The plan of the largest n for which there is one: doubling, then bisection."""
+    fits, plan = 0, None
+    too_large = None
+    n = 1
+    while too_large is None or too_large - fits > 1:
+        try:
+            plan, fits = make(n), n
+        except PlanError as error:
+            too_large = n
+            if n == 1:
+                raise PlanError(f"{what} {unit} is too large: {error}") from error
+        n = 2 * fits if too_large is None else (fits + too_large) // 2
+    return plan
+
+
+class _Chain:
+    """A network measured block by block for one batch."""
+
+    def __init__(self, arch: str, batch_size: int, size: tuple[int, int], recompute: str, losses: str, timed: bool):
+        self.arch, self.batch_size, self.size, self.recompute, self.losses = arch, batch_size, size, recompute, losses
+        with fake.FakeTensorMode():
+            image, label = chains.batch(arch, batch_size, size, real=False)
+            self.net = fake.build_fake(lambda: chains.chain(arch, size, losses))
+            self.costs = costs.measure_chain(self.net, image, label, recompute=recompute)
+            self.batch_bytes = nbytes([image, label])
+        self.buffers = nbytes(self.net.buffers())
+        if timed:
+            net = chains.chain(arch, size, losses)
+            self.seconds = costs.measure_chain(net, *chains.batch(arch, batch_size, size, real=True), timed=True)
+
+    @property
+    def most_modules(self) -> int:
+        return 1 + sum(self.costs.cut_allowed(end) for end in range(len(self.costs) - 1))
+
+    def plan(self, modules: int, objective: str) -> Plan:
+        n, costs = len(self.costs), self.costs
+        cost = {
+            "peak": costs.peak,
+            "saved": lambda a, b: costs.saved(a, b, count_image=True),
+            "time": lambda a, b: self.seconds.seconds(a, b),
+        }[objective]
+        ends = (*best_cuts(cost, n, modules, costs.cut_allowed), n - 1)
+        spans = list(zip([0, *(end + 1 for end in ends)], ends))
+        found = []
+        for a, b in spans:
+            parameters = sum(block.parameters for block in costs.blocks[a : b + 1]) + costs.losses[b].parameters
+            seconds = self.seconds.seconds(a, b) if objective == "time" else 0.0
+            name = ".".join(str(i) for i in self.net.positions[b])
+            found.append(PlannedModule(name, b - a + 1, costs.saved(a, b), costs.peak(a, b), parameters, seconds))
+        resident = 2 * sum(module.parameters for module in found) + self.buffers + self.batch_bytes
+        plain = ChainCosts(costs.blocks, costs.losses, costs.image)
+        end_to_end = {"peak": plain.peak(0, n - 1), "saved": plain.saved(0, n - 1)}
+        cuts = tuple(self.net.positions[end] for end in ends[:-1])
+        return Plan(
+            self.arch, self.size, self.batch_size, cuts, self.recompute, self.losses, objective, tuple(found), resident, end_to_end
+        )
+
+
+def _size(arch: str, image_size: int | tuple[int, int] | None) -> tuple[int, int]:
+    if image_size is None:
+        return chains.published_size(arch)
+    return (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+
+
+def _check(objective: str, losses: str, recompute: str, modules: int | None, budget: int | None) -> None:
+    for name, value, known in (
+        ("objective", objective, OBJECTIVES), ("losses", losses, LOSSES), ("recompute", recompute, ("none", "block")),
+    ):  # fmt: skip
+        if value not in known:
+            raise ValueError(f"plan: {name}: expected one of {known}, got {value!r}")
+    for name, value in (("modules", modules), ("budget", budget)):
+        if value is not None and value < 1:
+            raise ValueError(f"plan: {name}: expected at least 1, got {value}")

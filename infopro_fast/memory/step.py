@@ -1,0 +1,122 @@
+"""Memory of one training step, module by module."""
+
+from __future__ import annotations
+
+import contextlib
+import typing
+from collections.abc import Iterator
+
+import torch
+
+from infopro_fast.modules import LocalNetwork, Stage
+from infopro_fast.trainer.step import LocalTrainer, local_step
+
+from .live import OPTIMIZER, Bytes, LiveBytes, nbytes
+
+
+class ModuleMemory(typing.NamedTuple):
+    """Bytes of one local module.
+
+    parameters: its own and those of its auxiliary nets that run. optimizer: the state of its optimizer.
+    input: what it is given by the module before it (0 for the first: the batch is counted once, in `StepMemory`).
+    saved: the most that autograd keeps for backward at any time of the module's step, each storage once, the input included if kept;
+        parameters, buffers and the batch are not counted.
+    peak: bytes alive at the highest point of its step beyond parameters, buffers, the batch and all optimizers' state, by kind.
+    measured_peak: the same from the allocator of a GPU, or None.
+    """
+
+    parameters: int
+    optimizer: int
+    input: int
+    saved: int
+    peak: Bytes
+    measured_peak: int | None = None
+
+
+class StepMemory(typing.NamedTuple):
+    """Bytes of a whole step: modules in order, and what is there all the time."""
+
+    modules: tuple[ModuleMemory, ...]
+    parameters: int  # and buffers, those of nets that never run included
+    optimizer: int
+    batch: int
+
+    @property
+    def largest(self) -> ModuleMemory:
+        """The module with the highest peak."""
+        return max(self.modules, key=lambda module: module.measured_peak or module.peak.total)
+
+    @property
+    def saved(self) -> int:
+        return max(module.saved for module in self.modules)
+
+    @property
+    def peak(self) -> int:
+        """Highest point of the step beyond the loaded model, its optimizer's state and the batch."""
+        return max(module.measured_peak or module.peak.total for module in self.modules)
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.optimizer + self.batch + self.peak
+
+
+def measure_step(trainer: LocalTrainer, image: torch.Tensor, label: torch.Tensor) -> StepMemory:
+    """Bytes of every module in a step of ``trainer``, which it makes twice: the first makes the optimizers' state.
+
+    image (N, 3, H, W), label (N,): on any device; on the meta device or under a `FakeTensorMode` nothing runs. On a GPU the peaks
+    come from its allocator as well.
+    """
+    net = trainer.net
+    if not any(optimizer.state for optimizer in trainer.optimizers):
+        trainer.step(image, label)
+    net.train()
+    states = [nbytes(_tensors(optimizer.state)) for optimizer in trainer.optimizers]
+    live = LiveBytes([*net.parameters(), *net.buffers(), image, label])
+    live.hold(OPTIMIZER, [t for optimizer in trainer.optimizers for t in _tensors(optimizer.state)])
+    found, h = [], image.detach()
+    with live, live.watch_gradients(net.parameters()), recomputed_is_saved(net, live):
+        for stage, local_loss, optimizer, state in zip(net.stages, net.local_losses, trainer.optimizers, states):
+            live.reset()
+            allocated = _start(image.device)
+            given = 0 if h.untyped_storage()._cdata == image.untyped_storage()._cdata else nbytes([h])
+            h, _ = local_step(stage, local_loss, optimizer, h, image, label)
+            peak = live.peak._replace(optimizer=live.peak.optimizer - sum(states))
+            measured = None if allocated is None else torch.cuda.max_memory_allocated(image.device) - allocated + given
+            parameters = nbytes([*stage.parameters(), *local_loss.trained_parameters()])
+            found.append(ModuleMemory(parameters, state, given, live.most_saved, peak, measured))
+    return StepMemory(tuple(found), nbytes([*net.parameters(), *net.buffers()]), sum(states), nbytes([image, label]))
+
+
+def _start(device: torch.device) -> int | None:
+    """Bytes allocated on a GPU at this point, from which its peak is counted."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
+
+
+@contextlib.contextmanager
+def recomputed_is_saved(net: LocalNetwork, live: LiveBytes) -> Iterator[None]:
+    """Maps that a second forward leaves for backward count as saved."""
+    stages = [stage for stage in net.stages if isinstance(stage, Stage)]
+
+    def counted(stage: Stage, own):
+        @contextlib.contextmanager
+        def second_forward(segment):
+            with live.keeping(), own(segment):
+                yield
+
+        stage.second_forward = second_forward
+
+    for stage in stages:
+        counted(stage, stage.second_forward)
+    try:
+        yield
+    finally:
+        for stage in stages:
+            del stage.second_forward
+
+
+def _tensors(state) -> list[torch.Tensor]:
+    return [t for entry in state.values() for t in entry.values() if isinstance(t, torch.Tensor)]
