@@ -58,7 +58,7 @@ def released_supcon(features: torch.Tensor, labels: torch.Tensor, temperature: f
 def short_supcon(features: torch.Tensor, labels: torch.Tensor, temperature: float = 0.07) -> torch.Tensor:
     """The same in the fewest N x N maps that plain torch allows."""
     z = F.normalize(features, dim=1)
-    itself = torch.eye(len(z), dtype=torch.bool)
+    itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
     logits = z @ z.T / temperature
     positives = (labels[:, None] == labels) & ~itself
     count = positives.sum(1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import itertools
 import types
 import typing
@@ -20,6 +21,7 @@ from benchmarks import baselines, shapes
 from infopro_fast import ops
 
 OURS = "ours"
+TRITON, CUDA = "ours triton", "ours cuda"  # one implementation by name, on a GPU
 
 
 @dataclasses.dataclass
@@ -40,7 +42,7 @@ class Workload:
             return (self.forward(),)
 
 
-def compiled(function: typing.Callable, budget: float = 1.0) -> typing.Callable:
+def compiled(function: typing.Callable, budget: float = 1.0, mode: str | None = None) -> typing.Callable:
     """torch.compile; budget: share of the activations it may keep (0: recompute all it can)."""
 
     def forward(*args):
@@ -49,7 +51,7 @@ def compiled(function: typing.Callable, budget: float = 1.0) -> typing.Callable:
     # A code object of its own: the compiler's cache hangs on it, and would hand one budget's graph to the other.
     code = forward.__code__.replace(co_name=f"forward_{next(_numbers)}")
     own = types.FunctionType(code, globals(), code.co_name, None, forward.__closure__)
-    fast = torch.compile(own, fullgraph=True, dynamic=False)
+    fast = torch.compile(own, fullgraph=True, dynamic=False, mode=mode)
 
     def call(*args):
         with torch._functorch.config.patch(activation_memory_budget=budget):
@@ -65,8 +67,28 @@ def checkpointed(function: typing.Callable) -> typing.Callable:
     return lambda *args: checkpoint(function, *args, use_reentrant=False)
 
 
-def draw(*shape: int, dtype=torch.float32) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64).to(dtype)
+def draw(*shape: int, dtype=torch.float32, device: str = "cpu") -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64).to(device, dtype)
+
+
+def labels(N: int, classes: int, device: str) -> torch.Tensor:
+    return torch.randint(classes, (N,), generator=torch.Generator().manual_seed(1)).to(device)
+
+
+def ours(op: typing.Callable, device: str, **options) -> dict[str, typing.Callable[[], typing.Callable]]:
+    """The op as users call it on this device, by each implementation's name, and the reference."""
+    fused = {OURS: "cpu" if device == "cpu" else "auto", TRITON: "triton", CUDA: "cuda", "reference": "reference"}
+    return {name: lambda impl=impl: functools.partial(op, impl=impl, **options) for name, impl in fused.items()}
+
+
+def compile_methods(function: typing.Callable) -> dict[str, typing.Callable[[], typing.Callable]]:
+    return {
+        "compile": lambda: compiled(function),
+        "compile channels_last": lambda: compiled(function),
+        "compile budget 0": lambda: compiled(function, 0.0),
+        "compile max-autotune": lambda: compiled(function, mode="max-autotune-no-cudagraphs"),
+        "checkpoint": lambda: checkpointed(function),
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -76,21 +98,18 @@ DECODER_METHODS = (
 )  # fmt: skip
 
 
-def decoder(method: str, shape: shapes.DecoderShape, dtype: torch.dtype = torch.float32) -> Workload:
+def decoder(method: str, shape: shapes.DecoderShape, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Workload:
     torch.manual_seed(0)
-    net = (baselines.ReorderedDecoder if method == "compile reordered" else baselines.ReleasedDecoder)(shape.C, shape.H, shape.K).to(dtype)
-    features = draw(shape.N, shape.C, shape.h, shape.h, dtype=dtype)
-    image = torch.sigmoid(draw(shape.N, 3, shape.H, shape.H, dtype=dtype))
+    kind = baselines.ReorderedDecoder if method == "compile reordered" else baselines.ReleasedDecoder
+    net = kind(shape.C, shape.H, shape.K).to(device, dtype)
+    features = draw(shape.N, shape.C, shape.h, shape.h, dtype=dtype, device=device)
+    image = torch.sigmoid(draw(shape.N, 3, shape.H, shape.H, dtype=dtype, device=device))
     if method.endswith("channels_last"):
         net = net.to(memory_format=torch.channels_last)
         features = features.to(memory_format=torch.channels_last)
     features.requires_grad_()
-    calls = {
-        "compile": lambda: compiled(net), "compile channels_last": lambda: compiled(net), "compile budget 0": lambda: compiled(net, 0.0),
-        "compile reordered": lambda: compiled(net), "checkpoint": lambda: checkpointed(net),
-        OURS: lambda: functools.partial(ops.reconstruction_loss, decoder=net.decoder, impl="cpu"),
-        "reference": lambda: functools.partial(ops.reconstruction_loss, decoder=net.decoder, impl="reference"),
-    }  # fmt: skip
+    calls = compile_methods(net) | {"compile reordered": lambda: compiled(net)}
+    calls |= ours(ops.reconstruction_loss, device, decoder=net.decoder)
     call = calls.get(method, lambda: net)()
     parameters = list(net.parameters())
     return Workload(lambda: call(features, image), [features, *parameters], [features, image, *parameters, *net.buffers()])
@@ -101,38 +120,41 @@ def decoder(method: str, shape: shapes.DecoderShape, dtype: torch.dtype = torch.
 SUPCON_METHODS = ("eager", "eager short", "compile", "compile short", "compile budget 0", "checkpoint", OURS)
 
 
-def supcon(method: str, shape: shapes.SupConShape, dtype: torch.dtype = torch.float32) -> Workload:
-    features = draw(shape.N, shape.D, dtype=dtype).requires_grad_()
-    labels = torch.randint(shape.classes, (shape.N,), generator=torch.Generator().manual_seed(1))
+def supcon(method: str, shape: shapes.SupConShape, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Workload:
+    features, label = draw(shape.N, shape.D, dtype=dtype, device=device).requires_grad_(), labels(shape.N, shape.classes, device)
     formula = baselines.short_supcon if method.endswith("short") else baselines.released_supcon
-    calls = {
-        "compile": lambda: compiled(formula), "compile short": lambda: compiled(formula), "checkpoint": lambda: checkpointed(formula),
-        "compile budget 0": lambda: compiled(formula, 0.0),
-        OURS: lambda: functools.partial(ops.supcon_loss, impl="cpu"),
-        "reference": lambda: functools.partial(ops.supcon_loss, impl="reference"),
-    }  # fmt: skip
+    calls = compile_methods(formula) | {"compile short": lambda: compiled(formula)} | ours(ops.supcon_loss, device)
     call = calls.get(method, lambda: formula)()
-    return Workload(lambda: call(features, labels), [features], [features, labels])
+    return Workload(lambda: call(features, label), [features], [features, label])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 
 CHUNKED = "torch chunked"
+def peers() -> dict[str, typing.Callable[[], typing.Callable]]:
+    """Linear cross entropies of other packages, where they are installed; for GPUs."""
+    found = {}
+    if importlib.util.find_spec("liger_kernel"):
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+        found["Liger"] = lambda: liger_fused_linear_cross_entropy
+    if importlib.util.find_spec("cut_cross_entropy"):
+        from cut_cross_entropy import linear_cross_entropy
+
+        found["cut-cross-entropy"] = lambda: linear_cross_entropy
+    return found
+
+
 LINEAR_METHODS = ("eager", "compile", "compile budget 0", "checkpoint", *([CHUNKED] if hasattr(F, "linear_cross_entropy") else []), OURS)
 
 
-def linear(method: str, shape: shapes.LinearShape, dtype: torch.dtype = torch.float32) -> Workload:
-    input = draw(shape.N, shape.D, dtype=dtype).requires_grad_()
-    weight = (draw(shape.C, shape.D, dtype=dtype) / shape.D**0.5).requires_grad_()
-    target = torch.randint(shape.C, (shape.N,), generator=torch.Generator().manual_seed(1))
+def linear(method: str, shape: shapes.LinearShape, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Workload:
+    input = draw(shape.N, shape.D, dtype=dtype, device=device).requires_grad_()
+    weight = (draw(shape.C, shape.D, dtype=dtype, device=device) / shape.D**0.5).requires_grad_()
+    target = labels(shape.N, shape.C, device)
     formula = baselines.cross_entropy
-    calls = {
-        "compile": lambda: compiled(formula), "compile budget 0": lambda: compiled(formula, 0.0),
-        "checkpoint": lambda: checkpointed(formula),
-        CHUNKED: lambda: functools.partial(F.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions()),
-        OURS: lambda: functools.partial(ops.linear_cross_entropy, impl="cpu"),
-        "reference": lambda: functools.partial(ops.linear_cross_entropy, impl="reference"),
-    }  # fmt: skip
+    chunked = lambda: functools.partial(F.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions())  # noqa: E731
+    calls = compile_methods(formula) | {CHUNKED: chunked} | peers() | ours(ops.linear_cross_entropy, device)
     call = calls.get(method, lambda: formula)()
     return Workload(lambda: call(input, weight, target), [input, weight], [input, weight, target])
 
@@ -165,12 +187,12 @@ def for_peak(op: str, method: str, shape: list[int], small: list[int], direction
 
 
 @functools.lru_cache(maxsize=1)
-def exact(op: str, shape: typing.NamedTuple) -> tuple[torch.Tensor, ...]:
+def exact(op: str, shape: typing.NamedTuple, device: str) -> tuple[torch.Tensor, ...]:
     """Loss and gradients in float64, of the last shape asked for."""
-    return OPS[op][0]("reference", shape, torch.float64).both()
+    return OPS[op][0]("reference", shape, torch.float64, device).both()
 
 
 def relative_errors(op: str, workload: Workload, shape: typing.NamedTuple) -> float:
     """Largest over loss and gradients of |float32 - float64| / |float64|; a gradient that is exactly 0 is left out."""
-    pairs = zip(workload.both(), exact(op, shape), strict=True)
+    pairs = zip(workload.both(), exact(op, shape, workload.inputs[0].device.type), strict=True)
     return max(((found.double() - e).norm() / e.norm()).item() for found, e in pairs if e.norm() > 1e-12)
