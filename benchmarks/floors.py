@@ -1,0 +1,210 @@
+"""The floor under each kernel: bytes it must move and multiply-adds it must do, as formulas, and the time both cost on a GPU.
+
+    python -m benchmarks.floors              print the table
+    python -m benchmarks.floors --write      write it to docs/floors.md
+
+What counts: each tensor that does not fit on the chip is read once for every sweep over the batch that the mathematics force (batch
+norm's statistics force one of their own), outputs are written once, sums of a few numbers are free. Arithmetic is that of the
+cheapest exact form we know, recomputing included, since nothing is kept. Elementwise work (exponentials, resizing weights) is counted
+only where it is named. A kernel cannot be faster than `Floor.seconds`; a measured time is printed as a multiple of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import pathlib
+import typing
+
+from benchmarks import shapes
+
+DOCUMENT = pathlib.Path(__file__).resolve().parent.parent / "docs" / "floors.md"
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """Peak rates of a GPU, dense, from its vendor's data sheet. bandwidth: bytes/s; rates: floating-point operations/s."""
+
+    name: str
+    bandwidth: float
+    float32: float
+    tf32: float
+    bfloat16: float
+
+    def rate(self, precision: str) -> float:
+        return {"float32": self.float32, "tf32": self.tf32, "bfloat16": self.bfloat16}[precision]
+
+
+DEVICES = {
+    "H100": Device("H100 SXM5 80 GB", 3350e9, 66.9e12, 494.7e12, 989.4e12),
+    "H200": Device("H200 SXM5 141 GB", 4800e9, 66.9e12, 494.7e12, 989.4e12),
+    "A100": Device("A100 SXM4 80 GB", 2039e9, 19.5e12, 156e12, 312e12),
+    "RTX 4090": Device("GeForce RTX 4090", 1008e9, 82.6e12, 82.6e12, 165.2e12),
+}
+
+
+def find(name: str) -> Device | None:
+    """The device that torch calls ``name``, None if its rates are not here."""
+    return next((device for key, device in DEVICES.items() if key in name), None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Floor:
+    """bytes: to and from memory; macs: multiply-adds, in products of matrices or convolutions."""
+
+    bytes: float
+    macs: float
+
+    def __add__(self, other: Floor) -> Floor:
+        return Floor(self.bytes + other.bytes, self.macs + other.macs)
+
+    def seconds(self, device: Device, precision: str = "float32") -> float:
+        """Time of the slower of the two, as if they overlapped perfectly."""
+        return max(self.bytes / device.bandwidth, 2 * self.macs / device.rate(precision))
+
+    def bound(self, device: Device, precision: str = "float32") -> str:
+        return "memory" if self.bytes / device.bandwidth > 2 * self.macs / device.rate(precision) else "arithmetic"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Formulas. `size`: bytes of an element.
+
+
+def decoder_z(s: shapes.DecoderShape) -> tuple[float, float]:
+    """Multiply-adds of z of a sample: of mixing channels, and of expanding to the image's size (once forward, once transposed).
+
+    A 3x3 convolution, or nine 1x1 convolutions at the features' size and an expansion that costs 6 a number of z in y and 6 a
+    number of the three E in x: K H W (6 + 18 h / H).
+    """
+    direct = 9 * s.K * s.C * s.H**2
+    mix, expand = 9 * s.K * s.C * s.h**2, s.K * s.H**2 * (6 + 18 * s.h / s.H)
+    return (mix, expand) if s.h != s.H and mix + expand < direct else (direct, 0)
+
+
+def decoder_forward(s: shapes.DecoderShape, size: int = 4) -> Floor:
+    """Two sweeps: statistics; loss, with the sums of the second convolution's backward that the gradients and batch norm need."""
+    mix, expand = decoder_z(s)
+    second = 27 * s.K * s.H**2  # multiply-adds of the second convolution, and of each of its gradients
+    moved = 2 * s.C * s.h**2 + 3 * s.H**2
+    return Floor(s.N * moved * size, s.N * (2 * (mix + expand) + 3 * second))
+
+
+def decoder_backward(s: shapes.DecoderShape, size: int = 4) -> Floor:
+    """One sweep: z, logits and the gradient in z again; its transposed expansion; the gradients of features and W1."""
+    mix, expand = decoder_z(s)
+    second = 27 * s.K * s.H**2
+    moved = 2 * s.C * s.h**2 + 3 * s.H**2  # features in, their gradient out; image
+    return Floor(s.N * moved * size, s.N * (3 * mix + 2 * expand + 2 * second))
+
+
+def supcon_forward(s: shapes.SupConShape, size: int = 4) -> Floor:
+    """Half of the symmetric N x N products."""
+    return Floor(2 * s.N * s.D * size, s.N * (s.N + 1) / 2 * s.D)
+
+
+def supcon_backward(s: shapes.SupConShape, size: int = 4) -> Floor:
+    """That half again, then each coefficient times a row for both of its samples."""
+    return Floor(3 * s.N * s.D * size, s.N * (s.N + 1) / 2 * s.D + s.N**2 * s.D)
+
+
+def linear_forward(s: shapes.LinearShape, size: int = 4) -> Floor:
+    """The logits."""
+    return Floor((s.N + s.C) * s.D * size, s.N * s.C * s.D)
+
+
+def linear_backward(s: shapes.LinearShape, size: int = 4) -> Floor:
+    """The logits again, and the gradients of input and weight."""
+    return Floor(2 * (s.N + s.C) * s.D * size, 3 * s.N * s.C * s.D)
+
+
+class PoolShape(typing.NamedTuple):
+    """Maps (N, C, h, h)."""
+
+    N: int
+    C: int
+    h: int
+
+
+def pool_forward(s: PoolShape, size: int = 4) -> Floor:
+    """Statistics, then the normalised map's mean."""
+    return Floor(2 * s.N * s.C * s.h**2 * size, 0)
+
+
+def pool_backward(s: PoolShape, size: int = 4) -> Floor:
+    return Floor(2 * s.N * s.C * s.h**2 * size, 0)
+
+
+POOL = (PoolShape(1024, 32, 16), PoolShape(1024, 64, 8))
+GPU_DECODER = tuple(shape._replace(N=1024) for shape in shapes.DECODER)
+GPU_SUPCON = (shapes.SupConShape(1024), shapes.SupConShape(8192), shapes.SupConShape(65536))
+GPU_LINEAR = (shapes.LinearShape(1024, 128, 10), shapes.LinearShape(4096, 1024, 10000))
+
+KERNELS: dict[str, tuple[typing.Callable, typing.Callable, tuple]] = {
+    "reconstruction_loss": (decoder_forward, decoder_backward, GPU_DECODER),
+    "supcon_loss": (supcon_forward, supcon_backward, GPU_SUPCON),
+    "linear_cross_entropy": (linear_forward, linear_backward, GPU_LINEAR),
+    "norm_relu_pool": (pool_forward, pool_backward, POOL),
+}
+
+
+def floor(op: str, shape: typing.NamedTuple, direction: str = "both", size: int = 4) -> Floor:
+    """direction: "forward", "backward" or "both"."""
+    forward, backward, _ = KERNELS[op]
+    found = {"forward": (forward,), "backward": (backward,), "both": (forward, backward)}[direction]
+    total = Floor(0, 0)
+    for part in found:
+        total = total + part(shape, size)
+    return total
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def table() -> str:
+    from benchmarks.workloads import label
+
+    head = ["op", "shape", "direction", "MB", "Gmac", *(f"{d} {p}, us" for d in DEVICES if d != "H200" for p in ("float32", "tf32"))]
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    for op, (_, _, over) in KERNELS.items():
+        for shape in over:
+            for direction in ("forward", "backward"):
+                found = floor(op, shape, direction)
+                times = [
+                    f"{1e6 * found.seconds(device, precision):.1f} {found.bound(device, precision)[0]}"
+                    for key, device in DEVICES.items() if key != "H200" for precision in ("float32", "tf32")
+                ]  # fmt: skip
+                cells = (op, label(shape), direction, f"{found.bytes / 1e6:.1f}", f"{found.macs / 1e9:.2f}", *times)
+                lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def document() -> str:
+    rates = "\n".join(
+        f"| {d.name} | {d.bandwidth / 1e9:.0f} | {d.float32 / 1e12:.1f} | {d.tf32 / 1e12:.1f} | {d.bfloat16 / 1e12:.1f} |"
+        for d in DEVICES.values()
+    )
+    return (
+        "# The floor under each kernel\n\n"
+        "Written by `python -m benchmarks.floors --write`; `benchmarks/floors.py` has the formulas and says what they count.\n"
+        "m: bound by memory; a: bound by arithmetic. float32 inputs and outputs; tf32: products on tensor cores.\n\n"
+        f"{table()}\n\n"
+        "Peak rates, from the vendors' data sheets (dense):\n\n"
+        "| GPU | GB/s | float32 TFLOP/s | TF32 TFLOP/s | bfloat16 TFLOP/s |\n| --- | --- | --- | --- | --- |\n"
+        f"{rates}\n"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.floors", description=__doc__.splitlines()[0])
+    parser.add_argument("--write", action="store_true", help=f"write {DOCUMENT.name}")
+    if parser.parse_args().write:
+        DOCUMENT.parent.mkdir(exist_ok=True)
+        aside = DOCUMENT.with_suffix(".part")
+        aside.write_text(document())
+        aside.replace(DOCUMENT)
+    else:
+        print(document())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""The counted floors: against counts made by running the formulas' own arithmetic, and the document that shows them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import floors, shapes
+
+
+def _macs(call) -> float:
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops() / 2
+
+
+def test_direct_decoder_is_what_torch_counts():
+    """Without a resize: two first convolutions forward, of which torch does one; the sums of the forward are torch's backward."""
+    s = shapes.DecoderShape(2, 16, 8, 8)
+    h, w1, w2 = torch.randn(2, 16, 8, 8, requires_grad=True), torch.randn(12, 16, 3, 3, requires_grad=True), torch.randn(3, 12, 3, 3)
+    w2.requires_grad_()
+    z = lambda: F.conv2d(h, w1, padding=1)  # noqa: E731
+    forward, logits = _macs(z), _macs(lambda: F.conv2d(z(), w2, padding=1))
+    second = logits - forward
+    whole = _macs(lambda: F.conv2d(z(), w2, padding=1).sum().backward())
+    assert floors.decoder_forward(s).macs == 2 * forward + 3 * second
+    assert floors.decoder_backward(s).macs == 3 * forward + 2 * second
+    assert whole == 3 * forward + 3 * second
+
+
+def test_low_resolution_is_chosen_where_it_is_cheaper():
+    mix, expand = floors.decoder_z(shapes.DecoderShape(1, 64, 8, 32))
+    assert (mix, expand) == (9 * 12 * 64 * 64, 12 * 1024 * (6 + 4.5))
+    assert floors.decoder_z(shapes.DecoderShape(1, 1, 31, 32)) == (9 * 12 * 1024, 0)
+
+
+def test_products_are_what_torch_counts():
+    N, D, C = 24, 8, 5
+    x, w = torch.randn(N, D, requires_grad=True), torch.randn(C, D, requires_grad=True)
+    s = shapes.LinearShape(N, D, C)
+    assert floors.linear_forward(s).macs == _macs(lambda: F.linear(x, w))
+    whole = _macs(lambda: F.linear(x, w).sum().backward())
+    assert floors.linear_backward(s).macs == whole  # recomputing makes up for the forward that torch counts here
+    pairs = _macs(lambda: x @ x.T)
+    forward = floors.supcon_forward(shapes.SupConShape(N, D)).macs
+    assert pairs / 2 < forward < pairs / 2 + N * D
+    assert floors.supcon_backward(shapes.SupConShape(N, D)).macs == forward + pairs
+
+
+def test_seconds_are_those_of_the_slower():
+    device = floors.Device("", bandwidth=100.0, float32=10.0, tf32=1000.0, bfloat16=1000.0)
+    found = floors.Floor(bytes=200.0, macs=30.0)
+    assert found.seconds(device) == 6.0 and found.bound(device) == "arithmetic"
+    assert found.seconds(device, "tf32") == 2.0 and found.bound(device, "tf32") == "memory"
+
+
+@pytest.mark.parametrize("op", floors.KERNELS)
+def test_both_is_the_sum(op):
+    shape = floors.KERNELS[op][2][0]
+    both, parts = floors.floor(op, shape), [floors.floor(op, shape, d) for d in ("forward", "backward")]
+    assert both == parts[0] + parts[1] and both.bytes > 0
+
+
+def test_names_of_devices():
+    assert floors.find("NVIDIA H100 80GB HBM3") is floors.DEVICES["H100"]
+    assert floors.find("NVIDIA GeForce RTX 4090") is floors.DEVICES["RTX 4090"]
+    assert floors.find("Tesla T4") is None
+
+
+def test_the_document_is_up_to_date():
+    assert floors.DOCUMENT.read_text() == floors.document(), "run python -m benchmarks.floors --write"
