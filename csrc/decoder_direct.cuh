@@ -100,20 +100,19 @@ __device__ __forceinline__ void first_weight_direct(const Call& d, const Shared&
     __syncthreads();
     for (int unit = threadIdx.x / WARP; unit < ceil_div(channels, 2) * triples; unit += WARPS) {
       const int c = 2 * (unit / triples), k = 3 * (unit % triples);
-      const float *u0 = s.scratch + c * d.p.wide_plane + t.left, *u1 = s.scratch + smaller(c + 1, channels - 1) * d.p.wide_plane + t.left;
-      for (int x0 = 0; x0 < t.columns; x0 += WARP) {
-        const bool has_column = x0 + lane < t.columns;
-        const int x = smaller(x0 + lane, t.columns - 1);
-        float sums[2][WARP];
-        correlate(
-            t.top, t.top + t.rows, [&](int i, int y, int dx) { return (i ? u1 : u0)[(y + 1) * d.p.wide_pitch + x + dx]; },
-            [&](int o, int y) { return has_column ? s.z[smaller(k + o, d.s.K - 1) * d.p.plane + y * d.p.pitch + t.left + x] : 0.0f; }, sums);
-        const float one = transposed_sum(sums[0]), two = transposed_sum(sums[1]);
-        if (lane >= 27 || k + lane / 9 >= d.s.K) continue;
-        float* to = partial + (int64_t(k + lane / 9) * d.s.C + c0 + c) * 9 + lane % 9;
-        to[0] = add || x0 > 0 ? to[0] + one : one;
-        if (c + 1 < channels) to[9] = add || x0 > 0 ? to[9] + two : two;
-      }
+      const bool has_column = lane < t.columns;  // there are at most as many as lanes
+      const int x = t.left + smaller(lane, t.columns - 1);
+      const float* u[2] = {s.scratch + c * d.p.wide_plane + x, s.scratch + smaller(c + 1, channels - 1) * d.p.wide_plane + x};
+      const float* z = s.z + x;
+      float sums[2][WARP];
+      correlate(
+          t.top, t.top + t.rows, [&](int i, int y, int dx) { return u[i][(y + 1) * d.p.wide_pitch + dx]; },
+          [&](int o, int y) { return has_column ? z[smaller(k + o, d.s.K - 1) * d.p.plane + y * d.p.pitch] : 0.0f; }, sums);
+      const float one = transposed_sum(sums[0]), two = transposed_sum(sums[1]);
+      if (lane >= 27 || k + lane / 9 >= d.s.K) continue;
+      float* to = partial + (int64_t(k + lane / 9) * d.s.C + c0 + c) * 9 + lane % 9;
+      to[0] = add ? to[0] + one : one;
+      if (c + 1 < channels) to[9] = add ? to[9] + two : two;
     }
   }
 }
@@ -127,18 +126,19 @@ __device__ __forceinline__ void resized_gradient(const Call& d, const Shared& s,
   for (int unit = threadIdx.x; unit < units; unit += THREADS) {
     const int x = unit % columns + left, y = unit / columns % strips * STRIP + top, c = unit / columns / strips * 4;
     float acc[4][STRIP] = {};
+    int rows_in = 0, columns_in = 0;  // a bit for each row and column of the window that holds a gradient of z
+#pragma unroll
+    for (int i = 0; i < STRIP + 2; i++) rows_in |= int(unsigned(y + i - 2 - t.top) < unsigned(t.rows)) << i;
+#pragma unroll
+    for (int j = 0; j < 3; j++) columns_in |= int(unsigned(x + j - 2 - t.left) < unsigned(t.columns)) << j;
 #pragma unroll 1
     for (int k = 0; k < d.s.K; k++) {
-      const float* z = s.z + k * d.p.plane;
-      float window[STRIP + 2][3];  // rows y - 2 .. y + 3 of the plane of z, which starts one later than the wide ones
+      const int at = k * d.p.plane + (y - 2) * d.p.pitch + x - 2;  // planes of z start one row and column later than wide ones
+      float window[STRIP + 2][3];
 #pragma unroll
       for (int i = 0; i < STRIP + 2; i++)
 #pragma unroll
-        for (int j = 0; j < 3; j++) {
-          const int row = y + i - 2, column = x + j - 2;
-          const bool inside = row >= t.top && row < t.top + t.rows && column >= t.left && column < t.left + t.columns;
-          window[i][j] = inside ? z[row * d.p.pitch + column] : 0.0f;
-        }
+        for (int j = 0; j < 3; j++) window[i][j] = (rows_in >> i & 1) && (columns_in >> j & 1) ? s.z[at + i * d.p.pitch + j] : 0.0f;
       const float* w = d.w.w1_by_tap + int64_t(9 * k) * padded + c0 + c;
 #pragma unroll
       for (int tap = 0; tap < 9; tap++) {  // u at q adds to z at q - (dy - 1, dx - 1): the window backwards
