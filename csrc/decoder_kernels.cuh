@@ -248,13 +248,14 @@ __global__ void __launch_bounds__(THREADS) decoder_norm_kernel(Call d, Numbers r
 // a constant added to z changes nothing.
 __global__ void __launch_bounds__(THREADS) decoder_norm_backward_kernel(Call d, const float* saved, bool batch_statistics, double eps, float* d_b1) {
   const int K = d.s.K;
-  const double upstream = *d.upstream, count = double(d.s.N) * d.s.H * d.s.W;
+  const float upstream = *d.upstream;
+  const double share = batch_statistics ? double(upstream) / (double(d.s.N) * d.s.H * d.s.W) : 0.0;
   for (int k = threadIdx.x; k < K; k += THREADS) {
     set_norm(d, k, saved[k], saved[K + k], eps);
     const float d_gamma = saved[2 * K + k], d_beta = saved[3 * K + k];
-    d.w.norm[MEAN_DY * K + k] = batch_statistics ? float(d_beta * upstream / count) : 0.0f;
-    d.w.norm[SLOPE * K + k] = batch_statistics ? d.w.norm[INVERSE_STD * K + k] * float(d_gamma * upstream / count) : 0.0f;
-    d_b1[k] = batch_statistics ? 0.0f : d.w.norm[SCALE * K + k] * d_beta * float(upstream);
+    d.w.norm[MEAN_DY * K + k] = float(d_beta * share);
+    d.w.norm[SLOPE * K + k] = d.w.norm[INVERSE_STD * K + k] * float(d_gamma * share);
+    d_b1[k] = batch_statistics ? 0.0f : d.w.norm[SCALE * K + k] * d_beta * upstream;
   }
 }
 

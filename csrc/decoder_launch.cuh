@@ -107,21 +107,28 @@ struct Backward {
   Plan plan;
   Device device;
   bool needs_features, needs_w1;
-  int samples;    // in a launch of the sweep: the parts of their tiles take at most a quarter of the resized map
+  int samples;    // in a launch of the sweep
   int64_t bytes;  // of the workspace
 
   Backward(const Shape& s, const Device& device, bool needs_features, bool needs_w1)
       : plan(make_plan(s, device)), device(device), needs_features(needs_features), needs_w1(needs_w1), samples(s.N) {
-    if (needs_features && plan.tiles() > 1) {
-      const double part = double(plan.tiles()) * plan.pixels, resized = double(s.N) * s.H * s.W;
-      samples = smaller(s.N, larger(1, int(resized / 4 / part)));
-    }
+    if (needs_features && plan.tiles() > 1) samples = samples_of_a_launch(s);
     Request request = {};
     request.s = s;
     Workspace counted(nullptr);
     Call d = make_call(request, plan, counted);
     take(d, counted);
     bytes = counted.used();
+  }
+
+  // As many as leave all transient memory under a quarter of the resized map; then whole rounds of the blocks, if it is one or more.
+  int samples_of_a_launch(const Shape& s) const {
+    const int tiles = plan.tiles(), together = device.multiprocessors * blocks_per_multiprocessor(plan, device);
+    const double w1 = (needs_w1 ? together + 3.0 : 3.0) * 9 * s.K * s.C;  // partial sums and the packed copies
+    const double part = double(tiles) * plan.pixels * s.C, room = double(s.N) * s.C * s.H * s.W / 4 - w1 - 4096;
+    const int most = larger(1, smaller(s.N, int(room / part)));
+    const int rounds = int(int64_t(most) * tiles / together);
+    return rounds > 0 && most < s.N ? larger(1, int(int64_t(rounds) * together / tiles)) : most;
   }
 
   struct Parts {

@@ -43,7 +43,7 @@ RTX4090 = Device(128, 99 * 1024, 100 * 1024)
 
 
 class Plan(typing.NamedTuple):
-    """csrc/decoder_plan.cuh's, and the samples that a launch of backward takes."""
+    """csrc/decoder_plan.cuh's; samples that a launch of backward takes; blocks to a multiprocessor; transient bytes."""
 
     low_resolution: int
     tiles: int
@@ -55,6 +55,9 @@ class Plan(typing.NamedTuple):
     late_channels: int
     samples: int
     shared: int
+    blocks: int
+    forward_bytes: int
+    backward_bytes: int
 
 
 class _Array(ctypes.Structure):

@@ -67,11 +67,13 @@ const char* decoder_backward(const HostCall* c, const float* upstream, const flo
   return outcome(backward.run(request_of(*c), upstream, saved, batch_statistics != 0, maps(*d_features), d_w1, d_b1, &workspace, nullptr));
 }
 
-// low_resolution, tiles of a sample, tile_h, tile_w, group, part, chunk, late_channels, samples a launch of backward, shared bytes
+// low_resolution, tiles of a sample, tile_h, tile_w, group, part, chunk, late_channels, samples a launch of backward, shared
+// bytes, blocks to a multiprocessor, bytes of memory that forward and backward take for themselves
 void decoder_plan(const HostCall* c, int64_t* to) {
   const Backward b(shape_of(*c), device_of(*c), true, true);
   const Plan& p = b.plan;
-  const int64_t numbers[] = {p.low_resolution, p.tiles(), p.tile_h, p.tile_w, p.group, p.part, p.chunk, p.late_channels, b.samples, p.shared};
+  const int64_t numbers[] = {p.low_resolution, p.tiles(), p.tile_h, p.tile_w, p.group, p.part, p.chunk, p.late_channels, b.samples, p.shared,
+                             blocks_per_multiprocessor(p, device_of(*c)), Forward(shape_of(*c), device_of(*c)).bytes, b.bytes};
   std::copy(std::begin(numbers), std::end(numbers), to);
 }
 

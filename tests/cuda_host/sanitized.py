@@ -1,0 +1,36 @@
+"""Child process of tests/test_cuda_host.py: forward and backward of a few small calls in kernels compiled with AddressSanitizer and
+UndefinedBehaviorSanitizer, which end the process at a finding. Usage: python -m tests.cuda_host.sanitized OBJECT"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from infopro_fast.ops import dispatch
+from tests import op_cases
+from tests.cuda_host import binding
+
+SMALL = 24 * 1024  # bytes of shared memory: images of several tiles, hidden channels and channels in several groups
+CASES = (
+    dict(N=3, C=9, h=4, w=4, H=16, W=16, K=12),
+    dict(N=2, C=5, h=5, w=7, H=23, W=17, K=7),
+    dict(N=3, C=5, h=6, w=9, H=6, W=9, K=7, image_mean=(0.49, 0.48, 0.45), image_std=(0.25, 0.24, 0.26), loss="l1"),
+    dict(N=2, C=3, h=13, w=11, H=5, W=6, K=4, interpolate_mode="nearest", training=False, loss="mse"),
+)
+
+
+def main() -> None:
+    kept = binding.register()
+    dispatch._missing = lambda op, impl, device: None
+    for shared in (binding.RTX4090.shared_per_block, SMALL):
+        binding.current.kernels = binding.Kernels(sys.argv[1], binding.Device(2, shared, shared), seed=2)
+        for case in CASES:
+            for dtype in (torch.float32, torch.bfloat16) if case.get("training", True) else (torch.float32,):
+                op_cases.check(op_cases.reconstruction(**case), "cuda", dtype)
+    del kept
+    print("no finding")
+
+
+if __name__ == "__main__":
+    main()
