@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import os
 import platform
 import subprocess
@@ -14,12 +15,21 @@ from infopro_fast import ops
 
 
 @functools.cache
-def provenance() -> dict[str, str | int]:
-    """What a row has to carry to be compared with another."""
-    return {
-        "device": processor(), "threads": torch.get_num_threads(), "isa": ops.cpu_isa() or "no kernels", "torch": torch.__version__,
-        "python": platform.python_version(), "infopro_fast": infopro_fast.__version__, "commit": commit(),
+def provenance(device: str = "cpu") -> dict[str, str | int]:
+    """What a row has to carry to be compared with another. device: "cpu" or "cuda"."""
+    where = {"device": processor(), "threads": torch.get_num_threads(), "isa": ops.cpu_isa() or "no kernels"}
+    if device == "cuda":
+        where = {"device": torch.cuda.get_device_name(), "threads": 0, "isa": f"CUDA {torch.version.cuda}, Triton {_triton()}"}
+    return where | {
+        "torch": torch.__version__, "python": platform.python_version(), "infopro_fast": infopro_fast.__version__, "commit": commit(),
     }  # fmt: skip
+
+
+def _triton() -> str:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
 
 
 def processor() -> str:

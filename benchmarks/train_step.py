@@ -8,17 +8,19 @@ import torch
 
 import infopro_fast
 from benchmarks import baselines, shapes
-from infopro_fast.modules.local_loss import interpolate_lambdas
+from infopro_fast.modules.local_loss import DEFAULT_LAMBDAS, interpolate_lambdas
 from infopro_fast.modules.network import CIFAR10_MEAN, CIFAR10_STD
 from infopro_fast.trainer import released_sgd
 
 METHODS = ("released", "released channels_last", "reference", "ours")
+GRAPH = "ours, CUDA graph"
 
 
-def network(K: int, impl: str):
+def network(K: int, impl: str, arch: str = "resnet32", balanced: bool = False):
     if K == 1:
-        return infopro_fast.build("resnet32", modules=1, local_loss="none", impl=impl)
-    return infopro_fast.build("resnet32", modules=K, local_loss="contrast", lambdas=shapes.TRAIN_STEP[K], impl=impl)
+        return infopro_fast.build(arch, modules=1, local_loss="none", impl=impl)
+    lambdas = shapes.TRAIN_STEP.get(K) if arch == "resnet32" else None
+    return infopro_fast.build(arch, modules=K, local_loss="contrast", lambdas=lambdas, balanced=balanced, impl=impl)
 
 
 def batch(N: int = shapes.TRAIN_BATCH) -> tuple[torch.Tensor, torch.Tensor]:
@@ -27,19 +29,25 @@ def batch(N: int = shapes.TRAIN_BATCH) -> tuple[torch.Tensor, torch.Tensor]:
     return (torch.rand(N, 3, 32, 32, generator=generator) - mean) / std, torch.randint(10, (N,), generator=generator)
 
 
-def step(method: str, K: int, N: int = shapes.TRAIN_BATCH) -> typing.Callable[[], object]:
-    """A call that makes one update of the whole network."""
+def step(
+    method: str, K: int, N: int = shapes.TRAIN_BATCH, *, device: str = "cpu", arch: str = "resnet32", balanced: bool = False
+) -> typing.Callable[[], object]:
+    """A call that makes one update of the whole network. "compile": end to end (K = 1), through torch.compile."""
     torch.manual_seed(0)
-    image, label = batch(N)
+    image, label = (t.to(device) for t in batch(N))
     make_optimizer = released_sgd(lr=0.1)
     if not method.startswith("released"):
-        trainer = infopro_fast.LocalTrainer(network(K, "reference" if method == "reference" else "auto"), make_optimizer)
+        net = network(K, "reference" if method == "reference" else "auto", arch, balanced).to(device)
+        if method == "compile":
+            net.stages[0].compile()
+        trainer = infopro_fast.LocalTrainer(net, make_optimizer, cuda_graph=method == GRAPH)
         return lambda: trainer.step(image, label)
-    net = network(K, "reference")
+    net = network(K, "reference", arch, balanced)
     memory_format = torch.channels_last if method.endswith("channels_last") else torch.contiguous_format
-    released = baselines.ReleasedTraining(net, make_optimizer, CIFAR10_MEAN, CIFAR10_STD).to(memory_format=memory_format)
+    released = baselines.ReleasedTraining(net, make_optimizer, CIFAR10_MEAN, CIFAR10_STD).to(device, memory_format=memory_format)
     image = image.to(memory_format=memory_format)
-    lambdas = [interpolate_lambdas(shapes.TRAIN_STEP[K], k, K) for k in range(K - 1)]
+    weights = shapes.TRAIN_STEP[K] if arch == "resnet32" else DEFAULT_LAMBDAS
+    lambdas = [interpolate_lambdas(weights, k, K) for k in range(K - 1)]
     return lambda: released.step(image, label, lambdas)
 
 
