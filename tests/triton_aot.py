@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import importlib
+import io
 import multiprocessing
 import os
 import re
@@ -57,35 +59,27 @@ def _compile_one(module: str, cc: int, index: int) -> Statistics:
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in c.aligned}
     source = ASTSource(fn=c.kernel, signature=c.signature, constexprs=c.constexprs, attrs=attributes)
     options = {"num_warps": c.num_warps, "num_stages": c.num_stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", cc, 32), options=options)
+    log = io.StringIO()
+    with triton.knobs.nvidia.scope(), triton.knobs.compilation.scope(), contextlib.redirect_stdout(log):
+        triton.knobs.nvidia.dump_ptxas_log = True
+        triton.knobs.compilation.always_compile = True  # what comes from the cache has no log
+        compiled = triton.compile(source, target=GPUTarget("cuda", cc, 32), options=options)
     types = " ".join(t for t in c.signature.values() if t != "constexpr")
     values = ", ".join(f"{k}={v}" for k, v in c.constexprs.items())
     name = f"sm_{cc} {c.kernel.__name__}[{types}]({values}, num_warps={c.num_warps}, num_stages={c.num_stages})"
-    return _statistics(name, compiled, cc, c.tensor_cores)
+    return _statistics(name, compiled, log.getvalue(), c.tensor_cores)
 
 
-def _statistics(name: str, compiled, cc: int, meant: bool) -> Statistics:
-    """Spills come from assembling the PTX once more as Triton does: the object alone does not tell them from other local memory."""
+def _statistics(name: str, compiled, log: str, meant: bool) -> Statistics:
+    """log: what ptxas said; the object alone does not tell spills from other local memory."""
     import triton.backends.nvidia
 
     tools = os.path.join(os.path.dirname(triton.backends.nvidia.__file__), "bin")
-    architecture = re.search(r"^\.target (sm_\w+)", compiled.asm["ptx"], re.MULTILINE)[1]
-    with tempfile.TemporaryDirectory() as folder:
-        ptx, cubin = os.path.join(folder, "kernel.ptx"), os.path.join(folder, "kernel.cubin")
-        with open(ptx, "w") as file:
-            file.write(compiled.asm["ptx"])
-        with open(cubin, "wb") as file:
-            file.write(compiled.asm["cubin"])
-        assembler = os.path.join(tools, "ptxas-blackwell" if cc >= 100 else "ptxas")
-        assembled = _output([assembler, "-v", f"--gpu-name={architecture}", ptx, "-o", os.path.join(folder, "again")])
-        sass = _output([os.path.join(tools, "nvdisasm"), cubin])
-    stack, stores, loads = map(int, re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", assembled).groups())
-    registers = int(re.search(r"Used (\d+) registers", assembled)[1])
-    return Statistics(name, registers, stack + stores + loads, compiled.metadata.shared, bool(TENSOR_CORES.search(sass)), meant)
-
-
-def _output(command: list[str]) -> str:
-    ran = subprocess.run(command, capture_output=True, text=True)
-    if ran.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)} ended with status {ran.returncode}:\n{ran.stderr}")
-    return ran.stdout + ran.stderr
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        ran = subprocess.run([os.path.join(tools, "nvdisasm"), file.name], capture_output=True, text=True, check=True)
+    spills = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    registers = int(re.search(r"Used (\d+) registers", log)[1])
+    uses = bool(TENSOR_CORES.search(ran.stdout))
+    return Statistics(name, registers, sum(map(int, spills.groups())), compiled.metadata.shared, uses, meant)

@@ -27,7 +27,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .triton_target import INTERPRETED, Compilation, capability, dot_precision, multiprocessors
+from .triton_target import INTERPRETED, Compilation, capability, dot_precision, multiprocessors, rounded
 
 NORM_EPS = tl.constexpr(1e-12)  # supcon_loss.NORM_EPS
 SUMS_APART = tl.constexpr(INTERPRETED)  # whose reductions by a function take a call an element
@@ -347,7 +347,7 @@ def _backward_kernel(
     gradient *= (scale / unit) * LN_2  # log2(e) / T back to 1 / T
     inside = (rows < M)[:, None] & (dimensions < D)[None, :]
     at = split.to(tl.int64) * M * D + rows.to(tl.int64)[:, None] * D + dimensions[None, :]
-    tl.store(out + at, gradient.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + at, rounded(gradient, out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -365,7 +365,7 @@ def _finish_kernel(
     if NORMALIZE:
         row = _load_rows(x, rows, columns, M, stride, D, True)
         gradient = _tangential(gradient, row, tl.load(inverse + rows, mask=rows < M, other=0.0))
-    tl.store(out + at, gradient.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + at, rounded(gradient, out.dtype.element_ty), mask=inside)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -8,12 +8,24 @@ import typing
 
 import torch
 import triton
+import triton.language as tl
 
 # Whether kernels are interpreted on the CPU. There bfloat16 is not computed with: it is widened right after a load.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
+_INTERPRETED = tl.constexpr(INTERPRETED)
+
 # Where three TF32 products a float32 one (as exact as a float32 product is) are faster than the GPU's float32 units.
 _SPLIT_FLOAT32 = (80, 90, 100, 103)
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """float32 x in ``dtype``, to the nearest. (The interpreter cuts off what bfloat16 has no room for, so there it is rounded before.)"""
+    if _INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
+    return x.to(dtype)
 
 
 class Compilation(typing.NamedTuple):
