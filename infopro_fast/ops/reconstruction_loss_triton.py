@@ -58,7 +58,7 @@ def _source(p, IN: tl.constexpr, OUT: tl.constexpr, NEAREST: tl.constexpr):
     LAST: tl.constexpr = OUT - 1 if OUT > 1 else 1
     low = p * (IN - 1) // LAST
     rest = p * (IN - 1) - low * LAST
-    return low, tl.minimum(low + 1, IN - 1), tl.div_rn(rest.to(tl.float32), low.to(tl.float32) * 0 + LAST)
+    return low, tl.minimum(low + 1, IN - 1), rest.to(tl.float32) * (1 / LAST)
 
 
 @triton.jit
@@ -108,7 +108,7 @@ def _dot(a, b, acc, PRECISION: tl.constexpr):
 # z
 
 
-@triton.jit
+@triton.jit(noinline=True)
 def _write_taps(
     features, s_c, s_y, s_x, w_taps, taps, t0, t1, C: tl.constexpr, w: tl.constexpr, K: tl.constexpr, TP: tl.constexpr,
     PRECISION: tl.constexpr, M: tl.constexpr, P: tl.constexpr, D: tl.constexpr,
@@ -129,7 +129,7 @@ def _write_taps(
             tl.store(taps + m[:, None] * TP + p[None, :], acc, mask=(m[:, None] < 9 * K) & (p[None, :] < count))
 
 
-@triton.jit
+@triton.jit(noinline=True)
 def _write_expanded(
     taps, expanded, rows, w: tl.constexpr, W: tl.constexpr, K: tl.constexpr, TP: tl.constexpr, EP: tl.constexpr, NEAREST: tl.constexpr,
     KB: tl.constexpr, B: tl.constexpr,
@@ -155,7 +155,7 @@ def _write_expanded(
             tl.store(expanded + q[:, None] * EP + e[None, :], acc, mask=mask)
 
 
-@triton.jit
+@triton.jit(noinline=True)
 def _write_rows(
     expanded, b1, x, a0, a1, t0, h: tl.constexpr, H: tl.constexpr, W: tl.constexpr, K: tl.constexpr, EP: tl.constexpr, XP: tl.constexpr,
     NEAREST: tl.constexpr, KB: tl.constexpr, B: tl.constexpr,
@@ -187,7 +187,7 @@ def _write_rows(
             tl.store(x + k[:, None] * XP + p[None, :], acc, mask=mask)
 
 
-@triton.jit
+@triton.jit(noinline=True)
 def _write_convolved(
     features, s_c, s_y, s_x, w_taps, b1, x, a0, a1, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, K: tl.constexpr, XP: tl.constexpr,
     PRECISION: tl.constexpr, P: tl.constexpr, KT: tl.constexpr, D: tl.constexpr,
@@ -241,24 +241,25 @@ def _write_pre_norm(
 
 
 @triton.jit
-def _channel_norm(mean, var, gamma, beta, k, eps, K: tl.constexpr):
-    """Of the channels k: mean, 1 / std, gamma, beta."""
+def _write_norm(norm, mean, var, gamma, beta, eps, K: tl.constexpr, KP: tl.constexpr):
+    """norm (4, K): mean, 1 / std, gamma and beta of each channel."""
+    k = tl.arange(0, KP)
     valid = k < K
-    center = tl.load(mean + k, mask=valid, other=0.0).to(tl.float32)
-    variance = tl.load(var + k, mask=valid, other=1.0).to(tl.float32)
-    one = variance * 0 + 1
-    inverse_std = tl.div_rn(one, tl.sqrt_rn(variance + eps))
-    scale, shift = one, one * 0
+    variance = tl.load(var + k, mask=valid, other=1.0)
+    scale = tl.zeros((KP,), tl.float32) + 1
+    shift = tl.zeros((KP,), tl.float32)
     if gamma is not None:
         scale = tl.load(gamma + k, mask=valid, other=0.0).to(tl.float32)
         shift = tl.load(beta + k, mask=valid, other=0.0).to(tl.float32)
-    return center, inverse_std, scale, shift
+    tl.store(norm + k, tl.load(mean + k, mask=valid, other=0.0), mask=valid)
+    tl.store(norm + K + k, tl.rsqrt(variance + eps), mask=valid)
+    tl.store(norm + 2 * K + k, scale, mask=valid)
+    tl.store(norm + 3 * K + k, shift, mask=valid)
 
 
-@triton.jit
+@triton.jit(noinline=True)
 def _write_activation(
-    x, a, mean, var, gamma, beta, eps, a0, a1, H: tl.constexpr, W: tl.constexpr, K: tl.constexpr, XP: tl.constexpr, AP: tl.constexpr,
-    KB: tl.constexpr, B: tl.constexpr,
+    x, a, norm, a0, a1, H: tl.constexpr, W: tl.constexpr, K: tl.constexpr, XP: tl.constexpr, AP: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """x becomes (z - mean) / std; a = relu(gamma x + beta), a plane with a border of zeros: rows a0 - 1..a1 + 1 of W + 2."""
     count = (a1 - a0 + 2) * (W + 2)
@@ -266,15 +267,12 @@ def _write_activation(
         p = p0 + tl.arange(0, B)
         row, X = p // (W + 2) - 1, p % (W + 2) - 1
         inside = (row >= 0) & (row < a1 - a0) & _inside(X, W)
-        for k0 in range(0, K, KB):
-            k = k0 + tl.arange(0, KB)
-            center, inverse_std, scale, shift = _channel_norm(mean, var, gamma, beta, k, eps, K)
-            valid = (k[:, None] < K) & inside[None, :]
-            at = x + k[:, None] * XP + (row * W + X)[None, :]
-            normalized = (tl.load(at, mask=valid, other=0.0) - center[:, None]) * inverse_std[:, None]
-            tl.store(at, normalized, mask=valid)
-            y = normalized * scale[:, None] + shift[:, None]
-            tl.store(a + k[:, None] * AP + p[None, :], tl.where(valid & (y > 0), y, 0.0), mask=(k[:, None] < K) & (p[None, :] < count))
+        for k in range(K):
+            at = x + k * XP + row * W + X
+            normalized = (tl.load(at, mask=inside, other=0.0) - tl.load(norm + k)) * tl.load(norm + K + k)
+            tl.store(at, normalized, mask=inside)
+            y = normalized * tl.load(norm + 2 * K + k) + tl.load(norm + 3 * K + k)
+            tl.store(a + k * AP + (row + 1) * (W + 2) + X + 1, tl.where(inside & (y > 0), y, 0.0), mask=p < count)
 
 
 @triton.jit
@@ -310,14 +308,23 @@ def _target(image, at, mask, restore_mean, restore_std, RESTORE: tl.constexpr):
 
 
 @triton.jit
+def _add(to, value, fresh):
+    """to += value; what is there counts unless `fresh`."""
+    tl.store(to, value + tl.load(to, mask=fresh == 0, other=0.0))
+
+
+@triton.jit(noinline=True)
 def _write_gradient(
-    a, g, image, i_c, i_y, i_x, w2, b2, weight, m0, m1, m2, d0, d1, d2, a0, g0, g1, y0, y1, W: tl.constexpr, K: tl.constexpr,
-    AP: tl.constexpr, GP: tl.constexpr, RESTORE: tl.constexpr, LOSS: tl.constexpr, B: tl.constexpr,
+    a, g, image, i_c, i_y, i_x, w2, b2, weight, m0, m1, m2, d0, d1, d2, sums, fresh, a0, g0, g1, y0, y1, W: tl.constexpr,
+    K: tl.constexpr, AP: tl.constexpr, GP: tl.constexpr, RESTORE: tl.constexpr, LOSS: tl.constexpr, SUMS: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
-    """g[o] = weight * d loss / d s, a plane with a border of zeros; returns the sum of the loss over the rows y0..y1."""
+    """g[o] = weight * d loss / d s, a plane with a border of zeros; if SUMS, sums (4) += those of g and of the loss over y0..y1."""
     PITCH: tl.constexpr = W + 2
     count = (g1 - g0) * W
     total = tl.zeros((B,), tl.float32)
+    total0 = tl.zeros((B,), tl.float32)
+    total1 = tl.zeros((B,), tl.float32)
+    total2 = tl.zeros((B,), tl.float32)
     for p0 in range(0, count, B):
         p = p0 + tl.arange(0, B)
         Y, X = g0 + p // W, p % W
@@ -344,8 +351,17 @@ def _write_gradient(
         tl.store(to, gradient0 * weight, mask=mask)
         tl.store(to + GP, gradient1 * weight, mask=mask)
         tl.store(to + 2 * GP, gradient2 * weight, mask=mask)
-        total += tl.where(mask & (Y >= y0) & (Y < y1), loss0 + loss1 + loss2, 0.0)
-    return tl.sum(total, 0)
+        if SUMS:
+            own = mask & (Y >= y0) & (Y < y1)
+            total += tl.where(own, loss0 + loss1 + loss2, 0.0)
+            total0 += tl.where(own, gradient0, 0.0)
+            total1 += tl.where(own, gradient1, 0.0)
+            total2 += tl.where(own, gradient2, 0.0)
+    if SUMS:
+        _add(sums, tl.sum(total0, 0) * weight, fresh)
+        _add(sums + 1, tl.sum(total1, 0) * weight, fresh)
+        _add(sums + 2, tl.sum(total2, 0) * weight, fresh)
+        _add(sums + 3, tl.sum(total, 0), fresh)
 
 
 @triton.jit
@@ -365,12 +381,12 @@ def _weights_around(w2, k, K: tl.constexpr):
     return tl.load(w2 + at, mask=(q[:, None] < 27) & (k[None, :] < K), other=0.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(noinline=True)
 def _add_sums(
     x, a, g, w2, partial, fresh, a0, g0, y0, y1, W: tl.constexpr, K: tl.constexpr, XP: tl.constexpr, AP: tl.constexpr, GP: tl.constexpr,
-    PRECISION: tl.constexpr, KT: tl.constexpr, P: tl.constexpr,
+    KT: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """partial += over the rows y0..y1: d gamma (K), d beta (K), d w2 (3, K, 9), d b2 (3); what is there counts unless `fresh`."""
+    """partial += over the rows y0..y1: d gamma (K), d beta (K), d w2 (3, K, 9); what is there counts unless `fresh`."""
     count = (y1 - y0) * W
     q = tl.arange(0, 32)
     for k0 in range(0, K, KT):
@@ -379,7 +395,6 @@ def _add_sums(
         d_w2 = tl.zeros((32, KT), tl.float32)
         d_beta = tl.zeros((P, KT), tl.float32)
         d_gamma = tl.zeros((P, KT), tl.float32)
-        d_b2 = tl.zeros((32,), tl.float32)
         for p0 in range(0, count, P):
             p = p0 + tl.arange(0, P)
             mask = (p[:, None] < count) & (k[None, :] < K)
@@ -387,12 +402,11 @@ def _add_sums(
             around = _around(g, p, count, y0, g0, W, GP)
             activation = tl.load(a + ((Y - a0 + 1) * (W + 2) + X + 1)[:, None] + k[None, :] * AP, mask=mask, other=0.0)
             normalized = tl.load(x + ((Y - a0) * W + X)[:, None] + k[None, :] * XP, mask=mask, other=0.0)
-            dy = _dot(around, weight, tl.zeros((P, KT), tl.float32), PRECISION)
+            dy = _dot(around, weight, tl.zeros((P, KT), tl.float32), "ieee")
             dy = tl.where(activation > 0, dy, 0.0)
             d_beta += dy
             d_gamma += dy * normalized
-            d_w2 = _dot(tl.trans(around), activation, d_w2, PRECISION)
-            d_b2 += tl.sum(around, 0)
+            d_w2 = _dot(tl.trans(around), activation, d_w2, "ieee")
         kept = (k < K) & (fresh == 0)
         to = partial + k
         tl.store(to, tl.sum(d_gamma, 0) + tl.load(to, mask=kept, other=0.0), mask=k < K)
@@ -400,28 +414,23 @@ def _add_sums(
         to_w2 = partial + 2 * K + (q // 9 * K)[:, None] * 9 + k[None, :] * 9 + (q % 9)[:, None]
         valid = (q[:, None] < 27) & (k[None, :] < K)
         tl.store(to_w2, d_w2 + tl.load(to_w2, mask=valid & (fresh == 0), other=0.0), mask=valid)
-        if k0 == 0:
-            to_b2 = partial + 29 * K + q // 9
-            center = (q < 27) & (q % 9 == 4)
-            tl.store(to_b2, d_b2 + tl.load(to_b2, mask=center & (fresh == 0), other=0.0), mask=center)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # From the gradient in the logits to those of the features and W1
 
 
-@triton.jit
+@triton.jit(noinline=True)
 def _write_norm_backward(
-    x, a, g, w2, to, t_row, t_plane, t_origin, mean, var, gamma, beta, eps, d_gamma, d_beta, scale_sums, a0, g0, r0, r1,
-    W: tl.constexpr, K: tl.constexpr, XP: tl.constexpr, AP: tl.constexpr, GP: tl.constexpr, PRECISION: tl.constexpr,
-    KT: tl.constexpr, P: tl.constexpr,
+    x, a, g, w2, to, t_row, t_plane, t_origin, norm, d_gamma, d_beta, scale_sums, a0, g0, r0, r1,
+    W: tl.constexpr, K: tl.constexpr, XP: tl.constexpr, AP: tl.constexpr, GP: tl.constexpr, KT: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """to = gradient in z of the rows r0..r1, in the place of x or of a. scale_sums: upstream / count, 0 in eval mode."""
     count = (r1 - r0) * W
     for k0 in range(0, K, KT):
         k = k0 + tl.arange(0, KT)
         weight = _weights_around(w2, k, K)
-        _, inverse_std, scale, _ = _channel_norm(mean, var, gamma, beta, k, eps, K)
+        scale = tl.load(norm + K + k, mask=k < K, other=0.0) * tl.load(norm + 2 * K + k, mask=k < K, other=0.0)
         mean_dy = tl.load(d_beta + k, mask=k < K, other=0.0) * scale_sums
         mean_dy_x = tl.load(d_gamma + k, mask=k < K, other=0.0) * scale_sums
         for p0 in range(0, count, P):
@@ -430,13 +439,13 @@ def _write_norm_backward(
             Y, X = r0 + p // W, p % W
             activation = tl.load(a + ((Y - a0 + 1) * (W + 2) + X + 1)[:, None] + k[None, :] * AP, mask=mask, other=0.0)
             normalized = tl.load(x + ((Y - a0) * W + X)[:, None] + k[None, :] * XP, mask=mask, other=0.0)
-            dy = _dot(_around(g, p, count, r0, g0, W, GP), weight, tl.zeros((P, KT), tl.float32), PRECISION)
+            dy = _dot(_around(g, p, count, r0, g0, W, GP), weight, tl.zeros((P, KT), tl.float32), "ieee")
             dy = tl.where(activation > 0, dy, 0.0)
-            dz = (dy - mean_dy[None, :] - normalized * mean_dy_x[None, :]) * (scale * inverse_std)[None, :]
+            dz = (dy - mean_dy[None, :] - normalized * mean_dy_x[None, :]) * scale[None, :]
             tl.store(to + t_origin + ((Y - a0) * t_row + X)[:, None] + k[None, :] * t_plane, dz, mask=mask)
 
 
-@triton.jit
+@triton.jit(noinline=True)
 def _gather_rows(
     dz, table, d_expanded, i0, i1, a0, h: tl.constexpr, H: tl.constexpr, W: tl.constexpr, K: tl.constexpr, XP: tl.constexpr,
     EP: tl.constexpr, COUNT: tl.constexpr, NEAREST: tl.constexpr, KB: tl.constexpr, B: tl.constexpr,
@@ -454,13 +463,13 @@ def _gather_rows(
             acc = tl.zeros((KB, B), tl.float32)
             for t in range(COUNT):
                 Y = (first + t)[None, :] - dy[:, None]
-                weight = tl.load(table + i * COUNT + t, mask=e < count, other=0.0)
-                valid = mask & _inside(Y, H) & (weight != 0)[None, :]
-                acc += weight[None, :] * tl.load(dz + (q % K * XP)[:, None] + (Y - a0) * W + X[None, :], mask=valid, other=0.0)
+                weight = tl.load(tl.broadcast_to(table + (i * COUNT + t)[None, :], (KB, B)), mask=mask, other=0.0)
+                valid = mask & _inside(Y, H) & (weight != 0)
+                acc += weight * tl.load(dz + (q % K * XP)[:, None] + (Y - a0) * W + X[None, :], mask=valid, other=0.0)
             tl.store(d_expanded + q[:, None] * EP + e[None, :], acc, mask=mask)
 
 
-@triton.jit
+@triton.jit(noinline=True)
 def _gather_columns(
     d_expanded, table, d_taps, rows, w: tl.constexpr, W: tl.constexpr, K: tl.constexpr, EP: tl.constexpr, TP: tl.constexpr,
     COUNT: tl.constexpr, NEAREST: tl.constexpr, KB: tl.constexpr, B: tl.constexpr,
@@ -479,12 +488,12 @@ def _gather_columns(
             acc = tl.zeros((KB, B), tl.float32)
             for t in range(COUNT):
                 X = (first + t)[None, :] - dx[:, None]
-                weight = tl.load(table + j * COUNT + t, mask=e < count, other=0.0)
-                acc += weight[None, :] * tl.load(at + X, mask=mask & _inside(X, W) & (weight != 0)[None, :], other=0.0)
+                weight = tl.load(tl.broadcast_to(table + (j * COUNT + t)[None, :], (KB, B)), mask=mask, other=0.0)
+                acc += weight * tl.load(at + X, mask=mask & _inside(X, W) & (weight != 0), other=0.0)
             tl.store(d_taps + m[:, None] * TP + e[None, :], acc, mask=mask)
 
 
-@triton.jit
+@triton.jit(noinline=True)
 def _write_features_from_taps(
     d_taps, w_taps, d_features, s_c, s_y, s_x, i0, i1, C: tl.constexpr, w: tl.constexpr, K: tl.constexpr, TP: tl.constexpr,
     PRECISION: tl.constexpr, M: tl.constexpr, P: tl.constexpr, D: tl.constexpr,
@@ -505,7 +514,7 @@ def _write_features_from_taps(
             tl.store(to, acc, mask=(c[:, None] < C) & (p[None, :] < count))
 
 
-@triton.jit
+@triton.jit(noinline=True)
 def _add_w1_from_taps(
     d_taps, features, s_c, s_y, s_x, partial, fresh, i0, i1, C: tl.constexpr, w: tl.constexpr, K: tl.constexpr, TP: tl.constexpr,
     PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
@@ -527,7 +536,7 @@ def _add_w1_from_taps(
             tl.store(to, acc + tl.load(to, mask=mask & (fresh == 0), other=0.0), mask=mask)
 
 
-@triton.jit
+@triton.jit(noinline=True)
 def _write_features_convolved(
     dz, w_taps, d_features, s_c, s_y, s_x, i0, i1, a0, C: tl.constexpr, W: tl.constexpr, K: tl.constexpr, AP: tl.constexpr,
     PRECISION: tl.constexpr, P: tl.constexpr, N: tl.constexpr, KT: tl.constexpr,
@@ -551,29 +560,29 @@ def _write_features_convolved(
             tl.store(to, acc, mask=(p[:, None] < count) & (c[None, :] < C))
 
 
-@triton.jit
+@triton.jit(noinline=True)
 def _add_w1_convolved(
-    dz, features, s_c, s_y, s_x, partial, fresh, i0, i1, a0, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, K: tl.constexpr,
-    AP: tl.constexpr, PRECISION: tl.constexpr, KT: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
+    dz, features, s_c, s_y, s_x, partial, fresh, i0, i1, a0, C: tl.constexpr, W: tl.constexpr, K: tl.constexpr, AP: tl.constexpr,
+    PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """partial[tap * K + k][c] += dz features^T over the rows i0..i1; all taps and channels of the features side by side."""
+    """partial[tap * K + k][c] += sum over the pixels of the rows i0..i1 of the features times dz where the tap carries them."""
     count = (i1 - i0) * W
-    for k0 in range(0, K, KT):
-        k = k0 + tl.arange(0, KT)
-        for n0 in range(0, 9 * C, N):
-            n = n0 + tl.arange(0, N)  # tap * C + c
-            tap, c = n // C, n % C
-            acc = tl.zeros((KT, N), tl.float32)
+    for m0 in range(0, 9 * K, M):
+        m = m0 + tl.arange(0, M)
+        tap = m // K
+        to_tap = m % K * AP - (tap // 3 - 1) * (W + 2) - (tap % 3 - 1)
+        for c0 in range(0, C, N):
+            c = c0 + tl.arange(0, N)
+            acc = tl.zeros((M, N), tl.float32)
             for p0 in range(0, count, D):
                 p = p0 + tl.arange(0, D)
                 Y, X = i0 + p // W, p % W
-                at = (Y - a0 + 1) * (W + 2) + X + 1
-                x = tl.load(dz + k[:, None] * AP + at[None, :], mask=(k[:, None] < K) & (p[None, :] < count), other=0.0)
-                y, xx = Y[:, None] + (tap // 3 - 1)[None, :], X[:, None] + (tap % 3 - 1)[None, :]
-                inside = (p[:, None] < count) & (n[None, :] < 9 * C) & _inside(y, H) & _inside(xx, W)
-                acc = _dot(x, tl.load(features + y * s_y + xx * s_x + (c * s_c)[None, :], mask=inside, other=0.0), acc, PRECISION)
-            mask = (k[:, None] < K) & (n[None, :] < 9 * C)
-            to = partial + (tap * K)[None, :] * C + k[:, None] * C + c[None, :]
+                at = to_tap[:, None] + ((Y - a0 + 1) * (W + 2) + X + 1)[None, :]
+                x = tl.load(dz + at, mask=(m[:, None] < 9 * K) & (p[None, :] < count), other=0.0)
+                u = features + (Y * s_y + X * s_x)[:, None] + c[None, :] * s_c
+                acc = _dot(x, tl.load(u, mask=(p[:, None] < count) & (c[None, :] < C), other=0.0), acc, PRECISION)
+            mask = (m[:, None] < 9 * K) & (c[None, :] < C)
+            to = partial + m[:, None] * C + c[None, :]
             tl.store(to, acc + tl.load(to, mask=mask & (fresh == 0), other=0.0), mask=mask)
 
 
@@ -581,21 +590,20 @@ def _add_w1_convolved(
 # The sweeps
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["strips"])
 def statistics_kernel(
-    scratch, items, features, s_n, s_c, s_y, s_x, w_taps, b1, means, squares,
+    scratch, items, strips, features, s_n, s_c, s_y, s_x, w_taps, b1, means, squares,
     C: tl.constexpr, h: tl.constexpr, w: tl.constexpr, H: tl.constexpr, W: tl.constexpr, K: tl.constexpr, NEAREST: tl.constexpr,
     ROWS: tl.constexpr, AR: tl.constexpr, TR: tl.constexpr, SCRATCH: tl.constexpr, PRECISION: tl.constexpr,
     M: tl.constexpr, P: tl.constexpr, D: tl.constexpr, PC: tl.constexpr, KT: tl.constexpr, KB: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """means, squares (K, items), float64: of z over an item, the squares about its mean."""
-    STRIPS: tl.constexpr = (H + ROWS - 1) // ROWS
     x = scratch + tl.program_id(0).to(tl.int64) * SCRATCH
     for i in range(tl.program_id(0), items, tl.num_programs(0)):
         item = tl.program_id(0) * 0 + i  # a tensor in the interpreter too
-        y0 = item % STRIPS * ROWS
+        y0 = item % strips * ROWS
         y1 = tl.minimum(y0 + ROWS, H)
-        sample = features + (item // STRIPS).to(tl.int64) * s_n
+        sample = features + (item // strips).to(tl.int64) * s_n
         _write_pre_norm(
             sample, s_c, s_y, s_x, w_taps, b1, x, x + K * AR * W, y0, y1, C, h, w, H, W, K, h != H or w != W, NEAREST, AR, TR, PRECISION,
             M, P, D, PC, KT, KB, B,
@@ -648,49 +656,49 @@ def merge_statistics_kernel(
     tl.store(saved + K + k, (tl.sum(total, 0) / pixels).to(tl.float32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["strips"])
 def loss_kernel(
-    scratch, items, features, s_n, s_c, s_y, s_x, image, i_n, i_c, i_y, i_x, w_taps, b1, gamma, beta, w2, b2, mean, var, partial,
+    scratch, items, strips, features, s_n, s_c, s_y, s_x, image, i_n, i_c, i_y, i_x, w_taps, b1, gamma, beta, w2, b2, mean, var, partial,
     eps, weight, m0, m1, m2, d0, d1, d2,
     C: tl.constexpr, h: tl.constexpr, w: tl.constexpr, H: tl.constexpr, W: tl.constexpr, K: tl.constexpr, NEAREST: tl.constexpr,
     RESTORE: tl.constexpr, LOSS: tl.constexpr, NEEDS_GRAD: tl.constexpr, ROWS: tl.constexpr, AR: tl.constexpr, GR: tl.constexpr,
     TR: tl.constexpr, SCRATCH: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, P: tl.constexpr, D: tl.constexpr,
-    PC: tl.constexpr, PS: tl.constexpr, KT: tl.constexpr, KB: tl.constexpr, B: tl.constexpr, BS: tl.constexpr,
+    PC: tl.constexpr, PS: tl.constexpr, KP: tl.constexpr, KT: tl.constexpr, KB: tl.constexpr, B: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
     """partial (programs, 29 K + 4): d gamma, d beta, d w2, d b2 of the mean loss (if NEEDS_GRAD), and the sum of the loss."""
-    STRIPS: tl.constexpr = (H + ROWS - 1) // ROWS
     XP: tl.constexpr = AR * W
     AP: tl.constexpr = (AR + 2) * (W + 2)
     GP: tl.constexpr = (GR + 2) * (W + 2)
     program = tl.program_id(0)
     x = scratch + program.to(tl.int64) * SCRATCH
     g = x + K * XP
-    a = g + 3 * GP
+    norm = g + 3 * GP
+    a = norm + 4 * K
     mine = partial + program * (29 * K + 4)
-    total = 0.0
+    _write_norm(norm, mean, var, gamma, beta, eps, K, KP)
     for i in range(program, items, tl.num_programs(0)):
         item = program * 0 + i  # a tensor in the interpreter too
-        y0 = item % STRIPS * ROWS
+        y0 = item % strips * ROWS
         y1 = tl.minimum(y0 + ROWS, H)
         g0, g1 = tl.maximum(y0 - 1, 0), tl.minimum(y1 + 1, H)
         a0, a1 = tl.maximum(y0 - 2, 0), tl.minimum(y1 + 2, H)
-        n = (item // STRIPS).to(tl.int64)
+        n = (item // strips).to(tl.int64)
         _write_pre_norm(
             features + n * s_n, s_c, s_y, s_x, w_taps, b1, x, a, a0, a1, C, h, w, H, W, K, h != H or w != W, NEAREST, AR, TR, PRECISION,
             M, P, D, PC, KT, KB, B,
         )  # fmt: skip
-        _write_activation(x, a, mean, var, gamma, beta, eps, a0, a1, H, W, K, XP, AP, KB, B)
+        _write_activation(x, a, norm, a0, a1, H, W, K, XP, AP, BS)
         _fill_zero(g, 3 * GP, BS)
         tl.debug_barrier()
-        total += _write_gradient(
-            a, g, image + n * i_n, i_c, i_y, i_x, w2, b2, weight, m0, m1, m2, d0, d1, d2, a0, g0, g1, y0, y1, W, K, AP, GP,
-            RESTORE, LOSS, BS,
+        fresh = item == program
+        _write_gradient(
+            a, g, image + n * i_n, i_c, i_y, i_x, w2, b2, weight, m0, m1, m2, d0, d1, d2, mine + 29 * K, fresh, a0, g0, g1, y0, y1, W, K,
+            AP, GP, RESTORE, LOSS, True, BS,
         )  # fmt: skip
         tl.debug_barrier()
         if NEEDS_GRAD:
-            _add_sums(x, a, g, w2, mine, item == program, a0, g0, y0, y1, W, K, XP, AP, GP, PRECISION, KT, PS)
+            _add_sums(x, a, g, w2, mine, fresh, a0, g0, y0, y1, W, K, XP, AP, GP, KT, PS)
             tl.debug_barrier()
-    tl.store(mine + 29 * K + 3, total)
 
 
 @triton.jit
@@ -710,19 +718,18 @@ def reduce_sums_kernel(partial, saved, loss, programs, weight, K: tl.constexpr, 
     tl.store(loss + column * 0, (found * weight).to(tl.float32), mask=column == ROW - 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["strips"])
 def backward_kernel(
-    scratch, items, features, s_n, s_c, s_y, s_x, image, i_n, i_c, i_y, i_x, w_taps, b1, gamma, beta, w2, b2, saved, grad, d_features,
-    f_n, f_c, f_y, f_x, partial, eps, weight, scale_sums, m0, m1, m2, d0, d1, d2,
+    scratch, items, strips, features, s_n, s_c, s_y, s_x, image, i_n, i_c, i_y, i_x, w_taps, b1, gamma, beta, w2, b2, saved, grad,
+    d_features, f_n, f_c, f_y, f_x, partial, eps, weight, scale_sums, m0, m1, m2, d0, d1, d2,
     C: tl.constexpr, h: tl.constexpr, w: tl.constexpr, H: tl.constexpr, W: tl.constexpr, K: tl.constexpr, NEAREST: tl.constexpr,
     RESTORE: tl.constexpr, LOSS: tl.constexpr, NEEDS_FEATURES: tl.constexpr, NEEDS_W1: tl.constexpr, ROWS: tl.constexpr,
     AR: tl.constexpr, GR: tl.constexpr, TR: tl.constexpr, NY: tl.constexpr, NX: tl.constexpr, SCRATCH: tl.constexpr,
     PRECISION: tl.constexpr, M: tl.constexpr, P: tl.constexpr, D: tl.constexpr, PC: tl.constexpr, PS: tl.constexpr, MW: tl.constexpr,
-    NW: tl.constexpr, NC: tl.constexpr, DC: tl.constexpr, KT: tl.constexpr, KB: tl.constexpr, B: tl.constexpr, BS: tl.constexpr,
-    BG: tl.constexpr, KG: tl.constexpr,
+    NW: tl.constexpr, NC: tl.constexpr, DC: tl.constexpr, KP: tl.constexpr, KT: tl.constexpr, KB: tl.constexpr, B: tl.constexpr,
+    BS: tl.constexpr, BG: tl.constexpr, KG: tl.constexpr,
 ):  # fmt: skip
     """d features, and partial (programs, 9 K, C): d W1 in order (tap, k, c). An item is a strip of ROWS feature rows."""
-    STRIPS: tl.constexpr = (h + ROWS - 1) // ROWS
     RESIZE: tl.constexpr = h != H or w != W
     XP: tl.constexpr = AR * W
     AP: tl.constexpr = (AR + 2) * (W + 2)
@@ -731,19 +738,21 @@ def backward_kernel(
     program = tl.program_id(0)
     x = scratch + program.to(tl.int64) * SCRATCH
     g = x + K * XP
-    rows_table = g + 3 * GP
+    norm = g + 3 * GP
+    rows_table = norm + 4 * K
     columns_table = rows_table + h * NY
     a = columns_table + w * NX
     mine = partial + program.to(tl.int64) * (9 * K * C)
-    mean, var, d_gamma, d_beta = saved, saved + K, saved + 2 * K, saved + 3 * K
+    d_gamma, d_beta = saved + 2 * K, saved + 3 * K
     upstream = tl.load(grad).to(tl.float32)
     weight = weight * upstream
+    _write_norm(norm, saved, saved + K, gamma, beta, eps, K, KP)
     if RESIZE:
         _write_table(rows_table, h, H, NY, NEAREST, BS)
         _write_table(columns_table, w, W, NX, NEAREST, BS)
     for i in range(program, items, tl.num_programs(0)):
         item = program * 0 + i  # a tensor in the interpreter too
-        i0 = item % STRIPS * ROWS
+        i0 = item % strips * ROWS
         i1 = tl.minimum(i0 + ROWS, h)
         y0, y1 = i0, i1
         if RESIZE:
@@ -752,23 +761,24 @@ def backward_kernel(
         r0, r1 = tl.maximum(y0 - 1, 0), tl.minimum(y1 + 1, H)
         g0, g1 = tl.maximum(y0 - 2, 0), tl.minimum(y1 + 2, H)
         a0, a1 = tl.maximum(y0 - 3, 0), tl.minimum(y1 + 3, H)
-        n = (item // STRIPS).to(tl.int64)
+        n = (item // strips).to(tl.int64)
+        fresh = item == program
         sample = features + n * s_n
         _write_pre_norm(
             sample, s_c, s_y, s_x, w_taps, b1, x, a, a0, a1, C, h, w, H, W, K, RESIZE, NEAREST, AR, TR, PRECISION, M, P, D, PC, KT, KB, B
         )
-        _write_activation(x, a, mean, var, gamma, beta, eps, a0, a1, H, W, K, XP, AP, KB, B)
+        _write_activation(x, a, norm, a0, a1, H, W, K, XP, AP, BS)
         _fill_zero(g, 3 * GP, BS)
         tl.debug_barrier()
         _write_gradient(
-            a, g, image + n * i_n, i_c, i_y, i_x, w2, b2, weight, m0, m1, m2, d0, d1, d2, a0, g0, g1, y0, y1, W, K, AP, GP,
-            RESTORE, LOSS, BS,
+            a, g, image + n * i_n, i_c, i_y, i_x, w2, b2, weight, m0, m1, m2, d0, d1, d2, g, False, a0, g0, g1, y0, y1, W, K, AP, GP,
+            RESTORE, LOSS, False, BS,
         )  # fmt: skip
         tl.debug_barrier()
         if RESIZE:
             _write_norm_backward(
-                x, a, g, w2, x, W, XP, 0, mean, var, gamma, beta, eps, d_gamma, d_beta, scale_sums * upstream, a0, g0, r0, r1, W, K, XP, AP,
-                GP, PRECISION, KT, PS,
+                x, a, g, w2, x, W, XP, 0, norm, d_gamma, d_beta, scale_sums * upstream, a0, g0, r0, r1, W, K, XP, AP,
+                GP, KT, PS,
             )  # fmt: skip
             tl.debug_barrier()
             d_taps = a + 3 * K * ROWS * W
@@ -780,18 +790,18 @@ def backward_kernel(
                 to = d_features + n * f_n
                 _write_features_from_taps(d_taps, w_taps, to, f_c, f_y, f_x, i0, i1, C, w, K, TP, PRECISION, NC, P, D)
             if NEEDS_W1:
-                _add_w1_from_taps(d_taps, sample, s_c, s_y, s_x, mine, item == program, i0, i1, C, w, K, TP, PRECISION, MW, NW, D)
+                _add_w1_from_taps(d_taps, sample, s_c, s_y, s_x, mine, fresh, i0, i1, C, w, K, TP, PRECISION, MW, NW, D)
         else:
             _write_norm_backward(
-                x, a, g, w2, a, W + 2, AP, W + 3, mean, var, gamma, beta, eps, d_gamma, d_beta, scale_sums * upstream, a0, g0, r0, r1, W, K,
-                XP, AP, GP, PRECISION, KT, PS,
+                x, a, g, w2, a, W + 2, AP, W + 3, norm, d_gamma, d_beta, scale_sums * upstream, a0, g0, r0, r1, W, K,
+                XP, AP, GP, KT, PS,
             )  # fmt: skip
             tl.debug_barrier()
             if NEEDS_FEATURES:
                 to = d_features + n * f_n
                 _write_features_convolved(a, w_taps, to, f_c, f_y, f_x, i0, i1, a0, C, W, K, AP, PRECISION, PC, NC, KT)
             if NEEDS_W1:
-                _add_w1_convolved(a, sample, s_c, s_y, s_x, mine, item == program, i0, i1, a0, C, H, W, K, AP, PRECISION, KT, NW, DC)
+                _add_w1_convolved(a, sample, s_c, s_y, s_x, mine, fresh, i0, i1, a0, C, W, K, AP, PRECISION, MW, NW, DC)
         tl.debug_barrier()
 
 
@@ -824,6 +834,7 @@ class Tiles(typing.NamedTuple):
     NW: int
     NC: int  # channels of the features: d features
     DC: int  # depth, in pixels, of d W1 without resize
+    KP: int  # all hidden channels
     KT: int  # hidden channels in a product
     KB: int  # hidden channels (or with dy) times B pixels: resizes and norms
     B: int
@@ -836,8 +847,8 @@ class Tiles(typing.NamedTuple):
 
 TILES_OF = {
     "statistics": ("M", "P", "D", "PC", "KT", "KB", "B"),
-    "loss": ("M", "P", "D", "PC", "PS", "KT", "KB", "B", "BS"),
-    "backward": ("M", "P", "D", "PC", "PS", "MW", "NW", "NC", "DC", "KT", "KB", "B", "BS", "BG", "KG"),
+    "loss": ("M", "P", "D", "PC", "PS", "KP", "KT", "KB", "B", "BS"),
+    "backward": ("M", "P", "D", "PC", "PS", "MW", "NW", "NC", "DC", "KP", "KT", "KB", "B", "BS", "BG", "KG"),
 }
 
 
@@ -847,13 +858,15 @@ def _power_of_two(n: int, low: int, high: int) -> int:
 
 def tiles(capability: tuple[int, int], C: int, K: int, features_pixels: int, resize: bool, precision: str) -> Tiles:
     """The table. capability (0, 0): the interpreter, where a tile costs the same whatever its size."""
+    KP = _power_of_two(K, 1, 2**20)
     KT, channels, pixels = _power_of_two(K, 16, 32), _power_of_two(C, 16, 64), _power_of_two(features_pixels, 16, 64)
     if capability == (0, 0):
         taps = _power_of_two(9 * K, 16, 256)
-        return Tiles(taps, pixels, channels, 512, 512, taps, channels if resize else 256, channels, 256, KT, 32, 256, 1024, 64, 256, 4, 2)
+        columns = channels if resize else 256
+        return Tiles(taps, pixels, channels, 512, 512, taps, columns, channels, 256, KP, KT, 32, 256, 1024, 64, 256, 4, 2)
     depth = 16 if precision == "ieee" else 32  # ieee: multiply-adds, all of a product's depth in registers
     taps = _power_of_two(9 * K, 64, 128)
-    return Tiles(taps, pixels, depth, 256, 128, 64, 64 if resize else 128, channels, depth, KT, 4, 256, 1024, 64, 16, 8, 2)
+    return Tiles(taps, pixels, depth, 256, 256, 64, 64 if resize else 128, channels, depth, KP, KT, 4, 256, 1024, 64, 16, 8, 2)
 
 
 class Plan(typing.NamedTuple):
@@ -960,7 +973,7 @@ def _scratch(shape: Shape, sweep: str, rows: int) -> int:
     total = K * activation * W
     if sweep != "statistics":
         low = max(low, K * (activation + 2) * (W + 2))  # a, when T and E are no longer needed
-        total += 3 * (gradient + 2) * (W + 2)
+        total += 3 * (gradient + 2) * (W + 2) + 4 * K
     if sweep == "backward" and shape.resize:
         low = max(low, 3 * K * rows * W + 9 * K * rows * w)  # dE and dT, when a is no longer needed
         total += h * shape.row_outputs + w * shape.column_outputs
@@ -1030,8 +1043,8 @@ class _Call:
         N, C, h, w, H, W, K, nearest = self.shape
         scratch = torch.empty(cut.programs * cut.scratch, dtype=torch.float32, device=self.device)
         kernel[(cut.programs,)](
-            scratch, N * cut.strips, self.features, *self.features.stride(), *args, C=C, h=h, w=w, H=H, W=W, K=K, NEAREST=nearest,
-            ROWS=cut.rows, AR=cut.activation_rows, TR=cut.tap_rows, SCRATCH=cut.scratch, PRECISION=self.precision, **constants,
+            scratch, N * cut.strips, cut.strips, self.features, *self.features.stride(), *args, C=C, h=h, w=w, H=H, W=W, K=K,
+            NEAREST=nearest, ROWS=cut.rows, AR=cut.activation_rows, TR=cut.tap_rows, SCRATCH=cut.scratch, PRECISION=self.precision, **constants,
             **{name: getattr(self.tiles, name) for name in TILES_OF[sweep]}, num_warps=self.tiles.num_warps, num_stages=1,
         )  # fmt: skip
 
