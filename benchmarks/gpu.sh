@@ -39,7 +39,7 @@ for op in ops.OPS:
 END
 
 if "$python" -c 'import pytest' 2>/dev/null; then
-    check "tests" "${SECONDS_FOR_TESTS:-120}" "$python" -m pytest -q -x -p no:cacheprovider -o addopts= tests/test_cuda.py
+    check "tests" "${SECONDS_FOR_TESTS:-120}" "$python" -m pytest -q -x -p no:cacheprovider --noconftest -o addopts= tests/test_cuda.py
 else
     echo "-- pytest is not installed: the tests are left out, errors are in the results' column"
 fi

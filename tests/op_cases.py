@@ -36,17 +36,20 @@ class Case:
     magnified: float = 1.0
     rounded: bool = False  # the result is a map in its input's dtype, not a loss in the dtype of the arithmetic
 
-    def inputs(self, dtype: torch.dtype = torch.float64, grad: typing.Iterable[str] | None = None) -> Tensors:
-        """Fresh leaves in ``dtype``; ``grad`` names those that require grad, all differentiable ones if None."""
+    def inputs(
+        self, dtype: torch.dtype = torch.float64, grad: typing.Iterable[str] | None = None, device: str = "cpu"
+    ) -> Tensors:
+        """Fresh leaves in ``dtype`` on ``device``; ``grad`` names those that require grad, all differentiable ones if None."""
         grad = self.differentiable if grad is None else tuple(grad)
-        fresh = {k: t.detach().to(dtype, copy=True) if t.is_floating_point() else t.clone() for k, t in self.tensors.items()}
+        floating = {k: t.is_floating_point() for k, t in self.tensors.items()}
+        fresh = {k: t.detach().to(device, dtype if floating[k] else t.dtype, copy=True) for k, t in self.tensors.items()}
         return {k: t.requires_grad_(k in grad) for k, t in fresh.items()}
 
 
 def upstream(loss: torch.Tensor) -> torch.Tensor:
     """A gradient of the loss that differs in every element, signs included."""
     i = torch.arange(loss.numel(), dtype=torch.float64)
-    return (0.7 + torch.sin(1 + 2.3 * i)).reshape(loss.shape).to(loss.dtype)
+    return (0.7 + torch.sin(1 + 2.3 * i)).reshape(loss.shape).to(loss)
 
 
 def gradients(loss: torch.Tensor, inputs: Tensors, grad: torch.Tensor | None = None, **kwargs) -> Tensors:
@@ -162,8 +165,8 @@ def reconstruction(N=3, C=5, h=4, w=3, H=9, W=7, K=7, *, bias=True, training=Tru
         module = _Reconstruction(decoder, call)
 
         def loss(t: Tensors) -> torch.Tensor:
-            dtype = t["decoder.0.weight"].dtype
-            buffers = {k: b.clone().to(dtype) if b.is_floating_point() else b.clone() for k, b in statistics.items()}
+            w = t["decoder.0.weight"]
+            buffers = {k: b.to(w.device, w.dtype if b.is_floating_point() else b.dtype, copy=True) for k, b in statistics.items()}
             state = {k: t[k] for k in names} | buffers
             return torch.func.functional_call(module, state, (t["features"], t["image"]))
 
@@ -192,7 +195,7 @@ def plain_supcon(features, labels, temperature=0.07, normalize=True, reduction="
     labels = labels.repeat(views)
     rows = F.normalize(rows, dim=1) if normalize else rows
     logits = rows @ rows.T / temperature
-    itself = torch.eye(len(rows), dtype=torch.bool)
+    itself = torch.eye(len(rows), dtype=torch.bool, device=rows.device)
     log_prob = logits - logits.masked_fill(itself, -torch.inf).logsumexp(1, keepdim=True)
     positives = ((labels[:, None] == labels) & ~itself).to(rows.dtype)
     loss = -(positives * log_prob).sum(1) / positives.sum(1).clamp(min=1)
@@ -248,6 +251,38 @@ def linear_ce(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# upsample_cross_entropy
+
+
+def upsample_ce(
+    N=2, C=5, h=3, w=4, H=10, W=19, *, align_corners=False, class_weight=True, ignored=0.2, ignore_index=-100, label_smoothing=0.1,
+    reduction="none", size=1.0,
+) -> Case:  # fmt: skip
+    """A case of `upsample_cross_entropy`: ``ignored`` of the pixels are (all of them: 1), ``size`` is the magnitude of the logits."""
+    generator = torch.Generator().manual_seed(N + 3 * C + 5 * h + 7 * w + 11 * H + 13 * W)
+    draw = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    target = torch.randint(C, (N, H, W), generator=generator)
+    target[torch.rand(target.shape, generator=generator) < ignored] = ignore_index
+    if 0 < ignored < 1 and target.numel():
+        target.view(-1)[0] = C - 1  # the pixel at the first logits counts
+    tensors = {"logits": size * draw(N, C, h, w), "target": target}
+    tensors |= {"class_weight": draw(C).abs() + 0.1} if class_weight else {}
+    options = dict(ignore_index=ignore_index, label_smoothing=label_smoothing, reduction=reduction)
+
+    def function(impl: str) -> Loss:
+        return lambda t: ops.upsample_cross_entropy(
+            t["logits"], t["target"], class_weight=t.get("class_weight"), align_corners=align_corners, impl=impl, **options
+        )
+
+    def plain(t: Tensors) -> torch.Tensor:
+        resized = F.interpolate(t["logits"], t["target"].shape[-2:], mode="bilinear", align_corners=align_corners)
+        return F.cross_entropy(resized, t["target"].long(), t.get("class_weight"), **options)
+
+    largest = tensors["logits"].abs().max().item() if tensors["logits"].numel() else 1.0
+    return Case("upsample_cross_entropy", tensors, ("logits",), function, plain, condition=max(1.0, largest))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # norm_relu_pool
 
 
@@ -265,7 +300,7 @@ def norm_pool(N=3, C=5, h=4, w=3, *, training=True, **norm) -> Case:
 
     def bind(call) -> Loss:
         def result(t: Tensors) -> torch.Tensor:
-            layer = copy.deepcopy(bn).to(t["x"].dtype)
+            layer = copy.deepcopy(bn).to(t["x"])
             for name, buffer in statistics.items():
                 getattr(layer, name).copy_(buffer)
             for name in ("weight", "bias"):
@@ -307,4 +342,7 @@ def relayout(t: torch.Tensor, layout: str) -> tuple[torch.Tensor, torch.Tensor]:
     return view.requires_grad_(t.requires_grad), base
 
 
-SMALL = {"reconstruction_loss": reconstruction, "supcon_loss": supcon, "linear_cross_entropy": linear_ce, "norm_relu_pool": norm_pool}
+SMALL = {
+    "reconstruction_loss": reconstruction, "supcon_loss": supcon, "linear_cross_entropy": linear_ce, "norm_relu_pool": norm_pool,
+    "upsample_cross_entropy": upsample_ce,
+}  # fmt: skip
