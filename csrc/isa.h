@@ -1,11 +1,13 @@
 // The kernels of one instruction set: included once by each isa_*.cpp, after it chose target, vector width and namespace.
 #pragma once
 
+#include "chain_decoder.h"
 #include "cross_entropy.h"
 #include "decoder.h"
 #include "gemm.h"
 #include "norm_pool.h"
 #include "supcon.h"
+#include "upsample_cross_entropy.h"
 
 namespace infopro {
 namespace INFOPRO_ISA {
@@ -41,10 +43,20 @@ constexpr Kernels<T> make_table() {
   t.decoder_backward = decoder_backward<T>;
   t.decoder_w1_reduce = decoder_w1_reduce<T>;
   t.decoder_w2_reduce = decoder_w2_reduce<T>;
+  t.chain_scratch = chain_scratch<T>;
+  t.chain_weight_partial = chain_weight_partial<T>;
+  t.chain_bands = chain_bands<T>;
+  t.chain_table = chain_table<T>;
+  t.chain_forward = chain_forward<T>;
+  t.chain_loss = chain_loss<T>;
+  t.chain_backward = chain_backward<T>;
+  t.chain_weight_reduce = chain_weight_reduce<T>;
   t.norm_pool_row = norm_pool_row<T>;
   t.norm_pool_statistics = norm_pool_statistics<T>;
   t.norm_pool_forward = norm_pool_forward<T>;
   t.norm_pool_backward = norm_pool_backward<T>;
+  t.upsample_scratch = upsample_scratch<T>;
+  t.upsample_gaps = upsample_gaps<T>;
   return t;
 }
 

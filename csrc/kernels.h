@@ -74,12 +74,87 @@ struct SampleSums {
   double *d_b2;              // (3)
 };
 
+// One convolution of a chain decoder, or upsample_conv3x3: x (N, C, h, w), resized to (H, W), is convolved to z (N, K, H, W).
+template <class T>
+struct ChainStage {
+  int64_t N, C, K, h, w, H, W;
+  int side;                         // of the convolution's window: 3, or 1
+  bool plain;                       // 1x1 and not resized: one product of matrices
+  Axis rows, columns;
+  Maps x;
+  bool norm;                        // relu((x - center) scale + shift) is what is convolved; x is then contiguous, of T
+  const T *center, *inverse_std, *scale, *shift;                // (C), scale = gamma inverse_std
+  const T *weight, *weight_backward;                            // (side^2 K, C) with taps first, and its transpose, by pack_a
+  const T* bias;                                                // (K)
+  const T *expand, *gather;                                     // the resize along x and its transpose, by chain_table
+  const int32_t *expand_band, *gather_band;
+  int64_t chunk, in_rows, out_rows;                             // rows of x a product takes; most rows of x and of z in a band
+  bool weight_of_inputs;                                        // the gradient of the weights is found as (C, side^2 K)
+  // The gradient in z: (dy - z_mean - (z - z_center) z_slope) z_scale where there is a z, else dy. Both (N, K, H, W), contiguous.
+  const T *dy, *z, *z_mean, *z_center, *z_slope, *z_scale;
+  // or that of the loss of an image (N, 3, H, W), which z are the logits of
+  bool loss;
+  Maps image;
+  bool restore;
+  T image_mean[3], image_std[3];
+  Pixel pixel;
+  T pixel_weight;
+};
+
+// A share of a sample: rows out0..out1 of z, for which rows in0..in1 of x are needed; or rows in0..in1 of x, whose gradient takes
+// rows out0..out1 of z, which rows all0..all1 of x give.
+struct ChainBand {
+  int64_t n, out0, out1, in0, in1, all0, all1;
+};
+
 // One call of norm_relu_pool: maps (N, C, h, w).
 template <class T>
 struct NormPool {
   int64_t N, C, h, w;
   Maps x;
   const T *center, *inverse_std, *scale, *shift;  // (C): y = (x - center) scale + shift, scale = gamma inverse_std
+};
+
+// Integers of any dtype, (N, H, W). Strides are in elements.
+enum class Integer : int { u8, i8, i16, i32, i64 };
+struct Labels {
+  const void* data;
+  Integer dtype;
+  int64_t n, y, x;
+};
+
+// One call of upsample_cross_entropy: logits (N, C, h, w), resized to (H, W).
+template <class T>
+struct UpsampleCrossEntropy {
+  int64_t N, C, h, w, H, W;
+  Maps logits;
+  Labels target;
+  int64_t ignore_index;
+  T smoothing;
+  const T* class_weight;  // (C), or null: 1 for all
+  T weight_sum;           // of all classes
+  // Pixel rows first_row[y] to first_row[y + 1] are row_low_weight * source row y + row_high_weight * source row y + 1 (the last: y).
+  const int64_t* first_row;
+  const T *row_low_weight, *row_high_weight;
+  // Pixel i of vector v is low_weight * source base[v] + low + high_weight * source base[v] + high, with low.. at [v * width + i].
+  const int64_t* base;
+  const label<T>*low, *high;
+  const T *low_weight, *high_weight;
+  int64_t chunks, pitch;  // vectors that the taps of a vector reach over, at most; elements of a source row, padded for that
+  const T* collect;       // (vectors, chunks, width, width): the weights of a vector's pixels, a row each, in `chunks` vectors from base[v]
+};
+
+// What a pass over the pixels of upsample_cross_entropy is to find.
+template <class T>
+struct UpsampleOutputs {
+  T* loss;             // of every pixel (N, H, W), or null
+  double* sums;        // of every gap: its loss, and the weight of its targets; or null
+  int64_t* confusion;  // (C, C) counts to add to, or null
+  bool shared_confusion;
+  bool gradient;
+  Maps d_logits;
+  const T* upstream;   // of every pixel's loss; strides in elements
+  int64_t upstream_n, upstream_y, upstream_x;
 };
 
 template <class T>
@@ -132,11 +207,28 @@ struct Kernels {
   void (*decoder_w1_reduce)(const Decoder<T>&, const T* partial, T* d_w1);  // d_w1 (K, C, 3, 3) += a thread's part
   void (*decoder_w2_reduce)(const Decoder<T>&, const T* partial, T* d_w2);  // d_w2 (3, K, 3, 3) += a thread's part
 
+  // ---- a stage of a chain decoder, band by band: chain_decoder.h ----
+  int64_t (*chain_scratch)(const ChainStage<T>&);                 // elements a thread needs
+  int64_t (*chain_weight_partial)(const ChainStage<T>&);          // of a thread's part of the gradient of the weights, zero at the start
+  int64_t (*chain_bands)(const ChainStage<T>&, bool gather);      // of a table of bands
+  int64_t (*chain_table)(const ChainStage<T>&, bool gather, T* table, int32_t* band);  // its elements; without a table fills the bands alone
+  // z (N, K, H, W), and mean and sum of squared deviations of a band's z
+  void (*chain_forward)(const ChainStage<T>&, const ChainBand&, T* scratch, T* z, double* mean, double* squares);
+  double (*chain_loss)(const ChainStage<T>&, const ChainBand&, T* scratch);
+  // dx: of x itself, or, where there is a norm, masked by the ReLU, with its sums of dy and of dy xhat (2, C); d_bias (3) of a loss
+  void (*chain_backward)(const ChainStage<T>&, const ChainBand&, T* scratch, const Maps* dx, double* sums, double* d_bias, T* weight_partial);
+  void (*chain_weight_reduce)(const ChainStage<T>&, const T* partial, T* d_weight);  // d_weight (K, C, side, side) += a thread's part
+
   // ---- batch norm, ReLU and pooling, sample by sample: norm_pool.h ----
   int64_t (*norm_pool_row)(int64_t pixels);  // elements of a row of a thread's (C, pixels)
   void (*norm_pool_statistics)(const NormPool<T>&, int64_t n, T* rows, double* mean, double* squares);
   void (*norm_pool_forward)(const NormPool<T>&, int64_t n, T* rows, T* pooled, T* positive, T* positive_xhat);
   void (*norm_pool_backward)(const NormPool<T>&, int64_t n, T* rows, const T* upstream, const T* mean_dy, const T* mean_dy_xhat, const Maps& dx);
+
+  // ---- cross entropy of resized logits, gap by gap between their rows: upsample_cross_entropy.h ----
+  int64_t (*upsample_scratch)(const UpsampleCrossEntropy<T>&);  // elements a thread needs
+  void (*upsample_gaps)(const UpsampleCrossEntropy<T>&, int64_t first, int64_t last, T* scratch, const UpsampleOutputs<T>& to, T* head, T* tail,
+                        bool& bad);
 };
 
 template <class T>

@@ -3,35 +3,12 @@
 #include <cmath>
 
 #include "ops_cpu.h"
+#include "resize.h"
 
 namespace infopro {
 namespace {
 
 constexpr const char* OP = "reconstruction_loss";
-
-// Resize tables of one axis: bilinear with align_corners=True, or nearest as F.interpolate picks (a float32 scale).
-struct AxisTable {
-  std::vector<int32_t> low, high;
-  std::vector<double> low_weight, high_weight;
-
-  AxisTable(int64_t in, int64_t out, bool nearest) : low(out), high(out), low_weight(out, 1.0), high_weight(out, 0.0) {
-    for (int64_t p = 0; p < out; p++) {
-      if (nearest) {
-        int64_t source = in == out ? p : int64_t(std::floor(float(p) * (float(in) / float(out))));
-        low[p] = high[p] = int32_t(std::min(source, in - 1));
-        continue;
-      }
-      double source = out > 1 ? double(in - 1) * double(p) / double(out - 1) : 0.0;
-      int64_t floor = std::min(int64_t(source), in - 1);
-      low[p] = int32_t(floor);
-      high[p] = int32_t(std::min(floor + 1, in - 1));
-      high_weight[p] = source - double(floor);
-      low_weight[p] = 1.0 - high_weight[p];
-    }
-  }
-
-  Axis view(int64_t in) const { return {in, int64_t(low.size()), low.data(), high.data(), low_weight.data(), high_weight.data()}; }
-};
 
 // One call: the Decoder that the kernels read, and the memory behind its pointers.
 template <class T>
@@ -45,7 +22,7 @@ struct Call {
 
   Call(const Tensor& features, const Tensor& image, const Tensor& w1_, const OptionalTensor& b1_, const OptionalTensor& gamma_,
        const OptionalTensor& beta_, const Tensor& w2_, const OptionalTensor& b2_, const std::vector<double>& restore, int64_t mode, int64_t loss)
-      : rows(features.size(2), image.size(2), mode == 1), columns(features.size(3), image.size(3), mode == 1),
+      : rows(features.size(2), image.size(2), Resize(int(mode))), columns(features.size(3), image.size(3), Resize(int(mode))),
         d(shape(features, image, w1_)), w1(numbers<T>(OP, "w1", w1_, 9 * d.K * d.C, T(0))), w2(numbers<T>(OP, "w2", w2_, 27 * d.K, T(0))),
         b1(numbers<T>(OP, "b1", b1_, d.K, T(0))), b2(numbers<T>(OP, "b2", b2_, 3, T(0))), gamma(numbers<T>(OP, "gamma", gamma_, d.K, T(1))),
         beta(numbers<T>(OP, "beta", beta_, d.K, T(0))), w1_packed(packed_taps() * d.K * d.C),

@@ -53,6 +53,14 @@ STABLE_TORCH_LIBRARY_IMPL(infopro_fast, CPU, m) {
   m.impl("linear_cross_entropy_backward", TORCH_BOX(&infopro::linear_cross_entropy_backward_cpu));
   m.impl("norm_relu_pool_forward", TORCH_BOX(&infopro::norm_relu_pool_forward_cpu));
   m.impl("norm_relu_pool_backward", TORCH_BOX(&infopro::norm_relu_pool_backward_cpu));
+  m.impl("upsample_cross_entropy_forward", TORCH_BOX(&infopro::upsample_cross_entropy_forward_cpu));
+  m.impl("upsample_cross_entropy_backward", TORCH_BOX(&infopro::upsample_cross_entropy_backward_cpu));
+  m.impl("chain_stage_forward", TORCH_BOX(&infopro::chain_stage_forward_cpu));
+  m.impl("chain_stage_backward", TORCH_BOX(&infopro::chain_stage_backward_cpu));
+  m.impl("chain_loss_forward", TORCH_BOX(&infopro::chain_loss_forward_cpu));
+  m.impl("chain_loss_backward", TORCH_BOX(&infopro::chain_loss_backward_cpu));
+  m.impl("upsample_conv3x3_forward", TORCH_BOX(&infopro::upsample_conv3x3_forward_cpu));
+  m.impl("upsample_conv3x3_backward", TORCH_BOX(&infopro::upsample_conv3x3_backward_cpu));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(infopro_fast, CompositeExplicitAutograd, m) {
