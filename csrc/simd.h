@@ -200,6 +200,22 @@ INLINE vec<T> log1p(vec<T> e) {
   return s * p * T(2);
 }
 
+// log x to 1 ulp or so, for normal x > 0; inf and nan stay. x = 2^n m with m in [sqrt 1/2, sqrt 2), log m = 2 atanh((m - 1) / (m + 1)).
+template <class T>
+INLINE vec<T> log(vec<T> x) {
+  using S = Simd<T>;
+  using lanes = typename S::mask;
+  lanes bits = (lanes)x, root = (lanes)splat<T>(T(0.70710678118654752440));
+  lanes exponent = (bits - root) >> S::mantissa_bits;
+  vec<T> m = (vec<T>)(bits - (exponent << S::mantissa_bits)), n = __builtin_convertvector(exponent, vec<T>);
+  vec<T> s = (m - T(1)) / (m + T(1)), s2 = s * s;
+  vec<T> p = splat<T>(T(1.0 / (2 * S::atanh_terms + 1)));
+#pragma GCC unroll 20
+  for (int k = S::atanh_terms - 1; k >= 0; k--) p = p * s2 + T(1.0 / (2 * k + 1));
+  vec<T> value = n * S::ln2_high + (n * S::ln2_low + s * p * T(2));
+  return x < splat<T>(T(__builtin_huge_val())) ? value : x;
+}
+
 template <class T>
 INLINE vec<T> abs(vec<T> x) {
   return x < T(0) ? -x : x;

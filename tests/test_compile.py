@@ -24,7 +24,7 @@ def _fresh_compiler():
 def network(op: str):
     """A module with a layer in front of the op, as in use, and a function that makes its inputs for a batch of n."""
     torch.manual_seed(0)
-    first = torch.nn.Linear(6, 30 if op == "reconstruction_loss" else 5)
+    first = torch.nn.Linear(6, 30 if op in ("reconstruction_loss", "upsample_cross_entropy") else 5)
     if op == "reconstruction_loss":
         decoder = op_cases.make_decoder(5, 7).float()
 
@@ -43,6 +43,19 @@ def network(op: str):
 
         def inputs(n):
             return torch.randn(n, 6), torch.arange(n) % 3
+
+        modules = torch.nn.ModuleList([first])
+    elif op == "upsample_cross_entropy":
+
+        def loss(x, y, impl):
+            logits = first(x).view(-1, 5, 2, 3)
+            value, confusion = ops.upsample_cross_entropy(logits, y, ignore_index=255, return_confusion=True, impl=impl)
+            return value + 0.1 * confusion.diag().sum()
+
+        def inputs(n):
+            target = torch.arange(n * 9 * 17, dtype=torch.uint8).view(n, 9, 17) % 5
+            target[:, ::3, ::2] = 255
+            return torch.randn(n, 6), target
 
         modules = torch.nn.ModuleList([first])
     else:

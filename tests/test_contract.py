@@ -13,7 +13,8 @@ from infopro_fast import ops
 from tests import compare, op_cases
 from tests.op_cases import SMALL, Case, Tensors, gradients, upstream
 
-CHANNELS_LAST = [(op, "channels_last") for op in ("reconstruction_loss", "norm_relu_pool")]  # of four-dimensional inputs
+# Ops of four-dimensional inputs.
+CHANNELS_LAST = [(op, "channels_last") for op in ("reconstruction_loss", "norm_relu_pool", "upsample_cross_entropy")]
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -54,6 +55,7 @@ LONG = {
     "supcon_loss": lambda: op_cases.supcon(N=2048, D=128, views=None, classes=10, reduction="mean"),
     "linear_cross_entropy": lambda: op_cases.linear_ce(N=2048, D=128, C=1000, ignored=0, class_weight=False, reduction="mean"),
     "norm_relu_pool": lambda: op_cases.norm_pool(N=128, C=32, h=16, w=16),
+    "upsample_cross_entropy": lambda: op_cases.upsample_ce(N=2, C=19, h=32, w=64, H=256, W=512, class_weight=False, reduction="mean"),
     "linear_cross_entropy, many classes": lambda: op_cases.linear_ce(N=200, D=128, C=10000, ignored=0, reduction="mean"),
 }
 
@@ -295,6 +297,7 @@ EMPTY = {
     "supcon_loss": (lambda: op_cases.supcon(N=0), (0, 2)),
     "linear_cross_entropy": (lambda: op_cases.linear_ce(N=0, ignored=0), (0,)),
     "norm_relu_pool": (lambda: op_cases.norm_pool(N=0), (0, 5)),
+    "upsample_cross_entropy": (lambda: op_cases.upsample_ce(N=0), (0, 10, 19)),
 }
 
 
@@ -316,6 +319,7 @@ ONE = {
     "supcon_loss": lambda: op_cases.supcon(N=1, views=3),
     "linear_cross_entropy": lambda: op_cases.linear_ce(N=1, ignored=0),
     "norm_relu_pool": lambda: op_cases.norm_pool(N=1),
+    "upsample_cross_entropy": lambda: op_cases.upsample_ce(N=1),
 }
 
 
@@ -349,6 +353,7 @@ LARGE = {
     "supcon_loss": lambda: op_cases.supcon(N=333, D=65, views=None, classes=10),
     "linear_cross_entropy": lambda: op_cases.linear_ce(N=333, D=65, C=301, ignored=33),
     "norm_relu_pool": lambda: op_cases.norm_pool(N=33, C=64, h=16, w=16),
+    "upsample_cross_entropy": lambda: op_cases.upsample_ce(N=2, C=21, h=9, w=14, H=71, W=109),
 }
 
 

@@ -75,10 +75,11 @@ def linear_cross_entropy_ref(
         )
         right = logits.argmax(1) == target if len(logits) else torch.empty_like(target, dtype=torch.bool)
         correct = (right & (target != ignore_index)).sum()
-    return _reduce(rows, target, class_weight, ignore_index, reduction), correct
+    return reduce_rows(rows, target, class_weight, ignore_index, reduction), correct
 
 
-def _reduce(rows, target, class_weight, ignore_index, reduction):
+def reduce_rows(rows, target, class_weight, ignore_index, reduction):
+    """The loss of all ``rows`` by ``reduction``, with 0 for a mean over none."""
     if reduction == "none":
         return rows
     if reduction == "sum":
