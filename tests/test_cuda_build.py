@@ -55,7 +55,8 @@ def resources(report: str) -> list[dict]:
     found = []
     for entry in report.split("Compiling entry function '")[1:]:
         name = re.search(r"\d((?:decoder|reduce)_\w*?)_kernel", entry)[1]
-        stack, stores, loads = map(int, re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", entry).groups())
+        memory = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", entry)
+        stack, stores, loads = map(int, memory.groups())
         registers = int(re.search(r"Used (\d+) registers", entry)[1])
         shared = re.search(r"(\d+) bytes smem", entry)
         found.append(dict(name=name, stack=stack, spills=stores + loads, registers=registers, shared=int(shared[1]) if shared else 0))
@@ -131,12 +132,12 @@ def test_the_object_loads_without_a_gpu(built):
     assert done.stdout == "torch sees no CUDA device\n"
 
 
-def test_the_object_holds_code_for_what_the_record_says(built, toolkit):
-    names = subprocess.run((os.path.join(toolkit, "bin", "cuobjdump"), "--list-elf", "--list-ptx", built), capture_output=True, text=True)
-    if names.returncode != 0:
-        pytest.skip(f"cuobjdump does not run: {names.stderr}")
+def test_the_object_holds_code_for_what_the_record_says(built):
+    backends = pytest.importorskip("triton.backends.nvidia")  # whose package has a cuobjdump; nvcc's from PyPI has none
+    cuobjdump = os.path.join(os.path.dirname(backends.__file__), "bin", "cuobjdump")
+    names = subprocess.run((cuobjdump, "--list-elf", "--list-ptx", built), capture_output=True, text=True, check=True).stdout
     for architecture in info.build_record()["cuda"]["architectures"]:
         code = architecture.removesuffix("+PTX").replace(".", "")
-        assert f"sm_{code}.cubin" in names.stdout, names.stdout
+        assert f".sm_{code}.cubin" in names, names
         if architecture.endswith("+PTX"):
-            assert re.search(rf"(sm|compute)_{code}\.ptx", names.stdout), names.stdout
+            assert f".sm_{code}.ptx" in names, names

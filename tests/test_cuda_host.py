@@ -37,7 +37,7 @@ def on_host(monkeypatch):
     monkeypatch.setattr(dispatch, "_missing", lambda op, impl, device: None)
     registered = []
 
-    def install(path: str, device: binding.Device = SMALL._replace(shared_per_block=99 * 1024), seed: int = 0) -> binding.Kernels:
+    def install(path: str, device: binding.Device = binding.TWO_BLOCKS, seed: int = 0) -> binding.Kernels:
         if not registered:
             registered.append(binding.register())
         binding.current.kernels = binding.Kernels(path, device, seed)
@@ -90,7 +90,7 @@ def test_losses(loss, restored, training, library, on_host):
 
 
 @pytest.mark.parametrize("bias", (True, False))
-@pytest.mark.parametrize("norm", (dict(affine=False), dict(track_running_stats=False), dict(eps=0.1)), ids=("not affine", "no statistics", "eps"))
+@pytest.mark.parametrize("norm", (dict(affine=False), dict(track_running_stats=False), dict(eps=0.1)), ids=str)
 def test_batch_norms(norm, bias, library, on_host):
     on_host(library)
     op_cases.check(reconstruction(norm=norm, bias=bias), "cuda", torch.float32)
@@ -238,16 +238,17 @@ def broken(tmp_path, file: str, text: str, instead: str) -> str:
     return copy
 
 
+COLUMN = "const Cell c = s.columns[x + dx{}];\n      const float* row"
 BREAKS = {
-    "a barrier that is not there": ("decoder_taps.cuh", "    __syncthreads();\n    gather_columns(", "    gather_columns("),
-    "an index off by one": ("decoder_taps.cuh", "const Cell c = s.columns[x + dx];\n      const float* row", "const Cell c = s.columns[x + dx + 1];\n      const float* row"),
-}  # fmt: skip
+    "a barrier that is not there": ("    __syncthreads();\n    gather_columns(", "    gather_columns("),
+    "an index off by one": (COLUMN.format(""), COLUMN.format(" + 1")),
+}
 
 
 @pytest.mark.parametrize("case", BREAKS)
 def test_a_broken_copy_is_caught(case, library, on_host, tmp_path):
     """By the very comparison that the tests above make, for some order of the warps."""
-    path = binding.build(str(tmp_path / "broken.so"), csrc=broken(tmp_path, *BREAKS[case]))
+    path = binding.build(str(tmp_path / "broken.so"), csrc=broken(tmp_path, "decoder_taps.cuh", *BREAKS[case]))
     caught = []
     for seed in (0, 1, 2, 3):
         on_host(path, seed=seed)
@@ -277,7 +278,8 @@ def sanitized(path: str) -> subprocess.CompletedProcess:
         "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
         "OMP_NUM_THREADS": "1",
     }
-    return subprocess.run((sys.executable, "-m", "tests.cuda_host.sanitized", path), cwd=ROOT, env=environment, capture_output=True, text=True)
+    command = (sys.executable, "-m", "tests.cuda_host.sanitized", path)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 def test_sanitizers_find_nothing(library, tmp_path):

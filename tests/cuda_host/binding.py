@@ -23,7 +23,7 @@ def build(path: str, *flags: str, csrc: str = CSRC) -> str:
     """Compile the kernels in ``csrc`` into the shared object ``path``."""
     source = os.path.join(FOLDER, "decoder_host.cpp")
     warnings = ("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
-    command = ("g++", "-std=c++17", "-O1", *warnings, "-fPIC", "-shared", *flags, "-include", os.path.join(FOLDER, "cuda_host.h"), f"-I{csrc}")
+    command = ("g++", "-std=c++17", "-O1", *warnings, "-fPIC", "-shared", *flags, "-include", f"{FOLDER}/cuda_host.h", f"-I{csrc}")
     done = subprocess.run([*command, source, "-o", path], capture_output=True, text=True)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr}"
     return path
@@ -40,6 +40,7 @@ class Device(typing.NamedTuple):
 H100 = Device(132, 227 * 1024, 228 * 1024)
 A100 = Device(108, 163 * 1024, 164 * 1024)
 RTX4090 = Device(128, 99 * 1024, 100 * 1024)
+TWO_BLOCKS = Device(2, 99 * 1024, 24 * 1024)
 
 
 class Plan(typing.NamedTuple):
@@ -83,7 +84,7 @@ def _array(t: torch.Tensor | None) -> _Array:
 class Kernels:
     """The launchers in a compiled object. device, seed: what the next calls plan for, and the order of warps and lanes."""
 
-    def __init__(self, path: str, device: Device = Device(2, *RTX4090[1:]), seed: int = 0):
+    def __init__(self, path: str, device: Device = TWO_BLOCKS, seed: int = 0):
         self.library = ctypes.CDLL(path)
         for name in ("decoder_forward", "decoder_backward"):
             getattr(self.library, name).restype = ctypes.c_char_p
@@ -91,7 +92,8 @@ class Kernels:
         self.device, self.seed = device, seed
 
     def forward(self, features, image, w1, b1, gamma, beta, w2, b2, running_mean, running_var, restore, eps, mode, loss, needs_grad):
-        parameters = self._contiguous(w1=w1, b1=b1, gamma=gamma, beta=beta, w2=w2, b2=b2, running_mean=running_mean, running_var=running_var)
+        statistics = dict(running_mean=running_mean, running_var=running_var)
+        parameters = self._contiguous(w1=w1, b1=b1, gamma=gamma, beta=beta, w2=w2, b2=b2, **statistics)
         call = self._call(features, image, parameters, restore, eps, mode, loss)
         value, saved = torch.full((), torch.nan), torch.full((31 * w1.shape[0] + 3,), torch.nan)
         self._check(self.library.decoder_forward(ctypes.byref(call), ctypes.c_int64(needs_grad), _pointer(value), _pointer(saved)))
