@@ -1,4 +1,4 @@
-"""The command line: `infopro-fast train`, `eval` and `info`. Its flags are the fields of `TrainConfig`.
+"""The command line: `infopro-fast train`, `eval`, `plan`, `memory` and `info`. The flags of train are the fields of `TrainConfig`.
 
 An error of the user's is one line on stderr and exit code 2; a run that went wrong is exit code 1; a run stopped by a signal
 is 128 plus the signal's number, after a checkpoint. Importing this needs no torch, so that --help is quick.
@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -50,6 +50,65 @@ class Eval:
 
 
 @dataclass(frozen=True)
+class MakePlan:
+    """Where to cut a network so that its largest module is smallest, or what fits into a budget; nothing is trained.
+
+    Writes a file that `train --plan` takes, and a figure beside it.
+    """
+
+    arch: Literal[
+        "resnet20", "resnet32", "resnet44", "resnet56", "resnet110",
+        "resnet50", "resnet101", "resnet152", "resnext101_32x8d", "deeplabv3_resnet101",
+    ] = "resnet110"  # fmt: skip
+    """Network. Those of ImageNet and Cityscapes (with the released losses) are planned only."""
+    batch_size: int | None = None
+    """Images a step, 128 if not given. With budget and modules: the largest that fits."""
+    image_size: tuple[int, ...] | None = None
+    """Side, or height and width. Default: 32, 224 or 512 1024, by network."""
+    modules: int | None = None
+    """Number K of modules. Default: the smallest that fits into the budget."""
+    budget: str | None = None
+    """Bytes for everything, like 4GiB: parameters, momentum, batch, gradients and the highest point of a step."""
+    grow: Literal["batch", "image"] | None = None
+    """With budget and modules: what to find the largest of. Default: batch, unless a batch size is given."""
+    recompute: Literal["none", "block"] = "none"
+    """Run each residual block again in backward."""
+    losses: Literal["ours", "released"] | None = None
+    """Whose bytes: the kernels', or the released code's in plain torch. Default: ours where there is a choice."""
+    objective: Literal["peak", "saved", "time"] = "peak"
+    """What the largest module is least in: bytes alive, bytes kept for backward, or seconds, measured here."""
+    out: Path = Path("plan.json")
+    """File to write; the figure is beside it, with .png."""
+
+
+@dataclass(frozen=True)
+class CompareMemory:
+    """Bytes and time of a training step: end to end, checkpointed, compiled, with the released losses, and ours.
+
+    Each in a process of its own. Writes a table (memory.md), all numbers (memory.json) and a figure (memory.png).
+    """
+
+    arch: Literal["resnet20", "resnet32", "resnet44", "resnet56", "resnet110"] = "resnet110"
+    """Network."""
+    batch_size: int = 128
+    """Images a step."""
+    image_size: int = 32
+    """Side of the images."""
+    modules: tuple[int, ...] = (4, 16)
+    """Numbers K of local modules."""
+    budgets: tuple[float, ...] = (0.5,)
+    """activation_memory_budget of each torch.compile row, in [0, 1]; none leaves these out, which take minutes to compile."""
+    rounds: int = 5
+    """Timed steps."""
+    device: str = "cpu"
+    """cpu, or cuda."""
+    threads: int | None = None
+    """CPU threads. Default: torch's."""
+    out: Path = Path("memory")
+    """Folder to write into."""
+
+
+@dataclass(frozen=True)
 class Info:
     """Versions, instruction set, and which implementations of every op can run here."""
 
@@ -57,6 +116,8 @@ class Info:
 Command = (
     Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Eval, tyro.conf.subcommand("eval")]
+    | Annotated[MakePlan, tyro.conf.subcommand("plan")]
+    | Annotated[CompareMemory, tyro.conf.subcommand("memory")]
     | Annotated[Info, tyro.conf.subcommand("info")]
 )
 
@@ -77,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sys.exit(0)
 
 
-def _parse(argv: list[str]) -> Train | Eval | Info:
+def _parse(argv: list[str]) -> Train | Eval | MakePlan | CompareMemory | Info:
     """The command; its errors, which tyro draws in a box, on one line."""
     errors = io.StringIO()
     try:
@@ -86,7 +147,7 @@ def _parse(argv: list[str]) -> Train | Eval | Info:
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        where = " ".join([PROG, *[word for word in argv[:1] if word in ("train", "eval", "info")]])
+        where = " ".join([PROG, *[word for word in argv[:1] if word in ("train", "eval", "plan", "memory", "info")]])
         _fail(f"{_one_line(errors.getvalue())} (see {where} --help)", 2)
 
 
@@ -100,7 +161,7 @@ def _one_line(box: str) -> str:
     return " ".join(message.split())
 
 
-def _run(command: Train | Eval | Info, argv: list[str]) -> None:
+def _run(command: Train | Eval | MakePlan | CompareMemory | Info, argv: list[str]) -> None:
     if isinstance(command, Info):
         from .info import report
 
@@ -111,6 +172,10 @@ def _run(command: Train | Eval | Info, argv: list[str]) -> None:
         found = evaluate_run(command.run, data_root=command.data_root, device=command.device)
         right = f"{round(found['accuracy'] * found['count'])} of {found['count']}"
         print(f"{command.run}: test accuracy {100 * found['accuracy']:.2f} % ({right}), cross entropy {found['loss']:.4f}")
+    elif isinstance(command, MakePlan):
+        _plan(command)
+    elif isinstance(command, CompareMemory):
+        _memory(command)
     else:
         _train(command, argv)
 
@@ -129,14 +194,62 @@ def _train(command: Train, argv: list[str]) -> None:
     print(f"{accuracy} after {last['seconds']:.0f} s; run folder {run}")
 
 
+def _plan(command: MakePlan) -> None:
+    from .memory import chains, figures, largest_batch, largest_image, make_plan
+    from .plan import PlanError, parse_bytes
+
+    if command.image_size is not None and len(command.image_size) not in (1, 2):
+        raise PlanError(f"image_size: expected a side, or height and width, got {command.image_size}")
+    size = command.image_size[0] if command.image_size is not None and len(command.image_size) == 1 else command.image_size
+    budget = None if command.budget is None else parse_bytes(command.budget)
+    ours = command.arch not in (*chains.IMAGENET, *chains.CITYSCAPES)
+    how = dict(recompute=command.recompute, losses=command.losses or ("ours" if ours else "released"), objective=command.objective)
+    grow = command.grow or ("batch" if budget and command.modules and command.batch_size is None else None)
+    if grow and not (budget and command.modules):
+        raise PlanError(f"grow {grow}: expected a budget and modules, to find the largest {grow} that fits")
+    if grow == "batch" and command.batch_size is not None:
+        raise PlanError("grow batch: expected no batch_size, it is what is looked for")
+    if grow == "image" and command.image_size is not None:
+        raise PlanError("grow image: expected no image_size, it is what is looked for")
+    batch_size = command.batch_size or 128
+    if grow == "batch":
+        plan = largest_batch(command.arch, size, modules=command.modules, budget=budget, **how)
+    elif grow == "image":
+        plan = largest_image(command.arch, batch_size, modules=command.modules, budget=budget, **how)
+    else:
+        plan = make_plan(command.arch, batch_size, size, modules=command.modules, budget=budget, **how)
+    plan.write(command.out)
+    figures.draw_plan(plan, command.out.with_suffix(".png"))
+    print(figures.plan_table(plan))
+    print(f"written: {command.out}, {command.out.with_suffix('.png')}")
+
+
+def _memory(command: CompareMemory) -> None:
+    from .memory import compare, figures
+
+    found = []
+    for way in compare.ways(list(command.modules), list(command.budgets)):
+        print(f"{way.name} ...", file=sys.stderr)
+        found.append(
+            compare.measure(
+                way, command.arch, command.batch_size, command.image_size, rounds=command.rounds, device=command.device,
+                threads=command.threads,
+            )
+        )  # fmt: skip
+    print(figures.aligned([figures.COLUMNS, *figures.comparison_rows(found)]))
+    paths = compare.write(found, command.arch, command.batch_size, command.image_size, command.out)
+    print("written: " + ", ".join(str(path) for path in paths))
+
+
 def _exit_code(error: Exception) -> int | None:
     """Exit code of an error that is for people, or None for one that is a bug and keeps its traceback."""
     from .data import DataError
+    from .plan import PlanError
     from .trainer.checkpoint import CheckpointError
     from .trainer.loop import NonFiniteError
     from .trainer.report import RunError
 
-    if isinstance(error, (ConfigError, DataError, CheckpointError, RunError)):
+    if isinstance(error, (ConfigError, DataError, CheckpointError, PlanError, RunError)):
         return 2
     return 1 if isinstance(error, (NonFiniteError, OSError)) else None
 

@@ -6,18 +6,23 @@ one that is followed byte by byte.
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from infopro_fast import info
 from infopro_fast.modules import CIFAR10_MEAN, CIFAR10_STD, LocalNetwork, build
+from infopro_fast.trainer.checkpoint import replace_file
 from infopro_fast.trainer.schedule import released_sgd
 from infopro_fast.trainer.step import LocalTrainer
 
+from . import figures
 from .live import Bytes, nbytes
 from .planner import make_plan
 from .released import ReleasedTrainer, with_released_losses
@@ -64,6 +69,8 @@ class Measured:
     peak: Bytes | None
     resident: int
     seconds: float
+    device: str = "cpu"
+    threads: int = 0
 
 
 def ways(modules: list[int], budgets: list[float]) -> list[Way]:
@@ -76,11 +83,28 @@ def ways(modules: list[int], budgets: list[float]) -> list[Way]:
 
 def measure(way: Way, arch: str, batch_size: int, image_size: int, *, rounds: int = 5, device: str = "cpu", threads: int | None = None):
     """`Measured`, from a process of its own."""
+    threads = threads or torch.get_num_threads()
     found = in_a_process(
         "infopro_fast.memory.compare:_measure_here", way=asdict(way), arch=arch, batch_size=batch_size, image_size=image_size,
-        rounds=rounds, device=device, threads=threads or torch.get_num_threads(),
+        rounds=rounds, device=device, threads=threads,
     )  # fmt: skip
-    return Measured(way, **{**found, "peak": Bytes(*found["peak"]) if found["peak"] else None})
+    return Measured(way, **{**found, "peak": Bytes(*found["peak"]) if found["peak"] else None}, device=device, threads=threads)
+
+
+def write(found: list[Measured], arch: str, batch_size: int, image_size: int, folder: Path) -> list[Path]:
+    """memory.md, memory.json and memory.png in ``folder``, each whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    facts = info.collect()
+    device = facts["cuda"]["device"] if found[0].device != "cpu" else facts["cpu"]["model"]
+    where = f"{device}, {found[0].threads} threads, torch {facts['versions']['torch']}, infopro_fast {facts['versions']['infopro_fast']}"
+    title = f"{arch}, images {image_size}x{image_size}, batch {batch_size}, float32: {where}"
+    note = "Saved: the most autograd keeps at any time of a step. Gradients and transient: beside it, at the step's highest point."
+    rows = [{**asdict(m), "name": m.way.name, "peak": m.peak and m.peak._asdict()} for m in found]
+    paths = [folder / f"memory.{kind}" for kind in ("md", "json", "png")]
+    replace_file(paths[0], f"{title}\n\n{figures.comparison_markdown(found)}\n\n{note}\n".encode())
+    replace_file(paths[1], (json.dumps({"where": where, "arch": arch, "batch_size": batch_size, "rows": rows}, indent=1) + "\n").encode())
+    figures.draw_comparison(found, title, paths[2])
+    return paths
 
 
 def trainer_of(way: Way, arch: str, batch_size: int, image_size: int, device: str = "cpu") -> LocalTrainer:

@@ -85,9 +85,9 @@ def make_plan(
     objective: what the largest module is least in: "peak" (bytes alive), "saved" (bytes kept for backward, as the paper's
         tables count, the image among them), or "time" (seconds of forward and backward, measured here, for a pipeline).
 
-    Raises PlanError if nothing fits, ValueError for names that are unknown.
+    Raises PlanError if nothing fits, and for arguments that are none of these.
     """
-    _check(objective, losses, recompute, modules, budget)
+    _check(objective, losses, recompute, modules, budget, batch_size)
     size = _size(arch, image_size)
     chain = _Chain(arch, batch_size, size, recompute, losses, objective == "time")
     if modules is None and budget is None:
@@ -183,12 +183,12 @@ def _size(arch: str, image_size: int | tuple[int, int] | None) -> tuple[int, int
     return (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
 
 
-def _check(objective: str, losses: str, recompute: str, modules: int | None, budget: int | None) -> None:
+def _check(objective: str, losses: str, recompute: str, modules: int | None, budget: int | None, batch_size: int) -> None:
     for name, value, known in (
         ("objective", objective, OBJECTIVES), ("losses", losses, LOSSES), ("recompute", recompute, ("none", "block")),
     ):  # fmt: skip
         if value not in known:
-            raise ValueError(f"plan: {name}: expected one of {known}, got {value!r}")
-    for name, value in (("modules", modules), ("budget", budget)):
+            raise PlanError(f"plan: {name}: expected one of {known}, got {value!r}")
+    for name, value in (("modules", modules), ("budget", budget), ("batch_size", batch_size)):
         if value is not None and value < 1:
-            raise ValueError(f"plan: {name}: expected at least 1, got {value}")
+            raise PlanError(f"plan: {name}: expected at least 1, got {value}")

@@ -75,11 +75,12 @@ def measure_step(trainer: LocalTrainer, image: torch.Tensor, label: torch.Tensor
     live.hold(OPTIMIZER, [t for optimizer in trainer.optimizers for t in _tensors(optimizer.state)])
     found, h = [], image.detach()
     with live, live.watch_gradients(net.parameters()), recomputed_is_saved(net, live):
-        for stage, local_loss, optimizer, state in zip(net.stages, net.local_losses, trainer.optimizers, states):
+        modules = zip(net.stages, net.local_losses, trainer.optimizers, trainer.scalers, states)
+        for stage, local_loss, optimizer, scaler, state in modules:
             live.reset()
             allocated = _start(image.device)
             given = 0 if h.untyped_storage()._cdata == image.untyped_storage()._cdata else nbytes([h])
-            h, _ = local_step(stage, local_loss, optimizer, h, image, label)
+            h, _ = local_step(stage, local_loss, optimizer, h, image, label, autocast=trainer.autocast, scaler=scaler)
             peak = live.peak._replace(optimizer=live.peak.optimizer - sum(states))
             measured = None if allocated is None else torch.cuda.max_memory_allocated(image.device) - allocated + given
             parameters = nbytes([*stage.parameters(), *local_loss.trained_parameters()])

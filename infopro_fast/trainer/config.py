@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from infopro_fast.plan import Plan, PlanError
+
 
 class ConfigError(ValueError):
     """Settings that are impossible or contradict each other; the message names them."""
@@ -68,6 +70,8 @@ class TrainConfig:
     """Split by memory (InfoPro*) rather than by depth."""
     cuts: tuple[tuple[int, int], ...] | None = None
     """Last unit (stage block) of each module but the last, instead of a published split."""
+    plan: Path | None = None
+    """File that `infopro-fast plan` wrote: its arch, cuts, recompute and, unless one is given, batch size."""
     net_config: Literal["0c1f", "0c2f", "1c1f", "1c2f", "1c3f", "2c2f"] | None = None
     """Layers of the auxiliary classifier. Default: 1c2f, for greedy 0c1f."""
     widen: float = 1.0
@@ -125,9 +129,11 @@ class TrainConfig:
     """Steps between two readings of the losses, which are when a non-finite one is found."""
 
     def __post_init__(self):
-        for name in ("data_root", "out"):
+        for name in ("data_root", "out", "plan"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, Path(getattr(self, name)))
+        if self.plan is not None:
+            _take_plan(self)
         for name in ("lambdas", "cuts"):
             value = getattr(self, name)
             if value is not None:
@@ -176,6 +182,25 @@ class TrainConfig:
             return TrainConfig(**content)
         except (json.JSONDecodeError, TypeError) as error:
             raise ConfigError(f"not the settings of a run: {error}") from error
+
+
+def _take_plan(c: TrainConfig) -> None:
+    """Write what the plan says in the place of what was not given. A run's settings then have that, and the file is not needed again."""
+    try:
+        plan = Plan.read(c.plan)
+    except PlanError as error:
+        raise ConfigError(f"plan: {error}") from error
+    size = (IMAGE_SIZES.get(c.dataset),) * 2
+    if plan.image_size != size:
+        raise ConfigError(f"plan {c.plan} is for images of {plan.image_size}, dataset {c.dataset} has {size}")
+    defaults = {field.name: field.default for field in dataclasses.fields(c)}
+    for name in ("arch", "cuts", "recompute", "batch_size"):
+        given, planned = getattr(c, name), getattr(plan, name)
+        if given == defaults[name]:
+            object.__setattr__(c, name, planned)
+        elif given != planned and name != "batch_size":
+            raise ConfigError(f"plan {c.plan} has {name} {planned}, not {given}")
+    object.__setattr__(c, "plan", None)
 
 
 def _default_warmup(recipe: Recipe, schedule: str, epochs: int) -> int:

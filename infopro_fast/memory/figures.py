@@ -1,0 +1,141 @@
+"""Tables and figures of a plan and of a comparison."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from infopro_fast.plan import Plan, for_people
+
+if TYPE_CHECKING:
+    from .compare import Measured
+
+KINDS = (("parameters", "C7"), ("optimizer", "C4"), ("gradients", "C3"), ("saved", "C0"), ("transient", "C1"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A plan
+
+
+def plan_table(plan: Plan) -> str:
+    """One line a module, then what is there all the time, the total, and the comparison with end-to-end training."""
+    size = "x".join(str(n) for n in plan.image_size)
+    how = {"ours": "our losses", "released": "released losses"}[plan.losses]
+    head = f"{plan.arch}, images {size}, batch {plan.batch_size}, {how}, recompute {plan.recompute}; by {plan.objective}"
+    timed = plan.objective == "time"
+    columns = ["module", "ends with", "blocks", "saved", "peak", "peak / E2E", "parameters", *(["time"] if timed else [])]
+    rows = []
+    for k, module in enumerate(plan.modules, 1):
+        ratio = f"{100 * module.peak / plan.end_to_end['peak']:.1f} %"
+        row = [str(k), module.last, str(module.blocks), for_people(module.saved), for_people(module.peak), ratio]
+        rows.append([*row, for_people(module.parameters), *([f"{1e3 * module.seconds:.1f} ms"] if timed else [])])
+    there = f"parameters, optimizer state, batch: {for_people(plan.resident)}; with the peak {for_people(plan.total)}"
+    ratios = [
+        f"{name}: {for_people(plan.end_to_end[name])} end to end, {100 * value / plan.end_to_end[name]:.1f} % of it here"
+        for name, value in (("peak", plan.peak), ("saved", plan.saved))
+    ]
+    cuts = " ".join(f"{stage} {block}" for stage, block in plan.cuts)
+    return "\n".join([head, aligned([columns, *rows]), there, *ratios, f"cuts: {cuts or 'none'}"])
+
+
+def draw_plan(plan: Plan, path: Path) -> None:
+    """A bar a module: what is saved, and what its peak has beside it."""
+    figure, axes = _figure((1.8 + 0.55 * max(6, len(plan.modules)), 3.8))
+    x = range(1, len(plan.modules) + 1)
+    saved = [min(module.saved, module.peak) / 2**20 for module in plan.modules]
+    rest = [module.peak / 2**20 - kept for module, kept in zip(plan.modules, saved)]
+    axes.bar(x, saved, color="C0", label="saved for backward")
+    axes.bar(x, rest, bottom=saved, color="C1", label="gradients and transient, at the peak")
+    whole = plan.end_to_end["peak"] / 2**20
+    axes.axhline(whole / len(plan.modules), color="C7", linestyle=":", label=f"end to end ({whole:.0f} MiB) / {len(plan.modules)}")
+    axes.set_xticks(x, [module.last for module in plan.modules], rotation=45 if len(plan.modules) > 8 else 0)
+    axes.set(xlabel="last block (stage.block) of the module", ylabel="MiB")
+    ratio = 100 * plan.peak / plan.end_to_end["peak"]
+    axes.set_title(f"{plan.arch}, K = {len(plan.modules)}, batch {plan.batch_size}: {ratio:.1f} % of E2E")
+    axes.legend(fontsize=8)
+    _save(figure, path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A comparison
+
+INSIDE = ("saved", "/ E2E", "gradients", "transient", "optimizer", "parameters")
+COLUMNS = ("method", *INSIDE, "peak beyond the model", "/ E2E", "time", "/ E2E")
+
+
+def comparison_rows(found: Sequence[Measured]) -> list[list[str]]:
+    """Cells of COLUMNS; ratios against the first, end-to-end training. Of compiled code only what the system sees is known."""
+    base = found[0]
+    rows = []
+    for m in found:
+        inside = ["?", "?"] if m.peak is None else [for_people(m.peak.gradients), for_people(m.peak.transient)]
+        ratios = [f"{100 * m.saved / base.saved:.1f} %", f"{100 * m.resident / base.resident:.1f} %", f"{m.seconds / base.seconds:.2f}"]
+        there = [for_people(m.optimizer), for_people(m.parameters)]
+        time = f"{1e3 * m.seconds:.0f} ms"
+        rows.append([m.way.name, for_people(m.saved), ratios[0], *inside, *there, for_people(m.resident), ratios[1], time, ratios[2]])
+    return rows
+
+
+def comparison_markdown(found: Sequence[Measured]) -> str:
+    lines = [COLUMNS, ["---"] * len(COLUMNS), *comparison_rows(found)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in lines)
+
+
+def draw_comparison(found: Sequence[Measured], title: str, path: Path) -> None:
+    """Stacked bytes at the step's highest point, the peak the system saw as a mark, and time beside it."""
+    figure, (memory, time) = _figure((12, 1.2 + 0.42 * len(found)), columns=2, ratios=(3, 1))
+    y, names = range(len(found)), [m.way.name for m in found]
+    left = [0.0] * len(found)
+    for kind, color in KINDS:
+        widths = [_part(m, kind) / 2**20 for m in found]
+        memory.barh(y, widths, left=left, color=color, label=kind)
+        left = [a + b for a, b in zip(left, widths)]
+    seen = [(m.parameters + m.optimizer + m.resident) / 2**20 for m in found]
+    memory.plot(seen, y, "k|", markersize=14, label="parameters, optimizer and the measured peak")
+    memory.set_yticks(y, names)
+    memory.invert_yaxis()
+    memory.set(xlabel="MiB at the highest point of a step")
+    memory.legend(fontsize=8)
+    time.barh(y, [m.seconds for m in found], color="C2")
+    time.set_yticks(y, [f"{m.seconds / found[0].seconds:.2f}" for m in found])
+    time.invert_yaxis()
+    time.set(xlabel="seconds a step (labels: times E2E)")
+    figure.suptitle(title, fontsize=10)
+    _save(figure, path)
+
+
+def _part(m: Measured, kind: str) -> int:
+    if kind in ("parameters", "optimizer"):
+        return getattr(m, kind)
+    if m.peak is None:  # what is not saved is all the rest
+        return {"saved": m.saved, "transient": max(0, m.resident - m.saved), "gradients": 0}[kind]
+    return getattr(m.peak, kind)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Columns of equal width, the first two to the left."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = (
+        "  ".join(cell.ljust(width) if i < 2 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths))) for row in rows
+    )
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _figure(size: tuple[float, float], columns: int = 1, ratios: Sequence[float] | None = None):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(1, columns, width_ratios=ratios)
+
+
+def _save(figure, path: Path) -> None:
+    aside = path.with_name(f".aside-{path.name}")
+    figure.savefig(aside, format="png", dpi=120)
+    os.replace(aside, path)

@@ -1,0 +1,296 @@
+"""Plans: the dynamic programme against all splits, the published ones found again, sums of blocks against the step, budgets, the file."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import json
+import random
+import re
+
+import pytest
+import torch
+
+import infopro_fast
+from infopro_fast import memory
+from infopro_fast.memory import best_cuts, chains, figures, make_plan, planner
+from infopro_fast.memory import compare as comparing
+from infopro_fast.modules import backbones, split
+from infopro_fast.plan import Plan, PlanError, for_people, parse_bytes
+from infopro_fast.trainer import TrainConfig, released_sgd
+from infopro_fast.trainer.config import ConfigError
+from tests import compare
+from tests.test_cli import assert_one_line, run_here
+
+MIB = 2**20
+GIB = 2**30
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The dynamic programme
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_best_cuts_is_the_best_of_all_splits(seed):
+    draw = random.Random(seed)
+    n, modules = draw.randint(4, 9), draw.randint(1, 4)
+    cost = {(a, b): sum(draw.randint(1, 20) for _ in range(a, b + 1)) + draw.randint(0, 30) for a in range(n) for b in range(a, n)}
+    ends = sorted(draw.sample(range(n - 1), draw.randint(modules - 1, n - 1)))
+    values = {}
+    for cuts in itertools.combinations(ends, modules - 1):
+        own = [cost[a, b] for a, b in zip([0, *(c + 1 for c in cuts)], [*cuts, n - 1])]
+        values[cuts] = (max(own), sum(c * c for c in own), cuts)
+    found = best_cuts(lambda a, b: cost[a, b], n, modules, lambda end: end in ends)
+    assert found == min(values, key=values.get)
+
+
+def test_best_cuts_errors():
+    with pytest.raises(ValueError, match="modules: expected 1 to 3 for 3 blocks, got 4"):
+        best_cuts(lambda a, b: 1, 3, 4)
+    with pytest.raises(ValueError, match="expected at most 2: a module can end at 1 places, got 3"):
+        best_cuts(lambda a, b: 1, 5, 3, lambda end: end == 2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# With the released losses' bytes
+
+
+@functools.cache
+def chain(arch: str, losses: str, recompute: str, batch_size: int, image_size: int | None) -> planner._Chain:
+    return planner._Chain(arch, batch_size, planner._size(arch, image_size), recompute, losses, timed=False)
+
+
+def plan(arch, modules, objective="saved", losses="released", recompute="none", batch_size=4, image_size=None) -> Plan:
+    """`make_plan` with every network measured once."""
+    return chain(arch, losses, recompute, batch_size, image_size).plan(modules, objective)
+
+
+@pytest.mark.parametrize("modules", [2, 4])
+@pytest.mark.parametrize("image_size", [32, 96])
+def test_published_balanced_splits_are_found(modules, image_size):
+    found = plan("resnet110", modules, image_size=image_size)
+    if image_size == 32 and modules == 2:
+        assert found == make_plan("resnet110", 4, modules=2, losses="released", objective="saved")
+    assert found.cuts == split.BALANCED["resnet110", image_size, modules]
+
+
+# Largest module over end to end, what is kept for backward, the image counted in both: the best splits there are.
+@pytest.mark.parametrize("modules, bar", [(2, 0.526), (3, 0.363), (4, 0.286), (8, 0.162), (16, 0.108)])
+def test_resnet110_ratios(modules, bar):
+    theirs, ours = plan("resnet110", modules), plan("resnet110", modules, losses="ours")
+    image = 4 * 4 * 3 * 32 * 32
+    ratio = max(theirs.modules[0].saved + image, *(m.saved for m in theirs.modules[1:])) / (theirs.end_to_end["saved"] + image)
+    assert round(ratio, 3) <= bar
+    assert ours.saved / ours.end_to_end["saved"] <= bar
+
+
+def test_better_than_published():
+    """K = 3: the published balanced split takes .379; K = 16: the equal one .131."""
+    assert plan("resnet110", 3).cuts == ((1, 9), (2, 3))
+    assert plan("resnet110", 8).cuts == ((1, 2), (1, 6), (1, 10), (1, 14), (2, 0), (2, 8), (2, 16))
+
+
+@pytest.mark.parametrize(
+    "arch, bar, saved",
+    [("resnet101", 0.565, 121.2), ("resnet152", 0.540, 169.5), ("resnext101_32x8d", 0.535, 235.6), ("deeplabv3_resnet101", 0.55, 3946)],
+)
+def test_larger_networks(arch, bar, saved):
+    """End to end what the released networks keep, the image included, MiB a sample; the best two modules' share of it."""
+    pytest.importorskip("torchvision")
+    N = 2
+    found = plan(arch, 2, batch_size=N)
+    H, W = found.image_size
+    image = 4 * N * 3 * H * W
+    assert (found.end_to_end["saved"] + image) / N / MIB == pytest.approx(saved, rel=compare.TABLE)
+    assert found.saved / found.end_to_end["saved"] <= bar
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# With ours
+
+
+@pytest.mark.parametrize("recompute, bars", [("none", {4: 0.27, 16: 0.085}), ("block", {4: 0.12, 16: 0.06})])
+def test_saved_at_the_peak(recompute, bars):
+    """ResNet-110, planned: what autograd keeps at most, over what it keeps end to end (8.05 MiB a sample)."""
+    for modules, bar in bars.items():
+        for objective in ("saved", "peak"):
+            found = plan("resnet110", modules, objective, "ours", recompute)
+            assert found.end_to_end["saved"] / 4 / MIB == pytest.approx(8.05, rel=compare.TABLE)
+            assert found.saved <= bar * found.end_to_end["saved"], (modules, objective)
+
+
+@pytest.mark.parametrize("arch, modules, recompute", [("resnet32", 4, "none"), ("resnet32", 3, "block"), ("resnet20", 1, "block")])
+def test_sums_of_blocks_are_the_step(arch, modules, recompute):
+    """Module by module what a step of the planned network is measured to take; the loss's bytes of a batch's size apart."""
+    N = 64
+    found = plan(arch, modules, "peak", "ours", recompute, N)
+    with memory.FakeTensorMode():
+        loss = dict(lambdas=(1, 1, 1, 1)) if modules > 1 else dict(local_loss="none")
+        net = memory.build_fake(lambda: infopro_fast.build(arch, cuts=found.cuts, recompute=recompute, **loss))
+        step = memory.measure_step(infopro_fast.LocalTrainer(net, released_sgd(lr=0.1)), *memory.fake_batch(N, 32))
+    for planned, measured in zip(found.modules, step.modules, strict=True):
+        assert planned.peak == pytest.approx(measured.peak.total, rel=compare.TABLE)
+        assert planned.saved == pytest.approx(measured.saved, rel=compare.TABLE)
+        assert planned.parameters == measured.parameters
+    assert found.resident == pytest.approx(step.parameters + step.optimizer + step.batch, rel=compare.TABLE)
+
+
+def test_smallest_number_of_modules_in_a_budget():
+    found = make_plan("resnet32", 512, budget=GIB // 2)
+    assert found.total <= GIB // 2
+    with pytest.raises(PlanError, match=rf"does not fit into 512.0 MiB: it takes .* with {len(found.modules) - 1} module"):
+        make_plan("resnet32", 512, modules=len(found.modules) - 1, budget=GIB // 2)
+    with pytest.raises(PlanError, match="resnet20 at batch 128 does not fit into 1.0 MiB: it takes .* with 10 modules"):
+        make_plan("resnet20", 128, budget=MIB)
+
+
+def test_largest_batch_and_image_in_a_budget():
+    found = memory.largest_batch("resnet20", 32, modules=2, budget=100 * MIB)
+    assert found.total <= 100 * MIB < make_plan("resnet20", found.batch_size + 1, 32, modules=2).total
+    found = memory.largest_image("resnet20", 8, modules=2, budget=100 * MIB, recompute="block")
+    side = found.image_size[0]
+    assert side % 8 == 0 and found.total <= 100 * MIB < make_plan("resnet20", 8, side + 8, modules=2, recompute="block").total
+    with pytest.raises(PlanError, match="resnet20: a batch 1 is too large: .* does not fit into 1000.0 KiB"):
+        memory.largest_batch("resnet20", 32, modules=2, budget=1000 * 1024)
+
+
+def test_balanced_time(monkeypatch):
+    """The slowest module is as fast as it can be, by the seconds measured; a block of the first stage here takes ten of the others."""
+    monkeypatch.setattr(planner.costs, "_seconds", lambda call: (call(), 0.0)[1])
+    chain = planner._Chain("resnet20", 2, (32, 32), "none", "ours", timed=True)
+    blocks = [block._replace(seconds=10.0 if i < 4 else 1.0) for i, block in enumerate(chain.seconds.blocks)]
+    chain.seconds = planner.ChainCosts(blocks, chain.seconds.losses, chain.seconds.image)
+    assert chain.plan(4, "time").cuts == ((0, 0), (1, 0), (1, 1))
+    assert [m.seconds for m in chain.plan(2, "time").modules] == [20, 26]
+    assert make_plan("resnet20", 2, modules=2, objective="time").objective == "time"
+
+
+def test_merged_chain_is_the_network():
+    net = chains.chain("resnet20", (32, 32), "ours")
+    whole = chains.merged(net, [(1, 1), (2, 2)], "block")
+    assert [len(stage) for stage in whole.stages] == [3, 4, 3] and whole.stages[1].recompute == "block"
+    assert [id(p) for p in whole.stages.parameters()] == [id(p) for p in net.stages.parameters()]
+    image = torch.randn(2, 3, 32, 32)
+    assert torch.equal(whole.eval()(image), net.eval()(image))
+
+
+def test_errors():
+    for kwargs, message in (
+        (dict(arch="resnet33", modules=2), "plan: arch: expected one of .*, got 'resnet33'"),
+        (dict(arch="resnet101", modules=2, losses="ours"), "plan: losses: resnet101 has the released ones alone"),
+        (dict(arch="resnet20"), "plan: expected modules or a budget"),
+        (dict(arch="resnet20", modules=11), "resnet20, 11 modules: expected 1 to 10 for 10 blocks"),
+        (dict(arch="resnet20", modules=2, recompute="sqrt"), "plan: recompute: expected one of"),
+        (dict(arch="resnet20", modules=2, image_size=(32, 64)), "resnet20 takes square images, got 32x64"),
+        (dict(arch="resnet20", modules=0), "plan: modules: expected at least 1"),
+    ):
+        with pytest.raises(PlanError, match=message):
+            make_plan(**{"batch_size": 2, **kwargs})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The file, the table, the commands
+
+
+def test_file(tmp_path):
+    found = plan("resnet20", 3, "peak", "ours")
+    found.write(tmp_path / "plan.json")
+    assert Plan.read(tmp_path / "plan.json") == found and [p.name for p in tmp_path.iterdir()] == ["plan.json"]
+    no_plans = {"{}": "not a plan", "[1]": "not a plan", "plan": "not a plan", '{"infopro_fast plan": 9}': "version 1"}
+    for content, message in no_plans.items():
+        (tmp_path / "bad.json").write_text(content)
+        with pytest.raises(PlanError, match=f"bad.json: .*{message}"):
+            Plan.read(tmp_path / "bad.json")
+    with pytest.raises(PlanError, match="no such plan"):
+        Plan.read(tmp_path / "none.json")
+
+
+def test_training_takes_a_plan(tmp_path):
+    path = tmp_path / "plan.json"
+    make_plan("resnet20", 48, modules=3, recompute="block").write(path)
+    found = TrainConfig(plan=path)
+    written = Plan.read(path)
+    assert (found.arch, found.cuts, found.recompute, found.batch_size, found.plan) == ("resnet20", written.cuts, "block", 48, None)
+    assert TrainConfig.from_json(found.to_json()) == found and found.resolved().modules == 3
+    assert TrainConfig(plan=path, batch_size=16).batch_size == 16
+    for settings, message in (
+        (dict(arch="resnet44"), "has arch resnet20, not resnet44"),
+        (dict(modules=4), "modules 4 and cuts: expected 3 cuts, got 2"),
+        (dict(recompute="sqrt"), "has recompute block, not sqrt"),
+        (dict(dataset="stl10", data_root="x"), r"is for images of \(32, 32\), dataset stl10 has \(96, 96\)"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            TrainConfig(plan=path, **settings)
+    path.write_text("no plan")
+    with pytest.raises(ConfigError, match="plan: .*plan.json: not a plan"):
+        TrainConfig(plan=path)
+
+
+def test_plan_command(capsys, tmp_path):
+    out = tmp_path / "p.json"
+    code, text, err = run_here(capsys, "plan", "--arch", "resnet20", "--batch-size", 64, "--modules", 2, "--out", out)
+    found = Plan.read(out)
+    assert code == 0 and err == "" and found == make_plan("resnet20", 64, modules=2)
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    for module in found.modules:
+        assert re.search(rf"(?m)^\d +{re.escape(module.last)} +{module.blocks} .* {re.escape(for_people(module.peak))} ", text), text
+    assert f"with the peak {for_people(found.total)}" in text
+    code, text, err = run_here(capsys, "plan", "--arch", "resnet20", "--modules", 2, "--budget", "100MiB", "--out", out)
+    assert code == 0 and Plan.read(out) == memory.largest_batch("resnet20", 32, modules=2, budget=100 * MIB)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--arch resnet20", "plan: expected modules or a budget"),
+        ("--arch resnet20 --budget much", "expected bytes like 4GiB, 500MiB or 3.5GB, got 'much'"),
+        ("--arch resnet20 --modules 2 --grow image", "grow image: expected a budget and modules"),
+        ("--arch resnet20 --modules 2 --budget 1GiB --grow batch --batch-size 3", "grow batch: expected no batch_size"),
+        ("--arch resnet20 --modules 2 --image-size 1 2 3", "image_size: expected a side, or height and width"),
+    ],
+)
+def test_plan_command_errors(capsys, tmp_path, flags, message):
+    code, out, err = run_here(capsys, "plan", *flags.split(), "--out", tmp_path / "p.json")
+    assert code == 2 and out == "" and message in err and not list(tmp_path.iterdir())
+    assert_one_line(err)
+
+
+def test_memory_command(capsys, tmp_path, monkeypatch, cpu):
+    monkeypatch.setattr(comparing, "ways", lambda modules, budgets: [comparing.Way(), *(comparing.Way(K, "block") for K in modules)])
+    flags = "--arch resnet20 --batch-size 16 --modules 2 --rounds 1 --threads 2 --budgets".split()
+    code, out, _ = run_here(capsys, "memory", *flags, "--out", tmp_path / "m")
+    assert code == 0
+    rows = json.loads((tmp_path / "m" / "memory.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["E2E", "ours K=2 + recompute"]
+    assert rows[1]["saved"] < rows[0]["saved"] / 3 and rows[1]["resident"] < rows[0]["resident"] / 2
+    assert all(row["seconds"] > 0 and row["peak"]["saved"] > 0 for row in rows)
+    table = (tmp_path / "m" / "memory.md").read_text()
+    assert all(f"| {row['name']} |" in table and row["name"] in out for row in rows)
+    assert (tmp_path / "m" / "memory.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bytes_for_people():
+    assert [parse_bytes(text) for text in ("4GiB", "1.5 MiB", "2kb", "17", "3B")] == [4 * GIB, 1572864, 2000, 17, 3]
+    for text in ("", "GiB", "-1GiB", "4 parsecs", "0", "nan"):
+        with pytest.raises(PlanError, match="expected bytes like 4GiB|expected at least one byte"):
+            parse_bytes(text)
+    assert [for_people(n) for n in (5, 2048, 3 * MIB, 1.5 * GIB)] == ["5 B", "2.0 KiB", "3.0 MiB", "1.50 GiB"]
+
+
+def test_table_of_a_comparison():
+    """Of compiled code only what autograd and the system see is known."""
+    base = comparing.Measured(comparing.Way(), 100, 90, 1000, memory.Bytes(0, 0, 900, 100), 1100, 2.0)
+    compiled = dataclasses.replace(base, way=comparing.Way(budget=0.5), saved=500, peak=None, resident=550, seconds=1.0)
+    rows = figures.comparison_rows([base, compiled])
+    assert rows[1][:5] == ["E2E compiled, budget 0.5", "500 B", "50.0 %", "?", "?"]
+    assert rows[1][-4:] == ["550 B", "50.0 %", "1000 ms", "0.50"]
+    assert [w.name for w in comparing.ways([4], [0.5])] == [
+        "E2E", "E2E checkpoint/block", "E2E checkpoint/sqrt", "E2E compiled, budget 0.5", "released K=4", "ours K=4", "ours K=4 + recompute"
+    ]  # fmt: skip
+
+
+def test_every_block_has_a_place():
+    for arch in backbones.BLOCKS:
+        net = chains.chain(arch, (32, 32), "ours")
+        assert len(net.positions) == len(net.stages) == len(net.local_losses)
