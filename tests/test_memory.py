@@ -104,6 +104,70 @@ def test_meta_device():
     assert found.modules[0].saved > 4 * 4 * 16 * 32 * 32 * 4 and found.modules[1].input == 4 * 16 * 32 * 32 * 4
 
 
+def test_what_is_alive_at_each_point_of_a_step(monkeypatch, cpu):
+    """The lifetimes that `local_step` documents, by their bytes: ResNet-20 in 3 modules, every term on."""
+    N, K = 8, 3
+    A, B, C = (4 * N * 64 * 32 * 32 // s for s in (4, 8, 16))  # a map of each stage
+    small = 2**11  # loss values, counts
+    seen: list[tuple[str, int, memory.Bytes]] = []
+    with memory.FakeTensorMode():
+        net = memory.build_fake(lambda: infopro_fast.build("resnet20", cuts=[(1, 1), (2, 0)], lambdas=(1, 1, 1, 1)))
+        image, label = memory.fake_batch(N, 32)
+        live = memory.LiveBytes([*net.parameters(), *net.buffers(), image, label])
+
+        class Watched(torch.optim.SGD):
+            def step(self, closure=None):
+                seen.append(("optimizer", sum(p.numel() for p in self.param_groups[0]["params"]), live.now))
+
+        for k, (stage, local_loss) in enumerate(zip(net.stages, net.local_losses)):
+            stage.register_forward_pre_hook(lambda *_, k=k: seen.append(("start", k, live.now)))
+            stage.register_forward_hook(lambda *_, k=k: seen.append(("forward done", k, live.now)))
+            monkeypatch.setattr(local_loss, "terms", _watched(local_loss.terms, lambda k=k: seen.append(("next term", k, live.now))))
+        trainer = infopro_fast.LocalTrainer(net, lambda params: Watched(params, lr=0.1))
+        with live, live.watch_gradients(net.parameters()):
+            metrics = trainer.step(image, label)
+        end = live.now
+
+    # kept by its blocks: pre-norm maps, rectified maps and outputs, the input of the first block included where it is no image
+    kept = [2 * A + 8 * A, A + 4 * A + 5 * B, B + 8 * B + 13 * C]
+    given, output = [0, A, B], [A, B, C]
+    statistics = 2**13  # a batch norm's means and deviations
+    terms = {k: [now for where, at, now in seen if (where, at) == ("next term", k)] for k in range(K)}
+    for where, k, now in seen:
+        if where == "start":  # the input, and nothing of a finished module but its metrics
+            assert given[k] <= now.total <= given[k] + small and now.gradients == now.saved == 0
+        elif where == "forward done":  # what backward needs, and nothing else
+            assert kept[k] <= now.total <= kept[k] + statistics and kept[k] <= now.saved <= kept[k] + statistics
+    for k in range(K):
+        assert len(terms[k]) == (3 if k < K - 1 else 2)  # one more than there are terms
+        trained = 0
+        for i, now in enumerate(terms[k]):  # no graph but the module's; the gradient of its output once there is one
+            trained = now.gradients
+            assert kept[k] <= now.saved <= kept[k] + statistics
+            assert 0 <= now.total - now.saved - trained - (output[k] if i else 0) <= small
+    steps = [(4 * count, now) for where, count, now in seen if where == "optimizer"]
+    for k, (gradients, now) in enumerate(steps):  # the gradients of one module, its input and its output
+        assert now.gradients == gradients and now.saved == 0
+        assert 0 <= now.total - gradients - given[k] - output[k] <= small
+    assert end.total <= small and len(metrics) == 2 * 2 + 2
+
+
+def _watched(terms, note):
+    """The same generator, with a note each time it is asked for a term."""
+
+    def watched(features, image, label):
+        found = terms(features, image, label)
+        while True:
+            note()
+            term = next(found, None)
+            if term is None:
+                return
+            yield term
+            del term
+
+    return watched
+
+
 # Peak over modules of what is kept for backward, MiB a sample: the image, which the first module keeps, is counted there.
 PUBLISHED_SPLITS = [
     ("resnet32", 32, 1, False, 2.376), ("resnet32", 32, 2, False, 1.944), ("resnet32", 32, 4, False, 1.130),

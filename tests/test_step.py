@@ -266,6 +266,36 @@ def test_gradients_are_freed_module_by_module():
     assert alive == [True] * 4 and all(p.grad is None for p in net.parameters())
 
 
+def test_the_outputs_gradient_is_gone_when_the_first_operation_has_taken_it():
+    made: list[weakref.ref] = []
+    alive: list[bool] = []
+
+    class Probe(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.shape = x.shape
+            return x.new_zeros(())
+
+        @staticmethod
+        def backward(ctx, grad):
+            found = torch.ones(ctx.shape)
+            made.append(weakref.ref(found.untyped_storage()))
+            return found
+
+    class Loss(LocalLoss):
+        def terms(self, features, image, label):
+            yield Term("probe", 1.0, Probe.apply(features), None)
+
+        def trained_parameters(self):
+            return []
+
+    net = infopro_fast.build("resnet20", 2)
+    net.local_losses[0] = Loss()
+    net.stages[0][2].register_forward_hook(lambda module, args, out: out.register_hook(lambda grad: alive.append(made[0]() is not None)))
+    infopro_fast.LocalTrainer(net, _sgd).step(IMAGE, LABEL)
+    assert len(made) == 1 and alive == [False]
+
+
 def test_the_step_never_waits_for_the_device():
     """Tensors without values raise when one is read: nothing in a step may."""
     for local_loss in ("contrast", "softmax", "greedy", "dgl"):
