@@ -157,7 +157,7 @@ def test_every_local_loss_at_other_image_sizes(local_loss, modules):
 @pytest.mark.parametrize(
     "kwargs, message",
     [
-        ({"arch": "resnet18"}, r"arch: expected one of \('resnet20'"),
+        ({"arch": "resnet19"}, r"arch: expected one of \('resnet20'"),
         ({"local_loss": "infonce"}, "local_loss: expected one of"),
         ({"local_loss": "none", "modules": 4}, "local_loss='none' trains end to end: expected modules=1, got 4"),
         ({"modules": 17}, "modules: expected 1 to 16 for resnet32"),

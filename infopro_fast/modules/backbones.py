@@ -24,13 +24,15 @@ class Unit(typing.NamedTuple):
     released_prefix: str
     block: nn.Module
     channels: int
-    downscale: int  # image size / size of its output map
+    downscale: float  # image size / size of its output map
+    label: str = ""  # its name in a network that is not of this file
+    size: tuple[int, int] = (0, 0)  # of its output map, there
 
     @property
     def name(self) -> str:
         """Its name inside a stage: "stem", "layer1_0", ..."""
         stage, block = self.position
-        return f"layer{stage}_{block}" if stage else "stem"
+        return f"layer{stage}_{block}" if self.position != (0, 0) else "stem"
 
 
 class Stem(nn.Module):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from infopro_fast import ops
+from infopro_fast.ops.dispatch import compute_dtype, no_autocast
+from infopro_fast.ops.reconstruction_loss import restore_image
 
 HIDDEN = 12  # channels between the two convolutions, times ``widen``
 
@@ -58,3 +61,67 @@ class Decoder(nn.Module):
 
     def extra_repr(self) -> str:
         return f"image_size={self.image_size}, " + ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+# Channels at a whole, a half, a quarter and an eighth of the image's size: those of the released ImageNet and Cityscapes decoders.
+CHAIN_WIDTHS = (12, 12, 32, 128)
+
+
+class ChainDecoder(nn.Module):
+    """The released ImageNet and Cityscapes decoder on features of any width and size.
+
+    conv1x1 to 128, BatchNorm, ReLU; then until the image's size: twice the size (bilinear, align_corners=True), conv3x3 to 32, 12, 3
+    channels, BatchNorm and ReLU between them; sigmoid, BCE. Features that are smaller than an eighth of the image begin with as many
+    doublings more (of 128 channels), larger ones leave out the first ones; sizes whose ratio is no power of two are resized to sizes
+    in between.
+
+    inplanes: channels C. size: (h, w) of the features. image_size: (H, W). The other arguments: as in `Decoder`.
+    """
+
+    def __init__(
+        self,
+        inplanes: int,
+        size: tuple[int, int],
+        image_size: tuple[int, int],
+        *,
+        image_mean: Sequence[float] | None = None,
+        image_std: Sequence[float] | None = None,
+        loss: str = "bce",
+        impl: str = "auto",
+    ):
+        super().__init__()
+        self.options = {"loss": loss, "image_mean": image_mean, "image_std": image_std, "impl": impl}
+        doublings = max(0, math.ceil(math.log2(max(big / small for big, small in zip(image_size, size)))))
+        exact = all(big == small << doublings for big, small in zip(image_size, size))
+        width = CHAIN_WIDTHS[min(doublings, 3)]
+        layers = [nn.Conv2d(inplanes, width, 1), nn.BatchNorm2d(width), nn.ReLU()]
+        for left in range(doublings - 1, -1, -1):
+            if exact:
+                layers.append(nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True))
+            else:
+                between = [round(big * (small / big) ** (left / doublings)) for big, small in zip(image_size, size)]
+                layers.append(nn.Upsample(size=between, mode="bilinear", align_corners=True))
+            planes = CHAIN_WIDTHS[min(left, 3)] if left else 3
+            layers += [nn.Conv2d(width, planes, 3, padding=1), *([nn.BatchNorm2d(planes), nn.ReLU()] if left else [])]
+            width = planes
+        if not doublings:
+            layers.append(nn.Conv2d(width, 3, 3, padding=1))
+        self.decoder = nn.Sequential(*layers, nn.Sigmoid())
+
+    def forward(self, features: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+        """Mean reconstruction loss, a 0-d tensor. features: (N, inplanes, h, w); image: (N, 3, H, W), as large as the decoder makes it."""
+        return chain_reconstruction_loss(features, image, self.decoder, **self.options)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+def chain_reconstruction_loss(features, image, decoder, *, loss, image_mean, image_std, impl) -> torch.Tensor:
+    with no_autocast(features.device):
+        dtype = compute_dtype(features, image, decoder[0].weight)
+        decoded = decoder[:-1](features.to(dtype))
+        target = restore_image(image.to(dtype), image_mean, image_std)
+        if loss == "bce":
+            return nn.functional.binary_cross_entropy_with_logits(decoded, target)
+        compare = nn.functional.mse_loss if loss == "mse" else nn.functional.l1_loss
+        return compare(decoded.sigmoid(), target)

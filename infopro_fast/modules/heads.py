@@ -37,7 +37,8 @@ class AuxClassifier(nn.Module):
     inplanes: channels C of the features. net_config: one of CONFIGS, "1c2f" in all published runs.
     loss_mode: "contrast" (the supervised contrastive loss of the normalised output, T = 0.07) or "cross_entropy".
     class_num: classes, for cross_entropy. widen: factor of the convolutions' and hidden layers' widths.
-    feature_dim: width of the hidden layers, and of the output for contrast. impl: as in `ops.supcon_loss`.
+    feature_dim: width of the hidden layers, and of the output for contrast. label_smoothing: of the cross entropy.
+    impl: as in `ops.supcon_loss`.
 
     The first convolution takes C to 2 C channels with stride 2 while C < 64, else C to C with stride 1: the released table
     (16 to 32, 32 to 64, 64 to 64), carried on to any C. The state_dict's keys are the released ones (``head.<layer>.weight``).
@@ -53,6 +54,7 @@ class AuxClassifier(nn.Module):
         widen: float = 1,
         feature_dim: int = 128,
         *,
+        label_smoothing: float = 0.0,
         impl: str = "auto",
     ):
         super().__init__()
@@ -65,7 +67,7 @@ class AuxClassifier(nn.Module):
                 raise ValueError(f"AuxClassifier: {name}: expected at least 1, got {value}")
         if not widen > 0:
             raise ValueError(f"AuxClassifier: widen: expected a positive number, got {widen}")
-        self.net_config, self.loss_mode, self.impl = net_config, loss_mode, impl
+        self.net_config, self.loss_mode, self.label_smoothing, self.impl = net_config, loss_mode, label_smoothing, impl
         out = feature_dim if loss_mode == "contrast" else class_num
         self.head = _head(inplanes, int(net_config[0]), int(net_config[2]), max(1, int(feature_dim * widen)), out, widen)
 
@@ -77,7 +79,7 @@ class AuxClassifier(nn.Module):
         """`forward`, and for cross_entropy how many rows are classified right (0-d int64, the same pass), else None."""
         if self.loss_mode == "contrast":
             return ops.supcon_loss(run_head(self.head, features, self.impl), target, impl=self.impl), None
-        return classify(self.head, features, target, self.impl)
+        return classify(self.head, features, target, self.impl, self.label_smoothing)
 
 
 def run_head(layers: Sequence[nn.Module], x: torch.Tensor, impl: str) -> torch.Tensor:
@@ -92,10 +94,14 @@ def run_head(layers: Sequence[nn.Module], x: torch.Tensor, impl: str) -> torch.T
     return x
 
 
-def classify(head: nn.Sequential, features: torch.Tensor, target: torch.Tensor, impl: str) -> tuple[torch.Tensor, torch.Tensor]:
+def classify(
+    head: nn.Sequential, features: torch.Tensor, target: torch.Tensor, impl: str, label_smoothing: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean cross entropy and number of right rows of a head that ends in a Linear layer, without its logits."""
-    rows = run_head(head[:-1], features, impl)
-    return ops.linear_cross_entropy(rows, head[-1].weight, target, bias=head[-1].bias, return_correct=True, impl=impl)
+    rows, last = run_head(head[:-1], features, impl), head[-1]
+    return ops.linear_cross_entropy(
+        rows, last.weight, target, bias=last.bias, return_correct=True, label_smoothing=label_smoothing, impl=impl
+    )
 
 
 def _head(inplanes: int, convs: int, linears: int, hidden: int, out: int, widen: float) -> nn.Sequential:
@@ -163,16 +169,16 @@ class DGLHead(nn.Module):
     pooling to 2x2, three times Linear (4 C to 4 C) - BatchNorm - ReLU, Linear (4 C to classes): the authors' ``mlp-sr``
     (github.com/eugenium/DGL, auxiliary_nets_study/models.py: n_lin=3, mlp_layers=3).
 
-    inplanes: channels C. feature_size: height and width of the (square) features. class_num: classes. impl: as in
-    `ops.linear_cross_entropy`. Batches need at least 2 images in training (BatchNorm over rows).
+    inplanes: channels C. feature_size: height and width of the (square) features. class_num: classes. label_smoothing,
+    impl: as in `ops.linear_cross_entropy`. Batches need at least 2 images in training (BatchNorm over rows).
     """
 
     CONVS = 3
     HIDDEN = 3
 
-    def __init__(self, inplanes: int, feature_size: int, class_num: int = 10, *, impl: str = "auto"):
+    def __init__(self, inplanes: int, feature_size: int, class_num: int = 10, *, label_smoothing: float = 0.0, impl: str = "auto"):
         super().__init__()
-        self.impl = impl
+        self.label_smoothing, self.impl = label_smoothing, impl
         layers = [nn.AdaptiveAvgPool2d(math.ceil(feature_size / 4))]
         for _ in range(self.CONVS):
             layers += [nn.Conv2d(inplanes, inplanes, 1, bias=False), nn.BatchNorm2d(inplanes), nn.ReLU(inplace=True)]
@@ -188,4 +194,4 @@ class DGLHead(nn.Module):
 
     def loss_and_correct(self, features: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`forward`, and how many rows are classified right (0-d int64), from the same pass."""
-        return classify(self.head, features, target, self.impl)
+        return classify(self.head, features, target, self.impl, self.label_smoothing)

@@ -30,7 +30,12 @@ class Term(typing.NamedTuple):
 
 
 class LocalLoss(nn.Module):
-    """The loss of one module. Subclasses give the three methods below; nets are ordinary submodules."""
+    """The loss of one module. Subclasses give the three methods below; nets are ordinary submodules.
+
+    dense: labels are (N, H, W), one a pixel (segmentation).
+    """
+
+    dense = False
 
     def terms(self, features: torch.Tensor, image: torch.Tensor, label: torch.Tensor) -> Iterator[Term]:
         """Compute and yield one `Term` after the other, none of weight 0; the caller back-propagates each before it asks for the next.
@@ -100,9 +105,9 @@ class HeadLoss(LocalLoss):
 class Classifier(LocalLoss):
     """The end of the network: global average pooling, linear classifier, cross entropy. channels: C; class_num: classes."""
 
-    def __init__(self, channels: int, class_num: int, *, impl: str = "auto"):
+    def __init__(self, channels: int, class_num: int, *, label_smoothing: float = 0.0, impl: str = "auto"):
         super().__init__()
-        self.impl = impl
+        self.label_smoothing, self.impl = label_smoothing, impl
         self.pool = GlobalAveragePool()
         self.fc = nn.Linear(channels, class_num)
 
@@ -112,8 +117,9 @@ class Classifier(LocalLoss):
 
     def terms(self, features, image, label):
         loss, correct = ops.linear_cross_entropy(
-            self.pool(features), self.fc.weight, label, bias=self.fc.bias, return_correct=True, impl=self.impl
-        )
+            self.pool(features), self.fc.weight, label, bias=self.fc.bias, return_correct=True, label_smoothing=self.label_smoothing,
+            impl=self.impl,
+        )  # fmt: skip
         yield Term("cross_entropy", 1.0, loss, correct)
 
     def trained_parameters(self):
@@ -133,6 +139,14 @@ PUBLISHED_LAMBDAS: dict[tuple[str, int, bool], dict[int, tuple[float, float, flo
     ("resnet110", 96, True): {2: (20, 1, 0, 0), 3: (20, 0.5, 5, 2), 4: (20, 0.5, 10, 1)},
 }
 
+# Of the ImageNet and Cityscapes runs (README of the released code, its configs), one local module, softmax.
+PUBLISHED_SOFTMAX: dict[str, tuple[float, float, float, float]] = {
+    "resnet101": (5, 0.75, 0, 0),
+    "resnet152": (5, 1, 0, 0),
+    "resnext101_32x8d": (5, 0.75, 0, 0),
+    "deeplabv3_resnet101": (1.5, 1, 0, 0),
+}
+
 # For what is not published (softmax, other depths and K): ours, between the published ones; reconstruction early, task late.
 DEFAULT_LAMBDAS = (5.0, 0.5, 0.5, 1.0)
 
@@ -141,6 +155,8 @@ def default_lambdas(
     arch: str, modules: int, local_loss: str, *, balanced: bool, image_size: int
 ) -> tuple[float, float, float, float]:
     """The published weights of this contrast run (image size 96: STL-10, 32: CIFAR-10), else DEFAULT_LAMBDAS."""
+    if local_loss == "softmax" and modules == 2 and arch in PUBLISHED_SOFTMAX:
+        return PUBLISHED_SOFTMAX[arch]
     published = PUBLISHED_LAMBDAS.get((arch, image_size, balanced), {}) if local_loss == "contrast" else {}
     return published.get(modules, DEFAULT_LAMBDAS)
 

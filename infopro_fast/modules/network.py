@@ -1,4 +1,4 @@
-"""A CIFAR ResNet cut into local modules, each with its local loss: what the trainer trains. `build` makes one."""
+"""A network cut into local modules, each with its local loss: what the trainer trains. `build` makes one."""
 
 from __future__ import annotations
 
@@ -12,13 +12,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint as run_checkpointed
 
 from . import backbones, split
-from .decoder import Decoder
-from .heads import AuxClassifier, DGLHead
-from .local_loss import DEFAULT_LAMBDAS, LOCAL_LOSSES, Classifier, HeadLoss, InfoPro, LocalLoss, default_lambdas, interpolate_lambdas
-
-CIFAR10_MEAN = (125.3 / 255, 123.0 / 255, 113.9 / 255)
-CIFAR10_STD = (63.0 / 255, 62.1 / 255, 66.7 / 255)
-
+from .backbones import Unit
+from .chain import Joined
+from .families import CIFAR10_MEAN, CIFAR10_STD, PUBLISHED, Family, family  # noqa: F401
+from .local_loss import DEFAULT_LAMBDAS, LOCAL_LOSSES, LocalLoss, default_lambdas, interpolate_lambdas
+from .segmentation import Tap
 
 RECOMPUTE = ("none", "block", "sqrt")
 
@@ -29,26 +27,35 @@ class Stage(nn.Sequential):
     recompute: "none"; "block": keep only each block's input for backward and run the block again there; "sqrt": the same for
     segments of about sqrt(blocks) blocks (Chen et al. 2016), fewer inputs for a larger segment. Batch norms' running statistics
     move once a step, in the first forward. Gradients are those of "none" bit for bit, where torch's kernels repeat theirs.
+    random: blocks may draw random numbers (dropout), which a second forward has to draw again.
     """
 
-    def __init__(self, blocks: OrderedDict[str, nn.Module], recompute: str = "none"):
+    def __init__(self, blocks: OrderedDict[str, nn.Module], recompute: str = "none", random: bool = False):
         super().__init__(blocks)
         if recompute not in RECOMPUTE:
             raise ValueError(f"Stage: recompute: expected one of {RECOMPUTE}, got {recompute!r}")
-        self.recompute = recompute
+        self.recompute, self.random = recompute, random
 
     def segments(self) -> list[nn.Module]:
         """What is run again as one: a block, or for "sqrt" several in a row."""
         size = max(1, round(math.sqrt(len(self)))) if self.recompute == "sqrt" else 1
-        blocks = list(self)
-        return [blocks[i] if size == 1 else nn.Sequential(*blocks[i : i + size]) for i in range(0, len(blocks), size)]
+        found: list[list[nn.Module]] = []
+        for block in self:
+            alone = isinstance(block, Tap) or (found and isinstance(found[-1][-1], Tap))
+            if not found or alone or len(found[-1]) == size:
+                found.append([])
+            found[-1].append(block)
+        return [blocks[0] if len(blocks) == 1 else nn.Sequential(*blocks) for blocks in found]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.recompute == "none" or not (self.training and torch.is_grad_enabled()):
             return super().forward(x)
         for segment in self.segments():
+            if isinstance(segment, Tap):  # keeps nothing, and must not run twice
+                x = segment(x)
+                continue
             x = run_checkpointed(
-                segment, x, use_reentrant=False, preserve_rng_state=False,  # no block draws random numbers
+                segment, x, use_reentrant=False, preserve_rng_state=self.random,
                 context_fn=lambda segment=segment: (contextlib.nullcontext(), self.second_forward(segment)),
             )  # fmt: skip
         return x
@@ -77,8 +84,9 @@ def _statistics_kept(block: nn.Module) -> Iterator[None]:
 class LocalNetwork(nn.Module):
     """K local modules: ``stages[k]`` are the blocks of module k, ``local_losses[k]`` is what trains it.
 
-    The last local loss is ``classifier``, the network's own (pooling, linear layer, cross entropy). ``cuts`` are the
-    (stage, block) each module but the last ends with. Calling the network gives logits; auxiliary nets are not used.
+    The last local loss is ``classifier``, the network's own (pooling, linear layer, cross entropy; or the head of a segmentation
+    network). ``cuts`` are the (stage, block) each module but the last ends with. Calling the network gives logits; auxiliary nets are
+    not used.
     """
 
     def __init__(self, stages: Sequence[Stage], local_losses: Sequence[LocalLoss], cuts: Sequence[split.Cut], prefixes: Sequence[str]):
@@ -89,19 +97,20 @@ class LocalNetwork(nn.Module):
         self._prefixes = tuple(prefixes)  # of the released names, one a block
 
     @property
-    def classifier(self) -> Classifier:
+    def classifier(self) -> LocalLoss:
         return self.local_losses[-1]
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        """Logits (N, num_classes) of normalised images (N, 3, image_size, image_size)."""
+        """Logits (N, num_classes) of normalised images (N, 3, H, W); for segmentation (N, num_classes, h, w), smaller than the image."""
         for stage in self.stages:
             image = stage(image)
         return self.classifier(image)
 
     def released_modules(self) -> Iterator[tuple[str, nn.Module]]:
         """(prefix, module) such that prefix + the name inside the module is the released name; backbone first, then auxiliary nets."""
-        yield from zip(self._prefixes, (block for stage in self.stages for block in stage))
-        yield "", self.classifier
+        for prefix, block in zip(self._prefixes, (block for stage in self.stages for block in stage)):
+            yield from block.original() if isinstance(block, Joined) else [(prefix, block)]
+        yield from self.classifier.released_nets(0, 0).items()
         for end, local_loss in zip(self.cuts, self.local_losses):
             yield from local_loss.released_nets(*end).items()
 
@@ -134,94 +143,104 @@ def _listed(names) -> str:
 
 
 def build(
-    arch: str = "resnet32",
+    arch: str | nn.Module = "resnet32",
     modules: int | None = None,
     local_loss: str = "contrast",
     lambdas: Sequence[float] | None = None,
     balanced: bool = False,
-    num_classes: int = 10,
-    image_size: int = 32,
-    image_mean: Sequence[float] | None = CIFAR10_MEAN,
-    image_std: Sequence[float] | None = CIFAR10_STD,
+    num_classes: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    image_mean: Sequence[float] | str | None = PUBLISHED,
+    image_std: Sequence[float] | str | None = PUBLISHED,
     *,
-    cuts: Sequence[Sequence[int]] | None = None,
+    cuts: Sequence[Sequence[int] | str] | None = None,
     net_config: str | None = None,
     widen: float = 1,
     feature_dim: int = 128,
+    label_smoothing: float = 0.0,
     recompute: str = "none",
     impl: str = "auto",
 ) -> LocalNetwork:
-    """A CIFAR ResNet in local modules, initialised as released.
+    """A network in local modules, its auxiliary nets initialised as released.
 
-    arch: "resnet20", "resnet32", "resnet44", "resnet56" or "resnet110".
+    arch: a CIFAR ResNet ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110") or "densenet_bc_100_12"; one of torchvision's
+        ImageNet networks ("resnet18", ..., "resnet152", "resnext50_32x4d", "resnext101_32x8d"); "deeplabv3_resnet101" (or 50);
+        "fcn_resnet20", a small segmentation network. Or a network of one's own that classifies images: an nn.Module whose forward is a
+        chain (`chain.trace`), an nn.Sequential for instance. Its layers are used, not copied, and keep their weights.
     modules: number K of local modules; 1 is end-to-end training. None: one more than there are ``cuts``, else 1 for
-        local_loss="none" and 4 for the others.
+        local_loss="none", 4 for the CIFAR networks and 2 for the others.
     local_loss: "contrast" or "softmax" (InfoPro: reconstruction and a supervised contrastive or cross-entropy term), "greedy"
-        (greedy supervised learning: cross entropy of pooling and a linear layer), "dgl" (Decoupled Greedy Learning, `DGLHead`),
-        "none" (K = 1).
+        (greedy supervised learning: cross entropy of a head alone; CIFAR networks: of pooling and a linear layer), "dgl" (Decoupled
+        Greedy Learning, `DGLHead`), "none" (K = 1). Segmentation has "softmax", "greedy" and "none".
     lambdas: InfoPro's weights (reconstruction, task) of the first local module, then of the last; linear in between. None: the
         published ones (`local_loss.default_lambdas`). A term of weight exactly 0 is not run.
-    balanced: the released memory-balanced split (InfoPro*) in place of the equal one. num_classes: classes.
-    image_size: height and width of the images. image_mean, image_std: three numbers each, the normalisation of the images the
-        network is given (in units of [0, 1]), which the reconstruction undoes; None, None: images in [0, 1].
-    cuts: last (stage, block) of each module but the last, (0, 0) being the stem; in place of a published split.
-    net_config, widen, feature_dim: of the auxiliary nets (`AuxClassifier`, `Decoder`); net_config None: "1c2f", for greedy "0c1f".
+    balanced: the released memory-balanced split (InfoPro*) in place of the equal one. num_classes: classes; None: 10, for ImageNet's
+        1000, for DeepLab 19, for a network of one's own what it has.
+    image_size: height and width of the images, one number if they are equal; None: 32, 224, (512, 1024), 64. image_mean, image_std:
+        three numbers each, the normalisation of the images the network is given (in units of [0, 1]), which the reconstruction
+        undoes; None, None: images in [0, 1]; "published": CIFAR-10's for the CIFAR networks, ImageNet's for the others.
+    cuts: last block of each module but the last, in place of a published split: (stage, block), (0, 0) being the stem, or a name as
+        "layer2.0" where the network has names.
+    net_config, widen, feature_dim: of the auxiliary nets of the CIFAR networks (`AuxClassifier`, `Decoder`); net_config None: "1c2f",
+        for greedy "0c1f". The others have `ChainDecoder` and `StridedHead` or `DenseHead`.
+    label_smoothing: of every cross entropy.
     recompute: "none"; "block": keep each residual block's input alone and run the block again in backward (gradient
         checkpointing inside every module); "sqrt": the same for segments of sqrt(blocks) blocks (Chen et al. 2016).
     impl: implementation of the losses, as in the ops.
 
-    Raises ValueError naming the argument for unknown names, splits that do not exist and arguments that contradict each other.
+    Raises ValueError naming the argument for unknown names, splits that do not exist, arguments that contradict each other, and
+    networks or places that cannot be cut, with the reason; ImportError where torchvision is needed and missing.
     """
-    units = backbones.units(arch)
+    if local_loss not in LOCAL_LOSSES:
+        raise ValueError(f"build: local_loss: expected one of {LOCAL_LOSSES}, got {local_loss!r}")
+    found = family(arch, num_classes, image_size, image_mean, image_std, label_smoothing=label_smoothing, impl=impl)
+    units = found.units
     positions = [unit.position for unit in units]
-    modules = _number_of_modules(modules, local_loss, cuts, balanced)
-    _check(local_loss, lambdas, modules, num_classes, image_size, image_mean, image_std, net_config, recompute)
+    modules = _number_of_modules(modules, local_loss, cuts, balanced, 4 if found.cifar else 2)
+    _check(found, local_loss, lambdas, modules, net_config, widen, recompute, label_smoothing)
+    if modules > len(units) and found.reasons:
+        why = "; ".join(f"not after {name}, since {reason}" for name, reason in list(found.reasons.items())[:4])
+        raise ValueError(f"build: modules: {found.name} can be cut into {len(units)} at most, got {modules}: {why}")
     if lambdas is None:
-        published = cuts is None
-        lambdas = default_lambdas(arch, modules, local_loss, balanced=balanced, image_size=image_size) if published else DEFAULT_LAMBDAS
+        lambdas = DEFAULT_LAMBDAS
+        if cuts is None:
+            lambdas = default_lambdas(found.name, modules, local_loss, balanced=balanced, image_size=found.image_size[0])
     if cuts is None:
-        cuts = split.split(arch, positions, modules, balanced=balanced, image_size=image_size)
+        cuts = split.split(found.name, positions, modules, balanced=balanced, image_size=found.image_size[0])
     else:
-        cuts = split.check_cuts(arch, positions, cuts, modules)
+        cuts = split.check_cuts(found.name, positions, cuts, modules, [unit.label for unit in units], found.reasons)
 
-    def make_loss(module: int, unit: backbones.Unit) -> LocalLoss:
-        C = unit.channels
-        if local_loss == "dgl":
-            return HeadLoss("dgl", DGLHead(C, math.ceil(image_size / unit.downscale), num_classes, impl=impl))
-        mode = "contrast" if local_loss == "contrast" else "cross_entropy"
-        config = net_config or ("0c1f" if local_loss == "greedy" else "1c2f")
-        head = AuxClassifier(C, config, mode, num_classes, widen, feature_dim, impl=impl)
-        if local_loss == "greedy":
-            return HeadLoss("greedy", head)
+    def make_loss(module: int, unit: Unit) -> LocalLoss:
         weights = interpolate_lambdas(lambdas, module, modules)
-        if weights == (0, 0):
+        if local_loss in ("contrast", "softmax") and weights == (0, 0):
             raise ValueError(f"build: lambdas: {tuple(lambdas)} leave local module {module + 1} of {modules} without any loss")
-        return InfoPro(Decoder(C, image_size, widen=widen, image_mean=image_mean, image_std=image_std, impl=impl), head, *weights)
+        options = {"net_config": net_config, "widen": widen, "feature_dim": feature_dim}
+        return found.local_loss(local_loss, unit, weights, alone=modules == 2, **options)
 
     losses = [make_loss(module, units[positions.index(cut)]) for module, cut in enumerate(cuts)]
-    losses.append(Classifier(units[-1].channels, num_classes, impl=impl))
     starts = [0, *(positions.index(cut) + 1 for cut in cuts), len(units)]
-    stages = [Stage(OrderedDict((unit.name, unit.block) for unit in units[a:b]), recompute) for a, b in zip(starts, starts[1:])]
-    net = LocalNetwork(stages, losses, cuts, [unit.released_prefix for unit in units])
-    backbones.initialize(net)
+    losses.append(found.end(units[starts[-2] :]))
+    blocks = [OrderedDict((unit.name, unit.block) for unit in units[a:b]) for a, b in zip(starts, starts[1:])]
+    net = LocalNetwork(
+        [Stage(some, recompute, random=not found.cifar) for some in blocks], losses, cuts, [unit.released_prefix for unit in units]
+    )
+    backbones.initialize(net if found.ours else net.local_losses[:-1])
     # Convolutions follow their weights' memory format, and batch norms and convolutions are faster in this one: on a CPU (EPYC,
     # 128 images, K = 1) a step takes three quarters of the time.
     return net.to(memory_format=torch.channels_last)
 
 
-def _number_of_modules(modules: int | None, local_loss: str, cuts, balanced: bool) -> int:
-    if local_loss not in LOCAL_LOSSES:
-        raise ValueError(f"build: local_loss: expected one of {LOCAL_LOSSES}, got {local_loss!r}")
+def _number_of_modules(modules: int | None, local_loss: str, cuts, balanced: bool, default: int) -> int:
     if cuts is not None and balanced:
         raise ValueError("build: cuts, balanced: expected one or the other, a split is either given or taken from the balanced table")
     if modules is None:
-        modules = len(cuts) + 1 if cuts is not None else 1 if local_loss == "none" else 4
+        modules = len(cuts) + 1 if cuts is not None else 1 if local_loss == "none" else default
     if local_loss == "none" and modules != 1:
         raise ValueError(f"build: local_loss='none' trains end to end: expected modules=1, got {modules}")
     return modules
 
 
-def _check(local_loss, lambdas, modules, num_classes, image_size, image_mean, image_std, net_config, recompute):
+def _check(found: Family, local_loss, lambdas, modules, net_config, widen, recompute, label_smoothing):
     infopro = local_loss in ("contrast", "softmax")
     if lambdas is not None:
         if len(lambdas) != 4 or not all(math.isfinite(v) and v >= 0 for v in lambdas):
@@ -234,12 +253,9 @@ def _check(local_loss, lambdas, modules, num_classes, image_size, image_mean, im
         raise ValueError(f"build: net_config: local_loss={local_loss!r} has no such head, got {net_config!r}")
     if recompute not in RECOMPUTE:
         raise ValueError(f"build: recompute: expected one of {RECOMPUTE}, got {recompute!r}")
-    if num_classes < 1:
-        raise ValueError(f"build: num_classes: expected at least 1, got {num_classes}")
-    if image_size < 4:
-        raise ValueError(f"build: image_size: expected at least 4 (the network divides it by 4), got {image_size}")
-    if (image_mean is None) != (image_std is None):
-        raise ValueError(f"build: image_mean, image_std: expected both or neither, got {image_mean}, {image_std}")
-    for name, value in (("image_mean", image_mean), ("image_std", image_std)):
-        if value is not None and len(value) != 3:
-            raise ValueError(f"build: {name}: expected 3 numbers, got {value}")
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"build: label_smoothing: expected a number in [0, 1), got {label_smoothing}")
+    if not found.cifar and (net_config is not None or widen != 1):
+        raise ValueError(f"build: net_config, widen: the auxiliary nets of {found.name} have no such settings, got {net_config}, {widen}")
+    if found.dense and local_loss in ("contrast", "dgl"):
+        raise ValueError(f"build: local_loss: {found.name} segments images: expected 'softmax', 'greedy' or 'none', got {local_loss!r}")

@@ -28,6 +28,14 @@ EQUAL: dict[tuple[str, int], tuple[Cut, ...]] = {
     ("resnet110", 16): (*_stage(1, 1, 4, 7, 10, 13, 16), *_stage(2, 1, 4, 7, 11, 15), *_stage(3, 1, 5, 9, 13)),
 }
 
+# The one published split of the larger networks (InfoPro*, its K = 2).
+PUBLISHED: dict[tuple[str, int], tuple[Cut, ...]] = {
+    ("resnet101", 2): _stage(2, 0),
+    ("resnet152", 2): _stage(2, 5),
+    ("resnext101_32x8d", 2): _stage(2, 2),
+    ("deeplabv3_resnet101", 2): _stage(3, 12),
+}
+
 # InfoPro* of the paper: equal memory rather than equal depth. Keyed by architecture, image size, number of modules.
 BALANCED: dict[tuple[str, int, int], tuple[Cut, ...]] = {
     ("resnet110", 32, 2): _stage(1, 14),
@@ -50,6 +58,8 @@ def split(arch: str, positions: Sequence[Cut], modules: int, *, balanced: bool, 
         raise ValueError(f"build: modules: expected 1 to {len(positions)} for {arch} (stem and {len(positions) - 1} blocks), got {modules}")
     if modules == 1:
         return ()
+    if (arch, modules) in PUBLISHED:
+        return PUBLISHED[arch, modules]
     if balanced:
         if (arch, image_size, modules) not in BALANCED:
             raise ValueError(
@@ -67,10 +77,20 @@ def split(arch: str, positions: Sequence[Cut], modules: int, *, balanced: bool, 
     return tuple(ends)
 
 
-def check_cuts(arch: str, positions: Sequence[Cut], cuts: Sequence[Sequence[int]], modules: int) -> tuple[Cut, ...]:
-    """``cuts`` given by the user as tuples, checked: units of ``arch``, in order, none twice, modules - 1 of them."""
+def check_cuts(
+    arch: str, positions: Sequence[Cut], cuts: Sequence[Sequence[int] | str], modules: int, labels: Sequence[str] = (), reasons=None
+) -> tuple[Cut, ...]:
+    """``cuts`` given by the user as tuples, checked: units of ``arch``, in order, none twice, modules - 1 of them.
+
+    labels: names of the units, by which they may be given too. reasons: why a module cannot end at other places, by name.
+    """
     found = []
     for cut in cuts:
+        if isinstance(cut, str):
+            if cut not in labels:
+                why = f": {reasons[cut]}" if reasons and cut in reasons else f"; expected one of {tuple(filter(None, labels))[:-1]}"
+                raise ValueError(f"build: cuts: no module of {arch} can end with {cut!r}{why}")
+            cut = positions[labels.index(cut)]
         cut = tuple(int(i) for i in cut)
         if cut not in positions[:-1]:
             last = positions[-1]

@@ -1,0 +1,180 @@
+"""What `build` needs to know of a network: its blocks, its end, and the auxiliary nets that go with it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from . import backbones, chain, cityscapes, densenet, imagenet, segmentation
+from .backbones import Unit
+from .decoder import ChainDecoder, Decoder
+from .heads import AuxClassifier, DGLHead
+from .local_loss import Classifier, HeadLoss, InfoPro, LocalLoss
+
+PUBLISHED = "published"
+CIFAR10_MEAN = (125.3 / 255, 123.0 / 255, 113.9 / 255)
+CIFAR10_STD = (63.0 / 255, 62.1 / 255, 66.7 / 255)
+SMALL = {"fcn_resnet20": 3}  # blocks a stage
+ARCHS = (*backbones.BLOCKS, *densenet.ARCHS, *imagenet.ARCHS, *cityscapes.ARCHS, *SMALL)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A network before it is cut.
+
+    units: its blocks. make_end: from the blocks of the last module to the network's own loss. cifar: has the small auxiliary nets of
+    the CIFAR networks. dense: labels are pixels'. ours: its weights are drawn here. reasons: why it cannot be cut at other places.
+    """
+
+    name: str
+    units: list[Unit]
+    make_end: Callable[[Sequence[Unit]], LocalLoss]
+    num_classes: int
+    image_size: tuple[int, int]
+    image_mean: Sequence[float] | None
+    image_std: Sequence[float] | None
+    label_smoothing: float
+    impl: str
+    cifar: bool = False
+    dense: bool = False
+    ours: bool = True
+    reasons: dict[str, str] = field(default_factory=dict)
+    infopro: type[InfoPro] = InfoPro
+
+    def end(self, last_module: Sequence[Unit]) -> LocalLoss:
+        return self.make_end(last_module)
+
+    def size(self, unit: Unit) -> tuple[int, int]:
+        """(h, w) of a block's output."""
+        return unit.size if unit.size != (0, 0) else tuple(math.ceil(side / unit.downscale) for side in self.image_size)
+
+    def local_loss(
+        self, name: str, unit: Unit, weights: tuple[float, float], *, alone: bool, net_config: str | None, widen: float, feature_dim: int
+    ) -> LocalLoss:
+        """The loss of a local module that ends with ``unit``; weights: InfoPro's. alone: there is no other local module."""
+        h, w = self.size(unit)
+        H, W = self.image_size
+        if min(unit.channels, h, w) == 0 or abs(h * W - w * H) > max(H, W):  # tokens, or (N, h, w, C)
+            shape = (unit.channels, h, w) if h else (unit.channels,)
+            raise ValueError(f"build: {self.name}: {unit.label} gives (N, {', '.join(map(str, shape))}), and a local loss needs a map "
+                             f"(N, C, h, w) of the {H}x{W} images: cut elsewhere")
+        if name == "dgl":
+            head = DGLHead(unit.channels, max(self.size(unit)), self.num_classes, label_smoothing=self.label_smoothing, impl=self.impl)
+            return HeadLoss("dgl", head)
+        head = self._head(name, unit, net_config, widen, feature_dim)
+        if name == "greedy":
+            return HeadLoss("greedy", head)
+        decoder = self._decoder(unit, widen)
+        if self.infopro is InfoPro:
+            return InfoPro(decoder, head, *weights)
+        return self.infopro(decoder, head, *weights, alone=alone)
+
+    def _head(self, name: str, unit: Unit, net_config: str | None, widen: float, feature_dim: int):
+        options = {"label_smoothing": self.label_smoothing, "impl": self.impl}
+        if self.dense:
+            return segmentation.DenseHead(unit.channels, self.num_classes, **options)
+        mode = "contrast" if name == "contrast" else "cross_entropy"
+        if self.cifar:
+            config = net_config or ("0c1f" if name == "greedy" else "1c2f")
+            return AuxClassifier(unit.channels, config, mode, self.num_classes, widen, feature_dim, **options)
+        return imagenet.StridedHead(unit.channels, self.size(unit), self.num_classes, mode, feature_dim, **options)
+
+    def _decoder(self, unit: Unit, widen: float):
+        options = {"image_mean": self.image_mean, "image_std": self.image_std, "impl": self.impl}
+        if self.cifar:
+            return Decoder(unit.channels, self.image_size[0], widen=widen, **options)
+        return ChainDecoder(unit.channels, self.size(unit), self.image_size, **options)
+
+
+def family(
+    arch: str | nn.Module,
+    num_classes: int | None,
+    image_size: int | tuple[int, int] | None,
+    image_mean: Sequence[float] | str | None,
+    image_std: Sequence[float] | str | None,
+    *,
+    label_smoothing: float,
+    impl: str,
+) -> Family:
+    """The network of this name, or one of the user's own; arguments as in `build`, whose errors these are."""
+    own = isinstance(arch, nn.Module)
+    if not own and arch not in ARCHS:
+        raise ValueError(f"build: arch: expected one of {ARCHS} or an nn.Module, got {arch!r}")
+    small = not own and (arch in backbones.BLOCKS or arch in densenet.ARCHS)
+    size = _image_size(arch, image_size, square=small)
+    mean, std = _normalisation(image_mean, image_std, small)
+    if num_classes is not None and num_classes < 1:
+        raise ValueError(f"build: num_classes: expected at least 1, got {num_classes}")
+    common = {"image_size": size, "image_mean": mean, "image_std": std, "label_smoothing": label_smoothing, "impl": impl}
+    if own or arch in imagenet.ARCHS:
+        return _classifier_of_maps(arch, num_classes, common)
+    if arch in cityscapes.ARCHS or arch in SMALL:
+        return _segmenter(arch, num_classes, common)
+    classes = num_classes or 10
+    units = backbones.units(arch) if arch in backbones.BLOCKS else densenet.units(arch)
+    tail = Classifier(units[-1].channels, classes, label_smoothing=label_smoothing, impl=impl)
+    return Family(arch, units, lambda _: tail, classes, cifar=True, **common)
+
+
+def _classifier_of_maps(arch: str | nn.Module, num_classes: int | None, common: dict) -> Family:
+    own = isinstance(arch, nn.Module)
+    name = type(arch).__name__ if own else arch
+    net = arch if own else imagenet.network(arch, num_classes or 1000)
+    try:
+        units, tail, reasons = imagenet.units_and_tail(net, common["image_size"])
+    except chain.NotAChain as error:
+        raise ValueError(f"build: arch: {name} cannot be split: {error}") from error
+    if not tail or len(tail[-1].shape) != 2:
+        last = tail[-1].shape[1:] if tail else (units[-1].channels, *units[-1].size)
+        got = ", ".join(map(str, last))
+        raise ValueError(f"build: arch: {name}: expected a network that ends in class scores (N, classes), got (N, {got})")
+    classes = tail[-1].shape[1]
+    if num_classes not in (None, classes):
+        raise ValueError(f"build: num_classes: {name} has {classes} classes, got {num_classes}")
+    end = imagenet.Tail(tail, classes, label_smoothing=common["label_smoothing"], impl=common["impl"])
+    released = InfoPro if own else imagenet.ReleasedNames
+    return Family(name, units, lambda _: end, classes, ours=not own, reasons=reasons, infopro=released, **common)
+
+
+def _segmenter(arch: str, num_classes: int | None, common: dict) -> Family:
+    options = {"label_smoothing": common["label_smoothing"], "impl": common["impl"]}
+    if arch in SMALL:
+        classes = num_classes or 11
+        head = segmentation.dense_head(64, 64, classes)
+        end = segmentation.PixelClassifier(head, classes, **options)
+        return Family(arch, segmentation.small_units(SMALL[arch]), lambda _: end, classes, dense=True, **common)
+    classes = num_classes or 19
+    units, tap = cityscapes.units(arch)
+
+    def make_end(last_module: Sequence[Unit]) -> LocalLoss:
+        inside = any(unit.block is tap for unit in last_module[1:])  # its gradient must have somewhere to go
+        return cityscapes.end(classes, tap if inside else None, **options)
+
+    return Family(arch, units, make_end, classes, dense=True, infopro=cityscapes.CityscapesInfoPro, **common)
+
+
+def _image_size(arch, image_size, square: bool) -> tuple[int, int]:
+    if image_size is None:
+        image_size = 32 if square else 64 if arch in SMALL else (512, 1024) if arch in cityscapes.ARCHS else 224
+    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    if len(size) != 2 or min(size) < 4:
+        raise ValueError(f"build: image_size: expected at least 4 (the network divides it by 4), got {image_size}")
+    if square and size[0] != size[1]:
+        raise ValueError(f"build: image_size: {arch} takes square images, got {size[0]}x{size[1]}")
+    return size
+
+
+def _normalisation(mean, std, small: bool):
+    if (mean is None) != (std is None):
+        raise ValueError(f"build: image_mean, image_std: expected both or neither, got {mean}, {std}")
+    if mean == PUBLISHED:
+        mean = CIFAR10_MEAN if small else imagenet.MEAN
+    if std == PUBLISHED:
+        std = CIFAR10_STD if small else imagenet.STD
+    for name, value in (("image_mean", mean), ("image_std", std)):
+        if value is not None and (isinstance(value, str) or len(value) != 3):
+            raise ValueError(f"build: {name}: expected 3 numbers, None or {PUBLISHED!r}, got {value}")
+    return mean, std
