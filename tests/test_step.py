@@ -291,7 +291,11 @@ def test_the_outputs_gradient_is_gone_when_the_first_operation_has_taken_it():
 
     net = infopro_fast.build("resnet20", 2)
     net.local_losses[0] = Loss()
-    net.stages[0][2].register_forward_hook(lambda module, args, out: out.register_hook(lambda grad: alive.append(made[0]() is not None)))
+
+    def watch(module, args, out):
+        out.register_hook(lambda grad: alive.append(made[0]() is not None))
+
+    net.stages[0][2].register_forward_hook(watch)
     infopro_fast.LocalTrainer(net, _sgd).step(IMAGE, LABEL)
     assert len(made) == 1 and alive == [False]
 
