@@ -337,8 +337,8 @@ def sequential(**swap) -> nn.Sequential:
 
 
 features, image = torch.zeros(2, 5, 4, 4), torch.zeros(2, 3, 8, 8)
-CONV1 = "decoder[0]: expected a 3x3 convolution, stride 1, zero padding 1, got Conv2d(5, "
-CONV2 = "decoder[3]: expected a 3x3 convolution, stride 1, zero padding 1, got Conv2d(7, 3"
+CONV1 = "decoder[0]: expected a 1x1 or 3x3 convolution, stride 1, with the zero padding that keeps the size, got Conv2d(5, "
+CONV2 = "decoder[3]: expected a 3x3 convolution to 3 channels, stride 1, zero padding 1, got Conv2d(7, 3"
 grouped = dict(conv1=nn.Conv2d(5, 5, 3, padding=1, groups=5), norm=nn.BatchNorm2d(5), conv2=nn.Conv2d(5, 3, 3, padding=1))
 MESSAGES = [
     (dict(features=[1.0]), TypeError, "features: expected a floating-point tensor, got list"),
@@ -353,17 +353,17 @@ MESSAGES = [
     (dict(loss="huber"), ValueError, "loss: expected one of ('bce', 'mse', 'l1'), got 'huber'"),
     (dict(image_mean=MEAN), ValueError, f"image_mean, image_std: expected both or neither, got {MEAN}, None"),
     (dict(image_mean=MEAN, image_std=STD[:2]), ValueError, "image_std: expected 3 numbers, got (0.25, 0.24)"),
-    (dict(decoder=nn.Conv2d(5, 3, 3)), ValueError, "decoder: expected nn.Sequential(Conv2d 3x3 C to K, BatchNorm2d K, ReLU, Conv2d 3x3 K "
-     "to 3, Sigmoid), got Conv2d"),
-    (dict(decoder=sequential(relu=nn.GELU())), ValueError, "got Sequential(Conv2d, BatchNorm2d, GELU, Conv2d, Sigmoid)"),
+    (dict(decoder=nn.Conv2d(5, 3, 3)), ValueError, "decoder: expected nn.Sequential of any number of (Conv2d 1x1 or 3x3, BatchNorm2d or "
+     "SyncBatchNorm, ReLU, and an Upsample or none), then Conv2d 3x3 to 3 channels, Sigmoid, got Conv2d"),
+    (dict(decoder=sequential(relu=nn.GELU())), ValueError, "decoder[2]: expected ReLU, got GELU("),
     (dict(decoder=sequential(conv1=nn.Conv2d(5, 7, 3, 2, 1))), ValueError, CONV1),
     (dict(decoder=sequential(conv1=nn.Conv2d(5, 7, 3, padding=1, dilation=2))), ValueError, CONV1),
     (dict(decoder=sequential(**grouped)), ValueError, CONV1),
     (dict(decoder=sequential(conv2=nn.Conv2d(7, 3, 3))), ValueError, CONV2),
     (dict(decoder=sequential(conv2=nn.Conv2d(7, 3, 3, padding=1, padding_mode="reflect"))), ValueError, CONV2),
-    (dict(decoder=sequential(norm=nn.BatchNorm2d(6))), ValueError, "got channels 7, 6, 7 to 3"),
+    (dict(decoder=sequential(norm=nn.BatchNorm2d(6))), ValueError, "decoder[1]: expected 7 features, as decoder[0] gives, got BatchNorm2d(6"),
     (dict(features=features[:1], image=image[:1, :, :1, :1]), ValueError,
-     "image: expected more than 1 value per channel when training, got (1, 3, 1, 1)"),
+     "image: expected more than 1 value per channel when training, got (1, 7, 1, 1) in front of BatchNorm2d(7"),
     (dict(impl="liger"), ValueError, "impl: expected one of ('auto', 'reference', 'cpu', 'triton', 'cuda'), got 'liger'"),
 ]  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 
@@ -12,7 +13,7 @@ def uses_batch_statistics(norm: nn.BatchNorm2d) -> bool:
 
 
 @torch.no_grad()
-def update_running_statistics(norm: nn.BatchNorm2d, mean: torch.Tensor, var: torch.Tensor, count: int) -> None:
+def update_running_statistics(norm: nn.BatchNorm2d, mean: torch.Tensor, var: torch.Tensor, count: int | torch.Tensor) -> None:
     """Move the running statistics as nn.BatchNorm2d does: mean and biased var (C,) of ``count`` > 1 values a channel."""
     if not (norm.training and norm.track_running_stats and norm.running_mean is not None):
         return
@@ -25,7 +26,9 @@ def update_running_statistics(norm: nn.BatchNorm2d, mean: torch.Tensor, var: tor
 
 def batch_norm_ref(x: torch.Tensor, norm: nn.BatchNorm2d) -> torch.Tensor:
     """The layer on x (N, C, h, w), in x's dtype, whatever the dtype of its parameters; running statistics move in training."""
-    if uses_batch_statistics(norm):
+    if uses_batch_statistics(norm) and sync_group(norm) is not None:
+        mean, var = _synced_statistics(norm, x)
+    elif uses_batch_statistics(norm):
         var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
         update_running_statistics(norm, mean.detach(), var.detach(), x.numel() // x.shape[1])
     else:
@@ -33,3 +36,60 @@ def batch_norm_ref(x: torch.Tensor, norm: nn.BatchNorm2d) -> torch.Tensor:
     shape = (1, -1, 1, 1)
     x = (x - mean.view(shape)) * torch.rsqrt(var + norm.eps).view(shape)
     return x if norm.weight is None else x * norm.weight.to(x.dtype).view(shape) + norm.bias.to(x.dtype).view(shape)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# SyncBatchNorm
+
+
+def sync_group(norm: nn.Module) -> dist.ProcessGroup | None:
+    """The processes that a SyncBatchNorm in training takes its statistics of; None for other layers, in eval mode, or where it is alone."""
+    if not isinstance(norm, nn.SyncBatchNorm) or not norm.training or not (dist.is_available() and dist.is_initialized()):
+        return None
+    group = norm.process_group or dist.group.WORLD
+    return group if dist.get_world_size(group) > 1 else None
+
+
+def merged_statistics(statistics: torch.Tensor, count: int, group: dist.ProcessGroup) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and biased variance (2, C) of all processes' values, and how many there are a channel, from each one's.
+
+    Merged in float64 and in the order of ranks (Chan, Golub & LeVeque 1983), so that every process finds the same bits.
+    """
+    own = torch.cat([statistics.double().flatten(), statistics.new_full((1,), count, dtype=torch.float64)])
+    each = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(each, own, group=group)
+    every = torch.stack(each)
+    counts, (means, variances) = every[:, -1:], every[:, :-1].unflatten(1, (2, -1)).unbind(1)
+    total = counts.sum()
+    mean = (means * counts).sum(0) / total
+    var = ((variances + (means - mean).square()) * counts).sum(0) / total
+    return torch.stack([mean, var]).to(statistics.dtype), total
+
+
+def summed_across(t: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """The sum of every process's ``t``, which itself stays as it is."""
+    total = t.clone()
+    dist.all_reduce(total, group=group)
+    return total
+
+
+class _SumAcross(torch.autograd.Function):
+    """The sum over processes; so is its gradient, since each process's loss takes from the sum."""
+
+    @staticmethod
+    def forward(ctx, t, group):
+        ctx.group = group
+        return summed_across(t, group)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _SumAcross.apply(grad, ctx.group), None
+
+
+def _synced_statistics(norm: nn.SyncBatchNorm, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    group = sync_group(norm)
+    count = summed_across(x.new_tensor(x.numel() // x.shape[1], dtype=torch.float64), group)
+    mean = (_SumAcross.apply(x.sum((0, 2, 3)), group) / count).to(x.dtype)
+    var = (_SumAcross.apply((x - mean.view(1, -1, 1, 1)).square().sum((0, 2, 3)), group) / count).to(x.dtype)
+    update_running_statistics(norm, mean.detach(), var.detach(), count)
+    return mean, var

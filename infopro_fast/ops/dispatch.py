@@ -77,26 +77,29 @@ def cpu_isa() -> str | None:
 
 
 _CUDA_OPS: set[str] = set()
+_TRITON_OPS: set[str] = set()
 
 
-def define_kernels(schema: str, fake: Callable, *, cuda: bool = False) -> dict[str, typing.Any]:
+def define_kernels(schema: str, fake: Callable, *, cuda: bool = False, triton: bool = True) -> dict[str, typing.Any]:
     """Define one direction of an op, once for each implementation of it, and return the torch ops by implementation.
 
     schema: "<op>_forward(...) -> ..." or "<op>_backward(...) -> ..."; all implementations share it, and ``fake`` too. The compiled
         ones register themselves; Triton's is the function ``forward`` or ``backward`` of ``<op>_triton.py``, imported when first called.
-    cuda: whether the op has CUDA C++ kernels.
+    cuda, triton: whether the op has CUDA C++ kernels, and Triton kernels.
     """
     name, arguments = schema.split("(", 1)
     op, direction = name.rsplit("_", 1)
     if cuda:
         _CUDA_OPS.add(op)
+    if triton:
+        _TRITON_OPS.add(op)
     defined = {}
-    for impl in ("cpu", "triton", "cuda") if cuda else ("cpu", "triton"):
+    for impl in ("cpu", *(["triton"] if triton else []), *(["cuda"] if cuda else [])):
         full = name + SUFFIX[impl]
         LIBRARY.define(f"{full}({arguments}")
         torch.library.register_fake(f"infopro_fast::{full}", fake, lib=LIBRARY)
         defined[impl] = getattr(torch.ops.infopro_fast, full).default
-    for key in ("CUDA", "CPU") if INTERPRETED else ("CUDA",):
+    for key in () if not triton else ("CUDA", "CPU") if INTERPRETED else ("CUDA",):
         LIBRARY.impl(name + SUFFIX["triton"], _imported_when_called(f"{__package__}.{op}_triton", direction), key)
     return defined
 
@@ -143,6 +146,8 @@ def _missing(op: str, impl: str, device: torch.device) -> str | None:
         if op not in _CUDA_OPS:
             return f"{op} has no CUDA C++ kernels"
         return (_CUDA_KERNELS_MISSING or _too_old(device)) if kind == "cuda" else f"runs on CUDA tensors, not on {kind}"
+    if op not in _TRITON_OPS:
+        return f"{op} has no Triton kernels"
     if kind == "cpu" and not INTERPRETED:
         return "runs on CUDA tensors; on CPU tensors in Triton's interpreter alone, if TRITON_INTERPRET=1 was set at import"
     if kind not in ("cpu", "cuda"):

@@ -1,5 +1,7 @@
 """Decoder-reconstruction loss of InfoPro (paper, eq. 6: the lower bound of I(h, x)), fused.
 
+The decoder of the released CIFAR code has kernels here; decoders that are longer chains have theirs in `chain_decoder`.
+
     u = resize(h)              (N, C, H, W), bilinear with align_corners=True, or nearest
     z = conv3x3(u) + b1        (N, K, H, W)
     a = relu(batch_norm(z))
@@ -20,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .batch_norm import batch_norm_ref, update_running_statistics, uses_batch_statistics
+from .batch_norm import batch_norm_ref, sync_group, update_running_statistics, uses_batch_statistics
+from .chain_decoder import ChainStage, chain_loss, check_counts, decoder_stages, resizes
 from .dispatch import compute_dtype, define_kernels, first_order, no_autocast, resolve
 
 OP = "reconstruction_loss"
@@ -52,40 +55,54 @@ def reconstruction_loss(
     features: (N, C, h, w), float32, float64, bfloat16 or float16, any strides.
     image: (N, 3, H, W), floating, same N; in [0, 1], or normalised with ``image_mean`` and ``image_std`` (three numbers
         each, both or neither), and then restored and clamped to [0, 1] inside. It gets a gradient from the reference only.
-    decoder: nn.Sequential(Conv2d(C, K, 3, padding=1), BatchNorm2d(K), ReLU, Conv2d(K, 3, 3, padding=1), Sigmoid), in
-        training or eval mode, its own parameters (with or without conv bias, affine or not).
-    interpolate_mode: "bilinear" (align_corners=True, as released) or "nearest"; features are resized to (H, W).
+    decoder: nn.Sequential of any number of (Conv2d 1x1 or 3x3, BatchNorm2d or SyncBatchNorm, ReLU, and Upsample or none), then
+        Conv2d 3x3 to 3 channels and Sigmoid, such as the released CIFAR, ImageNet and Cityscapes decoders; in training or eval mode,
+        its own parameters (with or without conv bias, affine or not). Upsample: bilinear or nearest, to a size or by a factor. In a
+        process group a SyncBatchNorm in training takes the statistics of all its processes, as the layer does.
+    interpolate_mode: "bilinear" (align_corners=True, as released) or "nearest": how features are resized to (H, W) for a decoder
+        that has no Upsample of its own.
     loss: "bce", "mse" or "l1", the mean over all N*3*H*W elements.
     impl: "auto", "reference", "cpu", "triton" or "cuda"; one that is named runs or raises.
 
     Returns a 0-d tensor, float64 if any input is float64, else float32 (arithmetic too). An empty batch gives 0.
-    Kept for backward by the kernels: the inputs and 4 K + 27 K + 3 numbers.
-    Raises ValueError or TypeError naming the argument, what was expected and what came.
+    Kept for backward by the kernels: the inputs and, of the CIFAR decoder (one hidden convolution of K channels, 3x3, no Upsample),
+    4 K + 27 K + 3 numbers; of other decoders, for each hidden convolution its output (N K H W numbers) and 2 K numbers.
+    Raises ValueError or TypeError naming the argument or the layer, what was expected and what came.
     """
-    stage = decoder_stage(decoder)
-    _check(features, image, stage, interpolate_mode, loss, image_mean, image_std)
+    stages = decoder_stages(decoder)
+    _check(features, image, stages, interpolate_mode, loss, image_mean, image_std)
+    stage = single_stage(stages)
     tensors = {"features": features, "image": image} | {f"decoder.{n}": p for n, p in decoder.named_parameters()}
     limitation = "image requires grad, which the reference alone supports" if image.requires_grad else None
+    if stage is None and (impl in ("triton", "cuda") or features.device.type == "cuda"):
+        limitation = limitation or "this decoder is no Conv2d 3x3, BatchNorm2d, ReLU, Conv2d, Sigmoid, whose kernels alone run on a GPU"
     chosen = resolve(OP, impl, tensors, limitation)
     if chosen == "reference":
         return reconstruction_loss_ref(features, image, decoder, interpolate_mode, loss, image_mean, image_std)
+    if stage is None:
+        return chain_loss(features, image, stages, interpolate_mode, LOSSES.index(loss), _restore(image_mean, image_std), chosen)
     return _fused(features, image, stage, interpolate_mode, loss, image_mean, image_std, chosen)
 
 
 def reconstruction_loss_ref(features, image, decoder, interpolate_mode="bilinear", loss="bce", image_mean=None, image_std=None):
     """The specification, in plain torch: arguments as in `reconstruction_loss`."""
-    stage = decoder_stage(decoder)
-    dtype = compute_dtype(features, image, stage.conv1.weight)
+    stages = decoder_stages(decoder)
+    dtype = compute_dtype(features, image, stages[0].conv.weight)
     with no_autocast(features.device):
         target = restore_image(image.to(dtype), image_mean, image_std)
-        if features.shape[0] == 0:
+        if features.shape[0] == 0 and all(sync_group(stage.norm) is None for stage in stages):
             touched = features.sum() + image.sum() + sum(p.sum() for p in decoder.parameters())
             return touched.to(dtype) * 0
-        corners = True if interpolate_mode == "bilinear" else None
-        x = F.interpolate(features.to(dtype), image.shape[-2:], mode=interpolate_mode, align_corners=corners)
-        x = F.conv2d(x, stage.conv1.weight.to(dtype), _cast(stage.conv1.bias, dtype), padding=1)
-        x = F.relu(batch_norm_ref(x, stage.norm))
-        x = F.conv2d(x, stage.conv2.weight.to(dtype), _cast(stage.conv2.bias, dtype), padding=1)
+        x = features.to(dtype)
+        if all(stage.upsample is None for stage in stages):
+            corners = True if interpolate_mode == "bilinear" else None
+            x = F.interpolate(x, image.shape[-2:], mode=interpolate_mode, align_corners=corners)
+        for upsample, conv, norm in stages:
+            x = x if upsample is None else upsample(x)
+            x = F.conv2d(x, conv.weight.to(dtype), _cast(conv.bias, dtype), padding=conv.kernel_size[0] // 2)
+            x = x if norm is None else F.relu(batch_norm_ref(x, norm))
+        if x.shape[0] == 0:  # in step with the other processes of a SyncBatchNorm
+            return x.sum()
         if loss == "bce":
             return F.binary_cross_entropy_with_logits(x, target)
         return F.mse_loss(x.sigmoid(), target) if loss == "mse" else F.l1_loss(x.sigmoid(), target)
@@ -99,35 +116,19 @@ def restore_image(image: torch.Tensor, mean, std) -> torch.Tensor:
     return (image * image.new_tensor(std).view(shape) + image.new_tensor(mean).view(shape)).clamp(0, 1)
 
 
-def decoder_stage(decoder: nn.Sequential) -> Stage:
-    """The three parametrised layers of a decoder of the released CIFAR form; ValueError says what does not fit."""
-    form = "nn.Sequential(Conv2d 3x3 C to K, BatchNorm2d K, ReLU, Conv2d 3x3 K to 3, Sigmoid)"
-    kinds = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Conv2d, nn.Sigmoid)
-    layers = list(decoder.children()) if isinstance(decoder, nn.Sequential) else []
-    fits = len(layers) == len(kinds) and all(isinstance(layer, kind) for layer, kind in zip(layers, kinds))
-    if not fits:
-        got = type(decoder).__name__ + (f"({', '.join(type(x).__name__ for x in layers)})" if layers else "")
-        raise ValueError(f"{OP}: decoder: expected {form}, got {got}")
-    for i, (layer, kind) in enumerate(zip(layers, kinds)):
-        if type(layer).forward is not kind.forward or layer._forward_hooks or layer._forward_pre_hooks:
-            raise ValueError(f"{OP}: decoder[{i}]: expected {kind.__name__}'s own forward without hooks, which would not run, got {layer}")
-    conv1, norm, _, conv2, _ = layers
-    for name, conv in (("decoder[0]", conv1), ("decoder[3]", conv2)):
-        plain = conv.kernel_size == (3, 3) and conv.padding in ((1, 1), "same") and conv.padding_mode == "zeros"
-        if not plain or conv.stride != (1, 1) or conv.dilation != (1, 1) or conv.groups != 1:
-            raise ValueError(f"{OP}: {name}: expected a 3x3 convolution, stride 1, zero padding 1, got {conv}")
-    hidden = conv1.out_channels
-    if norm.num_features != hidden or conv2.in_channels != hidden or conv2.out_channels != 3:
-        raise ValueError(f"{OP}: decoder: expected {form}, got channels {hidden}, {norm.num_features}, "
-                         f"{conv2.in_channels} to {conv2.out_channels}")
-    return Stage(conv1, norm, conv2)
+def single_stage(stages: tuple[ChainStage, ...]) -> Stage | None:
+    """The layers where they are of the released CIFAR form, on their own; None for other chains."""
+    if len(stages) != 2 or any(stage.upsample is not None for stage in stages) or stages[0].conv.kernel_size != (3, 3):
+        return None
+    norm = stages[0].norm
+    return Stage(stages[0].conv, norm, stages[1].conv) if sync_group(norm) is None else None
 
 
-def _check(features, image, stage, interpolate_mode, loss, image_mean, image_std):
+def _check(features, image, stages, interpolate_mode, loss, image_mean, image_std):
     for name, t in (("features", features), ("image", image)):
         if not isinstance(t, torch.Tensor) or not t.is_floating_point():
             raise TypeError(f"{OP}: {name}: expected a floating-point tensor, got {getattr(t, 'dtype', type(t).__name__)}")
-    C = stage.conv1.in_channels
+    C = stages[0].conv.in_channels
     if features.dim() != 4 or features.shape[1] != C:
         raise ValueError(f"{OP}: features: expected (N, {C}, h, w), got {tuple(features.shape)}")
     if image.dim() != 4 or image.shape[1] != 3 or image.shape[0] != features.shape[0]:
@@ -143,8 +144,7 @@ def _check(features, image, stage, interpolate_mode, loss, image_mean, image_std
     for name, value in (("image_mean", image_mean), ("image_std", image_std)):
         if value is not None and (not hasattr(value, "__len__") or len(value) != 3):
             raise ValueError(f"{OP}: {name}: expected 3 numbers, got {value}")
-    if uses_batch_statistics(stage.norm) and image.shape[0] * image.shape[2] * image.shape[3] == 1:
-        raise ValueError(f"{OP}: image: expected more than 1 value per channel when training, got {tuple(image.shape)}")
+    check_counts(stages, resizes(stages, features, image, interpolate_mode), features.shape[0])
 
 
 def _cast(t: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
@@ -240,12 +240,15 @@ def _gradients(ctx, grad):
     )  # fmt: skip
 
 
+def _restore(image_mean, image_std) -> list[float]:
+    return [] if image_mean is None else [float(v) for v in (*image_mean, *image_std)]
+
+
 def _fused(features, image, stage, interpolate_mode, loss, image_mean, image_std, impl):
     conv1, norm, conv2 = stage
     batch_statistics = uses_batch_statistics(norm)
     running = (None, None) if batch_statistics else (norm.running_mean, norm.running_var)
-    restore = [] if image_mean is None else [float(v) for v in (*image_mean, *image_std)]
-    options = (restore, norm.eps, MODES.index(interpolate_mode), LOSSES.index(loss))
+    options = (_restore(image_mean, image_std), norm.eps, MODES.index(interpolate_mode), LOSSES.index(loss))
     value, mean, var = _ReconstructionLoss.apply(
         features, image, conv1.weight, conv1.bias, norm.weight, norm.bias, conv2.weight, conv2.bias, *running, options, impl
     )
