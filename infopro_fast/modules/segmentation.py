@@ -7,10 +7,9 @@ equal to IGNORE count nothing.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from infopro_fast.ops.dispatch import compute_dtype
+from infopro_fast import ops
 
 from .backbones import BasicBlock, Stem, Unit
 from .local_loss import LocalLoss, Term
@@ -25,12 +24,10 @@ def pixel_loss(
 
     logits: (N, classes, h, w), resized bilinearly to label: (N, H, W) integers in [0, classes) or IGNORE.
     """
-    target = label.long()
-    full = F.interpolate(logits.to(compute_dtype(logits)), label.shape[-2:], mode="bilinear", align_corners=align_corners)
-    labelled = (target != IGNORE).sum()
-    loss = F.cross_entropy(full, target, ignore_index=IGNORE, label_smoothing=label_smoothing, reduction="sum") / labelled.clamp(min=1)
-    right = (full.detach().argmax(1) == target).sum() / labelled.clamp(min=1)
-    return loss, right * label.shape[0]
+    loss, confusion = ops.upsample_cross_entropy(
+        logits, label, align_corners=align_corners, ignore_index=IGNORE, label_smoothing=label_smoothing, return_confusion=True, impl=impl
+    )
+    return loss, confusion.diagonal().sum() / confusion.sum().clamp(min=1) * label.shape[0]
 
 
 def dense_head(inplanes: int, planes: int, class_num: int, dropout: float = 0.1, *, bias: bool = True) -> nn.Sequential:
