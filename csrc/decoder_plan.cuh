@@ -97,18 +97,16 @@ inline void set_tiles(const Shape& s, Plan& p, int tiles_y, int tiles_x) {
   p.expanded_pitch = (p.tile_w + 2) | 1;
 }
 
-// Room for all of it in `floats`? Then the sizes of the regions, low resolution.
-inline bool fit_taps(const Shape& s, Plan& p, int group, int floats) {
+// Room for `group` hidden channels and `scratch` floats at the least? Then the sizes of the regions, low resolution.
+inline bool fit_taps(const Shape& s, Plan& p, int group, int scratch, int floats) {
   const int expanded = 3 * p.low_h * p.expanded_pitch, z = s.K * p.plane;
   p.group = group;
   p.taps = 9 * group * p.pixels;
   const bool lent = group == s.K && z >= 4 * p.pixels;
-  const int least_late = lent ? 0 : 4 * p.pixels;
-  const int least = round_up(larger(larger(expanded, 9 * 4), p.pixels + group * TAP_ROW), 4);
-  int left = floats - z - p.taps - least_late;
-  if (left < least) return false;
-  p.scratch = larger(least, smaller(left, 4096)) / 4 * 4;
-  if (p.taps + p.scratch < logit_floats(s, p)) p.scratch = round_up(logit_floats(s, p) - p.taps, 4);
+  const int least_late = lent ? 0 : 4 * p.pixels, left = floats - z - p.taps - least_late;
+  int least = larger(larger(expanded, 9 * 4), p.pixels + group * TAP_ROW);
+  least = round_up(larger(least, logit_floats(s, p) - p.taps), 4);
+  p.scratch = larger(least, scratch);
   if (left < p.scratch) return false;
   p.late = lent ? 0 : smaller(round_up(s.C, 4) * p.pixels, (left - p.scratch + least_late) / 4 * 4);
   p.late_channels = smaller(round_up(s.C, 4), (lent ? z : p.late) / p.pixels / 4 * 4);
@@ -116,6 +114,42 @@ inline bool fit_taps(const Shape& s, Plan& p, int group, int floats) {
   p.part = larger(1, smaller(group, p.scratch / expanded));
   p.chunk = smaller(s.C, p.scratch / (p.pixels + group * TAP_ROW));
   return true;
+}
+
+// Share of the threads that have something to do.
+inline double busy(int units) { return double(units) / double(round_up(larger(units, 1), THREADS)); }
+
+// What differs between plans of one tile, low resolution: instructions of threads in a forward and a backward, counted as the loops are
+// written, and a barrier as what a block could have done in the 300 cycles that it and a load behind it take.
+inline double cost_of_taps(const Shape& s, const Plan& p) {
+  constexpr double BARRIER = 300 * 64;
+  const int quads = p.pixels / 4, groups = ceil_div(s.K, p.group), parts = ceil_div(p.group, p.part), blocks = ceil_div(s.C, p.late_channels);
+  const double product = 9.0 * s.K * s.C * p.pixels;
+  const double mixing = 3 * product / busy(p.group * quads);
+  const double gradients = product / busy(p.group * ceil_div(p.late_channels, 4)) + product / busy(p.late_channels / 4 * quads);
+  const double gathers = groups == 1 ? 1 : 1 + blocks;  // where there is one group, its gradient is kept
+  const double gather = s.K * (3.0 * p.tile_h * p.tile_w * 4 + 9.0 * p.low_h * p.tile_w * 8);
+  const double stages = 3.0 * groups * (ceil_div(p.group * quads, THREADS) * ceil_div(s.C, p.chunk) + parts);
+  const double together = larger(1, smaller(p.group, p.scratch / (9 * p.late_channels)));
+  const double barriers = 2 * (stages + gathers * groups * parts + groups * blocks * (1 + p.group / together));
+  return mixing + gradients + gathers * gather + BARRIER * barriers;
+}
+
+// The cheapest split of the hidden channels and of the memory; its cost, or 0 where none fits.
+inline double choose_taps(const Shape& s, Plan& p, int floats) {
+  double best = 0;
+  Plan tried = p;
+  for (int groups = 1, last = 0; groups <= s.K; groups++) {
+    const int group = ceil_div(s.K, groups);
+    if (group == last) continue;
+    last = group;
+    for (int scratch = 0; scratch <= 8192; scratch += 1024) {
+      if (!fit_taps(s, tried, group, scratch, floats)) break;
+      const double cost = cost_of_taps(s, tried);
+      if (best == 0 || cost < best) best = cost, p = tried;
+    }
+  }
+  return best;
 }
 
 inline bool fit_direct(const Shape& s, Plan& p, int floats) {
@@ -130,35 +164,30 @@ inline bool fit_direct(const Shape& s, Plan& p, int floats) {
   return true;
 }
 
-inline bool fit(const Shape& s, Plan& p, int bytes) {
+// Cost of the cheapest plan in so many bytes, 0 where none fits.
+inline double choose(const Shape& s, Plan& p, int bytes) {
   const int fixed = fixed_floats(s, p), floats = bytes / 4 - fixed;
-  bool fits = false;
-  if (p.low_resolution)
-    for (int groups = 1, last = 0; groups <= s.K && !fits; groups++) {
-      int group = ceil_div(s.K, groups);
-      if (group != last) fits = fit_taps(s, p, group, floats);
-      last = group;
-    }
-  else
-    fits = fit_direct(s, p, floats);
-  if (fits) p.shared = 4 * (s.K * p.plane + p.taps + p.scratch + p.late + fixed);
-  return fits;
+  const double cost = p.low_resolution ? choose_taps(s, p, floats) : fit_direct(s, p, floats);
+  p.shared = cost > 0 ? 4 * (s.K * p.plane + p.taps + p.scratch + p.late + fixed) : 0;
+  return cost;
 }
 
 }  // namespace planning
 
-// The plan of a call; shared = 0 where no tile fits the device. Two blocks to a multiprocessor where its shared memory holds two of a
-// tile that is worth it: then one computes while the other waits for memory or a barrier.
+// The plan of a call; shared = 0 where no tile fits the device. Two blocks to a multiprocessor where that is not much dearer: then one
+// computes while the other waits for memory or a barrier.
 inline Plan make_plan(const Shape& s, const Device& device) {
+  constexpr double ALONE = 1.6;  // what a block loses that nothing fills in for
   Plan p = {};
   p.low_resolution = planning::prefers_low_resolution(s);
-  const int two = device.shared_per_multiprocessor / 2 - 1024;  // CUDA keeps 1 KB of each block's
-  const int limits[2] = {smaller(two, device.shared_per_block), device.shared_per_block};
+  const int half = smaller(device.shared_per_multiprocessor / 2 - 1024, device.shared_per_block);  // CUDA keeps 1 KB of each block's
   int tiles_y = s.H <= 32 ? 1 : ceil_div(s.H, 30), tiles_x = s.W <= 32 ? 1 : ceil_div(s.W, 30);  // 32 with their borders
   for (;;) {
     planning::set_tiles(s, p, tiles_y, tiles_x);
-    for (int bytes : limits)
-      if (planning::fit(s, p, bytes)) return p;
+    Plan alone = p;
+    const double shared = planning::choose(s, p, half), whole = planning::choose(s, alone, device.shared_per_block);
+    if (shared > 0 && shared <= ALONE * whole) return p;
+    if (whole > 0) return alone;
     if (p.tile_h == 1 && p.tile_w == 1) break;
     if (p.tile_h >= p.tile_w)
       tiles_y = ceil_div(s.H, ceil_div(p.tile_h, 2));

@@ -213,8 +213,10 @@ def test_plans_of_the_papers_shapes(shape, device, library, on_host):
     plan = on_host(library, limits).plan(**s)
     assert 0 < plan.shared <= limits.shared_per_block
     assert plan.blocks * (plan.shared + 1024) <= limits.shared_per_multiprocessor
-    if device == "H100" and s["K"] == 12:
+    if device == "H100" and shape in ("C16 32x32", "C64 8x8", "C64 24x24"):
         assert plan.blocks == 2
+    if plan.low_resolution:
+        assert 2 * plan.late_channels >= s["C"], "the gradient of the taps is gathered again for every such block of channels"
     if s["H"] == 32 and s["K"] == 12:
         assert plan.tiles == 1, "no pixel computed twice"
     resized = 4 * s["N"] * s["C"] * s["H"] * s["W"]
