@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import math
 from dataclasses import dataclass
@@ -97,6 +98,8 @@ class TrainConfig:
     """Nesterov momentum."""
     weight_decay: float = 1e-4
     """L2 penalty on every parameter."""
+    optimizer_state: Literal["float32", "bfloat16", "8bit"] = "float32"
+    """What the momentum is kept in; 8bit needs torchao."""
     drop_last: bool = False
     """Leave out a last, smaller batch."""
     augment: bool = True
@@ -219,6 +222,7 @@ def _check_choices(c: TrainConfig) -> None:
         ("local_loss", ("contrast", "softmax", "greedy", "dgl", "none")),
         ("net_config", (None, "0c1f", "0c2f", "1c1f", "1c2f", "1c3f", "2c2f")),
         ("recompute", ("none", "block", "sqrt")),
+        ("optimizer_state", ("float32", "bfloat16", "8bit")),
         ("schedule", (None, "cosine", "step", "one_cycle")),
         ("dtype", ("float32", "float64")),
         ("amp", ("none", "bfloat16", "float16")),
@@ -281,6 +285,10 @@ def _check_contradictions(c: TrainConfig) -> None:
         _fail("device", "auto, cpu, cuda or cuda:N", repr(c.device))
     if c.amp != "none" and c.dtype == "float64":
         raise ConfigError(f"amp {c.amp} and dtype float64: autocast is of float32")
+    if c.optimizer_state != "float32" and c.cuda_graph:
+        raise ConfigError(f"optimizer_state {c.optimizer_state} and cuda_graph: its steps are not captured")
+    if c.optimizer_state == "8bit" and importlib.util.find_spec("torchao") is None:
+        raise ConfigError("optimizer_state 8bit needs torchao: pip install 'infopro-fast[8bit]'")
     if c.amp == "float16" and c.cuda_graph:
         raise ConfigError("amp float16 and cuda_graph: its gradient scaler is not captured; use bfloat16")
     if c.device != "auto":

@@ -100,7 +100,7 @@ class _Training:
         self.device, self.dtype = torch.device(config.device), getattr(torch, config.dtype)
         self.images = images.to(self.device) if config.resident else images
         self.batches = images.batches(config.batch_size, config.drop_last)
-        make_optimizer = schedule.released_sgd(config.lr, config.momentum, config.weight_decay)
+        make_optimizer = schedule.released_sgd(config.lr, config.momentum, config.weight_decay, config.optimizer_state)
         self.trainer = LocalTrainer(net, make_optimizer, amp=amp_dtype(config), cuda_graph=config.cuda_graph)
         self.meters = Meters(config.log_every)
         self.epoch = self.batch = 0

@@ -8,9 +8,18 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
+from .low_bit_sgd import LowBitSGD
 
-def released_sgd(lr: float, momentum: float = 0.9, weight_decay: float = 1e-4) -> Callable[[Iterable[torch.Tensor]], torch.optim.SGD]:
-    """make_optimizer of the released recipe: SGD with Nesterov momentum, decay on all parameters; one fused pass a module."""
+
+def released_sgd(
+    lr: float, momentum: float = 0.9, weight_decay: float = 1e-4, state: str = "float32"
+) -> Callable[[Iterable[torch.Tensor]], torch.optim.Optimizer]:
+    """make_optimizer of the released recipe: SGD with Nesterov momentum, decay on all parameters; one fused pass a module.
+
+    state: "float32", or the momentum's in "bfloat16" or "8bit" (`LowBitSGD`).
+    """
+    if state != "float32":
+        return functools.partial(LowBitSGD, lr=lr, momentum=momentum, weight_decay=weight_decay, state=state)
     return functools.partial(torch.optim.SGD, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=momentum > 0, fused=True)
 
 

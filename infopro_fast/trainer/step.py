@@ -209,7 +209,7 @@ class LocalTrainer:
             optimizer.load_state_dict(own)
             for p, entry in optimizer.state.items():
                 # Fused optimizers walk a parameter and its state side by side in memory: both need the same strides.
-                entry.update({k: torch.empty_like(p).copy_(v) for k, v in entry.items() if _laid_out_otherwise(v, p)})
+                entry.update({k: torch.empty_like(p, dtype=v.dtype).copy_(v) for k, v in entry.items() if _laid_out_otherwise(v, p)})
         for scaler, own in zip(scalers, state.get("scalers", [])):
             scaler.load_state_dict(own)
         if self._graphed is not None:  # a graph of before holds the old state's memory
