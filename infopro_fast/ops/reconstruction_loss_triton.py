@@ -32,21 +32,20 @@ number of programs depends on shape and device alone.
 from __future__ import annotations
 
 import contextlib
-import functools
-import struct
 import typing
 
 import torch
 import triton
 import triton.language as tl
 
-from .dispatch import INTERPRETED as _INTERPRETED
+from .reconstruction_loss_plan import Plan, Shape, plan
+from .triton_target import INTERPRETED, Compilation, capability, dot_precision, multiprocessors
 
-INTERPRETED = tl.constexpr(_INTERPRETED)
+_INTERPRETED = tl.constexpr(INTERPRETED)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The resize of one axis. `source` and `first_output` below say the same in Python.
+# The resize of one axis. `source` and `first_output` of reconstruction_loss_plan.py say the same in Python.
 
 
 @triton.jit
@@ -57,8 +56,10 @@ def _source(p, IN: tl.constexpr, OUT: tl.constexpr, NEAREST: tl.constexpr):
         return low, low, low.to(tl.float32) * 0
     LAST: tl.constexpr = OUT - 1 if OUT > 1 else 1
     low = p * (IN - 1) // LAST
-    rest = p * (IN - 1) - low * LAST
-    return low, tl.minimum(low + 1, IN - 1), rest.to(tl.float32) * (1 / LAST)
+    rest = (p * (IN - 1) - low * LAST).to(tl.float32)
+    weight = rest * (1 / LAST)
+    weight += (rest - weight * LAST) * (1 / LAST)  # rest / LAST to half a unit in the last place; a division would call a function
+    return low, tl.minimum(low + 1, IN - 1), weight
 
 
 @triton.jit
@@ -99,9 +100,13 @@ def _write_table(table, IN: tl.constexpr, OUT: tl.constexpr, COUNT: tl.constexpr
 @triton.jit
 def _dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a b with float32 accumulation; 16-bit operands stay so where both are, which is exact."""
-    if INTERPRETED or a.dtype != b.dtype:  # the interpreter computes garbage from bfloat16
+    WIDEN: tl.constexpr = a.dtype != b.dtype
+    if _INTERPRETED:  # which computes garbage from bfloat16
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision=PRECISION)
-    return tl.dot(a, b, acc, input_precision=PRECISION)
+    elif WIDEN:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision=PRECISION)
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -819,26 +824,26 @@ def reduce_w1_kernel(partial, d_w1, programs, C: tl.constexpr, K: tl.constexpr, 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Tiles, strips and programs, all chosen before launch
+# Tiles, all chosen before launch
 
 
 class Tiles(typing.NamedTuple):
     """Sizes of tiles, powers of two: of the products (rows, columns, depth) and of what is not a product."""
 
-    M: int  # taps and hidden channels, times P pixels of the features: 9 K of them
+    M: int  # taps and hidden channels (9 K), times P pixels of the features; times NW channels of the features: d W1
     P: int
     D: int  # depth of a product
     PC: int  # pixels of the image, times KT hidden channels: the first convolution without resize
     PS: int  # pixels of the image, times KT hidden channels: second convolution backward
-    MW: int  # taps and hidden channels, times NW features' channels (without resize KT, times NW taps and channels): d W1
+    MW: int
     NW: int
     NC: int  # channels of the features: d features
     DC: int  # depth, in pixels, of d W1 without resize
     KP: int  # all hidden channels
     KT: int  # hidden channels in a product
-    KB: int  # hidden channels (or with dy) times B pixels: resizes and norms
+    KB: int  # hidden channels (or with dy) times B pixels: resizes
     B: int
-    BS: int  # pixels of the second convolution
+    BS: int  # pixels of the second convolution and of the norm
     BG: int  # pixels of the features, times KG hidden channels and taps: the last transpose
     KG: int
     num_warps: int
@@ -856,162 +861,29 @@ def _power_of_two(n: int, low: int, high: int) -> int:
     return min(max(low, 1 << max(n - 1, 0).bit_length()), high)
 
 
-def tiles(capability: tuple[int, int], C: int, K: int, features_pixels: int, resize: bool, precision: str) -> Tiles:
-    """The table. capability (0, 0): the interpreter, where a tile costs the same whatever its size."""
-    KP = _power_of_two(K, 1, 2**20)
-    KT, channels, pixels = _power_of_two(K, 16, 32), _power_of_two(C, 16, 64), _power_of_two(features_pixels, 16, 64)
-    if capability == (0, 0):
-        taps = _power_of_two(9 * K, 16, 256)
-        columns = channels if resize else 256
-        return Tiles(taps, pixels, channels, 512, 512, taps, columns, channels, 256, KP, KT, 32, 256, 1024, 64, 256, 4, 2)
-    depth = 16 if precision == "ieee" else 32  # ieee: multiply-adds, all of a product's depth in registers
-    taps = _power_of_two(9 * K, 64, 128)
-    return Tiles(taps, pixels, depth, 256, 256, 64, 64 if resize else 128, channels, depth, KP, KT, 4, 256, 1024, 64, 16, 8, 2)
+def choose_tiles(cc: int, shape: Shape, precision: str) -> Tiles:
+    """The table. Two programs of eight warps fill a multiprocessor, at 128 registers a thread and half of its shared memory."""
+    KP, channels, pixels = _power_of_two(shape.K, 1, 2**20), _power_of_two(shape.C, 16, 64), _power_of_two(shape.h * shape.w, 16, 64)
+    taps = _power_of_two(9 * shape.K, 64, 128)
+    if INTERPRETED:  # where a tile costs the same whatever its size
+        return Tiles(
+            M=taps, P=64, D=channels, PC=512, PS=512, MW=taps, NW=channels, NC=channels, DC=256, KP=KP, KT=16, KB=32, B=256, BS=1024, BG=64,
+            KG=128, num_warps=4, per_sm=1,
+        )  # fmt: skip
+    multiply_add = precision == "ieee"  # then all of a product's depth is in registers at a time
+    second = 64 if cc in SMALL_SHARED_MEMORY else 256
+    return Tiles(
+        M=taps, P=pixels, D=16 if multiply_add or not shape.resize else 32, PC=256, PS=second, MW=64 if shape.resize else taps,
+        NW=channels, NC=channels, DC=64 if multiply_add and shape.C <= 16 else 16, KP=KP, KT=16, KB=4, B=256, BS=1024, BG=64, KG=16,
+        num_warps=8, per_sm=2,
+    )  # fmt: skip
 
 
-class Plan(typing.NamedTuple):
-    """How a sweep is cut up. Rows are of the image, in the backward sweep `rows` of the features."""
-
-    rows: int  # an item's own
-    strips: int  # items of a sample
-    activation_rows: int  # of z and a that an item computes at most: its own and those around
-    gradient_rows: int
-    tap_rows: int  # of the features
-    row_outputs: int  # rows of the image that one of the features goes to at most, from the first on; 0 without resize
-    column_outputs: int
-    scratch: int  # float32 numbers a program
-    programs: int
-
-
-class Shape(typing.NamedTuple):
-    N: int
-    C: int
-    h: int
-    w: int
-    H: int
-    W: int
-    K: int
-    nearest: bool
-
-    @property
-    def resize(self) -> bool:
-        return (self.h, self.w) != (self.H, self.W)
-
-    @property
-    def row_outputs(self) -> int:
-        return outputs_of_one(self.h, self.H, self.nearest) if self.resize else 0
-
-    @property
-    def column_outputs(self) -> int:
-        return outputs_of_one(self.w, self.W, self.nearest) if self.resize else 0
-
-
-MIN_SCRATCH = 32 * 2**20  # bytes: below, a batch is small whatever it takes
-
-
-def scratch_budget(shape: Shape) -> int:
-    """Bytes that all programs' scratch may take: a quarter of the resized map (N, C, H, W) in float32, or 32 MiB."""
-    return max(MIN_SCRATCH, shape.N * shape.C * shape.H * shape.W)
-
-
-def _float32(x: float) -> float:
-    return struct.unpack("f", struct.pack("f", x))[0]
-
-
-def source(p: int, n_in: int, n_out: int, nearest: bool) -> tuple[int, int, bool]:
-    """The two inputs of output p, and whether the second has weight: `_source` in Python."""
-    if nearest:
-        low = min(int(_float32(p * _float32(n_in / n_out))), n_in - 1)
-        return low, low, False
-    low, rest = divmod(p * (n_in - 1), max(n_out - 1, 1))
-    return low, min(low + 1, n_in - 1), rest > 0
-
-
-def first_output(i: int, n_in: int, n_out: int, nearest: bool) -> int:
-    """`_first_output` in Python."""
-    if nearest:
-        return max(i * n_out // n_in - 1, 0)
-    return (i - 1) * (n_out - 1) // (n_in - 1) + 1 if i > 0 and n_in > 1 else 0
-
-
-@functools.cache
-def outputs_of_one(n_in: int, n_out: int, nearest: bool) -> int:
-    """The most outputs, from first_output(i) on, that it takes to see all that take input i."""
-    last = {}
-    for p in range(n_out):
-        low, high, weighs = source(p, n_in, n_out, nearest)
-        last[low] = p
-        if weighs:
-            last[high] = p
-    return max(p - first_output(i, n_in, n_out, nearest) + 1 for i, p in last.items())
-
-
-def _windows(shape: Shape, sweep: str, rows: int) -> tuple[int, int, int]:
-    """The most rows of z, of g and of the features that an item of `rows` rows needs: the bounds that the kernels compute."""
-    N, C, h, w, H, W, K, nearest = shape
-    activation = gradient = taps = 0
-    for first in range(0, h if sweep == "backward" else H, rows):
-        if sweep == "backward":
-            last = min(first + rows, h)
-            y0, y1, halo = first, last, 3
-            if shape.resize:
-                y0 = first_output(first, h, H, nearest)
-                y1 = min(first_output(last - 1, h, H, nearest) + shape.row_outputs, H)
-        else:
-            y0, y1, halo = first, min(first + rows, H), 2 if sweep == "loss" else 0
-        a0, a1 = max(y0 - halo, 0), min(y1 + halo, H)
-        g0, g1 = max(y0 - halo + 1, 0), min(y1 + halo - 1, H)
-        t0, t1 = source(max(a0 - 1, 0), h, H, nearest)[0], source(min(a1, H - 1), h, H, nearest)[1] + 1
-        activation, gradient, taps = max(activation, a1 - a0), max(gradient, g1 - g0), max(taps, t1 - t0)
-    return activation, gradient, taps
-
-
-def _scratch(shape: Shape, sweep: str, rows: int) -> int:
-    N, C, h, w, H, W, K, nearest = shape
-    activation, gradient, taps = _windows(shape, sweep, rows)
-    low = 9 * K * taps * w + 3 * K * taps * W if shape.resize else 0  # T and E
-    total = K * activation * W
-    if sweep != "statistics":
-        low = max(low, K * (activation + 2) * (W + 2))  # a, when T and E are no longer needed
-        total += 3 * (gradient + 2) * (W + 2) + 4 * K
-    if sweep == "backward" and shape.resize:
-        low = max(low, 3 * K * rows * W + 9 * K * rows * w)  # dE and dT, when a is no longer needed
-        total += h * shape.row_outputs + w * shape.column_outputs
-    return -(-(total + low) // 32) * 32
-
-
-@functools.lru_cache(maxsize=4096)
-def plan(shape: Shape, sweep: str, places: int) -> Plan:
-    """Strips and programs of a sweep, "statistics", "loss" or "backward". places: programs that the device runs at a time.
-
-    Of the halvings of a sample, that which takes least: rounds of all programs times the rows that an item computes.
-    """
-    best = None
-    rows = shape.h if sweep == "backward" else shape.H
-    while True:
-        windows = _windows(shape, sweep, rows)
-        size = _scratch(shape, sweep, rows)
-        strips = -(-(shape.h if sweep == "backward" else shape.H) // rows)
-        programs = max(1, min(shape.N * strips, places, scratch_budget(shape) // (4 * size)))
-        cost = -(-shape.N * strips // programs) * windows[0]
-        if best is None or cost < best[0]:
-            best = cost, Plan(rows, strips, *windows, shape.row_outputs, shape.column_outputs, size, programs)
-        if rows <= (1 if sweep == "backward" else 4):
-            return best[1]
-        rows = -(-rows // 2)
+SMALL_SHARED_MEMORY = (86, 89, 120)  # 100 KiB a multiprocessor
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Launchers: the arguments of the ops' schemas
-
-
-@functools.cache
-def _device(index: int | None) -> tuple[tuple[int, int], int]:
-    """Compute capability and number of multiprocessors; the interpreter is (0, 0) with one."""
-    if index is None:
-        return (0, 0), 1
-    properties = torch.cuda.get_device_properties(index)
-    return (properties.major, properties.minor), properties.multi_processor_count
 
 
 def _near(t: torch.Tensor) -> torch.Tensor:
@@ -1024,28 +896,41 @@ def _contiguous(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...
     return tuple(None if t is None else t.contiguous() for t in tensors)
 
 
+def _constants(sweep: str, shape: Shape, cut: Plan, tiles: Tiles, precision: str) -> dict[str, typing.Any]:
+    """What a sweep is compiled for, but for what the caller asks of it."""
+    N, C, h, w, H, W, K, nearest = shape
+    found = dict(C=C, h=h, w=w, H=H, W=W, K=K, NEAREST=nearest, ROWS=cut.rows, AR=cut.activation_rows, TR=cut.tap_rows)
+    found |= dict(SCRATCH=cut.scratch, PRECISION=precision)
+    if sweep != "statistics":
+        found |= dict(GR=cut.gradient_rows)
+    if sweep == "backward":
+        found |= dict(NY=cut.row_outputs, NX=cut.column_outputs)
+    return found | {name: getattr(tiles, name) for name in TILES_OF[sweep]}
+
+
+def _new_scratch(numbers: int, device: torch.device) -> torch.Tensor:
+    return torch.empty(numbers, dtype=torch.float32, device=device)
+
+
 class _Call:
     """What the launches of one call share."""
 
     def __init__(self, features, image, w1, mode, restore):
         self.shape = Shape(*features.shape, *image.shape[2:], w1.shape[0], mode == 1)
         self.device = features.device
-        capability, processors = _device(features.device.index)
-        self.precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-        _, C, h, w, *_, K, _ = self.shape
-        self.tiles = tiles(capability, C, K, h * w, self.shape.resize, self.precision)
-        self.places = self.tiles.per_sm * processors
+        cc = capability(features.device)
+        self.precision = "tf32" if dot_precision(torch.float32, cc) == "tf32" else "ieee"  # tf32x3 needs no fewer instructions here
+        self.tiles = choose_tiles(cc, self.shape, self.precision)
+        self.places = self.tiles.per_sm * multiprocessors(features.device)
         self.restore = restore or [0.0] * 6
         self.features, self.image = _near(features), _near(image)
         self.w_taps = w1.permute(2, 3, 0, 1).contiguous()  # (3, 3, K, C)
 
-    def launch(self, kernel, sweep: str, cut: Plan, *args, **constants):
-        N, C, h, w, H, W, K, nearest = self.shape
-        scratch = torch.empty(cut.programs * cut.scratch, dtype=torch.float32, device=self.device)
+    def launch(self, kernel, sweep: str, cut: Plan, *args, **flags):
+        scratch = _new_scratch(cut.programs * cut.scratch, self.device)
         kernel[(cut.programs,)](
-            scratch, N * cut.strips, cut.strips, self.features, *self.features.stride(), *args, C=C, h=h, w=w, H=H, W=W, K=K,
-            NEAREST=nearest, ROWS=cut.rows, AR=cut.activation_rows, TR=cut.tap_rows, SCRATCH=cut.scratch, PRECISION=self.precision, **constants,
-            **{name: getattr(self.tiles, name) for name in TILES_OF[sweep]}, num_warps=self.tiles.num_warps, num_stages=1,
+            scratch, self.shape.N * cut.strips, cut.strips, self.features, *self.features.stride(), *args,
+            **_constants(sweep, self.shape, cut, self.tiles, self.precision), **flags, num_warps=self.tiles.num_warps, num_stages=1,
         )  # fmt: skip
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -1072,7 +957,7 @@ def forward(features, image, w1, b1, gamma, beta, w2, b2, running_mean, running_
         weight = 1.0 / (3 * image.shape[0] * image.shape[2] * image.shape[3])
         call.launch(
             loss_kernel, "loss", cut, call.image, *call.image.stride(), call.w_taps, b1, gamma, beta, w2, b2, mean, var, partial, eps,
-            weight, *call.restore, RESTORE=restored, LOSS=loss, NEEDS_GRAD=needs_grad, GR=cut.gradient_rows,
+            weight, *call.restore, RESTORE=restored, LOSS=loss, NEEDS_GRAD=needs_grad,
         )  # fmt: skip
         reduce_sums_kernel[(triton.cdiv(29 * K + 4, 32),)](
             partial, saved, value, cut.programs, weight, K=K, NEEDS_GRAD=needs_grad, R=32, N=32
@@ -1116,8 +1001,7 @@ def backward(
         call.launch(
             backward_kernel, "backward", cut, call.image, *call.image.stride(), call.w_taps, b1, gamma, beta, w2, b2, saved, grad,
             d_features, *(d_features.stride() if needs_features else (0, 0, 0, 0)), partial, eps, 1.0 / (3 * counted), scale_sums,
-            *call.restore, RESTORE=restored, LOSS=loss, NEEDS_FEATURES=needs_features, NEEDS_W1=needs_w1, GR=cut.gradient_rows,
-            NY=cut.row_outputs, NX=cut.column_outputs,
+            *call.restore, RESTORE=restored, LOSS=loss, NEEDS_FEATURES=needs_features, NEEDS_W1=needs_w1,
         )  # fmt: skip
         if needs_w1:
             reduce_w1_kernel[(triton.cdiv(w1.numel(), 64),)](partial, d_w1, cut.programs, C=shape.C, K=K, R=32, N=64)
@@ -1126,3 +1010,56 @@ def backward(
 
 def _guard(device: torch.device) -> contextlib.AbstractContextManager:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ahead of time
+
+_KERNELS = {"statistics": statistics_kernel, "loss": loss_kernel, "backward": backward_kernel}
+_PROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 188}
+_FLOATS = {"eps", "weight", "scale_sums", "m0", "m1", "m2", "d0", "d1", "d2"}
+_POINTERS = {"scratch", "image", "b1", "gamma", "beta", "w2", "b2", "mean", "var", "partial", "saved", "grad"}
+_CIFAR = [(16, 32, 32), (32, 16, 32), (64, 8, 32)]  # channels, size of the features, of the image: the stages
+
+
+def configurations(cc: int) -> typing.Iterator[Compilation]:
+    """Every kernel as it is compiled for the paper's stages, batch 1024 of CIFAR-10 and 128 of STL-10."""
+    shapes = [Shape(1024, C, h, h, H, H, 12, False) for C, h, H in _CIFAR]
+    for shape in shapes:
+        for sweep in _KERNELS:
+            yield _compilation(cc, sweep, shape, "ieee")
+    for sweep in _KERNELS:
+        yield _compilation(cc, sweep, shapes[2], "tf32")
+        yield _compilation(cc, sweep, shapes[2], "ieee", "*bf16")
+    yield _compilation(cc, "backward", shapes[0], "tf32")
+    yield _compilation(cc, "loss", Shape(128, 64, 24, 24, 96, 96, 24, True), "ieee", "*fp16")
+    yield _compilation(cc, "backward", Shape(128, 64, 24, 24, 96, 96, 12, False), "ieee")
+    yield from _small_compilations()
+
+
+def _compilation(cc: int, sweep: str, shape: Shape, precision: str, dtype: str = "*fp32") -> Compilation:
+    """dtype: of the features and of W1."""
+    kernel, chosen = _KERNELS[sweep], choose_tiles(cc, shape, precision)
+    constants = _constants(sweep, shape, plan(shape, sweep, chosen.per_sm * _PROCESSORS[cc]), chosen, precision)
+    flags = {} if sweep == "statistics" else dict(RESTORE=True, LOSS=0)
+    flags |= dict(NEEDS_GRAD=True) if sweep == "loss" else dict(NEEDS_FEATURES=True, NEEDS_W1=True) if sweep == "backward" else {}
+    types = dict.fromkeys(_POINTERS, "*fp32") | dict.fromkeys(_FLOATS, "fp32") | dict(means="*fp64", squares="*fp64")
+    types |= dict(features=dtype, w_taps=dtype, d_features=dtype)
+    constants |= flags
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
+    aligned = tuple(name for name, kind in signature.items() if kind.startswith("*"))
+    tensor_cores = precision != "ieee" or dtype != "*fp32"
+    return Compilation(kernel, signature, constants, chosen.num_warps, 1, tensor_cores, aligned)
+
+
+def _small_compilations() -> typing.Iterator[Compilation]:
+    """The kernels that add up what programs found."""
+    cases = [
+        (merge_statistics_kernel, dict(means="*fp64", squares="*fp64", saved="*fp32"), dict(H=32, W=32, K=12, ROWS=32, B=1024)),
+        (reduce_sums_kernel, dict(partial="*fp32", saved="*fp32", loss="*fp32", weight="fp32"), dict(K=12, NEEDS_GRAD=True, R=32, N=32)),
+        (reduce_w1_kernel, dict(partial="*fp32", d_w1="*fp32"), dict(C=64, K=12, R=32, N=64)),
+    ]
+    for kernel, types, constants in cases:
+        signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
+        aligned = tuple(name for name, kind in signature.items() if kind.startswith("*"))
+        yield Compilation(kernel, signature, constants, 4, 3, False, aligned)
