@@ -1,28 +1,56 @@
-"""Data sets as uint8 tensors on the device: `load(name)` gives an `ImageSet`, its `train_epoch` the augmented batches."""
+"""Data sets: `load(name)` gives an `ImageSet` (uint8 tensors on the device) or a `FolderSet` (image files), both with `train_epoch`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from . import cifar10, fashion_mnist, stl10, svhn
+from . import cifar10, cityscapes, fashion_mnist, imagenet, shapes_seg, stl10, svhn
 from .augment import Augmentation, augment, draw, normalize
+from .folder_set import FolderSet
 from .image_set import DataError, ImageSet, Split
+from .segmentation_set import SegmentationSet
 
-__all__ = ["Augmentation", "DataError", "ImageSet", "Split", "augment", "draw", "load", "normalize"]
+__all__ = [
+    "Augmentation",
+    "DataError",
+    "FolderSet",
+    "ImageSet",
+    "SegmentationSet",
+    "Split",
+    "augment",
+    "draw",
+    "load",
+    "normalize",
+]
 
 
-def load(name: str, root: str | Path | None = None, download: bool = False) -> ImageSet:
-    """name: "fashion_mnist" (embedded; takes no root), "cifar10", "svhn" or "stl10", whose original files lie under ``root``.
+def load(
+    name: str,
+    root: str | Path | None = None,
+    download: bool = False,
+    *,
+    crop: tuple[int, int] | None = None,
+    workers: int = 0,
+) -> ImageSet | FolderSet:
+    """name: "fashion_mnist" or "shapes_seg" (embedded; take no root); "cifar10", "svhn", "stl10", "imagenet" or "cityscapes", whose
+    original files lie under ``root``.
 
-    download: fetch missing files into ``root``; nothing is fetched otherwise. Raises DataError saying what is wrong.
+    download: fetch missing files into ``root`` (the first three); nothing is fetched otherwise. crop, workers: of the last two, see
+    there. Raises DataError saying what is wrong.
     """
-    if name == "fashion_mnist":
-        return fashion_mnist.load()
+    embedded = {"fashion_mnist": fashion_mnist.load, "shapes_seg": shapes_seg.load}
+    if name in embedded:
+        return embedded[name]()
+    folders = {"imagenet": imagenet.load, "cityscapes": cityscapes.load}
     readers = {"cifar10": cifar10.load, "svhn": svhn.load, "stl10": stl10.load}
-    if name not in readers:
-        raise DataError(f"load: name: expected one of {('fashion_mnist', *readers)}, got {name!r}")
+    if name not in {**readers, **folders}:
+        raise DataError(f"load: name: expected one of {(*embedded, *readers, *folders)}, got {name!r}")
     if root is None:
         raise DataError(f"{name}: expected a folder with its original files (--data-root), got none")
     if not download and not Path(root).is_dir():
         raise DataError(f"{name}: --data-root {root} is not a folder")
-    return readers[name](root, download)
+    if name in readers:
+        return readers[name](root, download)
+    if download:
+        raise DataError(f"{name}: its files cannot be fetched without an account: put them under {root}")
+    return folders[name](root, workers=workers, **({} if crop is None else {"crop": crop}))

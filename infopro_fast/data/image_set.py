@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .augment import Augmentation, augment, draw, normalize
+from .augment import Augmentation, Draws, augment, draw, normalize
 from .prefetch import prefetch
 
 
@@ -40,6 +40,8 @@ class ImageSet:
     std: tuple[float, float, float]
     augmentation: Augmentation
 
+    dense = False  # labels are one a pixel
+
     def __post_init__(self):
         size = self.train.images.shape[1:]
         for part, split in (("train", self.train), ("test", self.test)):
@@ -57,6 +59,10 @@ class ImageSet:
     @property
     def image_size(self) -> int:
         return self.train.images.shape[-1]
+
+    @property
+    def train_count(self) -> int:
+        return len(self.train)
 
     def to(self, device: torch.device | str) -> ImageSet:
         """The same set with all images and labels on ``device``."""
@@ -98,10 +104,14 @@ class ImageSet:
         draws = draw(len(images), self.augmentation, generator).to(images.device)
         for i in range(first, self.batches(batch_size, drop_last)):
             here = slice(i * batch_size, (i + 1) * batch_size)
-            batch = images.index_select(0, order[here])
+            batch, label = images.index_select(0, order[here]), labels.index_select(0, order[here])
             if augmented:
-                batch = augment(batch, self.augmentation, draws.select(here))
-            yield batch, labels.index_select(0, order[here])
+                batch, label = augment(batch, self.augmentation, draws.select(here)), self.augment_labels(label, draws.select(here))
+            yield batch, label
+
+    def augment_labels(self, labels: torch.Tensor, draws: Draws) -> torch.Tensor:
+        """Labels of a batch after its augmentation: the same, they are the image's."""
+        return labels
 
     def test_batches(
         self, batch_size: int, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None

@@ -1,0 +1,114 @@
+"""Cityscapes (Cordts et al. 2016) in its own layout, 19 classes as cityscapesScripts writes them (createTrainIdLabelImgs).
+
+    root/leftImg8bit/{train,val}/<city>/<name>_leftImg8bit.png    root/gtFine/{train,val}/<city>/<name>_gtFine_labelTrainIds.png
+
+Augmentation of the released configuration (mmsegmentation's): both scaled by 0.5 to 2, a random crop in which no class has more than
+three quarters of the labelled pixels (the last of ten tries), a flip, photometric distortion, padding with the mean colour and ignored
+labels. Its brightness is a factor here (torchvision's), there an offset of up to 32. The test takes whole images.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch.utils.data import Dataset
+
+from .folder_set import FolderSet
+from .image_set import DataError
+from .imagenet import MEAN, STD, torchvision_parts
+from .segmentation_set import IGNORE
+
+CLASSES = 19
+SCALES = (0.5, 2.0)
+LARGEST_CLASS, TRIES = 0.75, 10
+MEAN_COLOUR = tuple(round(255 * m) for m in MEAN)
+
+
+def load(root: str | Path, *, crop: tuple[int, int] = (512, 1024), workers: int = 0) -> FolderSet:
+    """root: holds `leftImg8bit` and `gtFine`. crop: (H, W) of the training images. workers: processes that read.
+
+    Raises DataError naming the file or folder that is missing.
+    """
+    torchvision_parts("cityscapes")
+    train, test = (Pairs(Path(root), part) for part in ("train", "val"))
+    return FolderSet(
+        "cityscapes", train, test, Augmented(crop), whole, CLASSES, MEAN, STD, crop, dense=True, workers=workers, test_batch=1
+    )
+
+
+class Pairs(Dataset):
+    """Images and labels of one part, as PIL images, sorted by name."""
+
+    def __init__(self, root: Path, part: str):
+        folder = root / "leftImg8bit" / part
+        self.images = sorted(folder.glob("*/*_leftImg8bit.png"))
+        if not self.images:
+            raise DataError(f"cityscapes: {folder}: no <city>/*_leftImg8bit.png found")
+        self.labels = []
+        for image in self.images:
+            name = image.name.replace("_leftImg8bit.png", "_gtFine_labelTrainIds.png")
+            label = root / "gtFine" / part / image.parent.name / name
+            if not label.is_file():
+                raise DataError(f"cityscapes: {label} not found; cityscapesScripts' createTrainIdLabelImgs makes the labelTrainIds files")
+            self.labels.append(label)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int):
+        from PIL import Image
+
+        with Image.open(self.images[index]) as image, Image.open(self.labels[index]) as label:
+            if image.size != label.size:
+                raise DataError(f"cityscapes: {self.labels[index]}: expected the image's size {image.size}, got {label.size}")
+            return image.convert("RGB"), label.copy()
+
+
+def whole(image, label) -> tuple[torch.Tensor, torch.Tensor]:
+    """PIL images to uint8 (3, H, W) and (H, W)."""
+    from torchvision.transforms.v2 import functional as F
+
+    return F.pil_to_tensor(image), F.pil_to_tensor(label)[0]
+
+
+class Augmented:
+    """The training transform; draws from torch's generator."""
+
+    def __init__(self, crop: tuple[int, int]):
+        v2, _ = torchvision_parts("cityscapes")
+        self.crop = crop
+        self.distort = v2.RandomPhotometricDistort(brightness=(1 - 32 / 255, 1 + 32 / 255), contrast=(0.5, 1.5), saturation=(0.5, 1.5),
+                                                   hue=(-0.1, 0.1), p=0.5)  # fmt: skip
+
+    def __call__(self, image, label) -> tuple[torch.Tensor, torch.Tensor]:
+        from torchvision.transforms.v2 import functional as F
+
+        scale = SCALES[0] + (SCALES[1] - SCALES[0]) * torch.rand(()).item()
+        size = [max(1, round(scale * side)) for side in (image.height, image.width)]
+        image = F.resize(F.pil_to_tensor(image), size, F.InterpolationMode.BILINEAR, antialias=False)  # as OpenCV does
+        label = F.pil_to_tensor(F.resize(label, size, F.InterpolationMode.NEAREST))[0]
+        window = self._window(label)
+        image, label = image[:, *window], label[window]
+        if torch.rand(()) < 0.5:
+            image, label = image.flip(-1), label.flip(-1)
+        return self._padded(self.distort(image), label)
+
+    def _window(self, label: torch.Tensor) -> tuple[slice, slice]:
+        for _ in range(TRIES):
+            at = [int(torch.randint(max(0, side - want) + 1, ())) for side, want in zip(label.shape, self.crop)]
+            window = tuple(slice(start, start + want) for start, want in zip(at, self.crop))
+            counts = torch.bincount(label[window].flatten().long(), minlength=IGNORE + 1)[:IGNORE]
+            if (counts > 0).sum() > 1 and counts.max() / counts.sum() < LARGEST_CLASS:
+                break
+        return window
+
+    def _padded(self, image: torch.Tensor, label: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        H, W = self.crop
+        h, w = label.shape
+        if (h, w) == (H, W):
+            return image.contiguous(), label.contiguous()
+        full = torch.tensor(MEAN_COLOUR, dtype=torch.uint8)[:, None, None].repeat(1, H, W)
+        labels = torch.full((H, W), IGNORE, dtype=torch.uint8)
+        full[:, :h, :w], labels[:h, :w] = image, label
+        return full, labels

@@ -1,0 +1,73 @@
+"""The embedded segmentation set: scenes of 2 to 4 items of the embedded Fashion-MNIST images, 64x64, 11 classes with the background.
+
+An item is pasted in its silhouette, tinted, at a random place, later ones over earlier ones; the background is a dim colour with noise.
+A pixel's label is the class of the item that it shows (1 to 10, Fashion-MNIST's order) or 0; the outline of every item is ignored, as
+in PASCAL VOC. Training scenes are made of training images, test scenes of test images, the same ones every time. Augmentation: flips.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+
+from . import fashion_mnist
+from .augment import Augmentation
+from .image_set import Split
+from .segmentation_set import IGNORE, SegmentationSet
+
+SIDE, ITEM = 64, 28
+SCENES = {"train": 2400, "test": 400}
+ITEMS = (2, 4)  # fewest and most in a scene
+CLASSES = 11
+MEAN = (0.2588, 0.2573, 0.2569)  # of the training scenes
+STD = (0.1885, 0.1880, 0.1887)
+AUGMENTATION = Augmentation(padding=0, mode="zeros", flip=True)
+
+
+@functools.cache
+def load() -> SegmentationSet:
+    """Needs no file beside the package."""
+    items = fashion_mnist.load()
+    train, test = (_scenes(split, SCENES[part], seed) for part, split, seed in (("train", items.train, 0), ("test", items.test, 1)))
+    return SegmentationSet("shapes_seg", train, test, CLASSES, MEAN, STD, AUGMENTATION)
+
+
+def _scenes(items: Split, count: int, seed: int) -> Split:
+    g = torch.Generator().manual_seed(seed)
+    grey = items.images[:, 0, 2:-2, 2:-2]  # (N, 28, 28): without the padding of 32x32
+    most = ITEMS[1]
+    number = torch.randint(ITEMS[0], most + 1, (count,), generator=g)
+    which = torch.randint(len(grey), (count, most), generator=g)
+    place = torch.randint(SIDE - ITEM + 1, (count, most, 2), generator=g)
+    tint = 0.5 + 0.5 * torch.rand(count, most, 3, 1, 1, generator=g)
+    background = 60 * torch.rand(count, 3, 1, 1, generator=g) + 30 * torch.rand(count, 3, SIDE, SIDE, generator=g)
+    images, labels = background, torch.zeros(count, SIDE, SIDE, dtype=torch.uint8)
+    shapes = silhouettes(grey)
+    for scene in range(count):
+        for i in range(number[scene]):
+            item, (y, x) = which[scene, i], place[scene, i].tolist()
+            window = (slice(y, y + ITEM), slice(x, x + ITEM))
+            inside = shapes[item]
+            shown = images[scene][:, *window]
+            shown.copy_(torch.where(inside, 40 + 215 / 255 * grey[item] * tint[scene, i], shown))
+            label = labels[scene][window]
+            label[inside] = items.labels[item].to(torch.uint8) + 1
+            label[outline(inside)] = IGNORE
+    return Split(images.round().clamp(0, 255).to(torch.uint8), labels)
+
+
+def silhouettes(grey: torch.Tensor) -> torch.Tensor:
+    """(N, h, w) uint8 on black to bool: pixels with something lit on all four sides of them, or lit themselves."""
+    lit = grey > 24
+    sides = [lit.flip(axis).cummax(axis).values.flip(axis) if back else lit.cummax(axis).values for axis in (1, 2) for back in (False, True)]
+    return torch.stack(sides).all(0)
+
+
+def outline(inside: torch.Tensor) -> torch.Tensor:
+    """(h, w) bool: pixels on either side of the silhouette's border, within the window."""
+    mask = inside[None, None].float()
+    grown = F.max_pool2d(mask, 3, 1, 1)
+    kept = 1 - F.max_pool2d(1 - mask, 3, 1, 1)
+    return (grown != kept)[0, 0]
