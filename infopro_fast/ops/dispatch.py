@@ -85,12 +85,13 @@ def define_kernels(schema: str, fake: Callable, *, cuda: bool = False, triton: b
 
     schema: "<op>_forward(...) -> ..." or "<op>_backward(...) -> ..."; all implementations share it, and ``fake`` too. The compiled
         ones register themselves; Triton's is the function ``forward`` or ``backward`` of ``<op>_triton.py``, imported when first called.
-    cuda, triton: whether the op has CUDA C++ kernels, and Triton kernels.
+    cuda, triton: whether the op has CUDA C++ kernels, and Triton kernels (never without that file).
     """
     name, arguments = schema.split("(", 1)
     op, direction = name.rsplit("_", 1)
     if cuda:
         _CUDA_OPS.add(op)
+    triton = triton and _installed(f"{__package__}.{op}_triton")
     if triton:
         _TRITON_OPS.add(op)
     defined = {}

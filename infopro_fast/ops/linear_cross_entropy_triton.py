@@ -384,6 +384,8 @@ def _many_backward(
         if bias is not None:
             share = torch.sum(g, 0, dtype=torch.float32)
             g_bias.copy_(share) if start == 0 else g_bias.add_(share)
+        else:
+            g_bias.zero_()
     if unit is not None:
         for out in (g_input, g_weight, g_bias):
             out.div_(unit)

@@ -213,9 +213,9 @@ def backward(grad, x, gamma, beta, saved, batch_statistics, eps):
     """Gradients of x (in its dtype and memory format), gamma and beta (C,) float32."""
     out = torch.empty_like(x)
     N, C, HW = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
-    g_gamma, g_beta = torch.empty((2, C), dtype=torch.float32, device=x.device).unbind(0)
+    g_gamma, g_beta = (torch.empty(C, dtype=torch.float32, device=x.device) for _ in range(2))
     if N == 0:
-        return out, g_gamma.zero_().clone(), g_beta.zero_().clone()
+        return out, g_gamma.zero_(), g_beta.zero_()
     x, strides = _flat_maps(x)
     flat, out_strides = _flat_maps(out)  # a copy where x was one: filled, then copied back
     block_c = min(32, triton.next_power_of_2(C))

@@ -1,0 +1,136 @@
+"""What every op promises (tests/test_contract.py), of its Triton kernels: one case an op."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from infopro_fast.ops import dispatch
+from tests import compare
+from tests.op_cases import SMALL, check, gradients, upstream
+
+OPS = pytest.mark.parametrize("op", sorted(dispatch._TRITON_OPS & set(SMALL)))
+
+
+def results(op, inputs):
+    loss = SMALL[op]().function("triton")(inputs)
+    return {"loss": loss.detach()} | gradients(loss, inputs)
+
+
+def raw_calls(op):
+    """(overload, arguments) of the opaque ops behind an op, as autograd calls them."""
+    calls = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.namespace == "infopro_fast":
+                calls.append((func, tuple(a.detach().clone() if isinstance(a, torch.Tensor) else a for a in args)))
+            return func(*args, **(kwargs or {}))
+
+    with Record():
+        results(op, SMALL[op]().inputs(torch.float32))
+    return calls
+
+
+@OPS
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
+def test_loss_and_gradients(op, dtype):
+    check(SMALL[op](), "triton", dtype)
+
+
+@OPS
+def test_opaque_ops(op):
+    """They are the Triton ones, pass opcheck, and give nobody else's memory."""
+    calls = raw_calls(op)
+    assert [f.overloadpacket.__name__ for f, _ in calls] == [f"{op}_forward_triton", f"{op}_backward_triton"]
+    for overload, args in calls:
+        torch.library.opcheck(overload, args)
+        before = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
+        out = overload(*args)
+        out = (out,) if isinstance(out, torch.Tensor) else out
+        storages = [t.untyped_storage().data_ptr() for t in (*args, *out) if isinstance(t, torch.Tensor) and t.numel()]
+        assert len(set(storages)) == len(storages), overload
+        for a, b in zip(args, before, strict=True):
+            assert not isinstance(a, torch.Tensor) or torch.equal(a, b), f"{overload} wrote into an argument"
+
+
+@OPS
+def test_autocast_changes_nothing(op):
+    expected = results(op, SMALL[op]().inputs(torch.float32))
+    inputs = SMALL[op]().inputs(torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = results(op, inputs)
+    for name, t in found.items():
+        compare.assert_same(t, expected[name], name)
+
+
+@OPS
+def test_twice_through_one_graph(op):
+    inputs = SMALL[op]().inputs(torch.float32)
+    loss = SMALL[op]().function("triton")(inputs)
+    first = gradients(loss, inputs, retain_graph=True)
+    for name, g in gradients(loss, inputs).items():
+        compare.assert_same(g, first[name], name)
+
+
+@OPS
+def test_the_upstream_gradient_may_be_a_view(op):
+    inputs = SMALL[op]().inputs(torch.float32)
+    loss = SMALL[op]().function("triton")(inputs)
+    grad = upstream(loss)
+    expected = gradients(loss, inputs, grad, retain_graph=True)
+    strided = torch.stack((grad, grad + 1), -1)[..., 0]
+    for name, g in gradients(loss, inputs, strided).items():
+        compare.assert_same(g, expected[name], name)
+
+
+@OPS
+def test_one_gradient_at_a_time(op):
+    case = SMALL[op]()
+    everything = results(op, case.inputs(torch.float32))
+    for name in case.differentiable:
+        alone = results(op, case.inputs(torch.float32, grad=(name,)))
+        scale = everything[case.zero.get(name, name)].abs().max().item()
+        compare.assert_close(alone[name], everything[name].double(), scale=scale, what=name)
+
+
+@OPS
+def test_no_second_derivative(op):
+    inputs = SMALL[op]().inputs(torch.float32)
+    found = gradients(SMALL[op]().function("triton")(inputs), inputs, create_graph=True)
+    with pytest.raises(RuntimeError, match=f"{op}: the kernels have no second derivative"):
+        next(iter(found.values())).sum().backward()
+
+
+class _Items(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "unique", "item"), f"{name} synchronises with the host"
+        return func(*args, **(kwargs or {}))
+
+
+@OPS
+def test_no_value_is_read_back_to_the_host(op):
+    inputs, call = SMALL[op]().inputs(torch.float32), SMALL[op]().function("triton")
+    grad = upstream(call(inputs))
+    with _Items():
+        gradients(call(inputs), inputs, grad)
+
+
+@OPS
+def test_captured_by_a_compiler(op):
+    torch._dynamo.reset()
+    call = SMALL[op]().function("triton")
+    if op in ("reconstruction_loss", "norm_relu_pool"):
+        pytest.skip("its case swaps parameters, which no tracer follows: tests/test_compile.py has the other implementations")
+    inputs = SMALL[op]().inputs(torch.float32)
+    expected = results(op, inputs)
+    loss = torch.compile(call, fullgraph=True, backend="aot_eager")(inputs)
+    found = {"loss": loss.detach()} | gradients(loss, inputs)
+    for name, t in found.items():
+        compare.assert_same(t, expected[name], name)
+
+
+def test_every_op_with_triton_kernels_has_a_case_here():
+    assert dispatch._TRITON_OPS <= set(SMALL)

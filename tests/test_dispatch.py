@@ -1,0 +1,128 @@
+"""Which implementation runs: on CUDA tensors (fake ones, which need no GPU) and where one cannot, and that Triton is imported last."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from infopro_fast import ops
+from infopro_fast.ops import dispatch
+from tests.op_cases import SMALL
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+@pytest.fixture
+def on_cuda(monkeypatch):
+    """Fake CUDA tensors; dispatch as on a machine with an H100, and without compiled CUDA kernels."""
+    monkeypatch.setattr(dispatch, "_CUDA_KERNELS_MISSING", "none were built")
+    monkeypatch.setattr(dispatch, "_too_old", lambda device: None)
+    with FakeTensorMode():
+        yield torch.device("cuda")
+
+
+class _Calls(TorchDispatchMode):
+    """Records the opaque ops that run, by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "infopro_fast":
+            self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def tensors(device, dtype=torch.float32):
+    return {"features": torch.empty(6, 4, device=device, dtype=dtype), "labels": torch.zeros(6, dtype=torch.long, device=device)}
+
+
+def test_triton_is_imported_when_a_kernel_runs():
+    script = """
+        import sys
+        import torch
+        before = set(sys.modules)
+        from infopro_fast import ops
+        for op in ops.OPS:
+            ops.available(op, "cpu"), ops.available(op, "cuda")
+        ops.supcon_loss(torch.randn(4, 3, requires_grad=True), torch.arange(4) % 2).backward()
+        assert not any(name.partition(".")[0] == "triton" for name in set(sys.modules) - before)
+        assert not any(name.endswith("_triton") for name in sys.modules if name.startswith("infopro_fast"))
+        """
+    ran = subprocess.run([sys.executable, "-W", "ignore", "-c", textwrap.dedent(script)], capture_output=True, text=True, cwd=ROOT)
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_auto_on_cuda_takes_the_compiled_kernels_then_triton(on_cuda, monkeypatch):
+    case = "reconstruction_loss", "auto", tensors(on_cuda)
+    assert dispatch.resolve(*case) == "triton"
+    monkeypatch.setattr(dispatch, "_CUDA_KERNELS_MISSING", None)
+    assert dispatch.resolve(*case) == "cuda"
+    assert dispatch.resolve("supcon_loss", "auto", tensors(on_cuda)) == "triton"  # it has no compiled ones
+
+
+def test_auto_on_cuda_runs_the_triton_op(on_cuda):
+    with _Calls() as calls:
+        loss = ops.supcon_loss(torch.empty(6, 4, device="cuda", requires_grad=True), torch.zeros(6, dtype=torch.long, device="cuda"))
+    assert loss.device.type == "cuda" and loss.requires_grad
+    assert calls.names == ["supcon_loss_forward_triton"]
+
+
+def test_auto_on_cuda_tells_of_the_slow_reference(on_cuda):
+    dispatch._warn_slow.cache_clear()
+    with pytest.warns(UserWarning, match="supcon_loss: impl='auto' takes the slow reference: features is torch.float64"):
+        assert dispatch.resolve("supcon_loss", "auto", tensors(on_cuda, torch.float64)) == "reference"
+
+
+@pytest.mark.parametrize(
+    "impl, words",
+    [
+        ("cpu", "features is on cuda:0: runs on CPU tensors, not on cuda"),
+        ("cuda", "features is on cuda:0: supcon_loss has no CUDA C\\+\\+ kernels"),
+    ],
+)
+def test_a_named_implementation_that_cannot_run_on_cuda(impl, words, on_cuda):
+    with pytest.raises(ValueError, match=f"supcon_loss: impl='{impl}' cannot run this call: {words}"):
+        dispatch.resolve("supcon_loss", impl, tensors(on_cuda))
+
+
+@pytest.mark.skipif(dispatch.INTERPRETED, reason="Triton interprets its kernels on CPU tensors here")
+@pytest.mark.parametrize("op", sorted(dispatch._TRITON_OPS))
+def test_triton_on_cpu_tensors_says_what_it_takes(op):
+    inputs = SMALL[op]().inputs(torch.float32)
+    words = r"\S+ is on cpu: runs on CUDA tensors; on CPU tensors in Triton's interpreter alone, if TRITON_INTERPRET=1"
+    with pytest.raises(ValueError, match=f"{op}: impl='triton' cannot run this call: {words}"):
+        SMALL[op]().function("triton")(inputs)
+
+
+def test_old_gpus_have_a_reason(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(dispatch, "_CAPABILITY", {})
+    assert ops.available("supcon_loss", "cuda")["triton"] == "needs compute capability 8.0 or later, this device has 7.5"
+
+
+def test_without_triton_there_is_a_reason(on_cuda, monkeypatch):
+    monkeypatch.setattr(dispatch, "_TRITON_MISSING", "triton is not installed")
+    with pytest.raises(ValueError, match="supcon_loss: impl='triton' cannot run this call: features is on cuda:0: triton is not installed"):
+        dispatch.resolve("supcon_loss", "triton", tensors(on_cuda))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_available_on_cuda_without_a_gpu():
+    assert ops.available("supcon_loss", "cuda")["triton"] == "torch sees no CUDA device"
+
+
+def test_an_op_is_said_to_have_triton_kernels_where_it_has(on_cuda):
+    for op in ops.OPS:
+        exists = importlib.util.find_spec(f"infopro_fast.ops.{op}_triton") is not None
+        assert (dispatch._missing(op, "triton", on_cuda) is None) == exists, op
