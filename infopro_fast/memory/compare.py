@@ -126,7 +126,9 @@ def trainer_of(way: Way, arch: str, batch_size: int, image_size: int, device: st
 
 
 def _compile(net: LocalNetwork, budget: float) -> None:
-    torch._functorch.config.activation_memory_budget = budget
+    import torch._functorch.config as partitioner  # not there until imported; the budget has no other home
+
+    partitioner.activation_memory_budget = budget
     for stage in net.stages:
         stage.compile(dynamic=False)
 
