@@ -100,11 +100,11 @@ def _write_table(table, IN: tl.constexpr, OUT: tl.constexpr, COUNT: tl.constexpr
 @triton.jit
 def _dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a b with float32 accumulation; 16-bit operands stay so where both are, which is exact."""
-    WIDEN: tl.constexpr = a.dtype != b.dtype
+    WIDEN: tl.constexpr = PRECISION == "widened" or a.dtype != b.dtype
     if _INTERPRETED:  # which computes garbage from bfloat16
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision=PRECISION)
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     elif WIDEN:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision=PRECISION)
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="tf32" if PRECISION == "tf32" else "ieee")
     else:
         return tl.dot(a, b, acc, input_precision=PRECISION)
 
@@ -870,13 +870,22 @@ def choose_tiles(cc: int, shape: Shape, precision: str) -> Tiles:
             M=taps, P=64, D=channels, PC=512, PS=512, MW=taps, NW=channels, NC=channels, DC=256, KP=KP, KT=16, KB=32, B=256, BS=1024, BG=64,
             KG=128, num_warps=4, per_sm=1,
         )  # fmt: skip
-    multiply_add = precision == "ieee"  # then all of a product's depth is in registers at a time
-    second = 64 if cc in SMALL_SHARED_MEMORY else 256
+    multiply_add = precision != "tf32"  # then all of a product's depth is in registers at a time
+    second = 128 if cc in SMALL_SHARED_MEMORY else 256
     return Tiles(
         M=taps, P=pixels, D=16 if multiply_add or not shape.resize else 32, PC=256, PS=second, MW=64 if shape.resize else taps,
         NW=channels, NC=channels, DC=64 if multiply_add and shape.C <= 16 else 16, KP=KP, KT=16, KB=4, B=256, BS=1024, BG=64, KG=16,
         num_warps=8, per_sm=2,
     )  # fmt: skip
+
+
+def choose_precision(cc: int, allow_tf32: bool) -> str:
+    """Of the products: "tf32", "ieee" or, where both operands are made float32 before, "widened".
+
+    Blackwell's tensor cores cannot be used from a function of its own (tensor memory belongs to a kernel), and these products are too
+    small to pay for a kernel that holds all phases' registers. tf32x3 needs no fewer instructions than multiply-adds at these sizes.
+    """
+    return "widened" if cc >= 100 else "tf32" if allow_tf32 else "ieee"
 
 
 SMALL_SHARED_MEMORY = (86, 89, 120)  # 100 KiB a multiprocessor
@@ -919,7 +928,7 @@ class _Call:
         self.shape = Shape(*features.shape, *image.shape[2:], w1.shape[0], mode == 1)
         self.device = features.device
         cc = capability(features.device)
-        self.precision = "tf32" if dot_precision(torch.float32, cc) == "tf32" else "ieee"  # tf32x3 needs no fewer instructions here
+        self.precision = choose_precision(cc, dot_precision(torch.float32, cc) == "tf32")
         self.tiles = choose_tiles(cc, self.shape, self.precision)
         self.places = self.tiles.per_sm * multiprocessors(features.device)
         self.restore = restore or [0.0] * 6
@@ -1025,15 +1034,17 @@ _CIFAR = [(16, 32, 32), (32, 16, 32), (64, 8, 32)]  # channels, size of the feat
 def configurations(cc: int) -> typing.Iterator[Compilation]:
     """Every kernel as it is compiled for the paper's stages, batch 1024 of CIFAR-10 and 128 of STL-10."""
     shapes = [Shape(1024, C, h, h, H, H, 12, False) for C, h, H in _CIFAR]
-    for shape in shapes:
-        for sweep in _KERNELS:
-            yield _compilation(cc, sweep, shape, "ieee")
+    float32, tf32 = choose_precision(cc, False), choose_precision(cc, True)
     for sweep in _KERNELS:
-        yield _compilation(cc, sweep, shapes[2], "tf32")
-        yield _compilation(cc, sweep, shapes[2], "ieee", "*bf16")
-    yield _compilation(cc, "backward", shapes[0], "tf32")
-    yield _compilation(cc, "loss", Shape(128, 64, 24, 24, 96, 96, 24, True), "ieee", "*fp16")
-    yield _compilation(cc, "backward", Shape(128, 64, 24, 24, 96, 96, 12, False), "ieee")
+        for shape in shapes:
+            yield _compilation(cc, sweep, shape, float32)
+        yield _compilation(cc, sweep, shapes[2], float32, "*bf16")
+        if tf32 != float32:
+            yield _compilation(cc, sweep, shapes[2], tf32)
+    if tf32 != float32:
+        yield _compilation(cc, "backward", shapes[0], tf32)
+    yield _compilation(cc, "loss", Shape(128, 64, 24, 24, 96, 96, 24, True), float32, "*fp16")
+    yield _compilation(cc, "backward", Shape(128, 64, 24, 24, 96, 96, 12, False), float32)
     yield from _small_compilations()
 
 
@@ -1048,7 +1059,7 @@ def _compilation(cc: int, sweep: str, shape: Shape, precision: str, dtype: str =
     constants |= flags
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
     aligned = tuple(name for name, kind in signature.items() if kind.startswith("*"))
-    tensor_cores = precision != "ieee" or dtype != "*fp32"
+    tensor_cores = precision == "tf32" or (precision == "ieee" and dtype != "*fp32")
     return Compilation(kernel, signature, constants, chosen.num_warps, 1, tensor_cores, aligned)
 
 
