@@ -172,6 +172,8 @@ INLINE void transpose_panel(const T* from, int64_t from_row, int64_t columns, T*
     for (int i = 0; i < R; i++) to[j * R + i] = from[i * from_row + j];
 }
 
+constexpr double factorial(int n) { return n < 2 ? 1 : n * factorial(n - 1); }
+
 // e^x to 1 ulp or so: 2^n e^r with |r| <= ln 2 / 2. Below lowest_exp the result is that of lowest_exp (about 1e-38, 1e-308);
 // nan stays nan.
 template <class T>
@@ -183,9 +185,9 @@ INLINE vec<T> exp(vec<T> x) {
   vec<T> n = shifted - S::round_magic;
   vec<T> r = x - n * S::ln2_high;
   r = r - n * S::ln2_low;
-  vec<T> p = splat<T>(T(1));
+  vec<T> p = splat<T>(T(1 / factorial(S::exp_terms)));
 #pragma GCC unroll 16
-  for (int k = S::exp_terms; k > 0; k--) p = p * r * T(1.0 / k) + T(1);  // 1 + r/1 (1 + r/2 (1 + ...))
+  for (int k = S::exp_terms - 1; k >= 0; k--) p = p * r + T(1 / factorial(k));
   typename S::mask bits = (typename S::mask)shifted << S::mantissa_bits;  // n in the exponent field, the rest shifted out
   return (vec<T>)((typename S::mask)p + bits);
 }
