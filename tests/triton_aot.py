@@ -34,15 +34,18 @@ class Statistics:
     meant_for_tensor_cores: bool
 
 
-def compile_all(module: str, cc: int, workers: int = 2) -> list[Statistics]:
+def processes(count: int = 2) -> concurrent.futures.ProcessPoolExecutor:
+    """Processes to compile in: fresh ones, since Triton does not compile where it interprets."""
+    return concurrent.futures.ProcessPoolExecutor(count, multiprocessing.get_context("spawn"))
+
+
+def compile_all(module: str, cc: int, pool: concurrent.futures.Executor) -> list[Statistics]:
     """Every kernel at every configuration that ``infopro_fast.ops.<module>`` ships for compute capability ``cc``.
 
-    The module has `configurations(cc)`, which yields `triton_target.Compilation`s. Each is compiled in one of ``workers`` processes.
+    The module has `configurations(cc)`, which yields `triton_target.Compilation`s. pool: `processes`, each takes one at a time.
     """
     count = len(_configurations(module, cc))
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
-        return list(pool.map(_compile_one, [module] * count, [cc] * count, range(count)))
+    return list(pool.map(_compile_one, [module] * count, [cc] * count, range(count)))
 
 
 def _configurations(module: str, cc: int) -> list:
@@ -79,7 +82,7 @@ def _statistics(name: str, compiled, log: str, meant: bool) -> Statistics:
         file.write(compiled.asm["cubin"])
         file.flush()
         ran = subprocess.run([os.path.join(tools, "nvdisasm"), file.name], capture_output=True, text=True, check=True)
-    spills = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)  # of each function
     registers = int(re.search(r"Used (\d+) registers", log)[1])
     uses = bool(TENSOR_CORES.search(ran.stdout))
-    return Statistics(name, registers, sum(map(int, spills.groups())), compiled.metadata.shared, uses, meant)
+    return Statistics(name, registers, sum(int(n) for function in spills for n in function), compiled.metadata.shared, uses, meant)

@@ -23,7 +23,14 @@ Cost a sample, bytes of DRAM where the scratch stays in the caches, e bytes a fe
     backward     2 e C h w + 12 H W                   2 P + 54 K H W + 9 K C h w              (P again for dT: transposes)
 
 and beside them the partial sums of every program: 4 (29 K + 4) bytes after the loss, 36 K C after the backward. A strip computes
-its neighbours' rows again: 2 (4 and more in backward) rows of H, by `Plan`.
+rows around its own again: two of the image on each side for the loss, about the resize's ratio plus three backward.
+
+Transient memory: programs x `Plan.scratch` x 4 bytes, at most `scratch_budget` (a quarter of the resized map, or 32 MiB), and those
+partial sums. Kept for backward: the inputs and 31 K + 3 numbers, as on the CPU.
+
+Phases are functions of their own (noinline): a program's registers are then those of its hungriest phase, 128 a thread, where the
+compiler otherwise holds what all phases have in common over the whole item and spills. For the same reason the number of strips is an
+argument that is never specialised.
 
 Deterministic: sums are kept per program, in the order of its items, and added up by a second kernel in the order of programs; the
 number of programs depends on shape and device alone.
@@ -871,7 +878,7 @@ def choose_tiles(cc: int, shape: Shape, precision: str) -> Tiles:
             KG=128, num_warps=4, per_sm=1,
         )  # fmt: skip
     multiply_add = precision != "tf32"  # then all of a product's depth is in registers at a time
-    second = 128 if cc in SMALL_SHARED_MEMORY else 256
+    second = 128 if cc in SMALL_SHARED_MEMORY or shape.K > 16 else 256
     return Tiles(
         M=taps, P=pixels, D=16 if multiply_add or not shape.resize else 32, PC=256, PS=second, MW=64 if shape.resize else taps,
         NW=channels, NC=channels, DC=64 if multiply_add and shape.C <= 16 else 16, KP=KP, KT=16, KB=4, B=256, BS=1024, BG=64, KG=16,
