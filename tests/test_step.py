@@ -141,6 +141,30 @@ def test_loss_and_count_are_the_networks_own():
     assert metrics["correct"].item() == (logits.argmax(1) == LABEL).sum().item()
 
 
+@pytest.mark.parametrize("recompute, chosen", [("none", "auto"), ("none", "reference"), ("block", "auto")])
+def test_the_lean_step_is_the_plain_one_bit_for_bit(recompute, chosen):
+    """The plain one: one loss a module, one backward through it and the module, one optimizer over everything when all are done."""
+    torch.manual_seed(0)
+    net = infopro_fast.build("resnet20", 4, lambdas=(2, 0.5, 1, 1), impl=chosen)
+    plain = copy.deepcopy(net)
+    lean = infopro_fast.LocalTrainer(copy.deepcopy(net), _sgd)
+    for stage in lean.net.stages:
+        stage.recompute = recompute
+    optimizer = _sgd([*plain.stages.parameters(), *(p for loss in plain.local_losses for p in loss.trained_parameters())])
+    for _ in range(2):
+        metrics, h = lean.step(IMAGE, LABEL), IMAGE
+        for stage, local_loss in zip(plain.stages, plain.local_losses):
+            h = stage(h)
+            loss = sum(term.weight * term.loss for term in local_loss.terms(h, IMAGE, LABEL))
+            loss.backward()
+            h = h.detach()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert torch.equal(metrics["loss"], loss.detach())
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(tensor, lean.net.state_dict()[name]), name
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Isolation
 
