@@ -26,6 +26,24 @@ class ReleasedDecoder(nn.Module):
         return self.bce(self.decoder(F.interpolate(features, size=size, mode="bilinear", align_corners=True)), image)
 
 
+class ReleasedChain(nn.Module):
+    """The released ImageNet decoder: conv1x1 to 128, then three times double and conv3x3, to 32, 12 and 3 channels; then BCE."""
+
+    def __init__(self, C: int):
+        super().__init__()
+        double = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True)
+        self.decoder = nn.Sequential(
+            nn.Conv2d(C, 128, 1), nn.BatchNorm2d(128), nn.ReLU(), double,
+            nn.Conv2d(128, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), double,
+            nn.Conv2d(32, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU(), double,
+            nn.Conv2d(12, 3, 3, padding=1), nn.Sigmoid(),
+        )  # fmt: skip
+        self.bce = nn.BCELoss()
+
+    def forward(self, features: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+        return self.bce(self.decoder(features), image)
+
+
 class ReorderedDecoder(ReleasedDecoder):
     """The first convolution as nine 1x1 convolutions at the size of h, whose results are resized, shifted and added."""
 
@@ -38,6 +56,11 @@ class ReorderedDecoder(ReleasedDecoder):
         padded = F.pad(low, (1, 1, 1, 1))
         z = sum(padded[:, dy, dx, :, dy : dy + H, dx : dx + H] for dy in range(3) for dx in range(3)) + conv1.bias[:, None, None]
         return F.binary_cross_entropy_with_logits(conv2(relu(norm(z))), image)
+
+
+def upsample_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    doubled = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+    return F.conv2d(doubled, weight, bias, padding=1)
 
 
 def released_supcon(features: torch.Tensor, labels: torch.Tensor, temperature: float = 0.07) -> torch.Tensor:

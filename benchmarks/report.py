@@ -167,6 +167,25 @@ def step_bars(rows: list[Row]) -> list[Bar]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Over size
 
+def chain_bars(rows: list[Row]) -> list[Bar]:
+    bars, op = [], "chain_decoder"
+    for label in map(workloads.label, shapes.CHAIN):
+        ours, other, eager = pick(rows, op, label, workloads.OURS), best(rows, op, label), pick(rows, op, label, "eager")
+        bars += [
+            Bar(f"ImageNet decoder {label}, faster than the best other ({other.method})", other.seconds / ours.seconds, 2.5, True),
+            Bar(f"ImageNet decoder {label}, transient peak over eager's", ours.transient_bytes / eager.transient_bytes, 1 / 3),
+        ]
+    return bars
+
+
+def upsample_conv_bars(rows: list[Row]) -> list[Bar]:
+    bars, op = [], "upsample_conv3x3"
+    for label in map(workloads.label, shapes.UPSAMPLE_CONV):
+        ours, other = pick(rows, op, label, workloads.OURS), best(rows, op, label)
+        bars.append(Bar(f"upsample_conv3x3 {label}, faster than the best other ({other.method})", other.seconds / ours.seconds, 1.0, True))
+    return bars
+
+
 PLOTS = {
     "reconstruction_loss": (shapes.DECODER_PLOT, "N", ("eager", "channels_last", "compile", "checkpoint", workloads.OURS)),
     "supcon_loss": (shapes.SUPCON_PLOT, "N", ("eager", "eager short", "compile short", "checkpoint", workloads.OURS)),
@@ -229,7 +248,8 @@ def write(name: str, text: str) -> None:
 
 CLAIMS = {
     "reconstruction_loss": (shapes.DECODER, decoder_bars), "supcon_loss": (shapes.SUPCON, supcon_bars),
-    "linear_cross_entropy": (shapes.LINEAR, linear_bars),
+    "linear_cross_entropy": (shapes.LINEAR, linear_bars), "chain_decoder": (shapes.CHAIN, chain_bars),
+    "upsample_conv3x3": (shapes.UPSAMPLE_CONV, upsample_conv_bars),
 }  # fmt: skip
 
 
@@ -253,7 +273,7 @@ def main() -> int:
         over, claims = CLAIMS[op]
         own = [row for shape in over for row in measure(op, shape, workloads.OPS[op][2], options.rounds)]
         rows, bars = rows + own, bars + claims(own)
-        if options.plots:
+        if options.plots and op in PLOTS:
             curve = over_size(op, int(options.limit * 2**30), 7)
             plot(op, curve)
             sizes += curve

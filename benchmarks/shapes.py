@@ -19,6 +19,30 @@ class DecoderShape(typing.NamedTuple):
         return 4 * self.N * self.C * self.H**2
 
 
+class ChainShape(typing.NamedTuple):
+    """h (N, C, h, h) through the released ImageNet decoder, doubled three times, to images (N, 3, 8 h, 8 h)."""
+
+    N: int
+    C: int
+    h: int
+
+    def resized_bytes(self) -> int:
+        """float32 bytes of the first resized map (N, 128, 2 h, 2 h); the two others are as large or nearly."""
+        return 4 * self.N * 128 * (2 * self.h) ** 2
+
+
+class UpsampleConvShape(typing.NamedTuple):
+    """x (N, C, h, h), resized to (2 h, 2 h) and convolved to K channels: a doubling of a U-Net's or a GAN's decoder."""
+
+    N: int
+    C: int
+    h: int
+    K: int
+
+    def resized_bytes(self) -> int:
+        return 4 * self.N * self.C * (2 * self.h) ** 2
+
+
 class SupConShape(typing.NamedTuple):
     """N anchors of dimension D, `classes` labels."""
 
@@ -47,6 +71,10 @@ class LinearShape(typing.NamedTuple):
 DECODER = (DecoderShape(128, 16, 32, 32), DecoderShape(128, 32, 16, 32), DecoderShape(128, 64, 8, 32))
 DECODER_LARGER = (DecoderShape(1024, 64, 8, 32), DecoderShape(32, 16, 96, 96), DecoderShape(32, 32, 48, 96), DecoderShape(32, 64, 24, 96))
 DECODER_PLOT = tuple(DecoderShape(n, 64, 8, 32) for n in (8, 32, 128, 512, 2048))
+
+# ImageNet at 224 x 224, a batch of 8; in a U-Net, a doubling from 32 x 32.
+CHAIN = (ChainShape(8, 512, 28),)
+UPSAMPLE_CONV = (UpsampleConvShape(8, 128, 32, 64),)
 
 # Batch 128 (STL-10) and 1024 (CIFAR-10, SVHN), feature_dim 128; 4096 where N x N maps hurt.
 SUPCON = (SupConShape(1024), SupConShape(4096))

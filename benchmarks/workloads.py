@@ -115,6 +115,39 @@ def decoder(method: str, shape: shapes.DecoderShape, dtype: torch.dtype = torch.
     return Workload(lambda: call(features, image), [features, *parameters], [features, image, *parameters, *net.buffers()])
 
 
+CHAIN_METHODS = ("eager", "channels_last", "compile", "compile channels_last", "compile budget 0", "checkpoint", OURS)
+
+
+def chain_decoder(method: str, shape: shapes.ChainShape, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Workload:
+    torch.manual_seed(0)
+    net = baselines.ReleasedChain(shape.C).to(device, dtype)
+    features = draw(shape.N, shape.C, shape.h, shape.h, dtype=dtype, device=device)
+    image = torch.sigmoid(draw(shape.N, 3, 8 * shape.h, 8 * shape.h, dtype=dtype, device=device))
+    if method.endswith("channels_last"):
+        net = net.to(memory_format=torch.channels_last)
+        features = features.to(memory_format=torch.channels_last)
+    features.requires_grad_()
+    calls = compile_methods(net) | ours(ops.reconstruction_loss, device, decoder=net.decoder)
+    call = calls.get(method, lambda: net)()
+    parameters = list(net.parameters())
+    return Workload(lambda: call(features, image), [features, *parameters], [features, image, *parameters, *net.buffers()])
+
+
+UPSAMPLE_CONV_METHODS = ("eager", "channels_last", "compile", "compile channels_last", "checkpoint", OURS)
+
+
+def upsample_conv(method: str, shape: shapes.UpsampleConvShape, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Workload:
+    x = draw(shape.N, shape.C, shape.h, shape.h, dtype=dtype, device=device)
+    weight = draw(shape.K, shape.C, 3, 3, dtype=dtype, device=device) / (9 * shape.C) ** 0.5
+    if method.endswith("channels_last"):
+        x, weight = (t.to(memory_format=torch.channels_last) for t in (x, weight))
+    leaves = [t.requires_grad_() for t in (x, weight, draw(shape.K, dtype=dtype, device=device))]
+    convolved = {k: baselines.upsample_conv for k in UPSAMPLE_CONV_METHODS}
+    convolved |= {k: make() for k, make in compile_methods(baselines.upsample_conv).items() if k == method}
+    convolved |= {k: make() for k, make in ours(ops.upsample_conv3x3, device, size=2 * shape.h).items() if k == method}
+    return Workload(lambda: convolved[method](*leaves).square().mean(), leaves, leaves)  # the mean stands for what follows
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 
 SUPCON_METHODS = ("eager", "eager short", "compile", "compile short", "compile budget 0", "checkpoint", OURS)
@@ -163,6 +196,8 @@ def linear(method: str, shape: shapes.LinearShape, dtype: torch.dtype = torch.fl
 
 OPS = {
     "reconstruction_loss": (decoder, shapes.DecoderShape, DECODER_METHODS),
+    "chain_decoder": (chain_decoder, shapes.ChainShape, CHAIN_METHODS),
+    "upsample_conv3x3": (upsample_conv, shapes.UpsampleConvShape, UPSAMPLE_CONV_METHODS),
     "supcon_loss": (supcon, shapes.SupConShape, SUPCON_METHODS),
     "linear_cross_entropy": (linear, shapes.LinearShape, LINEAR_METHODS),
 }

@@ -41,7 +41,7 @@ struct Call {
         z_scale(d.K) {
     d.rows = rows.view(d.h);
     d.columns = columns.view(d.w);
-    d.plain = d.side == 1 && rows.identity(d.h) && columns.identity(d.w);
+    d.plain = d.side == 1 && d.h == d.H && d.w == d.W;
     d.bias = bias.get();
     if (d.norm) set_norm(norm);
     pack(w);

@@ -20,9 +20,13 @@ struct AxisTable {
   AxisTable(int64_t in, int64_t out, Resize mode, double factor = 0) : low(out), high(out), low_weight(out, 1.0), high_weight(out, 0.0) {
     const double step = factor > 0 ? 1.0 / factor : double(in) / double(out);
     for (int64_t p = 0; p < out; p++) {
-      if (mode == Resize::nearest) {  // torch's scale is a float32, whatever the dtype, and unused where the sizes are equal
+      if (in == out) {  // whatever the factor
+        low[p] = high[p] = int32_t(p);
+        continue;
+      }
+      if (mode == Resize::nearest) {  // torch's scale is a float32, whatever the dtype
         float scale = factor > 0 ? float(1.0 / factor) : float(in) / float(out);
-        int64_t source = in == out ? p : int64_t(std::floor(float(p) * scale));
+        int64_t source = int64_t(std::floor(float(p) * scale));
         low[p] = high[p] = int32_t(std::min(source, in - 1));
         continue;
       }
@@ -37,12 +41,6 @@ struct AxisTable {
       high_weight[p] = std::min(source - double(floor), 1.0);
       low_weight[p] = 1.0 - high_weight[p];
     }
-  }
-
-  bool identity(int64_t in) const {
-    bool same = in == int64_t(low.size());
-    for (int64_t p = 0; p < in && same; p++) same = low[p] == p && high_weight[p] == 0;
-    return same;
   }
 
   Axis view(int64_t in) const { return {in, int64_t(low.size()), low.data(), high.data(), low_weight.data(), high_weight.data()}; }

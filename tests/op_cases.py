@@ -117,13 +117,30 @@ def check(case: Case, impl: str, dtype: torch.dtype, inputs: Tensors | None = No
 def make_decoder(C: int, K: int, *, bias: bool = True, **norm) -> nn.Sequential:
     """A decoder of the released CIFAR form with parameters and statistics that nothing is symmetric in, float64."""
     conv1, conv2 = nn.Conv2d(C, K, 3, padding=1, bias=bias), nn.Conv2d(K, 3, 3, padding=1, bias=bias)
-    decoder = nn.Sequential(conv1, nn.BatchNorm2d(K, **norm), nn.ReLU(), conv2, nn.Sigmoid()).double()
-    generator = torch.Generator().manual_seed(C + 7 * K)
+    return _drawn(nn.Sequential(conv1, nn.BatchNorm2d(K, **norm), nn.ReLU(), conv2, nn.Sigmoid()), seed=C + 7 * K)
+
+
+def make_chain(C: int, stages, last: nn.Upsample | None = None, *, bias: bool = True, norm=nn.BatchNorm2d, **options) -> nn.Sequential:
+    """A chain decoder in the same way. stages: (Upsample or None, side of the convolution, its channels) of each hidden stage; last: the
+    Upsample in front of the last convolution."""
+    layers: list[nn.Module] = []
+    widths = [C, *(K for _, _, K in stages)]
+    for (upsample, side, K), inputs in zip(stages, widths, strict=False):
+        layers += [] if upsample is None else [upsample]
+        layers += [nn.Conv2d(inputs, K, side, padding=side // 2, bias=bias), norm(K, **options), nn.ReLU()]
+    layers += [] if last is None else [last]
+    return _drawn(nn.Sequential(*layers, nn.Conv2d(widths[-1], 3, 3, padding=1, bias=bias), nn.Sigmoid()), seed=sum(widths))
+
+
+def _drawn(decoder: nn.Sequential, seed: int) -> nn.Sequential:
+    generator = torch.Generator().manual_seed(seed)
+    scales = {f"{i}.weight" for i, layer in enumerate(decoder) if hasattr(layer, "running_mean")}
+    decoder = decoder.double()
     with torch.no_grad():
         for name, t in [*decoder.named_parameters(), *decoder.named_buffers()]:
             if t.is_floating_point():
                 t.copy_(torch.randn(t.shape, generator=generator, dtype=torch.float64) / max(1, t[0].numel()) ** 0.5)
-            if name.endswith("running_var") or name == "1.weight":
+            if name.endswith("running_var") or name in scales:
                 t.abs_().add_(0.5)
     return decoder
 
@@ -140,19 +157,66 @@ class _Reconstruction(nn.Module):
 
 
 def plain_reconstruction(features, image, decoder, interpolate_mode="bilinear", loss="bce", image_mean=None, image_std=None):
-    """The decoder run layer by layer, as the released code does."""
+    """The decoder run layer by layer, as the released code does: one that has no Upsample of its own takes features of the image's size."""
     if image_mean is not None:
         mean, std = (image.new_tensor(v).view(1, 3, 1, 1) for v in (image_mean, image_std))
         image = (image * std + mean).clamp(0, 1)
     corners = True if interpolate_mode == "bilinear" else None
-    output = decoder(F.interpolate(features, image.shape[-2:], mode=interpolate_mode, align_corners=corners))
+    if not any(isinstance(layer, nn.Upsample) for layer in decoder):
+        features = F.interpolate(features, image.shape[-2:], mode=interpolate_mode, align_corners=corners)
+    output = decoder(features)
     return {"bce": F.binary_cross_entropy, "mse": F.mse_loss, "l1": F.l1_loss}[loss](output, image)
 
 
 def reconstruction(N=3, C=5, h=4, w=3, H=9, W=7, K=7, *, bias=True, training=True, norm=None, magnified=1.0, **options) -> Case:
     """A case of `reconstruction_loss`; options as the op takes them."""
-    generator = torch.Generator().manual_seed(N + 3 * C + 5 * h + 7 * w + 11 * H + 13 * W)
     decoder = make_decoder(C, K, bias=bias, **(norm or {})).train(training)
+    return _reconstruction(decoder, (N, C, h, w), (H, W), magnified, options)
+
+
+def doubled(mode: str = "bilinear", align_corners: bool | None = True) -> nn.Upsample:
+    return nn.Upsample(scale_factor=2, mode=mode, align_corners=align_corners if mode == "bilinear" else None)
+
+
+ODD = nn.Upsample((7, 5), mode="bilinear", align_corners=True)
+
+
+def chain(
+    N=3, C=5, h=4, w=3, stages=((None, 1, 7), (ODD, 3, 4)), last=None, size=None, *, bias=True, training=True, norm=None, magnified=None,
+    **options,
+) -> Case:  # fmt: skip
+    """A case of `reconstruction_loss` with a chain decoder; size: (H, W) if the decoder has no Upsample."""
+    last = doubled() if last is None and size is None else last
+    decoder = make_chain(C, stages, last, bias=bias, **(norm or {})).train(training)
+    with torch.no_grad():
+        size = size or copy.deepcopy(decoder).eval()(torch.zeros(1, C, h, w, dtype=torch.float64)).shape[-2:]
+    return _reconstruction(decoder, (N, C, h, w), size, magnified, options)
+
+
+def _cancellation(decoder: nn.Sequential, features: torch.Tensor, image: torch.Tensor, options: dict) -> float:
+    """How far the gradients of the batch norms' parameters, which are sums over the batch, cancel: sum of magnitudes over the sum.
+
+    A batch norm makes the sums of the one in front of it cancel; an ulp of a term is worth this many of the result.
+    """
+    decoder, worst = copy.deepcopy(decoder), [1.0]
+
+    def look(layer, _, upstream):
+        shift = layer.running_mean if layer.running_mean is not None and not layer.training else layer.x.mean((0, 2, 3))
+        for terms in (upstream[0], upstream[0] * (layer.x - shift.view(1, -1, 1, 1))):
+            worst.append((terms.abs().sum((0, 2, 3)).norm() / terms.sum((0, 2, 3)).norm()).item())
+
+    for layer in decoder:
+        if hasattr(layer, "running_mean"):
+            layer.register_forward_pre_hook(lambda layer, inputs: setattr(layer, "x", inputs[0].detach()))
+            layer.register_full_backward_hook(look)
+    if len(features):
+        plain_reconstruction(features, image, decoder, **options).backward()
+    return max(worst)
+
+
+def _reconstruction(decoder: nn.Sequential, shape, size, magnified: float | None, options: dict) -> Case:
+    (N, C, h, w), (H, W) = shape, size
+    generator = torch.Generator().manual_seed(N + 3 * C + 5 * h + 7 * w + 11 * H + 13 * W)
     image = torch.rand(N, 3, H, W, generator=generator, dtype=torch.float64)
     if "image_mean" in options:
         mean, std = (image.new_tensor(options[k]).view(1, 3, 1, 1) for k in ("image_mean", "image_std"))
@@ -160,13 +224,15 @@ def reconstruction(N=3, C=5, h=4, w=3, H=9, W=7, K=7, *, bias=True, training=Tru
     tensors = {"features": torch.randn(N, C, h, w, generator=generator, dtype=torch.float64), "image": image}
     names = {f"decoder.{k}": t.detach() for k, t in decoder.named_parameters()}
     statistics = {f"decoder.{k}": t for k, t in decoder.named_buffers()}
+    first = next(iter(names))
+    magnified = _cancellation(decoder, *tensors.values(), options) if magnified is None else magnified
 
     def bind(call) -> Loss:
         module = _Reconstruction(decoder, call)
 
         def loss(t: Tensors) -> torch.Tensor:
-            w = t["decoder.0.weight"]
-            buffers = {k: b.to(w.device, w.dtype if b.is_floating_point() else b.dtype, copy=True) for k, b in statistics.items()}
+            dtype, device = t[first].dtype, t[first].device
+            buffers = {k: b.to(device, dtype if b.is_floating_point() else b.dtype, copy=True) for k, b in statistics.items()}
             state = {k: t[k] for k in names} | buffers
             return torch.func.functional_call(module, state, (t["features"], t["image"]))
 
@@ -178,9 +244,32 @@ def reconstruction(N=3, C=5, h=4, w=3, H=9, W=7, K=7, *, bias=True, training=Tru
     def plain(t: Tensors) -> torch.Tensor:
         return bind(lambda features, image, decoder: plain_reconstruction(features, image, decoder, **options))(t)
 
-    batch_statistics = training or decoder[1].running_mean is None
-    zero = {"decoder.0.bias": "decoder.0.weight"} if bias and batch_statistics else {}
+    zero = {}  # a convolution's bias in front of batch statistics
+    for i, layer in enumerate(decoder):
+        if hasattr(layer, "running_mean") and (layer.training or layer.running_mean is None) and decoder[i - 1].bias is not None:
+            zero[f"decoder.{i - 1}.bias"] = f"decoder.{i - 1}.weight"
     return Case("reconstruction_loss", tensors | names, ("features", *names), function, plain, zero, magnified=magnified)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# upsample_conv3x3
+
+
+def up_conv(N=3, C=5, h=4, w=3, H=9, W=7, K=6, *, bias=True, mode="bilinear", align_corners=False) -> Case:
+    """A case of `upsample_conv3x3`."""
+    generator = torch.Generator().manual_seed(N + 3 * C + 5 * h + 7 * w + 11 * H + 13 * W + 17 * K)
+    draw = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    tensors = {"x": draw(N, C, h, w), "weight": draw(K, C, 3, 3) / (9 * C) ** 0.5} | ({"bias": draw(K)} if bias else {})
+    options = dict(mode=mode, align_corners=align_corners)
+
+    def plain(t: Tensors) -> torch.Tensor:
+        resized = F.interpolate(t["x"], (H, W), mode=mode, align_corners=align_corners if mode == "bilinear" else None)
+        return F.conv2d(resized, t["weight"], t.get("bias"), padding=1)
+
+    return Case(
+        "upsample_conv3x3", tensors, tuple(tensors),
+        lambda impl: lambda t: ops.upsample_conv3x3(t["x"], t["weight"], t.get("bias"), (H, W), impl=impl, **options), plain, rounded=True,
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -344,5 +433,6 @@ def relayout(t: torch.Tensor, layout: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 SMALL = {
     "reconstruction_loss": reconstruction, "supcon_loss": supcon, "linear_cross_entropy": linear_ce, "norm_relu_pool": norm_pool,
-    "upsample_cross_entropy": upsample_ce,
+    "upsample_cross_entropy": upsample_ce, "upsample_conv3x3": up_conv,
 }  # fmt: skip
+FORMS = SMALL | {"reconstruction_loss, chain": chain}  # those of an op that has other kernels for them, too

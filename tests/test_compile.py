@@ -24,9 +24,11 @@ def _fresh_compiler():
 def network(op: str):
     """A module with a layer in front of the op, as in use, and a function that makes its inputs for a batch of n."""
     torch.manual_seed(0)
-    first = torch.nn.Linear(6, 30 if op in ("reconstruction_loss", "upsample_cross_entropy") else 5)
-    if op == "reconstruction_loss":
-        decoder = op_cases.make_decoder(5, 7).float()
+    first = torch.nn.Linear(6, 5 if op in ("supcon_loss", "linear_cross_entropy") else 30)
+    if op.startswith("reconstruction_loss"):
+        up = torch.nn.Upsample((7, 8), mode="bilinear", align_corners=True)
+        stages = ((None, 1, 4), (op_cases.doubled("nearest"), 3, 6))
+        decoder = (op_cases.make_chain(5, stages, up) if "chain" in op else op_cases.make_decoder(5, 7)).float()
 
         def loss(x, y, impl):
             h = first(x).view(-1, 5, 2, 3)
@@ -45,6 +47,26 @@ def network(op: str):
             return torch.randn(n, 6), torch.arange(n) % 3
 
         modules = torch.nn.ModuleList([first])
+    elif op == "upsample_conv3x3":
+        last = torch.nn.Conv2d(5, 4, 3)
+
+        def loss(x, y, impl):
+            return (ops.upsample_conv3x3(first(x).view(-1, 5, 2, 3), last.weight, last.bias, y.shape[-2:], impl=impl) * y).mean()
+
+        def inputs(n):
+            return torch.randn(n, 6), torch.randn(n, 4, 5, 7)
+
+        modules = torch.nn.ModuleList([first, last])
+    elif op == "norm_relu_pool":
+        bn = torch.nn.BatchNorm2d(5)
+
+        def loss(x, y, impl):
+            return (ops.norm_relu_pool(first(x).view(-1, 5, 2, 3), bn, impl=impl) * y).sum()
+
+        def inputs(n):
+            return torch.randn(n, 6), torch.randn(n, 5)
+
+        modules = torch.nn.ModuleList([first, bn])
     elif op == "upsample_cross_entropy":
 
         def loss(x, y, impl):
@@ -76,6 +98,9 @@ def network(op: str):
     return modules, loss, inputs
 
 
+ZERO = {"1.0.bias": "0", "1.4.bias": "4"}  # biases in front of a batch norm: the layer they are of, in the decoder
+
+
 def run(modules, loss, x, y, impl):
     """Loss, gradients and buffers of one call, modules as they were before it."""
     before = copy.deepcopy(modules.state_dict())
@@ -97,19 +122,19 @@ def assert_compiled_is_eager(op, impl, backend):
         assert found.keys() == eager.keys()
         for name, t in found.items():
             # The gradient of the bias in front of a batch norm is 0: rounding, on the scale of the weight's beside it.
-            scale = eager["1.0.weight"].abs().max().item() if name == "1.0.bias" else None
+            scale = eager[f"1.{place}.weight"].abs().max().item() if (place := ZERO.get(name)) else None
             if t.is_floating_point():
                 compare.assert_close(t, eager[name].double(), scale=scale, what=f"{op} {impl} {backend} batch {n}: {name}")
             else:
                 compare.assert_same(t, eager[name], name)
 
 
-@pytest.mark.parametrize("op", op_cases.SMALL)
+@pytest.mark.parametrize("op", op_cases.FORMS)
 def test_captured_in_one_graph(op, impl):
     assert_compiled_is_eager(op, impl, "aot_eager")
 
 
-@pytest.mark.parametrize("op", op_cases.SMALL)
+@pytest.mark.parametrize("op", op_cases.FORMS)
 def test_compiled_by_inductor(op, impl):
     assert_compiled_is_eager(op, impl, "inductor")
 

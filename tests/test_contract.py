@@ -11,16 +11,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from infopro_fast import ops
 from tests import compare, op_cases
-from tests.op_cases import SMALL, Case, Tensors, gradients, upstream
+from tests.op_cases import FORMS, SMALL, Case, Tensors, gradients, upstream
 
 # Ops of four-dimensional inputs.
-CHANNELS_LAST = [(op, "channels_last") for op in ("reconstruction_loss", "norm_relu_pool", "upsample_cross_entropy")]
+MAPS = ("reconstruction_loss", "reconstruction_loss, chain", "norm_relu_pool", "upsample_cross_entropy", "upsample_conv3x3")
+CHANNELS_LAST = [(op, "channels_last") for op in MAPS]
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-@pytest.fixture(params=SMALL)
+@pytest.fixture(params=FORMS)
 def case(request) -> Case:
-    return SMALL[request.param]()
+    return FORMS[request.param]()
 
 
 def results(case: Case, impl: str, inputs: Tensors | None = None) -> Tensors:
@@ -55,6 +56,8 @@ LONG = {
     "supcon_loss": lambda: op_cases.supcon(N=2048, D=128, views=None, classes=10, reduction="mean"),
     "linear_cross_entropy": lambda: op_cases.linear_ce(N=2048, D=128, C=1000, ignored=0, class_weight=False, reduction="mean"),
     "norm_relu_pool": lambda: op_cases.norm_pool(N=128, C=32, h=16, w=16),
+    "reconstruction_loss, chain": lambda: op_cases.chain(N=8, C=96, h=14, w=14, stages=((None, 1, 64), (op_cases.doubled(), 3, 24))),
+    "upsample_conv3x3": lambda: op_cases.up_conv(N=8, C=64, h=16, w=16, H=32, W=32, K=32),
     "upsample_cross_entropy": lambda: op_cases.upsample_ce(N=2, C=19, h=32, w=64, H=256, W=512, class_weight=False, reduction="mean"),
     "linear_cross_entropy, many classes": lambda: op_cases.linear_ce(N=200, D=128, C=10000, ignored=0, reduction="mean"),
 }
@@ -81,7 +84,10 @@ def leaves(case: Case, impl: str):
     return loss, [inputs[k] for k in case.differentiable]
 
 
-TINY = SMALL | {"reconstruction_loss": lambda: op_cases.reconstruction(N=2, C=2, h=2, w=3, H=4, W=5, K=3)}
+TINY = FORMS | {
+    "reconstruction_loss": lambda: op_cases.reconstruction(N=2, C=2, h=2, w=3, H=4, W=5, K=3),
+    "reconstruction_loss, chain": lambda: op_cases.chain(N=2, C=2, h=2, w=3, stages=((None, 1, 2), (op_cases.doubled(), 3, 2))),
+}
 
 
 @pytest.mark.parametrize("op", TINY)
@@ -117,7 +123,10 @@ def test_strided_upstream_gradient(case, impl, stride):
     assert loss.dim() == 0 or not grad.is_contiguous()
     dense = gradients(loss, inputs, grad.contiguous(), retain_graph=True)
     for name, g in gradients(loss, inputs, grad).items():
-        compare.assert_same(g, dense[name], name)
+        if impl == "reference":  # torch's own convolution adds in another order
+            compare.assert_close(g, dense[name], scale=dense[case.zero.get(name, name)].abs().max().item(), what=name)
+        else:
+            compare.assert_same(g, dense[name], name)
 
 
 def test_retain_graph_twice(case, impl):
@@ -142,8 +151,10 @@ def test_gradients_accumulate(case, impl):
 
 
 def test_each_subset_of_inputs_requiring_grad(case, impl):
-    everything = results(case, impl)
-    for n in range(1, len(case.differentiable) + 1):
+    everything, number = results(case, impl), len(case.differentiable)
+    for n in range(1, number + 1):
+        if number > 8 and 2 < n < number - 1:  # thousands of them: those near none and near all
+            continue
         for subset in itertools.combinations(case.differentiable, n):
             found = results(case, impl, case.inputs(grad=subset))
             assert set(found) == {"loss", *subset}
@@ -212,9 +223,9 @@ def test_float64_among_float32_is_computed_in_float64(case, impl):
 # Memory: layouts in, nothing written, nothing shared
 
 
-@pytest.mark.parametrize("op, layout", [(op, k) for op in SMALL for k in op_cases.LAYOUTS if k != "channels_last"] + CHANNELS_LAST)
+@pytest.mark.parametrize("op, layout", [(op, k) for op in FORMS for k in op_cases.LAYOUTS if k != "channels_last"] + CHANNELS_LAST)
 def test_strided_inputs(op, impl, layout):
-    case = SMALL[op]()
+    case = FORMS[op]()
     expected = results(case, impl)
     stored = {k: op_cases.relayout(t, layout)[0] for k, t in case.inputs().items()}
     assert any(not t.is_contiguous() for t in stored.values())
@@ -294,6 +305,8 @@ def test_changing_an_input_before_backward_is_noticed(case, cpu):
 
 EMPTY = {
     "reconstruction_loss": (lambda: op_cases.reconstruction(N=0), ()),
+    "reconstruction_loss, chain": (lambda: op_cases.chain(N=0), ()),
+    "upsample_conv3x3": (lambda: op_cases.up_conv(N=0), (0, 6, 9, 7)),
     "supcon_loss": (lambda: op_cases.supcon(N=0), (0, 2)),
     "linear_cross_entropy": (lambda: op_cases.linear_ce(N=0, ignored=0), (0,)),
     "norm_relu_pool": (lambda: op_cases.norm_pool(N=0), (0, 5)),
@@ -316,6 +329,8 @@ def test_empty_batch(op, impl, dtype):
 
 ONE = {
     "reconstruction_loss": lambda: op_cases.reconstruction(N=1),
+    "reconstruction_loss, chain": lambda: op_cases.chain(N=1),
+    "upsample_conv3x3": lambda: op_cases.up_conv(N=1),
     "supcon_loss": lambda: op_cases.supcon(N=1, views=3),
     "linear_cross_entropy": lambda: op_cases.linear_ce(N=1, ignored=0),
     "norm_relu_pool": lambda: op_cases.norm_pool(N=1),
@@ -350,6 +365,8 @@ def test_same_bits_twice(case, impl):
 
 LARGE = {
     "reconstruction_loss": lambda: op_cases.reconstruction(N=19, C=16, h=8, w=8, H=32, W=32, K=12),
+    "reconstruction_loss, chain": lambda: op_cases.chain(N=5, C=16, h=17, w=9, stages=((None, 1, 24), (op_cases.doubled(), 3, 12))),
+    "upsample_conv3x3": lambda: op_cases.up_conv(N=5, C=16, h=17, w=9, H=41, W=18, K=12),
     "supcon_loss": lambda: op_cases.supcon(N=333, D=65, views=None, classes=10),
     "linear_cross_entropy": lambda: op_cases.linear_ce(N=333, D=65, C=301, ignored=33),
     "norm_relu_pool": lambda: op_cases.norm_pool(N=33, C=64, h=16, w=16),
@@ -421,23 +438,27 @@ def raw_calls(op: str, dtype: torch.dtype):
                 calls.append((func, tuple(a.detach().clone() if isinstance(a, torch.Tensor) else a for a in args)))
             return func(*args, **(kwargs or {}))
 
-    case = SMALL[op]()
+    case = FORMS[op]()
     inputs = case.inputs(dtype)
     with Record():
         gradients(case.function("cpu")(inputs), inputs)
     return calls
 
 
+STAGES = ["chain_stage_forward"] * 2 + ["chain_loss_forward", "chain_loss_backward"] + ["chain_stage_backward"] * 2
+OPAQUE = {"reconstruction_loss, chain": STAGES}  # the ops behind a form, where they are not one a direction
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("op", SMALL)
+@pytest.mark.parametrize("op", FORMS)
 def test_opcheck(op, cpu, dtype):
     calls = raw_calls(op, dtype)
-    assert [f.overloadpacket.__name__ for f, _ in calls] == [f"{op}_forward", f"{op}_backward"]
+    assert [f.overloadpacket.__name__ for f, _ in calls] == OPAQUE.get(op, [f"{op}_forward", f"{op}_backward"])
     for overload, args in calls:
         torch.library.opcheck(overload, args)
 
 
-@pytest.mark.parametrize("op", SMALL)
+@pytest.mark.parametrize("op", FORMS)
 def test_raw_results_are_nobody_elses(op, cpu):
     """An output of an opaque op is neither an input nor another output."""
     for overload, args in raw_calls(op, torch.float32):
