@@ -21,6 +21,7 @@ import tyro
 from .trainer.config import ConfigError, TrainConfig
 
 PROG = "infopro-fast"
+MULTI_SCALE = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of the paper
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Train:
 
 @dataclass(frozen=True)
 class Eval:
-    """Test accuracy of a run's weights."""
+    """Test accuracy, or mIoU, of a run's weights."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """Run folder that `train` wrote."""
@@ -47,6 +48,10 @@ class Eval:
     """Where the data set's files are, if not where the run found them."""
     device: str | None = None
     """cpu, cuda, ..., if not the device of the run."""
+    multi_scale: bool = False
+    """Segmentation: average over the image at 0.5, 0.75, 1, 1.25, 1.5 and 1.75 times its size."""
+    flip: bool = False
+    """Segmentation: average over the image and its mirror image, at each size."""
 
 
 @dataclass(frozen=True)
@@ -169,15 +174,26 @@ def _run(command: Train | Eval | MakePlan | CompareMemory | Info, argv: list[str
     elif isinstance(command, Eval):
         from .trainer.loop import evaluate_run
 
-        found = evaluate_run(command.run, data_root=command.data_root, device=command.device)
-        right = f"{round(found['accuracy'] * found['count'])} of {found['count']}"
-        print(f"{command.run}: test accuracy {100 * found['accuracy']:.2f} % ({right}), cross entropy {found['loss']:.4f}")
+        scales = MULTI_SCALE if command.multi_scale else (1.0,)
+        found = evaluate_run(command.run, data_root=command.data_root, device=command.device, scales=scales, flip=command.flip)
+        print(f"{command.run}: {_result(found)}")
     elif isinstance(command, MakePlan):
         _plan(command)
     elif isinstance(command, CompareMemory):
         _memory(command)
     else:
         _train(command, argv)
+
+
+def _result(found: dict) -> str:
+    if "miou" in found:
+        ious = " ".join("-" if v is None else f"{100 * v:.1f}" for v in found["iou"])
+        return (
+            f"test mIoU {100 * found['miou']:.2f} % (classes: {ious}), pixels {100 * found['accuracy']:.2f} %, "
+            f"{found['count']} images, cross entropy {found['loss']:.4f}"
+        )
+    right = f"{round(found['accuracy'] * found['count'])} of {found['count']}"
+    return f"test accuracy {100 * found['accuracy']:.2f} % ({right}), top-5 {100 * found['top5']:.2f} %, cross entropy {found['loss']:.4f}"
 
 
 def _train(command: Train, argv: list[str]) -> None:
@@ -189,9 +205,13 @@ def _train(command: Train, argv: list[str]) -> None:
     from .trainer import loop, report
 
     run = loop.fit(command.config) if command.resume is None else loop.resume(command.resume, previous=command.resume_previous)
+    if run is None:  # another process of the run says it
+        return
     last = report.read_metrics(run, "epoch")[-1]
-    accuracy = f"test accuracy {100 * last['test']['accuracy']:.2f} % (best {100 * last['best']:.2f} %)"
-    print(f"{accuracy} after {last['seconds']:.0f} s; run folder {run}")
+    from .trainer.evaluation import headline
+
+    name, value = headline(last["test"])
+    print(f"test {name} {100 * value:.2f} % (best {100 * last['best']:.2f} %) after {last['seconds']:.0f} s; run folder {run}")
 
 
 def _plan(command: MakePlan) -> None:
@@ -248,10 +268,11 @@ def _exit_code(error: Exception) -> int | None:
     from .trainer.checkpoint import CheckpointError
     from .trainer.loop import NonFiniteError
     from .trainer.report import RunError
+    from .trainer.watch import ProcessFailure
 
     if isinstance(error, (ConfigError, DataError, CheckpointError, PlanError, RunError)):
         return 2
-    return 1 if isinstance(error, (NonFiniteError, OSError)) else None
+    return 1 if isinstance(error, (NonFiniteError, OSError, ProcessFailure)) else None
 
 
 def _fail(message: str, code: int) -> None:

@@ -118,8 +118,8 @@ def test_train_resume_eval(monkeypatch, capsys, tmp_path):
     assert set(last["train"]) == {"module1/reconstruction", "module2/softmax", "module2/softmax_accuracy", "loss", "accuracy"}
 
     code, out, err = run_here(capsys, "eval", run, "--device", "cpu")
-    right = round(last["test"]["accuracy"] * 20)
-    assert code == 0 and out == f"{run}: {accuracy} ({right} of 20), cross entropy {last['test']['loss']:.4f}\n"
+    right, loss = round(last["test"]["accuracy"] * 20), f"cross entropy {last['test']['loss']:.4f}"
+    assert code == 0 and out == f"{run}: {accuracy} ({right} of 20), top-5 {100 * last['test']['top5']:.2f} %, {loss}\n"
 
     for path in checkpoint.list_checkpoints(run / "checkpoints"):  # both
         (path / "state.json").write_text("{}")

@@ -7,7 +7,7 @@ from pathlib import Path
 from . import cifar10, cityscapes, fashion_mnist, imagenet, shapes_seg, stl10, svhn
 from .augment import Augmentation, augment, draw, normalize
 from .folder_set import FolderSet
-from .image_set import DataError, ImageSet, Split
+from .image_set import DataError, ImageSet, Split, part_of
 from .segmentation_set import SegmentationSet
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "draw",
     "load",
     "normalize",
+    "part_of",
 ]
 
 

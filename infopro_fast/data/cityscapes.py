@@ -89,7 +89,7 @@ class Augmented:
         image = F.resize(F.pil_to_tensor(image), size, F.InterpolationMode.BILINEAR, antialias=False)  # as OpenCV does
         label = F.pil_to_tensor(F.resize(label, size, F.InterpolationMode.NEAREST))[0]
         window = self._window(label)
-        image, label = image[:, *window], label[window]
+        image, label = image[(slice(None), *window)], label[window]
         if torch.rand(()) < 0.5:
             image, label = image.flip(-1), label.flip(-1)
         return self._padded(self.distort(image), label)

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from .augment import normalize
-from .image_set import epoch_seed
+from .image_set import epoch_seed, part_of
 from .prefetch import prefetch
 
 Transform = Callable[[Any, Any], tuple[torch.Tensor, torch.Tensor]]
@@ -63,13 +63,15 @@ class FolderSet:
         augmented: bool = True,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
+        part: tuple[int, int] = (0, 1),
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Batches ``first``, ``first`` + 1, ... of an epoch, as `ImageSet.train_epoch`.
 
         The order depends on (seed, epoch), an image's augmentation on (seed, epoch, its index) alone. augmented=False: the test transform.
         """
         order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(epoch_seed(seed, epoch))).tolist()
-        indices = [order[i * batch_size : (i + 1) * batch_size] for i in range(first, self.batches(batch_size, drop_last))]
+        spans = [(i * batch_size, min((i + 1) * batch_size, len(order))) for i in range(first, self.batches(batch_size, drop_last))]
+        indices = [order[part_of(*span, *part)] for span in spans]
         samples = _Samples(self.train, self.train_transform if augmented else self.test_transform, (seed, epoch))
         yield from self._batches(samples, indices, dtype, device)
 

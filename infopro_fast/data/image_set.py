@@ -84,26 +84,28 @@ class ImageSet:
         augmented: bool = True,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
+        part: tuple[int, int] = (0, 1),
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Batches ``first``, ``first`` + 1, ... of an epoch: image (B, 3, H, W) normalised in ``dtype``, label (B,).
 
         The order, the crops and the flips depend on (seed, epoch) alone and are drawn for the whole epoch at once, so that
         starting at batch ``first`` gives the very batches that the whole epoch has there, on any device.
         device: where the batches go; None leaves them where the images are. On their way they are uint8.
+        part: (i, n) for the i-th of n parts of every batch (`part_of`).
         """
-        batches = self._augmented(batch_size, seed, epoch, first, drop_last, augmented)
+        batches = self._augmented(batch_size, seed, epoch, first, drop_last, augmented, part)
         for batch, label in prefetch(batches, device or self.train.images.device):
             yield normalize(batch, self.mean, self.std, dtype), label
 
     def _augmented(
-        self, batch_size: int, seed: int, epoch: int, first: int, drop_last: bool, augmented: bool
+        self, batch_size: int, seed: int, epoch: int, first: int, drop_last: bool, augmented: bool, part: tuple[int, int]
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         images, labels = self.train.images, self.train.labels
         generator = torch.Generator().manual_seed(epoch_seed(seed, epoch))
         order = torch.randperm(len(images), generator=generator).to(images.device)
         draws = draw(len(images), self.augmentation, generator).to(images.device)
         for i in range(first, self.batches(batch_size, drop_last)):
-            here = slice(i * batch_size, (i + 1) * batch_size)
+            here = part_of(i * batch_size, min((i + 1) * batch_size, len(images)), *part)
             batch, label = images.index_select(0, order[here]), labels.index_select(0, order[here])
             if augmented:
                 batch, label = augment(batch, self.augmentation, draws.select(here)), self.augment_labels(label, draws.select(here))
@@ -120,6 +122,12 @@ class ImageSet:
         batches = zip(self.test.images.split(batch_size), self.test.labels.split(batch_size), strict=True)
         for image, label in prefetch(batches, device or self.test.images.device):
             yield normalize(image, self.mean, self.std, dtype), label
+
+
+def part_of(start: int, stop: int, part: int, parts: int) -> slice:
+    """Part ``part`` of the images ``start`` to ``stop``, cut into ``parts`` in order, whose sizes are one apart at most."""
+    count = stop - start
+    return slice(start + count * part // parts, start + count * (part + 1) // parts)
 
 
 def epoch_seed(seed: int, epoch: int) -> int:

@@ -50,7 +50,7 @@ def _scenes(items: Split, count: int, seed: int) -> Split:
             item, (y, x) = which[scene, i], place[scene, i].tolist()
             window = (slice(y, y + ITEM), slice(x, x + ITEM))
             inside = shapes[item]
-            shown = images[scene][:, *window]
+            shown = images[scene][(slice(None), *window)]
             shown.copy_(torch.where(inside, 40 + 215 / 255 * grey[item] * tint[scene, i], shown))
             label = labels[scene][window]
             label[inside] = items.labels[item].to(torch.uint8) + 1
@@ -61,8 +61,9 @@ def _scenes(items: Split, count: int, seed: int) -> Split:
 def silhouettes(grey: torch.Tensor) -> torch.Tensor:
     """(N, h, w) uint8 on black to bool: pixels with something lit on all four sides of them, or lit themselves."""
     lit = grey > 24
-    sides = [lit.flip(axis).cummax(axis).values.flip(axis) if back else lit.cummax(axis).values for axis in (1, 2) for back in (False, True)]
-    return torch.stack(sides).all(0)
+    before = [lit.cummax(axis).values for axis in (1, 2)]
+    behind = [lit.flip(axis).cummax(axis).values.flip(axis) for axis in (1, 2)]
+    return torch.stack(before + behind).all(0)
 
 
 def outline(inside: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,8 @@ import dataclasses
 import importlib.util
 import json
 import math
+import os
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,13 +21,20 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class Recipe:
-    """How long and how fast to train on a data set."""
+    """What to train on a data set, how long and how fast."""
 
     epochs: int
     batch_size: int
     lr: float
-    schedule: Literal["cosine", "step", "one_cycle"]
-    warmup: int  # epochs
+    schedule: Literal["cosine", "step", "one_cycle", "half_cosine", "poly"]
+    warmup: int = 0  # epochs
+    arch: str = "resnet32"
+    modules: int = 4
+    local_loss: str = "contrast"
+    weight_decay: float = 1e-4
+    nesterov: bool = True
+    drop_last: bool = False
+    iterations: int | None = None  # steps, in place of epochs
 
 
 RECIPES = {
@@ -35,7 +44,16 @@ RECIPES = {
     "cifar10": Recipe(epochs=160, batch_size=1024, lr=0.8, schedule="cosine", warmup=10),
     "svhn": Recipe(epochs=160, batch_size=1024, lr=0.8, schedule="cosine", warmup=10),
     "stl10": Recipe(epochs=160, batch_size=128, lr=0.1, schedule="cosine", warmup=10),
-}
+    "imagenet": Recipe(epochs=90, batch_size=1024, lr=0.4, schedule="half_cosine", arch="resnet101", modules=2, local_loss="softmax"),
+    "cityscapes": Recipe(
+        epochs=108, batch_size=8, lr=0.01, schedule="poly", arch="deeplabv3_resnet101", modules=2, local_loss="softmax", weight_decay=5e-4,
+        nesterov=False, drop_last=True, iterations=40000,
+    ),
+    # Ours, as the first.
+    "shapes_seg": Recipe(
+        epochs=10, batch_size=32, lr=0.1, schedule="one_cycle", warmup=1, arch="fcn_resnet20", modules=2, local_loss="softmax"
+    ),
+}  # fmt: skip
 
 # Published weights of ResNet-110, contrast, on SVHN, by number of modules. Those of CIFAR-10 and STL-10 are `build`'s defaults.
 SVHN_LAMBDAS = {
@@ -45,26 +63,46 @@ SVHN_LAMBDAS = {
     16: (5.0, 0.2, 0.5, 1.0),
 }
 
-IMAGE_SIZES = {"fashion_mnist": 32, "cifar10": 32, "svhn": 32, "stl10": 96}
+IMAGE_SIZES: dict[str, int | tuple[int, int]] = {
+    "fashion_mnist": 32, "cifar10": 32, "svhn": 32, "stl10": 96, "imagenet": 224, "cityscapes": (512, 1024), "shapes_seg": 64,
+}  # fmt: skip
+WARM = ("cosine", "one_cycle")  # schedules with a warm-up
+EMBEDDED = ("fashion_mnist", "shapes_seg")
+FOLDERS = ("imagenet", "cityscapes")  # image files that are read as they are needed, in crops
+SEGMENTATION = ("shapes_seg", "cityscapes")
+Arch = Literal[
+    "resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "densenet_bc_100_12",
+    "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d", "resnext101_32x8d",
+    "deeplabv3_resnet50", "deeplabv3_resnet101", "fcn_resnet20",
+]  # fmt: skip
+ARCHS = typing.get_args(Arch)
+SEGMENTERS = ("deeplabv3_resnet50", "deeplabv3_resnet101", "fcn_resnet20")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """Train a network in local modules and write a run folder."""
 
-    dataset: Literal["fashion_mnist", "cifar10", "svhn", "stl10"] = "fashion_mnist"
-    """Images to learn; fashion_mnist is a part of Fashion-MNIST that comes with the package."""
+    dataset: Literal["fashion_mnist", "shapes_seg", "cifar10", "svhn", "stl10", "imagenet", "cityscapes"] = "fashion_mnist"
+    """Images to learn; fashion_mnist, a part of Fashion-MNIST, and shapes_seg, segmentation of scenes made of it, come with the package."""
     data_root: Path | None = None
-    """Folder with the original files of cifar10, svhn or stl10, as torchvision keeps them."""
+    """Folder with the original files of the other data sets, as torchvision keeps them."""
     download: bool = False
     """Fetch files that are missing into data_root."""
 
-    arch: Literal["resnet20", "resnet32", "resnet44", "resnet56", "resnet110"] = "resnet32"
-    """Network."""
+    crop: tuple[int, int] | None = None
+    """Height and width of the crops of imagenet and cityscapes. Default: 224 224 and 512 1024."""
+    workers: int | None = None
+    """Processes that read the images of imagenet and cityscapes. Default: one a CPU, 8 at most."""
+
+    arch: Arch | None = None
+    """Network. Default: resnet32; for imagenet resnet101, for cityscapes deeplabv3_resnet101, for shapes_seg fcn_resnet20."""
+    init: Path | None = None
+    """Weights to begin with: a .pth or .safetensors file by released names, e.g. pretrained; heads of other shapes are left out."""
     modules: int | None = None
-    """Number K of local modules; 1 is end to end. Default: from cuts, 1 for local_loss none, else 4."""
-    local_loss: Literal["contrast", "softmax", "greedy", "dgl", "none"] = "contrast"
-    """What trains a local module: InfoPro with a contrastive or a softmax task loss, greedy supervised learning, DGL."""
+    """Number K of local modules; 1 is end to end. Default: from cuts, 1 for local_loss none, 2 for the larger data sets, else 4."""
+    local_loss: Literal["contrast", "softmax", "greedy", "dgl", "none"] | None = None
+    """What trains a local module: InfoPro with a contrastive or (default of the larger sets) a softmax task loss, greedy learning, DGL."""
     lambdas: tuple[float, float, float, float] | None = None
     """InfoPro's weights (reconstruction, task) of the first local module, then of the last. Default: the published ones."""
     balanced: bool = False
@@ -83,25 +121,35 @@ class TrainConfig:
     """Run parts of a module again in backward, keeping only their inputs: each residual block, or sqrt(blocks) of them at once."""
 
     epochs: int | None = None
-    """Passes over the training images. Default, like the next four: the recipe of the data set."""
+    """Passes over the training images. Default, like the settings down to nesterov: the recipe of the data set."""
+    iterations: int | None = None
+    """Steps in place of epochs; the last epoch may then be shorter."""
     batch_size: int | None = None
     """Images per step."""
     lr: float | None = None
     """Highest learning rate."""
-    schedule: Literal["cosine", "step", "one_cycle"] | None = None
-    """Learning rate: cosine and step as released, by the epoch; one_cycle is linear up and down, by the step."""
+    schedule: Literal["cosine", "step", "one_cycle", "half_cosine", "poly"] | None = None
+    """Learning rate: cosine, step, half_cosine (ImageNet) by the epoch and poly (Cityscapes) as released; one_cycle is linear up and down."""
     warmup: int | None = None
     """Epochs of warm-up."""
     zero_last_epoch: bool = True
     """Let the cosine reach 0 in the last epoch, as released."""
     momentum: float = 0.9
-    """Nesterov momentum."""
-    weight_decay: float = 1e-4
+    """Momentum."""
+    weight_decay: float | None = None
     """L2 penalty on every parameter."""
+    nesterov: bool | None = None
+    """Nesterov's momentum rather than the plain one."""
     optimizer_state: Literal["float32", "bfloat16", "8bit"] = "float32"
     """What the momentum is kept in; 8bit needs torchao."""
-    drop_last: bool = False
-    """Leave out a last, smaller batch."""
+    drop_last: bool | None = None
+    """Leave out a last, smaller batch. Default: on cityscapes alone."""
+    accumulate: int = 1
+    """Parts to go through each batch in, their gradients added up; batch norms and contrastive losses see a part alone."""
+    label_smoothing: float = 0.0
+    """Of every cross entropy."""
+    ema: float | None = None
+    """Decay of an exponential moving average of the weights, taken every step, which is what is tested and written."""
     augment: bool = True
     """Crop and flip at random."""
     seed: int = 0
@@ -124,6 +172,21 @@ class TrainConfig:
     threads: int | None = None
     """CPU threads. Default: torch's."""
 
+    parallel: Literal["none", "data", "pipeline"] = "none"
+    """Train in the processes that torchrun starts: each takes a part of every batch (data), or some of the modules (pipeline)."""
+    sync_batch_norm: bool = False
+    """With parallel data: batch norms over the images of all processes."""
+    global_contrast: bool = False
+    """With parallel data: contrast an image with those of all processes."""
+    pipeline_modules: tuple[int, ...] | None = None
+    """With parallel pipeline: how many modules each process trains, from the first; several times as many processes share the batch."""
+    wire: Literal["exact", "bfloat16"] = "exact"
+    """With parallel pipeline: how features go from one process to the next; rounding halves the bytes."""
+    in_flight: int = 2
+    """With parallel pipeline: batches that may be on their way between two processes."""
+    patience: float = 20.0
+    """With parallel: seconds that a process may stay at one module before all of them stop and say which."""
+
     out: Path | None = None
     """Run folder to create. Default: runs/ and a name made of the settings and the time."""
     checkpoint_minutes: float = 10.0
@@ -132,18 +195,19 @@ class TrainConfig:
     """Steps between two readings of the losses, which are when a non-finite one is found."""
 
     def __post_init__(self):
-        for name in ("data_root", "out", "plan"):
+        for name in ("data_root", "out", "plan", "init"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, Path(getattr(self, name)))
         if self.plan is not None:
             _take_plan(self)
-        for name in ("lambdas", "cuts"):
+        for name in ("lambdas", "cuts", "crop", "pipeline_modules"):
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, tuple(tuple(v) if isinstance(v, (list, tuple)) else v for v in value))
         _check_choices(self)
         _check_numbers(self)
         _check_contradictions(self)
+        _check_parallel(self)
 
     def resolved(self) -> TrainConfig:
         """The same settings with every default of data set, network and machine written out."""
@@ -151,28 +215,50 @@ class TrainConfig:
 
         from infopro_fast.modules.local_loss import default_lambdas
 
-        recipe, modules = RECIPES[self.dataset], self.number_of_modules()
+        recipe, modules, arch, local_loss = RECIPES[self.dataset], self.number_of_modules(), self.network, self.loss
         lambdas = self.lambdas
-        if lambdas is None and self.local_loss in ("contrast", "softmax") and modules > 1:
-            svhn = self.dataset == "svhn" and (self.arch, self.local_loss, self.balanced) == ("resnet110", "contrast", False)
+        if lambdas is None and local_loss in ("contrast", "softmax") and modules > 1:
+            svhn = self.dataset == "svhn" and (arch, local_loss, self.balanced) == ("resnet110", "contrast", False)
             if svhn and self.cuts is None and modules in SVHN_LAMBDAS:
                 lambdas = SVHN_LAMBDAS[modules]
             else:
-                arch = self.arch if self.cuts is None else ""
-                lambdas = default_lambdas(arch, modules, self.local_loss, balanced=self.balanced, image_size=IMAGE_SIZES[self.dataset])
-        given = {name: getattr(self, name) for name in ("epochs", "batch_size", "lr", "schedule", "warmup")}
+                name = arch if self.cuts is None else ""
+                lambdas = default_lambdas(name, modules, local_loss, balanced=self.balanced, image_size=self.image_size[0])
+        of_recipe = ("epochs", "batch_size", "lr", "schedule", "warmup", "weight_decay", "nesterov", "drop_last", "iterations")
+        given = {name: getattr(self, name) for name in of_recipe}
         written = {name: getattr(recipe, name) if value is None else value for name, value in given.items()}
+        if self.epochs is not None:
+            written["iterations"] = self.iterations
+        crop, workers = self.crop, self.workers
+        if self.dataset in FOLDERS:
+            crop, workers = self.image_size, min(8, os.cpu_count() or 1) if workers is None else workers
         if self.warmup is None:
             written["warmup"] = _default_warmup(recipe, written["schedule"], written["epochs"])
         device = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
         _check_device(self, device)
         threads = torch.get_num_threads() if self.threads is None else self.threads
-        return dataclasses.replace(self, modules=modules, lambdas=lambdas, device=device, threads=threads, **written)
+        return dataclasses.replace(
+            self, arch=arch, local_loss=local_loss, modules=modules, lambdas=lambdas, crop=crop, workers=workers, device=device,
+            threads=threads, **written,
+        )  # fmt: skip
+
+    @property
+    def network(self) -> str:
+        return self.arch or RECIPES[self.dataset].arch
+
+    @property
+    def loss(self) -> str:
+        return self.local_loss or RECIPES[self.dataset].local_loss
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        size = self.crop or IMAGE_SIZES[self.dataset]
+        return (size, size) if isinstance(size, int) else size
 
     def number_of_modules(self) -> int:
         if self.modules is not None:
             return self.modules
-        return len(self.cuts) + 1 if self.cuts is not None else 1 if self.local_loss == "none" else 4
+        return len(self.cuts) + 1 if self.cuts is not None else 1 if self.local_loss == "none" else RECIPES[self.dataset].modules
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2, default=str) + "\n"
@@ -193,7 +279,7 @@ def _take_plan(c: TrainConfig) -> None:
         plan = Plan.read(c.plan)
     except PlanError as error:
         raise ConfigError(f"plan: {error}") from error
-    size = (IMAGE_SIZES.get(c.dataset),) * 2
+    size = c.image_size if c.dataset in IMAGE_SIZES else None
     if plan.image_size != size:
         raise ConfigError(f"plan {c.plan} is for images of {plan.image_size}, dataset {c.dataset} has {size}")
     defaults = {field.name: field.default for field in dataclasses.fields(c)}
@@ -207,8 +293,8 @@ def _take_plan(c: TrainConfig) -> None:
 
 
 def _default_warmup(recipe: Recipe, schedule: str, epochs: int) -> int:
-    """The recipe's epochs of warm-up, as far as a shorter run has room for them; the step schedule has none."""
-    return 0 if schedule == "step" else min(recipe.warmup, epochs - 1)
+    """The recipe's epochs of warm-up, as far as a shorter run has room for them, of the schedules that have one."""
+    return min(recipe.warmup, epochs - 1) if schedule in WARM else 0
 
 
 def _fail(name: str, expected: str, got) -> None:
@@ -218,14 +304,16 @@ def _fail(name: str, expected: str, got) -> None:
 def _check_choices(c: TrainConfig) -> None:
     for name, hint in (
         ("dataset", tuple(RECIPES)),
-        ("arch", ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110")),
-        ("local_loss", ("contrast", "softmax", "greedy", "dgl", "none")),
+        ("arch", (None, *ARCHS)),
+        ("local_loss", (None, "contrast", "softmax", "greedy", "dgl", "none")),
         ("net_config", (None, "0c1f", "0c2f", "1c1f", "1c2f", "1c3f", "2c2f")),
         ("recompute", ("none", "block", "sqrt")),
         ("optimizer_state", ("float32", "bfloat16", "8bit")),
-        ("schedule", (None, "cosine", "step", "one_cycle")),
+        ("schedule", (None, "cosine", "step", "one_cycle", "half_cosine", "poly")),
         ("dtype", ("float32", "float64")),
         ("amp", ("none", "bfloat16", "float16")),
+        ("parallel", ("none", "data", "pipeline")),
+        ("wire", ("exact", "bfloat16")),
         ("impl", ("auto", "reference", "cpu", "triton", "cuda")),
     ):
         if getattr(c, name) not in hint:
@@ -233,20 +321,29 @@ def _check_choices(c: TrainConfig) -> None:
 
 
 def _check_numbers(c: TrainConfig) -> None:
-    for name in ("modules", "epochs", "batch_size", "warmup", "threads", "log_every", "feature_dim"):
-        value, least = getattr(c, name), 0 if name == "warmup" else 1
+    for name in (
+        "modules", "epochs", "iterations", "batch_size", "accumulate", "warmup", "workers", "threads", "log_every", "feature_dim",
+        "in_flight",
+    ):  # fmt: skip
+        value, least = getattr(c, name), 0 if name in ("warmup", "workers") else 1
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
             _fail(name, f"an integer of at least {least}", repr(value))
     if not isinstance(c.seed, int) or isinstance(c.seed, bool) or not 0 <= c.seed < 2**63:
         _fail("seed", "an integer of at least 0 and below 2^63", repr(c.seed))
-    for name in ("lr", "checkpoint_minutes", "widen"):
+    for name in ("lr", "checkpoint_minutes", "widen", "patience"):
         value = getattr(c, name)
         if value is not None and not (value > 0 and math.isfinite(value)):
             _fail(name, "a positive number", repr(value))
     if not 0 <= c.momentum < 1:
         _fail("momentum", "a number in [0, 1)", c.momentum)
-    if not (c.weight_decay >= 0 and math.isfinite(c.weight_decay)):
+    if c.weight_decay is not None and not (c.weight_decay >= 0 and math.isfinite(c.weight_decay)):
         _fail("weight_decay", "a number of at least 0", c.weight_decay)
+    for name in ("label_smoothing", "ema"):
+        value = getattr(c, name)
+        if value is not None and not 0 <= value < 1:
+            _fail(name, "a number in [0, 1)", value)
+    if c.crop is not None and (len(c.crop) != 2 or min(c.crop) < 32):
+        _fail("crop", "height and width of at least 32", c.crop)
     if c.lambdas is not None and (len(c.lambdas) != 4 or not all(math.isfinite(v) and v >= 0 for v in c.lambdas)):
         _fail("lambdas", "4 numbers of at least 0 (reconstruction and task, first and last)", c.lambdas)
     if c.cuts is not None and any(len(cut) != 2 for cut in c.cuts):
@@ -259,34 +356,69 @@ def _check_device(c: TrainConfig, device: str) -> None:
             raise ConfigError(f"{name} and device {device}: only a GPU has it")
 
 
+def _check_parallel(c: TrainConfig) -> None:
+    of_pipeline = {"pipeline_modules": None, "wire": "exact", "in_flight": 2}
+    of_processes = {"sync_batch_norm": False, "global_contrast": False, "patience": 20.0}
+    for name, default in of_pipeline.items():
+        if c.parallel != "pipeline" and getattr(c, name) != default:
+            raise ConfigError(f"{name}: expected parallel pipeline, got parallel {c.parallel}")
+    for name, default in of_processes.items():
+        if c.parallel == "none" and getattr(c, name) != default:
+            raise ConfigError(f"{name}: expected parallel data or pipeline, got parallel none")
+    if c.parallel != "none" and c.cuda_graph:
+        raise ConfigError(f"parallel {c.parallel} and cuda_graph: steps that talk to other processes are not captured")
+    if c.pipeline_modules is not None and (
+        any(not isinstance(n, int) or n < 1 for n in c.pipeline_modules) or sum(c.pipeline_modules) != c.number_of_modules()
+    ):
+        _fail("pipeline_modules", f"numbers of at least 1 whose sum is the {c.number_of_modules()} modules", c.pipeline_modules)
+    if c.global_contrast and c.loss != "contrast":
+        raise ConfigError(f"global_contrast: local_loss {c.loss} contrasts nothing")
+    if c.global_contrast and c.accumulate > 1:
+        raise ConfigError("global_contrast and accumulate: the images of all processes are contrasted at once")
+
+
 def _check_contradictions(c: TrainConfig) -> None:
-    modules, infopro = c.number_of_modules(), c.local_loss in ("contrast", "softmax")
-    if c.dataset == "fashion_mnist" and (c.data_root is not None or c.download):
-        raise ConfigError("dataset fashion_mnist comes with the package: it takes neither data_root nor download")
-    if c.dataset != "fashion_mnist" and c.data_root is None:
+    modules, local_loss, arch = c.number_of_modules(), c.loss, c.network
+    infopro = local_loss in ("contrast", "softmax")
+    if c.dataset in EMBEDDED and (c.data_root is not None or c.download):
+        raise ConfigError(f"dataset {c.dataset} comes with the package: it takes neither data_root nor download")
+    if c.dataset in FOLDERS and c.download:
+        raise ConfigError(f"download: the files of {c.dataset} cannot be fetched without an account")
+    if c.dataset not in EMBEDDED and c.data_root is None:
         raise ConfigError(f"dataset {c.dataset} needs data_root, the folder with its original files" + (" to fetch" if c.download else ""))
-    if c.local_loss == "none" and modules != 1:
+    if local_loss == "none" and modules != 1:
         raise ConfigError(f"local_loss none trains end to end: expected modules 1, got {modules}")
     if c.cuts is not None and c.balanced:
         raise ConfigError("cuts and balanced: a split is either given or taken from the balanced table")
     if c.cuts is not None and len(c.cuts) != modules - 1:
         raise ConfigError(f"modules {modules} and cuts: expected {modules - 1} cuts, got {len(c.cuts)}")
     if c.lambdas is not None and not (infopro and modules > 1):
-        raise ConfigError(f"lambdas: local_loss {c.local_loss} with modules {modules} has nothing to weigh")
-    if c.net_config is not None and c.local_loss in ("dgl", "none"):
-        raise ConfigError(f"net_config: local_loss {c.local_loss} has no such head")
+        raise ConfigError(f"lambdas: local_loss {local_loss} with modules {modules} has nothing to weigh")
+    if c.net_config is not None and local_loss in ("dgl", "none"):
+        raise ConfigError(f"net_config: local_loss {local_loss} has no such head")
     if modules == 1 and c.balanced:
         raise ConfigError("balanced: modules 1 has nothing to split")
-    plain = c.local_loss in ("dgl", "none") or modules == 1  # no auxiliary nets that these settings are of
+    segments = c.dataset in SEGMENTATION
+    if segments != (arch in SEGMENTERS):
+        raise ConfigError(f"arch {arch} and dataset {c.dataset}: expected one of {SEGMENTERS if segments else 'the networks that classify'}")
+    if segments and local_loss in ("contrast", "dgl"):
+        raise ConfigError(f"local_loss {local_loss}: dataset {c.dataset} is segmented: expected softmax, greedy or none")
+    for name in ("crop", "workers"):
+        if getattr(c, name) is not None and c.dataset not in FOLDERS:
+            raise ConfigError(f"{name}: the images of {c.dataset} are in memory as they are")
+    plain = local_loss in ("dgl", "none") or modules == 1  # no auxiliary nets that these settings are of
     for name, default in (("net_config", None), ("widen", 1.0), ("feature_dim", 128)):
         if plain and getattr(c, name) != default:
-            raise ConfigError(f"{name}: local_loss {c.local_loss} with modules {modules} has no such net")
+            raise ConfigError(f"{name}: local_loss {local_loss} with modules {modules} has no such net")
     if c.device.partition(":")[0] not in ("auto", "cpu", "cuda"):
         _fail("device", "auto, cpu, cuda or cuda:N", repr(c.device))
     if c.amp != "none" and c.dtype == "float64":
         raise ConfigError(f"amp {c.amp} and dtype float64: autocast is of float32")
     if c.optimizer_state != "float32" and c.cuda_graph:
         raise ConfigError(f"optimizer_state {c.optimizer_state} and cuda_graph: its steps are not captured")
+    nesterov = RECIPES[c.dataset].nesterov if c.nesterov is None else c.nesterov
+    if c.optimizer_state != "float32" and not nesterov:
+        raise ConfigError(f"optimizer_state {c.optimizer_state} and no-nesterov: its momentum is Nesterov's")
     if c.optimizer_state == "8bit" and importlib.util.find_spec("torchao") is None:
         raise ConfigError("optimizer_state 8bit needs torchao: pip install 'infopro-fast[8bit]'")
     if c.amp == "float16" and c.cuda_graph:
@@ -303,7 +435,7 @@ def _check_contradictions(c: TrainConfig) -> None:
     warmup = _default_warmup(recipe, schedule, epochs) if c.warmup is None else c.warmup
     if schedule != "cosine" and not c.zero_last_epoch:
         raise ConfigError(f"zero_last_epoch: schedule {schedule} has no such epoch")
-    if schedule == "step" and c.warmup:
-        raise ConfigError(f"schedule step has no warm-up, got warmup {c.warmup}")
-    if schedule != "step" and warmup >= epochs:
+    if schedule not in WARM and c.warmup:
+        raise ConfigError(f"schedule {schedule} has no warm-up, got warmup {c.warmup}")
+    if schedule in WARM and warmup >= epochs:
         raise ConfigError(f"warmup {warmup}: expected fewer than the {epochs} epochs")

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from .evaluation import headline
+
 PLAIN_SECONDS = 30.0  # between two plain lines inside an epoch
 
 
@@ -85,7 +87,8 @@ class PlainDisplay:
     def _line(self, status: Status, where: str) -> None:
         self._last = time.monotonic()
         losses = "  ".join(f"{name.replace('module', 'm')} {value:.4f}" for name, value in status.train.items() if "/" in name)
-        test = f"  test accuracy {100 * status.test['accuracy']:.2f}%" if status.test else ""
+        name, value = headline(status.test) if status.test else ("", 0.0)
+        test = f"  test {name} {100 * value:.2f}%" if name else ""
         train = f"loss {status.train.get('loss', 0):.4f}  train accuracy {100 * status.train.get('accuracy', 0):.2f}%"
         self.message(
             f"{where}  {train}{test}  {losses}  "
@@ -135,7 +138,7 @@ def render(status: Status):
     accuracy = f"{100 * status.train.get('accuracy', 0):.2f} %"
     table.add_row("last" if modules else "whole", *("" for _ in names), _number("", status.train.get("loss")), accuracy)
     if status.test:
-        test = f"{100 * status.test['accuracy']:.2f} %"
+        test = f"{100 * headline(status.test)[1]:.2f} %"
         table.add_row("test", *("" for _ in names), _number("", status.test["loss"]), test, style="bold green")
     done = (status.epoch - 1) * status.batches + status.batch
     facts = [

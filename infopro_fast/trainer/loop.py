@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
+import pickle
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from infopro_fast import data, modules, ops
 
-from . import checkpoint, display, report, schedule
+from . import checkpoint, display, evaluation, processes, report, schedule
 from .config import ConfigError, TrainConfig
 from .meters import Clock, Meters
 from .step import LocalTrainer
@@ -44,10 +47,18 @@ def fit(config: TrainConfig) -> Path:
     or NonFiniteError, whose messages are for people. Torch's generators and thread count are left as they were.
     """
     config = config.resolved()
+    if config.parallel != "none":
+        from . import distributed
+
+        return distributed.fit(config)
     images = _load_data(config)
+    if config.iterations is not None:
+        config = dataclasses.replace(config, epochs=math.ceil(config.iterations / images.batches(config.batch_size, config.drop_last)))
     with _machine(config):
         torch.manual_seed(config.seed)
         net = _build(config, images)
+        if config.init is not None:
+            load_init(net, config.init)
         run = report.create(config)
         with report.locked(run):
             _Training(config, run, images, net).run_to_end()
@@ -60,6 +71,10 @@ def resume(run: str | Path, *, previous: bool = False) -> Path:
     (On a GPU as far as torch's kernels are deterministic.) Raises CheckpointError for a damaged checkpoint, and what `fit` raises.
     """
     run = Path(run)
+    if processes.launched() and report.read_config(run).parallel != "none":
+        from . import distributed
+
+        return distributed.resume(run, previous=previous)
     report.read_config(run)  # is this a run at all?
     with report.locked(run):
         checkpoint.clean(run / report.CHECKPOINTS)
@@ -73,51 +88,102 @@ def resume(run: str | Path, *, previous: bool = False) -> Path:
     return run
 
 
-def evaluate_run(run: str | Path, *, data_root: str | Path | None = None, device: str | None = None) -> dict[str, float]:
-    """{"accuracy", "loss", "count"} of a run's weights.safetensors on its test images.
+def evaluate_run(
+    run: str | Path,
+    *,
+    data_root: str | Path | None = None,
+    device: str | None = None,
+    scales: Sequence[float] = (1.0,),
+    flip: bool = False,
+) -> dict[str, float]:
+    """What `evaluation.evaluate` finds of a run's weights.safetensors on its test images.
 
-    data_root, device: if not those of the run. Raises RunError, DataError or ConfigError.
+    data_root, device: if not those of the run. scales, flip: as there. Raises RunError, DataError or ConfigError.
     """
     run = Path(run)
     config, weights = report.read_config(run), report.read_weights(run)
     config = dataclasses.replace(config, data_root=data_root or config.data_root, device=device or config.device)
-    images = data.load(config.dataset, config.data_root)
+    images = _load_data(dataclasses.replace(config, download=False))
+    if not images.dense and (flip or tuple(scales) != (1.0,)):
+        raise ConfigError(f"{run}: scales and flip are for segmentation, and {config.dataset} is not")
     with _machine(config):
         net = _build(config, images)
         try:
             net.load_released_state_dict(weights)
         except ValueError as error:
             raise report.RunError(f"{run / report.WEIGHTS} does not fit {report.CONFIG}: {error}") from error
+        batches = images.to(config.device).test_batches(config.batch_size, getattr(torch, config.dtype), config.device)
         trainer = LocalTrainer(net, schedule.released_sgd(config.lr), amp=amp_dtype(config))
-        return trainer.evaluate(images.to(config.device).test_batches(config.batch_size, getattr(torch, config.dtype)))
+        return evaluation.evaluate(net, batches, autocast=trainer.autocast, scales=scales, flip=flip)
 
 
 class _Training:
     """A run in progress; its place is ``epoch`` finished epochs and ``batch`` finished batches of the next one."""
 
-    def __init__(self, config: TrainConfig, run: Path, images: data.ImageSet, net: modules.LocalNetwork):
+    def __init__(self, config: TrainConfig, run: Path, images: data.ImageSet | data.FolderSet, net: modules.LocalNetwork):
         self.config, self.run, self.net = config, run, net
         self.device, self.dtype = torch.device(config.device), getattr(torch, config.dtype)
         self.images = images.to(self.device) if config.resident else images
         self.batches = images.batches(config.batch_size, config.drop_last)
-        make_optimizer = schedule.released_sgd(config.lr, config.momentum, config.weight_decay, config.optimizer_state)
-        self.trainer = LocalTrainer(net, make_optimizer, amp=amp_dtype(config), cuda_graph=config.cuda_graph)
+        self.steps = config.iterations or config.epochs * self.batches
+        make_optimizer = schedule.released_sgd(
+            config.lr, config.momentum, config.weight_decay, config.optimizer_state, bool(config.nesterov)
+        )
+        self.trainer = self.make_trainer(make_optimizer)
+        self.ema = None
+        if config.ema is not None:
+            self.ema = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
         self.meters = Meters(config.log_every)
         self.epoch = self.batch = 0
         self.best: float | None = None
         self.test: dict[str, float] | None = None
         self.seconds, self.metrics_bytes, self.came_from = 0.0, 0, ""
 
+    # Runs of several processes (`distributed`) do these differently.
+    part = (0, 1)  # which of how many parts of every batch is trained here
+
+    def make_trainer(self, make_optimizer) -> LocalTrainer:
+        config = self.config
+        return LocalTrainer(self.net, make_optimizer, amp=amp_dtype(config), cuda_graph=config.cuda_graph, accumulate=config.accumulate)
+
+    def open_display(self) -> display.PlainDisplay | display.LiveDisplay:
+        return display.choose()
+
+    def open_log(self) -> report.MetricsLog:
+        return report.MetricsLog(self.run, self.metrics_bytes)
+
+    def train_batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """What is left of this epoch's batches."""
+        config = self.config
+        return self.images.train_epoch(
+            config.batch_size, seed=config.seed, epoch=self.epoch, first=self.batch, drop_last=config.drop_last,
+            augmented=config.augment, dtype=self.dtype, device=self.device, part=self.part,
+        )  # fmt: skip
+
+    def train_step(self, image: torch.Tensor, label: torch.Tensor) -> None:
+        self.meters.add(self.trainer.step(image, label), len(label))
+
+    def request(self) -> str | None:
+        """What to do after a step: "stop" by a signal, "save" where a checkpoint is due."""
+        return "stop" if self.stop.signum is not None else "save" if self.clock.checkpoint_due else None
+
+    def evaluate(self) -> dict[str, float]:
+        batches = self.stop.watch(self.images.test_batches(self.config.batch_size, self.dtype, self.device))
+        return evaluation.evaluate(self.result, batches, autocast=self.trainer.autocast)
+
+    def draw_learning_curve(self) -> None:
+        report.draw_learning_curve(self.run, self.title)
+
     def run_to_end(self) -> None:
         """Train what is left, then write the weights and the learning curve."""
-        self.clock = Clock(self.seconds, self.config.checkpoint_minutes, (self.config.epochs - self.epoch) * self.batches - self.batch)
+        self.clock = Clock(self.seconds, self.config.checkpoint_minutes, self.steps - self.epoch * self.batches - self.batch)
         try:
             with (
-                display.choose() as self.screen,
-                contextlib.closing(report.MetricsLog(self.run, self.metrics_bytes)) as self.log,
+                self.open_display() as self.screen,
+                contextlib.closing(self.open_log()) as self.log,
                 _StopRequest(self.run) as self.stop,
             ):
-                self.screen.message(self.came_from or f"{self.title}, {len(self.images.train)} images, run folder {self.run}")
+                self.screen.message(self.came_from or f"{self.title}, {self.images.train_count} images, run folder {self.run}")
                 if not self.came_from:
                     self.save()
                 while self.epoch < self.config.epochs:
@@ -125,46 +191,48 @@ class _Training:
                     self.finish_epoch()
             self.write_weights()
         except Stopped:
-            report.draw_learning_curve(self.run, self.title)
+            self.draw_learning_curve()
             raise
         except FloatingPointError as error:
             last = checkpoint.list_checkpoints(self.run / report.CHECKPOINTS)
             kept = f"the last checkpoint before it, {last[-1]}, is kept" if last else "there was no checkpoint yet"
             raise NonFiniteError(f"{error}; training stopped, {kept}") from error
-        report.draw_learning_curve(self.run, self.title)
+        self.draw_learning_curve()
 
     def train_epoch(self) -> None:
         config = self.config
         self.clock.new_epoch()
-        for image, label in self.images.train_epoch(
-            config.batch_size, seed=config.seed, epoch=self.epoch, first=self.batch, drop_last=config.drop_last,
-            augmented=config.augment, dtype=self.dtype, device=self.device,
-        ):  # fmt: skip
+        for image, label in self.train_batches():
+            if self.batch >= self.batches_here:  # the last one of a run that is counted in steps
+                break
             lr = learning_rate(config, self.epoch, self.batch, self.batches)
             self.trainer.set_learning_rate(lr)
-            self.meters.add(self.trainer.step(image, label), len(label))
+            self.train_step(image, label)
+            if self.ema is not None:
+                self.ema.update_parameters(self.net)
             self.batch += 1
             self.clock.step(len(label))
 
-            if self.batch % config.log_every == 0 or self.batch == self.batches:
+            if self.batch % config.log_every == 0 or self.batch == self.batches_here:
                 self.meters.read(self.place)
                 means = self.meters.finish_interval()
                 self.log.write({"kind": "step", "epoch": self.epoch + 1, "batch": self.batch, "lr": lr, **means})
                 self.screen.update(self.status(means, lr))
-            if self.stop.signum is not None:
+            request = self.request()
+            if request == "stop":
                 self.save()
                 self.stop.now()
-            elif self.clock.checkpoint_due and self.batch < self.batches:  # the epoch's end has a checkpoint of its own
+            elif request == "save" and self.batch < self.batches_here:  # the epoch's end has a checkpoint of its own
                 self.save()
 
     def finish_epoch(self) -> None:
         try:
-            self.test = self.trainer.evaluate(self.stop.watch(self.images.test_batches(self.config.batch_size, self.dtype, self.device)))
+            self.test = self.evaluate()
         except Stopped:
             self.save()  # at the last batch: continuing evaluates again
             raise
-        self.best = max(self.test["accuracy"], self.best or 0.0)
-        train, lr = self.meters.finish_epoch(), learning_rate(self.config, self.epoch, self.batches - 1, self.batches)
+        self.best = max(evaluation.headline(self.test)[1], self.best or 0.0)
+        train, lr = self.meters.finish_epoch(), learning_rate(self.config, self.epoch, self.batches_here - 1, self.batches)
         self.log.write({
             "kind": "epoch", "epoch": self.epoch + 1, "train": train, "test": self.test, "best": self.best, "seconds": self.clock.seconds,
             "images_per_second": self.clock.images_per_second, "peak_memory_bytes": display.peak_memory(self.device),
@@ -173,13 +241,26 @@ class _Training:
         self.epoch, self.batch = self.epoch + 1, 0
         self.save()
         self.write_weights()
+        self.stop_between_epochs()
+
+    def stop_between_epochs(self) -> None:
         if self.stop.signum is not None and self.epoch < self.config.epochs:
             self.stop.now()
+
+    def state(self) -> dict[str, Any] | None:
+        """Weights, optimizers and averages; None in a process that writes no checkpoints."""
+        content = {"net": self.net.state_dict(), "trainer": self.trainer.state_dict()}
+        return content if self.ema is None else content | {"ema": self.ema.state_dict()}
 
     def save(self) -> None:
         """A checkpoint of this place. Raises FloatingPointError instead if a loss, a weight or an optimizer's tensor is not finite."""
         self.meters.read(self.place)
-        content = {"net": self.net.state_dict(), "trainer": self.trainer.state_dict()}
+        content = self.state()
+        if content is not None:
+            self.write_checkpoint(content)
+        self.clock.saved()
+
+    def write_checkpoint(self, content: dict[str, Any]) -> None:
         for name in checkpoint.not_finite(content):
             raise FloatingPointError(f"{self.place}: {name} is not finite, though every loss was")
         content |= {
@@ -188,12 +269,13 @@ class _Training:
             "metrics_bytes": self.log.sync(), "torch": torch.__version__,
         }  # fmt: skip
         checkpoint.save(self.run / report.CHECKPOINTS, checkpoint.name_of(self.epoch, self.batch), content)
-        self.clock.saved()
 
     def load(self, path: Path, state: dict[str, Any]) -> None:
         """Take the state that `save` wrote to ``path``."""
         self.net.load_state_dict(state["net"])
         self.trainer.load_state_dict(state["trainer"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
         self.meters.load_state_dict(state["meters"])
         _set_rng_state(state["rng"], self.device)
         for name in ("epoch", "batch", "best", "test", "seconds", "metrics_bytes"):
@@ -204,17 +286,27 @@ class _Training:
 
     def write_weights(self) -> None:
         about = {"arch": self.config.arch, "epoch": self.epoch, "test_accuracy": (self.test or {}).get("accuracy")}
-        report.write_weights(self.run, self.net.released_state_dict(), about)
+        report.write_weights(self.run, self.result.released_state_dict(), about)
+
+    @property
+    def result(self) -> modules.LocalNetwork:
+        """What is tested and written: the network, or its average."""
+        return self.net if self.ema is None else self.ema.module
+
+    @property
+    def batches_here(self) -> int:
+        """Of this epoch."""
+        return min(self.batches, self.steps - self.epoch * self.batches)
 
     def status(self, train: dict[str, float], lr: float) -> display.Status:
         return display.Status(
-            self.title, self.epoch + 1, self.config.epochs, self.batch, self.batches, lr, train, self.test, self.best,
+            self.title, self.epoch + 1, self.config.epochs, self.batch, self.batches_here, lr, train, self.test, self.best,
             self.clock.images_per_second, display.peak_memory(self.device), self.clock.seconds_left,
         )  # fmt: skip
 
     @property
     def place(self) -> str:
-        return f"epoch {self.epoch + 1}, step {self.batch} of {self.batches}"
+        return f"epoch {self.epoch + 1}, step {self.batch} of {self.batches_here}"
 
     @property
     def title(self) -> str:
@@ -230,22 +322,50 @@ def amp_dtype(config: TrainConfig) -> torch.dtype | None:
 def learning_rate(config: TrainConfig, epoch: int, batch: int, batches: int) -> float:
     """Of the step at this place: ``epoch`` epochs and ``batch`` of the next one's ``batches`` are finished before it."""
     if config.schedule == "one_cycle":
-        steps, warmup = config.epochs * batches, config.warmup * batches
+        steps, warmup = config.iterations or config.epochs * batches, config.warmup * batches
         return schedule.one_cycle(epoch * batches + batch, steps, config.lr, warmup_steps=warmup)
+    if config.schedule == "poly":
+        return schedule.poly(epoch * batches + batch, config.iterations or config.epochs * batches, config.lr)
+    if config.schedule == "half_cosine":
+        return schedule.half_cosine(epoch + 1, config.epochs, config.lr)
     if config.schedule == "step":  # 80 and 120 of the released 160 epochs
         first = max(2, config.epochs // 2)  # a run of few epochs begins with the full rate, too
         return schedule.step(epoch + 1, config.epochs, config.lr, milestones=(first, max(first + 1, 3 * config.epochs // 4)))
     return schedule.cosine(epoch + 1, config.epochs, config.lr, warmup_epochs=config.warmup, zero_last_epoch=config.zero_last_epoch)
 
 
-def _load_data(config: TrainConfig) -> data.ImageSet:
-    images = data.load(config.dataset, config.data_root, config.download)
+def load_init(net: modules.LocalNetwork, path: Path) -> None:
+    """Copy the weights in ``path`` that the network has at the same names and shapes. Raises ConfigError if none of them fits."""
+    try:
+        if path.suffix == ".safetensors":
+            import safetensors.torch
+
+            state = safetensors.torch.load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = state.get("state_dict", state)
+    except (OSError, RuntimeError, ValueError, pickle.UnpicklingError, AttributeError) as error:
+        raise ConfigError(f"init {path}: not a file of weights: {str(error).splitlines()[0]}") from error
+    own, copied = net.released_state_dict(), 0
+    with torch.no_grad():
+        for name, tensor in state.items():
+            for known in (name, name.removeprefix("module."), f"backbone.{name.removeprefix('module.')}"):
+                if known in own and isinstance(tensor, torch.Tensor) and own[known].shape == tensor.shape:
+                    own[known].copy_(tensor)
+                    copied += 1
+                    break
+    if not copied:
+        raise ConfigError(f"init {path}: none of its {len(state)} entries has the name and shape of a weight of this network")
+
+
+def _load_data(config: TrainConfig) -> data.ImageSet | data.FolderSet:
+    images = data.load(config.dataset, config.data_root, config.download, crop=config.crop, workers=config.workers or 0)
     if images.batches(config.batch_size, config.drop_last) == 0:
-        raise ConfigError(f"batch_size {config.batch_size} and drop_last: there are only {len(images.train)} training images")
+        raise ConfigError(f"batch_size {config.batch_size} and drop_last: there are only {images.train_count} training images")
     return images
 
 
-def _build(config: TrainConfig, images: data.ImageSet) -> modules.LocalNetwork:
+def _build(config: TrainConfig, images: data.ImageSet | data.FolderSet) -> modules.LocalNetwork:
     if config.impl != "auto":
         for op in ops.OPS:
             reason = ops.available(op, config.device)[config.impl]
@@ -255,8 +375,10 @@ def _build(config: TrainConfig, images: data.ImageSet) -> modules.LocalNetwork:
         net = modules.build(
             config.arch, config.modules, config.local_loss, config.lambdas, config.balanced, images.num_classes, images.image_size,
             images.mean, images.std, cuts=config.cuts, net_config=config.net_config, widen=config.widen, feature_dim=config.feature_dim,
-            recompute=config.recompute, impl=config.impl,
+            label_smoothing=config.label_smoothing, recompute=config.recompute, impl=config.impl,
         )  # fmt: skip
+    except ImportError as error:
+        raise ConfigError(str(error).removeprefix("build: ")) from error
     except ValueError as error:
         raise ConfigError(str(error).removeprefix("build: ")) from error
     return net.to(config.device, getattr(torch, config.dtype))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ class Meters:
         self._counts: list[int] = []
         self._interval: dict[str, float] = {}
         self._epoch: dict[str, float] = {}
+        # From names, rows and counts of this process to the rows and counts of all, where several share the batches.
+        self.combine: Callable[[list[str], torch.Tensor, list[int]], tuple[torch.Tensor, list[int]]] | None = None
 
     def add(self, metrics: Metrics, count: int) -> None:
         """One step's metrics, 0-d tensors, of ``count`` images."""
@@ -41,10 +44,13 @@ class Meters:
         """
         if self._rows is None:
             return
-        rows, counts = self._rows[: len(self._counts)].tolist(), self._counts
+        values, counts = self._rows[: len(self._counts)], self._counts
+        if self.combine is not None:
+            values, counts = self.combine(self._names, values, counts)
+        rows = values.tolist()
         for i, (row, count) in enumerate(zip(rows, counts)):
             if not all(map(math.isfinite, row)):
-                self._fail(self._rows[i], len(rows) - 1 - i, last)
+                self._fail(values[i], len(rows) - 1 - i, last)
             for sums in (self._interval, self._epoch):
                 for name, value in zip(self._names, row):
                     sums[name] = sums.get(name, 0.0) + (value if name.endswith("correct") else value * count)

@@ -13,6 +13,7 @@ from typing import Any
 
 from .checkpoint import ASIDE, replace_file, sync_folder
 from .config import ConfigError, TrainConfig
+from .evaluation import headline
 
 CONFIG, METRICS, WEIGHTS, CURVE, CHECKPOINTS = (
     "config.json", "metrics.jsonl", "weights.safetensors", "learning_curve.png", "checkpoints",
@@ -140,10 +141,13 @@ def draw_learning_curve(folder: Path, title: str) -> Path | None:
     last.plot(x, [record["train"]["loss"] for record in epochs], color="C0", marker=_marker(x), label="train")
     last.plot(x, [record["test"]["loss"] for record in epochs], color="C3", marker=_marker(x), label="test")
     last.set_title("cross entropy of the network")
-    best = max(epochs, key=lambda record: record["test"]["accuracy"])
+    name = headline(epochs[0]["test"])[0]
+    best = max(epochs, key=lambda record: headline(record["test"])[1])
     accuracy.plot(x, [100 * record["train"]["accuracy"] for record in epochs], color="C0", marker=_marker(x), label="train")
     accuracy.plot(x, [100 * record["test"]["accuracy"] for record in epochs], color="C3", marker=_marker(x), label="test")
-    accuracy.set_title(f"accuracy (%), best test {100 * best['test']['accuracy']:.2f} in epoch {best['epoch']}")
+    if name != "accuracy":
+        accuracy.plot(x, [100 * headline(record["test"])[1] for record in epochs], color="C2", marker=_marker(x), label=f"test {name}")
+    accuracy.set_title(f"accuracy (%), best test {name} {100 * headline(best['test'])[1]:.2f} in epoch {best['epoch']}")
     for panel in panels:
         panel.set_xlabel("epoch")
         panel.xaxis.get_major_locator().set_params(integer=True)

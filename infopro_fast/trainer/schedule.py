@@ -12,15 +12,17 @@ from .low_bit_sgd import LowBitSGD
 
 
 def released_sgd(
-    lr: float, momentum: float = 0.9, weight_decay: float = 1e-4, state: str = "float32"
+    lr: float, momentum: float = 0.9, weight_decay: float = 1e-4, state: str = "float32", nesterov: bool = True
 ) -> Callable[[Iterable[torch.Tensor]], torch.optim.Optimizer]:
     """make_optimizer of the released recipe: SGD with Nesterov momentum, decay on all parameters; one fused pass a module.
 
-    state: "float32", or the momentum's in "bfloat16" or "8bit" (`LowBitSGD`).
+    state: "float32", or the momentum's in "bfloat16" or "8bit" (`LowBitSGD`, always Nesterov's). nesterov: False on Cityscapes.
     """
+    if state != "float32" and not nesterov:
+        raise ValueError(f"released_sgd: nesterov: expected True with state {state!r}, got False")
     if state != "float32":
         return functools.partial(LowBitSGD, lr=lr, momentum=momentum, weight_decay=weight_decay, state=state)
-    return functools.partial(torch.optim.SGD, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=momentum > 0, fused=True)
+    return functools.partial(torch.optim.SGD, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov and momentum > 0, fused=True)
 
 
 def cosine(
@@ -44,6 +46,25 @@ def step(epoch: int, epochs: int, lr: float, *, milestones: Sequence[int] = (80,
     """Learning rate of 1-based ``epoch``: ``lr`` times ``factor`` for each milestone reached (released without --cos_lr)."""
     _check(epoch, epochs)
     return lr * factor ** sum(epoch >= milestone for milestone in milestones)
+
+
+def half_cosine(epoch: int, epochs: int, lr: float) -> float:
+    """Learning rate of 1-based ``epoch``: half a cosine from ``lr`` in the first one, lr / 2 (1 + cos(pi (epoch - 1) / epochs)).
+
+    The released ImageNet schedule, which has no warm-up.
+    """
+    _check(epoch, epochs)
+    return 0.5 * lr * (1 + math.cos(math.pi * (epoch - 1) / epochs))
+
+
+def poly(step: int, steps: int, lr: float, *, power: float = 0.9, least: float = 1e-4) -> float:
+    """Learning rate of 0-based ``step``: least + (lr - least) (1 - step / steps)^power, the released Cityscapes schedule.
+
+    Raises ValueError if step is not in 0 to steps - 1.
+    """
+    if not 0 <= step < steps:
+        raise ValueError(f"schedule: step: expected 0 to {steps - 1}, got {step}")
+    return least + (lr - least) * (1 - step / steps) ** power
 
 
 def one_cycle(step: int, steps: int, lr: float, *, warmup_steps: int) -> float:

@@ -16,6 +16,7 @@ from torch import nn
 from infopro_fast.modules import LocalLoss, LocalNetwork
 
 from .cuda_graph import GraphedStep, with_tensor_learning_rates
+from .evaluation import evaluate
 
 Metrics = dict[str, torch.Tensor]
 
@@ -30,11 +31,14 @@ def local_step(
     *,
     autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
     scaler: torch.amp.GradScaler | None = None,
+    share: float = 1.0,
+    update: bool = True,
 ) -> tuple[torch.Tensor, Metrics]:
     """Update one module from its input ``h`` (without a graph) and return its output, without a graph, and its metrics.
 
     autocast: makes the context that forwards run in. scaler: of this module's loss, for float16; a step whose gradients overflow
     leaves this module as it was, and no other.
+    share: weight of this batch's losses, its part of a larger one. update: step and free the gradients, or let them add up.
 
     The terms of the local loss are back-propagated one after the other into the gradient of the output alone, each one's graph gone
     before the next is built; then the module itself, once; then the optimizer steps and the gradients are freed.
@@ -61,11 +65,14 @@ def local_step(
         metrics[term.name] = term.loss.detach()
         if term.correct is not None:
             metrics[f"{term.name}_correct"] = term.correct
-        loss = term.loss if term.weight == 1 else term.loss * term.weight
+        weight = term.weight * share
+        loss = term.loss if weight == 1 else term.loss * weight
         (loss if scaler is None else scaler.scale(loss)).backward()
         del term, loss  # before the generator goes on, or this term's graph would outlive the next one's making
     grad, leaf.grad = [leaf.grad], None
     _GradientOf.apply(out, grad).backward()
+    if not update:
+        return leaf.detach(), metrics
     if scaler is None:
         optimizer.step()
     else:
@@ -101,6 +108,10 @@ class LocalTrainer:
     cuda_graph: after three steps on batches of one shape the whole step is captured in a CUDA graph, and replayed for every batch
     of that shape; others run as before. The learning rates of the optimizers become tensors on the device, so that a schedule
     reaches the graph; every optimizer must be able to be captured (fused SGD and Adam are).
+    accumulate: every batch is gone through in this many parts, whose gradients add up to one update. Losses that are means over images
+    give the gradients of the whole batch (of a segmentation set: if its parts have as many labelled pixels); batch norms see a part,
+    as each GPU does where several share a batch, and the contrastive loss compares the images of a part alone, so that a smaller part
+    is another, weaker loss. The gradients of all modules are alive between the parts, which one batch at once avoids.
 
     Raises ValueError for another amp dtype, for cuda_graph where the network is not on a GPU, and for it with float16.
     """
@@ -112,10 +123,13 @@ class LocalTrainer:
         *,
         amp: torch.dtype | None = None,
         cuda_graph: bool = False,
+        accumulate: int = 1,
     ):
         if amp not in (None, torch.bfloat16, torch.float16):
             raise ValueError(f"LocalTrainer: amp: expected torch.bfloat16, torch.float16 or None, got {amp}")
-        self.net, self.amp = net, amp
+        if accumulate < 1:
+            raise ValueError(f"LocalTrainer: accumulate: expected at least 1, got {accumulate}")
+        self.net, self.amp, self.accumulate = net, amp, accumulate
         self.device = next(net.parameters()).device
         if cuda_graph and self.device.type != "cuda":
             raise ValueError(f"LocalTrainer: cuda_graph: expected the network on a CUDA device, got {self.device}")
@@ -137,48 +151,43 @@ class LocalTrainer:
     def step(self, image: torch.Tensor, label: torch.Tensor) -> Metrics:
         """One update of every module, in training mode.
 
-        image: (N, 3, H, W), normalised; label: (N,) integers; on the network's device.
+        image: (N, 3, H, W), normalised; label: (N,) integers, for segmentation (N, H, W); on the network's device.
         Returns 0-d tensors on that device, of this step before its update: the unweighted loss of every term as
         "module<k>/<term>" (k from 1), "module<k>/<term>_correct" where the term classifies, and of the network itself "loss"
-        (mean cross entropy) and "correct" (right predictions). Nothing waits for the device.
+        (mean cross entropy) and "correct" (right predictions; of segmentation N times the share of right pixels). Nothing waits for
+        the device.
         """
         if not self.net.training:
             self.net.train()
         return (self._graphed or self._step)(image, label)
 
     def _step(self, image: torch.Tensor, label: torch.Tensor) -> Metrics:
+        if self.accumulate == 1:
+            return self._part(image, label)
+        parts = list(zip(image.chunk(self.accumulate), label.chunk(self.accumulate)))
+        total: Metrics = {}
+        for i, (some, labels) in enumerate(parts):
+            share = len(labels) / len(label)
+            for name, value in self._part(some, labels, share, update=i == len(parts) - 1).items():
+                value = value if name.endswith("correct") else value * share
+                total[name] = total[name] + value if name in total else value
+        return total
+
+    def _part(self, image: torch.Tensor, label: torch.Tensor, share: float = 1.0, update: bool = True) -> Metrics:
         metrics: Metrics = {}
         h = image.detach()
         modules = zip(self.net.stages, self.net.local_losses, self.optimizers, self.scalers)
         for k, (stage, local_loss, optimizer, scaler) in enumerate(modules, 1):
-            h, found = local_step(stage, local_loss, optimizer, h, image, label, autocast=self.autocast, scaler=scaler)
+            h, found = local_step(
+                stage, local_loss, optimizer, h, image, label, autocast=self.autocast, scaler=scaler, share=share, update=update
+            )
             if k < len(self.optimizers):
                 metrics.update((f"module{k}/{name}", value) for name, value in found.items())
         return metrics | {"loss": found["cross_entropy"], "correct": found["cross_entropy_correct"]}
 
     def evaluate(self, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, float]:
-        """Top-1 of the network in eval mode over batches of (image, label): {"accuracy", "loss", "count"}; one wait, at the end.
-
-        accuracy in [0, 1], loss the mean cross entropy, count the number of images. The network's mode is put back.
-        """
-        training, count = self.net.training, 0
-        sums = torch.zeros(2, dtype=torch.float64, device=next(self.net.parameters()).device)
-        self.net.eval()
-        try:
-            with torch.inference_mode(), self.autocast():
-                for image, label in batches:
-                    h = image
-                    for stage in self.net.stages:
-                        h = stage(h)
-                    (term,) = self.net.classifier.terms(h, image, label)
-                    sums += torch.stack([term.correct.double(), term.loss.double() * len(label)])
-                    count += len(label)
-        finally:
-            self.net.train(training)
-        if count == 0:
-            raise ValueError("evaluate: batches: expected at least one image, got none")
-        correct, loss = sums.tolist()
-        return {"accuracy": correct / count, "loss": loss / count, "count": count}
+        """`evaluation.evaluate` of the network in eval mode over batches of (image, label), under this trainer's autocast."""
+        return evaluate(self.net, batches, autocast=self.autocast)
 
     def set_learning_rate(self, lr: float) -> None:
         """Give every parameter group of every optimizer this learning rate."""
