@@ -167,7 +167,7 @@ def test_scenes():
     from infopro_fast.data import shapes_seg
 
     images = data.load("shapes_seg")
-    assert images.dense and images.num_classes == 11 and images.train.images.shape == (2400, 3, 64, 64)
+    assert images.dense and images.num_classes == 11 and images.train.images.shape == (2000, 3, 48, 48)
     pixels = images.train.images.double() / 255
     torch.testing.assert_close(pixels.mean((0, 2, 3)), torch.tensor(shapes_seg.MEAN).double(), atol=1e-4, rtol=0)
     torch.testing.assert_close(pixels.std((0, 2, 3)), torch.tensor(shapes_seg.STD).double(), atol=1e-4, rtol=0)

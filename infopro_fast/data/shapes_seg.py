@@ -1,4 +1,4 @@
-"""The embedded segmentation set: scenes of 2 to 4 items of the embedded Fashion-MNIST images, 64x64, 11 classes with the background.
+"""The embedded segmentation set: scenes of 2 or 3 items of the embedded Fashion-MNIST images, 48x48, 11 classes with the background.
 
 An item is pasted in its silhouette, tinted, at a random place, later ones over earlier ones; the background is a dim colour with noise.
 A pixel's label is the class of the item that it shows (1 to 10, Fashion-MNIST's order) or 0; the outline of every item is ignored, as
@@ -17,12 +17,12 @@ from .augment import Augmentation
 from .image_set import Split
 from .segmentation_set import IGNORE, SegmentationSet
 
-SIDE, ITEM = 64, 28
-SCENES = {"train": 2400, "test": 400}
-ITEMS = (2, 4)  # fewest and most in a scene
+SIDE, ITEM = 48, 28
+SCENES = {"train": 2000, "test": 400}
+ITEMS = (2, 3)  # fewest and most in a scene
 CLASSES = 11
-MEAN = (0.2588, 0.2573, 0.2569)  # of the training scenes
-STD = (0.1885, 0.1880, 0.1887)
+MEAN = (0.2853, 0.2886, 0.2851)  # of the training scenes
+STD = (0.2076, 0.2058, 0.2070)
 AUGMENTATION = Augmentation(padding=0, mode="zeros", flip=True)
 
 

@@ -7,6 +7,7 @@ from .imagenet import StridedHead
 from .local_loss import LOCAL_LOSSES, Classifier, HeadLoss, InfoPro, LocalLoss, Term
 from .network import LocalNetwork, Stage, build
 from .segmentation import IGNORE, DenseHead, PixelClassifier, Tap
+from .sync_batch_norm import SyncBatchNorm, convert_sync_batch_norm
 
 __all__ = [
     "ARCHS",
@@ -28,7 +29,9 @@ __all__ = [
     "Stage",
     "StridedHead",
     "SupConLoss",
+    "SyncBatchNorm",
     "Tap",
     "Term",
     "build",
+    "convert_sync_batch_norm",
 ]

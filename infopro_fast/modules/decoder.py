@@ -9,8 +9,6 @@ import torch
 from torch import nn
 
 from infopro_fast import ops
-from infopro_fast.ops.dispatch import compute_dtype, no_autocast
-from infopro_fast.ops.reconstruction_loss import restore_image
 
 HIDDEN = 12  # channels between the two convolutions, times ``widen``
 
@@ -110,18 +108,7 @@ class ChainDecoder(nn.Module):
 
     def forward(self, features: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
         """Mean reconstruction loss, a 0-d tensor. features: (N, inplanes, h, w); image: (N, 3, H, W), as large as the decoder makes it."""
-        return chain_reconstruction_loss(features, image, self.decoder, **self.options)
+        return ops.reconstruction_loss(features, image, self.decoder, **self.options)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
-
-
-def chain_reconstruction_loss(features, image, decoder, *, loss, image_mean, image_std, impl) -> torch.Tensor:
-    with no_autocast(features.device):
-        dtype = compute_dtype(features, image, decoder[0].weight)
-        decoded = decoder[:-1](features.to(dtype))
-        target = restore_image(image.to(dtype), image_mean, image_std)
-        if loss == "bce":
-            return nn.functional.binary_cross_entropy_with_logits(decoded, target)
-        compare = nn.functional.mse_loss if loss == "mse" else nn.functional.l1_loss
-        return compare(decoded.sigmoid(), target)

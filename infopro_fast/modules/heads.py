@@ -7,7 +7,7 @@ file), `DGLHead` is the published head of Decoupled Greedy Learning.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -43,7 +43,11 @@ class AuxClassifier(nn.Module):
     The first convolution takes C to 2 C channels with stride 2 while C < 64, else C to C with stride 1: the released table
     (16 to 32, 32 to 64, 64 to 64), carried on to any C. The state_dict's keys are the released ones (``head.<layer>.weight``).
     Initialised as torch's layers are; `build` draws the convolutions as released (`backbones.initialize`).
+
+    gather: None, or a function from the contrastive rows (N, D) and labels (N,) to those that the loss is over, e.g. of all processes.
     """
+
+    gather: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None
 
     def __init__(
         self,
@@ -78,7 +82,10 @@ class AuxClassifier(nn.Module):
     def loss_and_correct(self, features: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`forward`, and for cross_entropy how many rows are classified right (0-d int64, the same pass), else None."""
         if self.loss_mode == "contrast":
-            return ops.supcon_loss(run_head(self.head, features, self.impl), target, impl=self.impl), None
+            rows = run_head(self.head, features, self.impl)
+            if self.gather is not None:
+                rows, target = self.gather(rows, target)
+            return ops.supcon_loss(rows, target, impl=self.impl), None
         return classify(self.head, features, target, self.impl, self.label_smoothing)
 
 

@@ -176,7 +176,7 @@ def build(
         published ones (`local_loss.default_lambdas`). A term of weight exactly 0 is not run.
     balanced: the released memory-balanced split (InfoPro*) in place of the equal one. num_classes: classes; None: 10, for ImageNet's
         1000, for DeepLab 19, for a network of one's own what it has.
-    image_size: height and width of the images, one number if they are equal; None: 32, 224, (512, 1024), 64. image_mean, image_std:
+    image_size: height and width of the images, one number if they are equal; None: 32, 224, (512, 1024), 48. image_mean, image_std:
         three numbers each, the normalisation of the images the network is given (in units of [0, 1]), which the reconstruction
         undoes; None, None: images in [0, 1]; "published": CIFAR-10's for the CIFAR networks, ImageNet's for the others.
     cuts: last block of each module but the last, in place of a published split: (stage, block), (0, 0) being the stem, or a name as

@@ -51,7 +51,7 @@ RECIPES = {
     ),
     # Ours, as the first.
     "shapes_seg": Recipe(
-        epochs=10, batch_size=32, lr=0.1, schedule="one_cycle", warmup=1, arch="fcn_resnet20", modules=2, local_loss="softmax"
+        epochs=8, batch_size=32, lr=0.1, schedule="one_cycle", warmup=1, arch="fcn_resnet20", modules=2, local_loss="softmax"
     ),
 }  # fmt: skip
 
@@ -64,7 +64,7 @@ SVHN_LAMBDAS = {
 }
 
 IMAGE_SIZES: dict[str, int | tuple[int, int]] = {
-    "fashion_mnist": 32, "cifar10": 32, "svhn": 32, "stl10": 96, "imagenet": 224, "cityscapes": (512, 1024), "shapes_seg": 64,
+    "fashion_mnist": 32, "cifar10": 32, "svhn": 32, "stl10": 96, "imagenet": 224, "cityscapes": (512, 1024), "shapes_seg": 48,
 }  # fmt: skip
 WARM = ("cosine", "one_cycle")  # schedules with a warm-up
 EMBEDDED = ("fashion_mnist", "shapes_seg")
@@ -129,7 +129,7 @@ class TrainConfig:
     lr: float | None = None
     """Highest learning rate."""
     schedule: Literal["cosine", "step", "one_cycle", "half_cosine", "poly"] | None = None
-    """Learning rate: cosine, step, half_cosine (ImageNet) by the epoch and poly (Cityscapes) as released; one_cycle is linear up and down."""
+    """Learning rate: cosine, step, half_cosine (ImageNet) by the epoch and poly (Cityscapes) as released; one_cycle: linear up and down."""
     warmup: int | None = None
     """Epochs of warm-up."""
     zero_last_epoch: bool = True
@@ -400,7 +400,8 @@ def _check_contradictions(c: TrainConfig) -> None:
         raise ConfigError("balanced: modules 1 has nothing to split")
     segments = c.dataset in SEGMENTATION
     if segments != (arch in SEGMENTERS):
-        raise ConfigError(f"arch {arch} and dataset {c.dataset}: expected one of {SEGMENTERS if segments else 'the networks that classify'}")
+        expected = SEGMENTERS if segments else "a network that classifies"
+        raise ConfigError(f"arch {arch} and dataset {c.dataset}: expected {expected}")
     if segments and local_loss in ("contrast", "dgl"):
         raise ConfigError(f"local_loss {local_loss}: dataset {c.dataset} is segmented: expected softmax, greedy or none")
     for name in ("crop", "workers"):

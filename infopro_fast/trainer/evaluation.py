@@ -86,7 +86,8 @@ def _segmentation(net: LocalNetwork, batches: Batches, scales: tuple[float, ...]
     pixels = counts.sum().clamp(min=1)
     occurs = ~iou.isnan()
     mean = torch.where(occurs, iou, 0).sum() / occurs.sum().clamp(min=1)
-    miou, accuracy, loss, *each = torch.cat([torch.stack([mean, counts.diagonal().sum().double() / pixels, loss_sum / pixels]), iou]).tolist()
+    right = counts.diagonal().sum().double()
+    miou, accuracy, loss, *each = torch.cat([torch.stack([mean, right / pixels, loss_sum / pixels]), iou]).tolist()
     return {"miou": miou, "accuracy": accuracy, "loss": loss, "count": count, "iou": [None if v != v else v for v in each]}
 
 

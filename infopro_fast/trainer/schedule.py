@@ -22,7 +22,8 @@ def released_sgd(
         raise ValueError(f"released_sgd: nesterov: expected True with state {state!r}, got False")
     if state != "float32":
         return functools.partial(LowBitSGD, lr=lr, momentum=momentum, weight_decay=weight_decay, state=state)
-    return functools.partial(torch.optim.SGD, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov and momentum > 0, fused=True)
+    nesterov = nesterov and momentum > 0
+    return functools.partial(torch.optim.SGD, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, fused=True)
 
 
 def cosine(
