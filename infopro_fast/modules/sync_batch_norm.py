@@ -1,0 +1,91 @@
+"""SyncBatchNorm on the CPU too: batch norm whose statistics are those of all processes' images."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from infopro_fast.ops.batch_norm import merged_statistics, summed_across, sync_group, update_running_statistics
+
+from .decoder import ChainDecoder, Decoder
+
+
+class SyncBatchNorm(nn.SyncBatchNorm):
+    """torch's layer, which on the CPU refuses to run among several processes: there with the same arithmetic.
+
+    Two exchanges a step and layer: mean, variance and count in forward (merged in float64, in the order of ranks, so that every process
+    has the same bits), two sums a channel in backward.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (N, C, ...), float32 or float64; of any N, which may differ between processes."""
+        group = sync_group(self)
+        if x.device.type != "cpu" or group is None:
+            return super().forward(x)
+        y, mean, var, count = _Normalize.apply(x, self.weight, self.bias, self.eps, group)
+        update_running_statistics(self, mean, var, count)
+        return y
+
+
+class _Normalize(torch.autograd.Function):
+    """Keeps x and 2 C numbers, as torch's layer does."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps, group):
+        dims = [d for d in range(x.dim()) if d != 1]
+        var, mean = torch.var_mean(x, dims, correction=0)
+        (mean, var), count = merged_statistics(torch.stack([mean, var]), x.numel() // x.shape[1], group)
+        ctx.save_for_backward(x, weight, mean, var, count)
+        ctx.eps, ctx.group, ctx.has_bias = eps, group, bias is not None
+        ctx.mark_non_differentiable(mean, var, count)
+        return F.batch_norm(x, mean, var, weight, bias, eps=eps), mean, var, count
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        x, weight, mean, var, count = ctx.saved_tensors
+        channel = (1, -1, *(1,) * (x.dim() - 2))
+        dims = [d for d in range(x.dim()) if d != 1]
+        inverse = torch.rsqrt(var + ctx.eps)
+        centered = x - mean.view(channel)
+        own = torch.stack([grad.sum(dims), (grad * centered).sum(dims)])
+        g_weight, g_bias = own[1] * inverse, own[0]
+        if not ctx.needs_input_grad[0]:
+            return None, g_weight if weight is not None else None, g_bias if ctx.has_bias else None, None, None
+        g_mean, g_var = summed_across(own, ctx.group) / count.to(own.dtype)
+        scale = inverse if weight is None else inverse * weight
+        # d x = scale (dy - mean(dy) - x^ mean(dy x^)), x^ the normalised x
+        g_x = centered.mul_((-g_var * inverse.square()).view(channel)).add_(grad).sub_(g_mean.view(channel)).mul_(scale.view(channel))
+        return g_x, g_weight if weight is not None else None, g_bias if ctx.has_bias else None, None, None
+
+
+def convert_sync_batch_norm(net: nn.Module, group: dist.ProcessGroup | None = None) -> nn.Module:
+    """Replace every batch norm inside ``net`` by a SyncBatchNorm of the processes of ``group`` (None: all); returns ``net``.
+
+    Parameters and buffers are the same tensors. Those of decoders, whose op does the work of the layer, become torch's own class.
+    """
+    for module in net.children():
+        if isinstance(module, (Decoder, ChainDecoder)):
+            for name, layer in list(module.named_modules()):
+                if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+                    _set(module, name, _converted(layer, nn.SyncBatchNorm, group))
+        elif not isinstance(module, nn.modules.batchnorm._BatchNorm):
+            convert_sync_batch_norm(module, group)
+    for name, module in list(net.named_children()):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            setattr(net, name, _converted(module, SyncBatchNorm, group))
+    return net
+
+
+def _set(root: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(root.get_submodule(parent), last, layer)
+
+
+def _converted(norm: nn.Module, kind: type[nn.SyncBatchNorm], group: dist.ProcessGroup | None) -> nn.SyncBatchNorm:
+    options = (norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
+    made = kind(*options, process_group=group)
+    made.weight, made.bias = norm.weight, norm.bias
+    made.running_mean, made.running_var, made.num_batches_tracked = norm.running_mean, norm.running_var, norm.num_batches_tracked
+    return made.train(norm.training)

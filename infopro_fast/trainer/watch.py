@@ -1,0 +1,199 @@
+"""Who of a run's processes has died or stands still, and why: found within seconds, said once, and then all of them stop.
+
+Every process has a thread that tells the others, through torch.distributed's key-value store, that it is alive, where it is and
+whether it waits for others; and that looks at theirs. A process that fails by an exception says so itself. Whoever is first to know
+of a failure writes it into the store and prints it; the others end without a word of their own.
+
+Silence is counted in the ticks of one's own thread, not in seconds of a clock: a machine that sleeps loses nobody.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+TICK = 1.0  # seconds between two looks
+SILENCE = 8  # ticks without a sign of life
+SLOW = 30  # times the patience that places outside the modules (start, evaluation, checkpoint) are given
+FAILURE, CLEAN = "failure", "clean"
+
+
+class ProcessFailure(RuntimeError):
+    """A process of the run failed; the message names its rank, its modules and the cause."""
+
+
+class Watch:
+    """The thread, and the place that this process is at.
+
+    store: a connection of its own to the run's store. rank, size: of this process. title: what this process is, in a message, e.g.
+    "rank 1 (module 3 of 4)"; hint: how to continue, said at the end of every message.
+    patience: ticks of about a second that a process may stay at one module.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, size: int, title: str, hint: Callable[[], str], patience: float):
+        self.store, self.rank, self.size, self.title, self.hint = store, rank, size, title, hint
+        self.patience = max(1, round(patience / TICK))
+        self._place, self._moves, self._limit = "start", 0, self.patience * SLOW
+        self._waits, self._here, self._seen_moves = False, 0, 0
+        self.stops = False  # this process was asked to stop by a signal
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._beats: dict[int, dict[str, Any]] = {}
+        self._silent = dict.fromkeys(range(size), 0)
+
+    @property
+    def others_stop(self) -> bool:
+        """Whether another process was asked to stop."""
+        return any(beat["stops"] for beat in self._beats.values())
+
+    def start(self) -> None:
+        self._tell(0)
+        self._thread.start()
+
+    def at(self, place: str, *, slow: bool = False) -> None:
+        """This process goes on to ``place``, where it may stay as long as its patience is, or if ``slow`` much longer."""
+        self._place, self._limit, self._moves = place, self.patience * (SLOW if slow else 1), self._moves + 1
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Inside, this process waits for others, and is not the one that stands still."""
+        self._waits = True
+        try:
+            yield
+        finally:
+            self._waits, self._moves = False, self._moves + 1
+
+    def close(self) -> None:
+        """Stop looking; the run ends well."""
+        self._closing.set()
+        with contextlib.suppress(RuntimeError):
+            self.store.set(f"{CLEAN}/{self.rank}", "1")
+        if self._thread.is_alive():
+            self._thread.join(5 * TICK)
+
+    def fail(self, cause: str) -> str | None:
+        """Make a failure known. Returns the message for people, or None if another failure was known before."""
+        return self._claim(f"{self.title}, at {self._place}: {cause}")
+
+    def diagnose(self, error: BaseException, ticks: int = SILENCE + 4) -> str | None:
+        """As `fail`, of an ``error`` in talking to others: the thread is given time to find out which of them is to blame."""
+        for _ in range(round(ticks * TICK / 0.25)):
+            if self._closing.wait(0.25):
+                break  # the thread has found it
+        return self.fail(_first_line(error))
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # The thread
+
+    def _run(self) -> None:
+        tick = 0
+        while not self._closing.wait(TICK):
+            tick += 1
+            try:
+                self._tell(tick)
+                message = self._look(tick)
+            except RuntimeError as error:  # whoever keeps the store is gone, and with it a process or the launcher
+                if self._closing.is_set():
+                    return
+                message = f"{self.title}: the store of the run is gone: {_first_line(error)}; {self.hint()}"
+            if message is not None:
+                self._closing.set()
+                _end(message)
+
+    def _tell(self, tick: int) -> None:
+        moves = self._moves
+        self._here = self._here + 1 if moves == self._seen_moves else 0
+        self._seen_moves = moves
+        beat = {
+            "tick": tick, "title": self.title, "place": self._place, "here": self._here, "limit": self._limit, "waits": self._waits,
+            "stops": self.stops, "pid": os.getpid(), "host": socket.gethostname(),
+        }  # fmt: skip
+        self.store.set(f"beat/{self.rank}", json.dumps(beat))
+
+    def _look(self, tick: int) -> str | None:
+        """What to print before ending, "" for nothing; None: all is well."""
+        if self.store.check([FAILURE]):
+            return ""
+        for rank in range(self.size):
+            if rank == self.rank or not self.store.check([f"beat/{rank}"]) or self.store.check([f"{CLEAN}/{rank}"]):
+                continue
+            beat = json.loads(self.store.get(f"beat/{rank}"))
+            before = self._beats.get(rank, {}).get("tick")
+            self._silent[rank] = self._silent[rank] + 1 if beat["tick"] == before else 0
+            self._beats[rank] = beat
+            cause = self._cause(beat, self._silent[rank])
+            if cause is not None and not self.store.check([f"{CLEAN}/{rank}"]):
+                return self._claim(f"{beat['title']}, at {beat['place']}: {cause}") or ""
+        return None
+
+    def _cause(self, beat: dict[str, Any], silent: int) -> str | None:
+        state = _process_state(beat["pid"]) if beat["host"] == socket.gethostname() else None
+        if state == "gone":
+            return f"killed (process {beat['pid']} is gone)"
+        if silent >= SILENCE:
+            stopped = state == "stopped"
+            return f"stalled (process {beat['pid']} is stopped)" if stopped else f"no sign of life for {SILENCE} s: killed or stalled"
+        if not beat["waits"] and beat["here"] >= beat["limit"]:
+            return f"stalled (no progress for {beat['here'] * TICK:.0f} s)"
+        return None
+
+    def _claim(self, what: str) -> str | None:
+        message = f"{what}; all processes stop; {self.hint()}"
+        try:
+            first = self.store.add(f"{FAILURE}/claims", 1) == 1
+            if first:
+                self.store.set(FAILURE, message)
+        except RuntimeError:
+            return message  # nobody left to tell
+        return message if first else None
+
+
+def _process_state(pid: int) -> str | None:
+    """Of a process of this machine: "gone" (also dead and not yet waited for), "stopped" or "there"."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            state = file.read().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return "gone"
+    except OSError:
+        return None
+    return {"Z": "gone", "X": "gone", "T": "stopped", "t": "stopped"}.get(state, "there")
+
+
+def _end(message: str) -> None:
+    """Leave at once, even if the main thread waits in a collective for one that will not come."""
+    if message:
+        print(f"infopro-fast: error: {message}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    line = text.splitlines()[0] if text else "no message"
+    return f"{type(error).__name__}: {line}"
+
+
+def is_of_communication(error: BaseException) -> bool:
+    """Whether an exception says that another process could not be reached, rather than that this one failed."""
+    if isinstance(error, (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)):
+        return True
+    text = str(error).lower()
+    known = ("gloo", "connection closed by peer", "connection reset by peer", "broken pipe", "nccl", "socket")
+    return isinstance(error, RuntimeError) and any(word in text for word in known)
+
+
+def cause_of(error: BaseException) -> str:
+    """An exception in one line; running out of memory by that name."""
+    text = str(error).lower()
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text or "not enough memory" in text:
+        return f"out of memory ({_first_line(error)})"
+    return _first_line(error)
