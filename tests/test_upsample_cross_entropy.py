@@ -1,4 +1,4 @@
-"""`upsample_cross_entropy`: every option against F.cross_entropy(F.interpolate(...)), gradients included; labels, counts, edges, messages."""
+"""`upsample_cross_entropy`: every option against F.cross_entropy(F.interpolate(...)), gradients too; labels, counts, edges, messages."""
 
 from __future__ import annotations
 
