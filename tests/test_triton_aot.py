@@ -13,10 +13,16 @@ from tests import triton_aot
 MODULES = [f"{op}_triton" for op in OPS if importlib.util.find_spec(f"infopro_fast.ops.{op}_triton")]
 
 
+@pytest.fixture(scope="module")
+def pool():
+    with triton_aot.processes() as pool:
+        yield pool
+
+
 @pytest.mark.parametrize("cc", triton_aot.CAPABILITIES)
 @pytest.mark.parametrize("module", MODULES)
-def test_kernels_fit_the_architecture(module, cc):
-    compiled = triton_aot.compile_all(module, cc)
+def test_kernels_fit_the_architecture(module, cc, pool):
+    compiled = triton_aot.compile_all(module, cc, pool)
     assert compiled
     wrong = [k for k in compiled if k.spilled or k.shared > triton_aot.SHARED_MEMORY[cc] or k.uses_tensor_cores != k.meant_for_tensor_cores]
     assert not wrong, "\n".join(map(str, wrong))

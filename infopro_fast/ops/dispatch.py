@@ -106,13 +106,18 @@ def define_kernels(schema: str, fake: Callable, *, cuda: bool = False, triton: b
 
 
 def _imported_when_called(module: str, function: str) -> Callable:
+    """A launcher, which runs with the device of its first argument, a tensor in every schema, as the current one: Triton asks for that."""
     found = None
 
     def call(*args):
         nonlocal found
         if found is None:
             found = getattr(importlib.import_module(module), function)
-        return found(*args)
+        device = args[0].device
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
+            return found(*args)
+        with torch.cuda.device(device):
+            return found(*args)
 
     return call
 

@@ -201,7 +201,7 @@ def _many_forward_kernel(
         largest = larger
     l = largest + tl.log(total)
     if SMOOTH:
-        smooth = l * (tl.load(every_sum) if WEIGHTED else C.to(tl.float32)) - smooth
+        smooth = l * (tl.load(every_sum) if WEIGHTED else tl.cast(C, tl.float32)) - smooth
     tl.store(loss + rows, _row_losses(l, s_target, smooth, w, kept, label_smoothing, C), mask=rows < N)
     tl.store(lse + rows, l, mask=rows < N)
     tl.store(right + rows, tl.where(kept & (first == t), 1.0, 0.0), mask=rows < N)
@@ -221,7 +221,7 @@ def _many_backward_kernel(
     if BIAS:
         s += tl.load(bias + classes, mask=classes < C, other=0.0).to(tl.float32)[None, :]
     every = tl.where(classes < C, 1.0, 0.0)
-    total = C.to(tl.float32)
+    total = tl.cast(C, tl.float32)
     if WEIGHTED:
         every = tl.load(class_weight + classes, mask=classes < C, other=0.0)
         total = tl.load(every_sum)
@@ -493,9 +493,17 @@ def configurations(cc: int) -> typing.Iterator[Compilation]:
     many = few | {"UNIT": True, "BLOCK_N": block_n, "BLOCK_C": block_c}
     yield _compilation(_many_forward_kernel, {}, many)
     yield _compilation(_many_backward_kernel, {"out": "*bf16"}, many)
+    one = few | {"N": 1, "C": 1, "WEIGHTED": False, "BIAS": False}  # integers that are 1 are compiled in
+    tiles = choose_tiles(1, 1)
+    for kernel in (_few_forward_kernel, _few_backward_kernel):
+        constexprs = one | tiles.constexprs() | {"D": 1, "PRECISION": "tf32x3", "stride_d": 1, "stride_n": 1, "row_grad_stride": 1}
+        yield _compilation(kernel, {}, constexprs, tensor_cores=True)
+    for kernel in (_many_forward_kernel, _many_backward_kernel):
+        yield _compilation(kernel, {}, one | {"UNIT": False, "BLOCK_N": 1, "BLOCK_C": 2048})
     rows = {"REDUCE": True, "MEAN_OF": True, "WEIGHTED": True, "BLOCK": ROWS_AT_ONCE}
     yield _compilation(_reduce_kernel, {"correct": "*i64"}, rows, warps=8)
     yield _compilation(_row_gradient_kernel, {}, rows, warps=8)
+    yield _compilation(_reduce_kernel, {"correct": "*i64"}, rows | {"N": 1}, warps=8)
     yield _compilation(_add_up_kernel, {}, {"BLOCK": 256})
 
 

@@ -163,7 +163,7 @@ def _gradient_kernel(
     mean_dy = tl.zeros((BLOCK_C,), tl.float32)
     mean_dy_xhat = tl.zeros((BLOCK_C,), tl.float32)
     if BATCH_STATISTICS:
-        share = 1.0 / (N.to(tl.float32) * HW)
+        share = 1.0 / (tl.cast(N, tl.float32) * HW)
         mean_dy = tl.load(g_beta + channels, mask=channels < C, other=0.0) * share
         mean_dy_xhat = tl.load(g_gamma + channels, mask=channels < C, other=0.0) * share
     base = x + n * stride_n + channels.to(tl.int64)[:, None] * stride_c
@@ -289,6 +289,12 @@ def configurations(cc: int) -> typing.Iterator[Compilation]:
         tile = {"HW": HW, "AFFINE": True, "BLOCK_C": block_c, "BLOCK_P": block_p}
         yield _compilation(_pool_kernel, x, fixed | tile | {"RUNNING": False})
         yield _compilation(_gradient_kernel, x, fixed | tile | {"BATCH_STATISTICS": True}, GRADIENT_WARPS)
+    one = {"N": 1, "C": 1, "stride_p": 1, "out_stride_p": 1}  # integers that are 1 are compiled in
+    tile = {"HW": 9, "AFFINE": False, "BLOCK_C": 1, "BLOCK_P": 16}
+    yield _compilation(_statistics_kernel, {}, one | tile | {"SPLITS": 1})
+    yield _compilation(_pool_kernel, {}, one | tile | {"RUNNING": True})
+    yield _compilation(_gradient_kernel, {}, one | tile | {"BATCH_STATISTICS": True}, GRADIENT_WARPS)
+    yield _compilation(_sums_kernel, {}, one | {"HW": 9, "BLOCK_N": 64, "BLOCK_C": 1})
     yield _compilation(_join_kernel, {}, {"HW": 64, "SPLITS": 64, "BLOCK_C": 32, "BLOCK_P": 512}, warps=1)
     yield _compilation(_sums_kernel, {}, {"HW": 64, "BLOCK_N": 64, "BLOCK_C": 32})
 

@@ -513,7 +513,7 @@ def choose_tiles(cc: int, parts: int, D: int, bounded: bool, backward: bool = Fa
         block_n = 64 if D <= block_d and (bounded or (cc != 90 and not backward)) else 32
         return Tiles((64, block_n, block_d, 64), 4, 2)
     if backward and parts == 2:
-        return Tiles((128, 32 if bounded and D <= block_d else 16, block_d, 32), 8, 2)
+        return Tiles((128, 32 if cc == 80 and bounded and D <= block_d else 16, block_d, 32), 8, 2)
     return Tiles((64, 64 if bounded and D <= block_d else 32, block_d, 32), 4, 2)
 
 
@@ -529,15 +529,17 @@ def configurations(cc: int) -> typing.Iterator[Compilation]:
     for rows, shape in [*((float32, shape) for shape in shapes), (bfloat16, shapes[0]), (bfloat16, shapes[2]), (float16, shapes[0])]:
         yield _pass_compilation(_forward_kernel, cc, *rows, *shape)
         yield _pass_compilation(_backward_kernel, cc, *rows, *shape)
+    for kernel in (_forward_kernel, _backward_kernel):
+        yield _pass_compilation(kernel, cc, *float32, 2, True, 1, M=1)  # integers that are 1 are compiled in
 
 
-def _pass_compilation(kernel, cc: int, dtype: str, parts: int, D: int, bounded: bool, splits: int) -> Compilation:
+def _pass_compilation(kernel, cc: int, dtype: str, parts: int, D: int, bounded: bool, splits: int, **fixed) -> Compilation:
     backward = kernel is _backward_kernel
     tiles = choose_tiles(cc, parts, D, bounded, backward)
-    names = [name for name in kernel.arg_names if not name.isupper() or name == "M"]
+    names = [name for name in kernel.arg_names if (not name.isupper() or name == "M") and name not in fixed]
     types = {"hi": f"*{dtype}", "lo": f"*{dtype}", "labels": "*i64", "M": "i32", "stride": "i32", "scale": "fp32"}
     constexprs = dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_D", "BLOCK_K"), tiles.blocks))
-    constexprs |= dict(D=D, SCALED=True, FIXED_MAXIMUM=bounded, SPLITS=splits, PARTS=parts, WIDEN=False)
+    constexprs |= dict(D=D, SCALED=True, FIXED_MAXIMUM=bounded, SPLITS=splits, PARTS=parts, WIDEN=False, **fixed)
     signature = {name: types.get(name, "*fp32") for name in names}
     aligned = tuple(name for name in names if name != "scale")
     return Compilation(kernel, signature | dict.fromkeys(constexprs, "constexpr"), constexprs, tiles.warps, tiles.stages, True, aligned)
