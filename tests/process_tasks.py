@@ -17,6 +17,8 @@ TINY = [
     "--batch-size", "16", "--lr", "0.05", "--log-every", "3", "--threads", "1",
 ]  # fmt: skip
 
+GLOBAL = ["--sync-batch-norm", "--global-contrast", "--dtype", "float64"]  # the same batch as in one process, but for rounding
+
 
 def tiny(folder: Path, size: int, name: str, *words: object) -> dict:
     """A small run of the command line by ``size`` processes."""
@@ -98,5 +100,21 @@ def equal_softmax_uneven(folder: Path) -> dict:
     return _both(folder, "softmax", [16, 7], 6)
 
 
-def data_run(folder: Path) -> dict:
-    return tiny(folder, 2, "run", "--parallel", "data", "--sync-batch-norm", "--global-contrast")
+# ---------------------------------------------------------------------------------------------------------------------
+# Pipeline
+
+
+def runs(folder: Path) -> dict:
+    """The same run by one process, by pipelines of 2, 3 and 4, by 2 x 2 processes, and by 2 that share the batches."""
+    four = ("--modules", "4")
+    return {
+        "alone": tiny(folder, 0, "alone"),
+        "two": tiny(folder, 2, "two", "--parallel", "pipeline"),
+        "three": tiny(folder, 3, "three", "--parallel", "pipeline", "--in-flight", "1"),
+        "alone_of_four": tiny(folder, 0, "alone_of_four", *four),
+        "four": tiny(folder, 4, "four", "--parallel", "pipeline", *four, "--in-flight", "5"),
+        "rounded": tiny(folder, 2, "rounded", "--parallel", "pipeline", "--wire", "bfloat16"),
+        "mixed": tiny(folder, 4, "mixed", "--parallel", "pipeline", "--pipeline-modules", "1", "2", *GLOBAL),
+        "data": tiny(folder, 2, "data", "--parallel", "data", *GLOBAL),
+        "alone_in_float64": tiny(folder, 0, "alone_in_float64", "--dtype", "float64"),
+    }

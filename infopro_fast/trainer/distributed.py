@@ -13,6 +13,7 @@ import dataclasses
 import json
 import math
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from .pipeline import REQUESTS, EvaluationPart, Packet, Receiver, Sender
 from .processes import Processes, connected
 
 STATE = 100  # tag
+BUSY = "busy/"  # and the modules of a process: what it sends on beside the metrics
 
 
 def fit(config: TrainConfig) -> Path | None:
@@ -143,6 +145,8 @@ class DistributedTraining(loop._Training):
         self.image_needed = not last and self.layout.spans[self.layout.stage + 1].start < config.modules - 1
         self._flag: str | None = None
         self._upstream: dict[str, torch.Tensor] = {}
+        self._epoch_began = self._waited_before = 0.0
+        self._shares: dict[str, torch.Tensor] = {}
 
     def make_trainer(self, make_optimizer) -> ParallelTrainer:
         config, watch = self.config, self.group.watch
@@ -157,6 +161,7 @@ class DistributedTraining(loop._Training):
 
     def train_batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         self.group.watch.at(f"the images, {self.place}", slow=True)
+        self._epoch_began, self._waited_before = time.monotonic(), self.group.watch.waited
         if self.sender is not None:
             self.sender.begin()
         if self.receiver is None:
@@ -176,11 +181,27 @@ class DistributedTraining(loop._Training):
         if self.receiver is None:
             self._flag = self._decide()
         metrics = self._upstream | self.trainer.step(image, label, self.counts[self.batch])
+        if self.layout.stages > 1:
+            metrics[BUSY + self.layout.name] = torch.tensor(self.busy, device=self.device)
         if self.sender is not None:
             self.sender.send(Packet(self._flag, metrics, label, image if self.image_needed else None, self.trainer.outgoing))
         else:
+            self._shares = {name: metrics.pop(name) for name in list(metrics) if name.startswith(BUSY)}
             self.meters.add(metrics, len(label))
         self.group.watch.at(f"between two steps, {self.place}", slow=True)
+
+    @property
+    def busy(self) -> float:
+        """Share of this epoch's time that this process did not wait for others in."""
+        passed = time.monotonic() - self._epoch_began
+        return 1 - (self.group.watch.waited - self._waited_before) / passed if passed else 1.0
+
+    def more_of_epoch(self) -> dict[str, Any]:
+        shares = {name.removeprefix(BUSY): value.item() for name, value in self._shares.items()}
+        if shares:
+            told = ", ".join(f"{name} {100 * share:.0f} %" for name, share in shares.items())
+            self.screen.message(f"epoch {self.epoch + 1}/{self.config.epochs}  busy in training: {told}")
+        return {"busy": shares} if shares else {}
 
     def _decide(self) -> str | None:
         """What all do after this step: by the clock of the main process' replica, and anybody's signals.

@@ -60,6 +60,8 @@ def fit(config: TrainConfig) -> Path:
         if config.init is not None:
             load_init(net, config.init)
         run = report.create(config)
+        if config.recipe is not None:
+            report.write_recipe(run, config)
         with report.locked(run):
             _Training(config, run, images, net).run_to_end()
     return run
@@ -127,7 +129,7 @@ class _Training:
         self.batches = images.batches(config.batch_size, config.drop_last)
         self.steps = config.iterations or config.epochs * self.batches
         make_optimizer = schedule.released_sgd(
-            config.lr, config.momentum, config.weight_decay, config.optimizer_state, bool(config.nesterov)
+            config.lr, config.momentum, config.weight_decay, config.optimizer_state, config.nesterov
         )
         self.trainer = self.make_trainer(make_optimizer)
         self.ema = None
@@ -171,6 +173,10 @@ class _Training:
         batches = self.stop.watch(self.images.test_batches(self.config.batch_size, self.dtype, self.device))
         return evaluation.evaluate(self.result, batches, autocast=self.trainer.autocast)
 
+    def more_of_epoch(self) -> dict[str, Any]:
+        """What else the epoch's line says."""
+        return {}
+
     def draw_learning_curve(self) -> None:
         report.draw_learning_curve(self.run, self.title)
 
@@ -185,6 +191,8 @@ class _Training:
             ):
                 self.screen.message(self.came_from or f"{self.title}, {self.images.train_count} images, run folder {self.run}")
                 if not self.came_from:
+                    if self.config.recipe is not None:
+                        self.screen.message(report.recipe_text(self.config))
                     self.save()
                 while self.epoch < self.config.epochs:
                     self.train_epoch()
@@ -236,6 +244,7 @@ class _Training:
         self.log.write({
             "kind": "epoch", "epoch": self.epoch + 1, "train": train, "test": self.test, "best": self.best, "seconds": self.clock.seconds,
             "images_per_second": self.clock.images_per_second, "peak_memory_bytes": display.peak_memory(self.device),
+            **self.more_of_epoch(),
         })  # fmt: skip
         self.screen.epoch(self.status(train, lr))
         self.epoch, self.batch = self.epoch + 1, 0

@@ -75,10 +75,12 @@ class Layout:
 
     @property
     def title(self) -> str:
-        K, first, last = self.spans[-1].stop, self.modules.start + 1, self.modules.stop
-        if self.stages == 1:
-            return f"rank {self.rank}"
-        return f"rank {self.rank} (module{f' {last}' if first == last else f's {first}-{last}'} of {K})"
+        return f"rank {self.rank}" if self.stages == 1 else f"rank {self.rank} ({self.name} of {self.spans[-1].stop})"
+
+    @property
+    def name(self) -> str:
+        first, last = self.modules.start + 1, self.modules.stop
+        return f"module {last}" if first == last else f"modules {first}-{last}"
 
 
 def layout(config: TrainConfig, rank: int, size: int) -> Layout:

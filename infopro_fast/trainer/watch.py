@@ -15,6 +15,7 @@ import os
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -44,6 +45,7 @@ class Watch:
         self.patience = max(1, round(patience / TICK))
         self._place, self._moves, self._limit = "start", 0, self.patience * SLOW
         self._waits, self._here, self._seen_moves = False, 0, 0
+        self.waited = 0.0  # seconds
         self.stops = False  # this process was asked to stop by a signal
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
@@ -66,11 +68,12 @@ class Watch:
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
         """Inside, this process waits for others, and is not the one that stands still."""
-        self._waits = True
+        self._waits, start = True, time.monotonic()
         try:
             yield
         finally:
             self._waits, self._moves = False, self._moves + 1
+            self.waited += time.monotonic() - start
 
     def close(self) -> None:
         """Stop looking; the run ends well."""

@@ -1,0 +1,166 @@
+"""Runs of several processes: what they compute. Real processes over gloo; test_faults.py has those that fail."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from infopro_fast.trainer import checkpoint, report
+from infopro_fast.trainer.config import ConfigError, TrainConfig
+from infopro_fast.trainer.processes import layout
+from tests.compare import assert_close
+
+ROOT = Path(__file__).parent.parent
+
+
+def drive(folder, *tasks):
+    """What `process_driver` prints; all processes of these tasks are its children."""
+    command = [sys.executable, "-m", "tests.process_driver", str(folder), *tasks]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=550)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def equal(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("equal")
+    return folder, drive(folder, "equal_contrast", "equal_softmax_uneven")
+
+
+@pytest.mark.parametrize("task, loss", [("equal_contrast", "contrast"), ("equal_softmax_uneven", "softmax")])
+def test_data_parallel_equals_one_process(equal, task, loss):
+    """2 x 64 images with SyncBatchNorm and the contrast over all against 1 x 128, 20 steps; and batches that do not halve evenly.
+
+    In float64: in float32 twenty steps of a network with ReLUs blow rounding up beyond any bound.
+    """
+    folder, found = equal
+    for size in ("1", "2"):
+        assert set(found[task][size]["codes"]) == {0}, found[task][size]["errors"]
+    one, *two = (torch.load(folder / task / f"{loss}-{size}-{rank}.pt") for size, rank in ((1, 0), (2, 0), (2, 1)))
+    for name, expected in one["net"].items():
+        if not expected.is_floating_point():
+            continue
+        assert_close(two[0]["net"][name], expected, what=name, scale=max(1.0, expected.abs().max().item()))
+        assert torch.equal(two[0]["net"][name], two[1]["net"][name]), name
+
+
+@pytest.mark.parametrize("task, loss, steps", [("equal_contrast", "contrast", 20), ("equal_softmax_uneven", "softmax", 6)])
+def test_each_gradient_is_reduced_once(equal, task, loss, steps):
+    """One all-reduce a module and step, and as many bytes as the gradients have."""
+    folder, _ = equal
+    for rank in range(2):
+        found = torch.load(folder / task / f"{loss}-2-{rank}.pt")
+        assert len(found["calls"]) == 3 * steps
+        assert sum(found["calls"]) == found["counted"] == steps * found["bytes"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    runs = drive(folder, "runs")["runs"]
+    for name, run in runs.items():
+        assert set(run["codes"]) == {0} and not any(run["errors"]), (name, run)
+    return {name: Path(run["run"]) for name, run in runs.items()}
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def lines(run):
+    """The metrics without what depends on the clock and the machine."""
+    records = [json.loads(line) for line in (run / report.METRICS).read_text().splitlines()]
+    return [{k: v for k, v in r.items() if k not in ("seconds", "images_per_second", "peak_memory_bytes", "busy")} for r in records]
+
+
+@pytest.mark.parametrize("one, other", [("alone", "two"), ("alone", "three"), ("alone_of_four", "four")])
+def test_pipeline_is_bit_for_bit_that_of_one_process(runs, one, other):
+    """Weights, optimizers, running statistics, metrics, test accuracy."""
+    names = [path.name for path in checkpoint.list_checkpoints(runs[one] / "checkpoints")]
+    assert names == [path.name for path in checkpoint.list_checkpoints(runs[other] / "checkpoints")]
+    for name in names:
+        expected, got = (checkpoint.load(runs[run] / "checkpoints" / name) for run in (one, other))
+        for part in ("net", "trainer", "meters", "rng", "best", "test", "epoch", "batch"):
+            assert same(got[part], expected[part]), part
+    assert lines(runs[other]) == lines(runs[one])
+    expected, got = (safetensors.torch.load_file(runs[run] / report.WEIGHTS) for run in (one, other))
+    assert same(got, expected)
+
+
+def test_pipeline_tells_how_busy_each_process_was(runs):
+    for run, names in (("two", ["module 1", "modules 2-3"]), ("mixed", ["module 1", "modules 2-3"])):
+        for record in report.read_metrics(runs[run], "epoch"):
+            assert list(record["busy"]) == names
+            assert all(0 <= share <= 1 for share in record["busy"].values())
+    assert "busy" not in report.read_metrics(runs["alone"], "epoch")[0]
+
+
+def test_rounded_on_the_wire(runs):
+    """Rounded features train the first process' modules to the same bits, and the others to others."""
+    expected, got = (checkpoint.load(checkpoint.list_checkpoints(runs[run] / "checkpoints")[-1])["net"] for run in ("alone", "rounded"))
+    first = [name for name in expected if name.startswith(("stages.0.", "local_losses.0."))]
+    assert first and all(torch.equal(got[name], expected[name]) for name in first)
+    assert not torch.equal(got["stages.1.layer2_0.conv1.weight"], expected["stages.1.layer2_0.conv1.weight"])
+
+
+@pytest.mark.parametrize("other", ["data", "mixed"])
+def test_metrics_are_of_all_processes(runs, other):
+    """With SyncBatchNorm and the contrast over all, the losses and accuracies are those of one process, to rounding, on whole batches."""
+    expected, got = (report.read_metrics(runs[run], "epoch") for run in ("alone_in_float64", other))
+    assert [r["epoch"] for r in got] == [r["epoch"] for r in expected] == [1, 2, 3]
+    for theirs, ours in zip(expected, got):
+        for part in ("train", "test"):
+            assert ours[part].keys() == theirs[part].keys()
+            for name, value in theirs[part].items():
+                assert_close(torch.tensor(ours[part][name]).double(), torch.tensor(value).double(), what=name)
+
+
+def test_layouts():
+    def spans(size, **settings):
+        config = TrainConfig(parallel="pipeline", modules=4, **settings)
+        return [[(layout(config, rank, size).replica, *layout(config, rank, size).modules) for rank in range(size)], layout(config, 0, size)]
+
+    assert spans(2)[0] == [(0, 0, 1), (0, 2, 3)]
+    assert spans(3)[0] == [(0, 0), (0, 1), (0, 2, 3)]
+    assert spans(4, pipeline_modules=(1, 3))[0] == [(0, 0), (0, 1, 2, 3), (1, 0), (1, 1, 2, 3)]
+    assert spans(4, pipeline_modules=(1, 3))[1].ranks_of_stage(1) == [1, 3]
+    data = layout(TrainConfig(parallel="data", modules=4), 2, 3)
+    assert (data.replica, data.replicas, list(data.modules), data.title, data.is_main) == (2, 3, [0, 1, 2, 3], "rank 2", False)
+    assert layout(TrainConfig(parallel="pipeline", modules=4), 1, 2).title == "rank 1 (modules 3-4 of 4)"
+    with pytest.raises(ConfigError, match="5 processes for 4 modules: start 4 at most"):
+        spans(5)
+    with pytest.raises(ConfigError, match="expected a multiple of 2 processes, got 3"):
+        spans(3, pipeline_modules=(1, 3))
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(wire="bfloat16"), "wire: expected parallel pipeline, got parallel none"),
+        (dict(parallel="data", in_flight=3), "in_flight: expected parallel pipeline, got parallel data"),
+        (dict(sync_batch_norm=True), "sync_batch_norm: expected parallel data or pipeline, got parallel none"),
+        (dict(parallel="pipeline", pipeline_modules=(1, 2)), "pipeline_modules: expected numbers of at least 1 whose sum is the 4 modules"),
+        (dict(parallel="data", global_contrast=True, local_loss="softmax"), "global_contrast: local_loss softmax contrasts nothing"),
+        (dict(parallel="data", patience=0), "patience: expected a positive number"),
+    ],
+)
+def test_contradictions(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig(**settings)
+
+
+def test_needs_torchrun(tmp_path):
+    from infopro_fast.trainer import fit
+
+    with pytest.raises(ConfigError, match="start it with torchrun"):
+        fit(TrainConfig(parallel="data", out=tmp_path / "run"))
