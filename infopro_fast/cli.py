@@ -114,6 +114,14 @@ class CompareMemory:
 
 
 @dataclass(frozen=True)
+class Recipes:
+    """The rows of the paper's tables that `train --recipe NAME` trains, and what the paper reports for each."""
+
+    beginning: Annotated[str, tyro.conf.Positional] = ""
+    """List the rows whose names begin with this, as table4; the settings too where it is one row's name."""
+
+
+@dataclass(frozen=True)
 class Info:
     """Versions, instruction set, and which implementations of every op can run here."""
 
@@ -123,6 +131,7 @@ Command = (
     | Annotated[Eval, tyro.conf.subcommand("eval")]
     | Annotated[MakePlan, tyro.conf.subcommand("plan")]
     | Annotated[CompareMemory, tyro.conf.subcommand("memory")]
+    | Annotated[Recipes, tyro.conf.subcommand("recipes")]
     | Annotated[Info, tyro.conf.subcommand("info")]
 )
 
@@ -143,17 +152,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     sys.exit(0)
 
 
-def _parse(argv: list[str]) -> Train | Eval | MakePlan | CompareMemory | Info:
+def _parse(argv: list[str]) -> Train | Eval | MakePlan | CompareMemory | Recipes | Info:
     """The command; its errors, which tyro draws in a box, on one line."""
     errors = io.StringIO()
+    argv = _with_recipe(argv)
     try:
         with contextlib.redirect_stderr(errors):
             return tyro.cli(Command, prog=PROG, args=argv, description=__doc__.split("\n")[0], config=(tyro.conf.DisallowNone,))
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        where = " ".join([PROG, *[word for word in argv[:1] if word in ("train", "eval", "plan", "memory", "info")]])
+        where = " ".join([PROG, *[word for word in argv[:1] if word in ("train", "eval", "plan", "memory", "recipes", "info")]])
         _fail(f"{_one_line(errors.getvalue())} (see {where} --help)", 2)
+
+
+def _with_recipe(argv: list[str]) -> list[str]:
+    """`train --recipe NAME` with the settings of that row in front of the flags that are given, which so override them."""
+    if argv[:1] != ["train"]:
+        return argv
+    for i, word in enumerate(argv):
+        if word == "--recipe" and i + 1 < len(argv) or word.startswith("--recipe="):
+            from .trainer.recipes import as_flags
+
+            return ["train", *as_flags(word.partition("=")[2] or argv[i + 1]), *argv[1:]]
+    return argv
 
 
 def _one_line(box: str) -> str:
@@ -166,7 +188,7 @@ def _one_line(box: str) -> str:
     return " ".join(message.split())
 
 
-def _run(command: Train | Eval | MakePlan | CompareMemory | Info, argv: list[str]) -> None:
+def _run(command: Train | Eval | MakePlan | CompareMemory | Recipes | Info, argv: list[str]) -> None:
     if isinstance(command, Info):
         from .info import report
 
@@ -177,12 +199,28 @@ def _run(command: Train | Eval | MakePlan | CompareMemory | Info, argv: list[str
         scales = MULTI_SCALE if command.multi_scale else (1.0,)
         found = evaluate_run(command.run, data_root=command.data_root, device=command.device, scales=scales, flip=command.flip)
         print(f"{command.run}: {_result(found)}")
+    elif isinstance(command, Recipes):
+        print(_recipes(command.beginning))
     elif isinstance(command, MakePlan):
         _plan(command)
     elif isinstance(command, CompareMemory):
         _memory(command)
     else:
         _train(command, argv)
+
+
+def _recipes(beginning: str) -> str:
+    from .trainer import recipes
+
+    rows = {name: row for name, row in recipes.ROWS.items() if name.startswith(beginning)}
+    if not rows:
+        recipes.row(beginning)  # raises
+    width = max(map(len, rows))
+    lines = [f"{name:{width}}  {recipes.expected_text(row.expected)}" for name, row in rows.items()]
+    if beginning in rows:
+        lines += [f"  {key}: {value}" for key, value in rows[beginning].settings.items()]
+        lines += [f"  note: {rows[beginning].note}"] if rows[beginning].note else []
+    return "\n".join(lines)
 
 
 def _result(found: dict) -> str:

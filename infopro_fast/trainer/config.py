@@ -138,12 +138,12 @@ class TrainConfig:
     """Momentum."""
     weight_decay: float | None = None
     """L2 penalty on every parameter."""
-    nesterov: bool | None = None
-    """Nesterov's momentum rather than the plain one."""
+    nesterov: bool = True
+    """Nesterov's momentum rather than the plain one; the recipe of cityscapes has the plain one."""
     optimizer_state: Literal["float32", "bfloat16", "8bit"] = "float32"
     """What the momentum is kept in; 8bit needs torchao."""
-    drop_last: bool | None = None
-    """Leave out a last, smaller batch. Default: on cityscapes alone."""
+    drop_last: bool = False
+    """Leave out a last, smaller batch; the recipe of cityscapes does."""
     accumulate: int = 1
     """Parts to go through each batch in, their gradients added up; batch norms and contrastive losses see a part alone."""
     label_smoothing: float = 0.0
@@ -187,6 +187,8 @@ class TrainConfig:
     patience: float = 20.0
     """With parallel: seconds that a process may stay at one module before all of them stop and say which."""
 
+    recipe: str | None = None
+    """Row of the paper's tables whose settings these are, but for those given beside it; `infopro-fast recipes` lists them."""
     out: Path | None = None
     """Run folder to create. Default: runs/ and a name made of the settings and the time."""
     checkpoint_minutes: float = 10.0
@@ -224,11 +226,12 @@ class TrainConfig:
             else:
                 name = arch if self.cuts is None else ""
                 lambdas = default_lambdas(name, modules, local_loss, balanced=self.balanced, image_size=self.image_size[0])
-        of_recipe = ("epochs", "batch_size", "lr", "schedule", "warmup", "weight_decay", "nesterov", "drop_last", "iterations")
+        of_recipe = ("epochs", "batch_size", "lr", "schedule", "warmup", "weight_decay", "iterations")
         given = {name: getattr(self, name) for name in of_recipe}
         written = {name: getattr(recipe, name) if value is None else value for name, value in given.items()}
         if self.epochs is not None:
             written["iterations"] = self.iterations
+        written |= {"nesterov": self.nesterov and recipe.nesterov, "drop_last": self.drop_last or recipe.drop_last}
         crop, workers = self.crop, self.workers
         if self.dataset in FOLDERS:
             crop, workers = self.image_size, min(8, os.cpu_count() or 1) if workers is None else workers
@@ -417,7 +420,7 @@ def _check_contradictions(c: TrainConfig) -> None:
         raise ConfigError(f"amp {c.amp} and dtype float64: autocast is of float32")
     if c.optimizer_state != "float32" and c.cuda_graph:
         raise ConfigError(f"optimizer_state {c.optimizer_state} and cuda_graph: its steps are not captured")
-    nesterov = RECIPES[c.dataset].nesterov if c.nesterov is None else c.nesterov
+    nesterov = c.nesterov and RECIPES[c.dataset].nesterov
     if c.optimizer_state != "float32" and not nesterov:
         raise ConfigError(f"optimizer_state {c.optimizer_state} and no-nesterov: its momentum is Nesterov's")
     if c.optimizer_state == "8bit" and importlib.util.find_spec("torchao") is None:

@@ -60,6 +60,8 @@ def fit(config: TrainConfig) -> Path:
         if config.init is not None:
             load_init(net, config.init)
         run = report.create(config)
+        if config.recipe is not None:
+            report.write_recipe(run, config)
         with report.locked(run):
             _Training(config, run, images, net).run_to_end()
     return run
@@ -127,7 +129,7 @@ class _Training:
         self.batches = images.batches(config.batch_size, config.drop_last)
         self.steps = config.iterations or config.epochs * self.batches
         make_optimizer = schedule.released_sgd(
-            config.lr, config.momentum, config.weight_decay, config.optimizer_state, bool(config.nesterov)
+            config.lr, config.momentum, config.weight_decay, config.optimizer_state, config.nesterov
         )
         self.trainer = self.make_trainer(make_optimizer)
         self.ema = None
@@ -189,6 +191,8 @@ class _Training:
             ):
                 self.screen.message(self.came_from or f"{self.title}, {self.images.train_count} images, run folder {self.run}")
                 if not self.came_from:
+                    if self.config.recipe is not None:
+                        self.screen.message(report.recipe_text(self.config))
                     self.save()
                 while self.epoch < self.config.epochs:
                     self.train_epoch()

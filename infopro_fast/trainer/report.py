@@ -1,4 +1,4 @@
-"""The run folder: config.json, metrics.jsonl, weights.safetensors (released names), learning_curve.png, checkpoints/."""
+"""The run folder: config.json, recipe.json, metrics.jsonl, weights.safetensors (released names), learning_curve.png, checkpoints/."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from . import recipes
 from .checkpoint import ASIDE, replace_file, sync_folder
 from .config import ConfigError, TrainConfig
 from .evaluation import headline
 
-CONFIG, METRICS, WEIGHTS, CURVE, CHECKPOINTS = (
-    "config.json", "metrics.jsonl", "weights.safetensors", "learning_curve.png", "checkpoints",
+CONFIG, METRICS, WEIGHTS, CURVE, CHECKPOINTS, RECIPE = (
+    "config.json", "metrics.jsonl", "weights.safetensors", "learning_curve.png", "checkpoints", "recipe.json",
 )  # fmt: skip
 
 
@@ -36,6 +37,22 @@ def create(config: TrainConfig) -> Path:
     sync_folder(folder.parent)
     replace_file(folder / CONFIG, config.to_json().encode())
     return folder
+
+
+def write_recipe(folder: Path, config: TrainConfig) -> None:
+    """recipe.json: the name of the paper's row, what it reports, and {setting: [of the row, of this run]} where they differ."""
+    found = recipes.row(config.recipe)
+    differing = {name: list(values) for name, values in recipes.difference(config).items()}
+    content = {"recipe": config.recipe, "expected": found.expected, "note": found.note, "difference": differing}
+    replace_file(folder / RECIPE, (json.dumps(content, indent=2, default=str) + "\n").encode())
+
+
+def recipe_text(config: TrainConfig) -> str:
+    """What the paper's row reports, and how the run differs from it."""
+    found = recipes.row(config.recipe)
+    lines = [f"recipe {config.recipe}: the paper has {recipes.expected_text(found.expected)}" + f" ({found.note})" * bool(found.note)]
+    lines += [f"  {name}: {ours} here, {theirs} in the recipe" for name, (theirs, ours) in recipes.difference(config).items()]
+    return "\n".join(lines)
 
 
 def read_config(folder: Path) -> TrainConfig:

@@ -1,0 +1,235 @@
+"""The rows of the paper's tables as data: the settings of a run, and what the paper reports for it (Wang et al., ICLR 2021, Tables 2 to 5).
+
+Settings are the released ones (README and configurations of the released code). What is not published is said in a row's note: the
+weights of the losses of the softmax and DenseNet rows, for one, which are this package's own. Importing this needs no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from .config import RECIPES, SVHN_LAMBDAS, ConfigError, TrainConfig
+
+# Settings that change neither what is trained nor how.
+MACHINE = (
+    "data_root", "download", "workers", "device", "impl", "threads", "resident", "cuda_graph", "out", "checkpoint_minutes", "log_every",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row. settings: fields of `TrainConfig`.
+
+    expected: {"error": (mean, standard deviation of 5 trials) in % of the test images; "top1", "top5": errors in %; "miou",
+    "miou_multi_scale", "miou_multi_scale_flip" in %; "memory_gb": of a GPU}; what the paper does not say is left out.
+    note: what differs from the paper.
+    """
+
+    settings: dict[str, Any]
+    expected: dict[str, Any] = field(default_factory=dict)
+    note: str = ""
+
+
+OWN_WEIGHTS = "the paper's weights of the losses are not published; these are ours"
+
+# Test errors of Table 2: data set, network: method: by K (2, 4, 8, 16), or of end-to-end training.
+TABLE2: dict[tuple[str, str], dict[str, Any]] = {
+    ("cifar10", "resnet32"): {
+        "e2e": (7.37, 0.10),
+        "greedy": {2: (10.30, 0.20), 4: (16.07, 0.46), 8: (21.19, 0.52), 16: (24.59, 0.83)},
+        "dgl": {2: (8.69, 0.12), 4: (11.48, 0.20), 8: (14.17, 0.28), 16: (16.21, 0.36)},
+        "softmax": {2: (8.13, 0.23), 4: (8.64, 0.25), 8: (11.40, 0.18), 16: (14.23, 0.42)},
+        "contrast": {2: (7.76, 0.12), 4: (8.58, 0.17), 8: (11.13, 0.19), 16: (12.75, 0.11)},
+    },
+    ("cifar10", "resnet110"): {
+        "e2e": (6.50, 0.34),
+        "greedy": {2: (8.21, 0.24), 4: (13.16, 0.28), 8: (15.61, 0.57), 16: (18.92, 1.27)},
+        "dgl": {2: (7.70, 0.28), 4: (10.50, 0.11), 8: (12.46, 0.37), 16: (13.80, 0.15)},
+        "softmax": {2: (7.01, 0.34), 4: (7.96, 0.06), 8: (9.40, 0.27), 16: (10.78, 0.28)},
+        "contrast": {2: (6.42, 0.08), 4: (7.30, 0.14), 8: (8.93, 0.40), 16: (9.90, 0.19)},
+    },
+    ("cifar10", "densenet_bc_100_12"): {
+        "e2e": (4.61, 0.08),
+        "greedy": {2: (5.10, 0.05), 4: (6.07, 0.21), 8: (8.21, 0.31), 16: (10.41, 0.42)},
+        "dgl": {2: (4.86, 0.15), 4: (5.71, 0.04), 8: (6.82, 0.21), 16: (7.67, 0.16)},
+        "softmax": {2: (4.79, 0.07), 4: (5.69, 0.21), 8: (6.44, 0.11), 16: (7.47, 0.21)},
+        "contrast": {2: (4.74, 0.04), 4: (5.24, 0.25), 8: (5.86, 0.18), 16: (6.92, 0.16)},
+    },
+    ("svhn", "resnet110"): {
+        "e2e": (3.07, 0.23),
+        "greedy": {2: (3.71, 0.16), 4: (5.39, 0.22), 8: (5.75, 0.10), 16: (6.37, 0.42)},
+        "dgl": {2: (3.61, 0.16), 4: (4.97, 0.19), 8: (5.35, 0.13), 16: (5.55, 0.34)},
+        "softmax": {2: (3.41, 0.08), 4: (3.72, 0.03), 8: (4.67, 0.07), 16: (5.14, 0.08)},
+        "contrast": {2: (3.15, 0.03), 4: (3.28, 0.11), 8: (3.62, 0.11), 16: (3.91, 0.16)},
+    },
+    ("stl10", "resnet110"): {
+        "e2e": (22.27, 1.61),
+        "greedy": {2: (25.56, 1.37), 4: (27.97, 0.75), 8: (29.07, 0.76), 16: (30.38, 0.39)},
+        "dgl": {2: (24.96, 1.18), 4: (26.77, 0.64), 8: (27.33, 0.24), 16: (27.73, 0.58)},
+        "softmax": {2: (21.02, 0.51), 4: (21.28, 0.27), 8: (23.60, 0.49), 16: (26.05, 0.71)},
+        "contrast": {2: (20.99, 0.64), 4: (22.73, 0.40), 8: (25.15, 0.52), 16: (26.27, 0.48)},
+    },
+}  # fmt: skip
+
+# Table 3, ResNet-110 on one Titan Xp: error and memory of end-to-end training, with checkpoints, and of the balanced splits by K.
+TABLE3 = {
+    "cifar10": {
+        "e2e": ((6.50, 0.34), 9.40), "checkpoint": ((6.50, 0.34), 3.91),
+        2: ((6.41, 0.13), 5.38), 3: ((6.74, 0.12), 4.22), 4: ((6.93, 0.20), 3.52),
+    },
+    "stl10": {
+        "e2e": ((22.27, 1.61), 10.77), "checkpoint": ((22.27, 1.61), 4.50),
+        2: ((20.95, 0.57), 6.15), 3: ((21.00, 0.52), 4.96), 4: ((21.22, 0.72), 4.08),
+    },
+}  # fmt: skip
+
+# Table 4, ImageNet on 8 GPUs: batch size; (top-1, top-5, GB a GPU) of end-to-end training and of InfoPro* with K = 2.
+TABLE4 = {
+    "resnet101": (1024, (22.03, 5.93, 19.71), (21.85, 5.89, 12.06)),
+    "resnet152": (1024, (21.60, 5.92, 26.29), (21.45, 5.84, 15.53)),
+    "resnext101_32x8d": (512, (20.64, 5.40, 19.22), (20.35, 5.28, 11.55)),
+}
+
+# Table 5, DeepLabV3-ResNet-101 on Cityscapes, 40k steps: (settings), mIoU at one scale, several, several and flipped, GB a GPU.
+TABLE5 = {
+    "512x1024": ({"lambdas": (1.5, 1.0, 0.0, 0.0)}, (79.37, 80.53, 80.54, 12.01)),
+    "512x1024/bs12": ({"lambdas": (1.0, 0.1, 0.0, 0.0), "batch_size": 12, "lr": 0.015}, (79.99, 81.09, 81.20, 16.62)),
+    "640x1280": ({"lambdas": (2.0, 1.0, 0.0, 0.0), "crop": (640, 1280), "lr": 0.015}, (80.25, 81.33, 81.42, 17.00)),
+}
+
+GPUS = 8  # of Table 4; each normalises its own part of a batch
+
+
+def _published(dataset: str) -> dict[str, Any]:
+    """What the recipe of a data set says, written out."""
+    recipe = RECIPES[dataset]
+    names = ("epochs", "batch_size", "lr", "schedule", "warmup", "weight_decay", "nesterov", "drop_last")
+    return {"dataset": dataset, **{name: getattr(recipe, name) for name in names}}
+
+
+def _table2() -> dict[str, Row]:
+    rows = {}
+    for (dataset, arch), methods in TABLE2.items():
+        common = {**_published(dataset), "arch": arch}
+        dense = arch.startswith("densenet")
+        where = "the schedule and splits of DenseNet are not published; these are the ResNets' schedule and equal splits" if dense else ""
+        for method, values in methods.items():
+            if method == "e2e":
+                rows[f"table2/{dataset}/{arch}/e2e"] = Row({**common, "local_loss": "none", "modules": 1}, {"error": values}, where)
+                continue
+            for K, error in values.items():
+                settings, note = {**common, "local_loss": method, "modules": K}, where
+                if dataset == "svhn" and method == "contrast":
+                    settings["lambdas"] = SVHN_LAMBDAS[K]
+                if method == "softmax" or (dense and method == "contrast"):
+                    note = "; ".join(filter(None, (note, OWN_WEIGHTS)))
+                rows[f"table2/{dataset}/{arch}/k{K}/{method}"] = Row(settings, {"error": error}, note)
+    return rows
+
+
+def _table3() -> dict[str, Row]:
+    rows = {}
+    for dataset, values in TABLE3.items():
+        for way, (error, memory) in values.items():
+            settings = {**_published(dataset), "arch": "resnet110"}
+            if isinstance(way, int):
+                settings |= {"local_loss": "contrast", "modules": way, "balanced": True}
+            else:
+                settings |= {"local_loss": "none", "modules": 1, "recompute": "sqrt" if way == "checkpoint" else "none"}
+            name = f"k{way}" if isinstance(way, int) else way
+            rows[f"table3/{dataset}/resnet110/{name}"] = Row(settings, {"error": error, "memory_gb": memory})
+    return rows
+
+
+def _table4() -> dict[str, Row]:
+    rows = {}
+    note = f"{GPUS} GPUs of the paper are {GPUS} parts of a batch here, each with batch norms' statistics of its own; memory is of one GPU"
+    for arch, (batch_size, e2e, infopro) in TABLE4.items():
+        common = {**_published("imagenet"), "arch": arch, "batch_size": batch_size, "accumulate": GPUS, "crop": (224, 224)}
+        more = note + "; the released command says batch size 1024, the table 512" * (batch_size == 512)
+        for name, found, settings in (
+            (f"table4/{arch}", infopro, {"local_loss": "softmax", "modules": 2}),
+            (f"table4/{arch}/e2e", e2e, {"local_loss": "none", "modules": 1}),
+        ):
+            rows[name] = Row({**common, **settings}, dict(zip(("top1", "top5", "memory_gb"), found)), more)
+    return rows
+
+
+def _table5() -> dict[str, Row]:
+    note = (
+        "begins with --init, a ResNetV1c-101 trained end to end on ImageNet (mmsegmentation's resnet101_v1c); batch norms are of one "
+        "process here, as SyncBatchNorm's are of all; memory is of one of two GPUs"
+    )
+    names = ("miou", "miou_multi_scale", "miou_multi_scale_flip", "memory_gb")
+    common = {**_published("cityscapes"), "arch": "deeplabv3_resnet101", "crop": (512, 1024), "iterations": 40000, "momentum": 0.9}
+    rows = {
+        f"table5/deeplabv3/{name}": Row(
+            {**common, "local_loss": "softmax", "modules": 2, **settings}, dict(zip(names, found)), note
+        )
+        for name, (settings, found) in TABLE5.items()
+    }  # fmt: skip
+    for steps, found in ((40000, (79.12, 79.81, 80.02, 19.43)), (60000, (79.32, 79.95, 80.07, 19.43))):
+        name = "table5/deeplabv3/e2e" + ("" if steps == 40000 else "/60k")
+        rows[name] = Row({**common, "local_loss": "none", "modules": 1, "iterations": steps}, dict(zip(names, found)), note)
+    return rows
+
+
+ROWS: dict[str, Row] = {**_table2(), **_table3(), **_table4(), **_table5()}
+
+
+def row(name: str) -> Row:
+    """Raises ConfigError naming what is near to a name that there is none of."""
+    if name not in ROWS:
+        near = [known for known in ROWS if name and (known.startswith(name) or name in known)]
+        hint = f"; there is {', '.join(near[:6])}{', ...' * (len(near) > 6)}" if near else ""
+        raise ConfigError(f"recipe: no row of this name: {name!r}{hint}; `infopro-fast recipes` lists them")
+    return ROWS[name]
+
+
+def config(name: str, **overrides: Any) -> TrainConfig:
+    """The settings of a row, with others in the place of some of them."""
+    return TrainConfig(**{**row(name).settings, "recipe": name, **overrides})
+
+
+def as_flags(name: str) -> list[str]:
+    """The settings of a row as flags of the command line; what comes behind them there overrides them."""
+    flags: list[str] = []
+    for key, value in row(name).settings.items():
+        flag = key.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            flags += [f"--{flag}", *(str(v) for v in (value if isinstance(value, tuple) else (value,)))]
+    return flags
+
+
+def difference(config: TrainConfig) -> dict[str, tuple[Any, Any]]:
+    """{setting: (of the recipe, of this run)} where they differ, those of the machine left out. config: resolved, with its ``recipe``."""
+    settings = {**row(config.recipe).settings, "recipe": config.recipe, "device": config.device}
+    needs_root = {} if config.data_root is None else {"data_root": config.data_root}
+    published = TrainConfig(**settings, **needs_root).resolved()
+    found = {}
+    for entry in dataclasses.fields(TrainConfig):
+        ours, theirs = getattr(config, entry.name), getattr(published, entry.name)
+        counted_in_steps = entry.name == "epochs" and config.iterations is not None and published.iterations is not None
+        if ours != theirs and entry.name not in MACHINE and not counted_in_steps:
+            found[entry.name] = (theirs, ours)
+    return found
+
+
+def expected_text(expected: dict[str, Any]) -> str:
+    """What a row reports, for people."""
+    words = []
+    if "error" in expected:
+        mean, deviation = expected["error"]
+        words.append(f"error {mean:.2f} ± {deviation:.2f} %")
+    if "top1" in expected:
+        words.append(f"error {expected['top1']:.2f} % (top-5 {expected['top5']:.2f} %)")
+    if "miou" in expected:
+        scales = "/".join(f"{expected[name]:.2f}" for name in ("miou", "miou_multi_scale", "miou_multi_scale_flip"))
+        words.append(f"mIoU {scales} %")
+    if "memory_gb" in expected:
+        words.append(f"{expected['memory_gb']:.2f} GB")
+    return ", ".join(words)

@@ -1,0 +1,293 @@
+"""The paper's rows as data: what they say, that each is a run that can be made, and what a run notes of its difference."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import infopro_fast
+from infopro_fast import cli
+from infopro_fast.data import Split, shapes_seg
+from infopro_fast.modules import IGNORE
+from infopro_fast.trainer import fit, loop, recipes, report, resume, schedule
+from infopro_fast.trainer.config import ConfigError, TrainConfig
+from infopro_fast.trainer.step import LocalTrainer
+from tests import compare
+
+
+def test_there_is_every_row():
+    names = set(recipes.ROWS)
+    assert {"table2/cifar10/resnet110/k4/contrast", "table4/resnet101", "table5/deeplabv3/640x1280", "table3/stl10/resnet110/k3"} <= names
+    assert len([name for name in names if name.startswith("table2")]) == 5 * (1 + 4 * 4)
+    assert [len([name for name in names if name.startswith(f"table{t}")]) for t in (3, 4, 5)] == [10, 6, 5]
+
+
+@pytest.mark.parametrize(
+    "name, settings, expected",
+    [
+        ("table2/cifar10/resnet110/k4/contrast", {"lambdas": (1, 0, 0, 1), "lr": 0.8, "batch_size": 1024}, {"error": (7.30, 0.14)}),
+        ("table2/cifar10/resnet32/k16/contrast", {"lambdas": (5, 0.05, 0.2, 0.5), "schedule": "cosine"}, {"error": (12.75, 0.11)}),
+        ("table2/svhn/resnet110/k8/contrast", {"lambdas": (5, 0, 0.5, 2)}, {"error": (3.62, 0.11)}),
+        ("table3/stl10/resnet110/k2", {"lambdas": (20, 1, 0, 0), "balanced": True, "lr": 0.1}, {"error": (20.95, 0.57), "memory_gb": 6.15}),
+        ("table4/resnet101", {"lambdas": (5, 0.75, 0, 0), "lr": 0.4, "epochs": 90, "schedule": "half_cosine", "nesterov": True},
+         {"top1": 21.85, "top5": 5.89, "memory_gb": 12.06}),
+        ("table4/resnet152", {"lambdas": (5, 1, 0, 0), "accumulate": 8}, {"top1": 21.45, "top5": 5.84, "memory_gb": 15.53}),
+        ("table5/deeplabv3/640x1280", {"lambdas": (2, 1, 0, 0), "iterations": 40000, "lr": 0.015, "weight_decay": 5e-4, "nesterov": False,
+                                       "crop": (640, 1280), "schedule": "poly"},
+         {"miou": 80.25, "miou_multi_scale": 81.33, "miou_multi_scale_flip": 81.42, "memory_gb": 17.00}),
+        ("table5/deeplabv3/512x1024/bs12", {"lambdas": (1, 0.1, 0, 0), "batch_size": 12, "lr": 0.015},
+         {"miou": 79.99, "miou_multi_scale": 81.09, "miou_multi_scale_flip": 81.20, "memory_gb": 16.62}),
+    ],
+)  # fmt: skip
+def test_published_rows(name, settings, expected):
+    config = recipes.config(name, data_root="data").resolved()
+    assert {key: getattr(config, key) for key in settings} == settings
+    assert recipes.row(name).expected == expected
+
+
+@pytest.mark.parametrize("name", recipes.ROWS)
+def test_a_row_and_its_flags_are_the_same_run(name, monkeypatch):
+    """The flags of `train --recipe` give the settings, which resolve, contradict nothing and differ from the row in nothing."""
+    got = []
+    monkeypatch.setattr(cli, "_run", lambda command, argv: got.append(command.config))
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train", "--recipe", name, "--data-root", "data"])
+    assert stop.value.code == 0
+    (config,) = got
+    assert config == recipes.config(name, data_root="data")
+    assert recipes.difference(config.resolved()) == {}
+    assert TrainConfig.from_json(config.resolved().to_json()) == config.resolved()
+
+
+def test_overrides_and_their_difference(monkeypatch, capsys):
+    got = []
+    monkeypatch.setattr(cli, "_run", lambda command, argv: got.append(command.config))
+    with pytest.raises(SystemExit):
+        cli.main("train --batch-size 256 --recipe=table4/resnet101 --data-root d --lr 0.1 --threads 3 --amp bfloat16".split())
+    config = got[0].resolved()
+    assert recipes.difference(config) == {"batch_size": (1024, 256), "lr": (0.4, 0.1), "amp": ("none", "bfloat16")}
+    said = "recipe table4/resnet101: the paper has error 21.85 % (top-5 5.89 %), 12.06 GB"
+    assert report.recipe_text(config).startswith(said) and "  lr: 0.1 here, 0.4 in the recipe" in report.recipe_text(config)
+    with pytest.raises(ConfigError, match="recipe: no row of this name: 'resnet152'; there is table4/resnet152, table4/resnet152/e2e"):
+        recipes.row("resnet152")
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train", "--recipe", "table9"])
+    assert stop.value.code == 2 and "no row of this name: 'table9'" in capsys.readouterr().err
+
+
+def test_the_list(capsys):
+    done = subprocess.run([sys.executable, "-m", "infopro_fast", "recipes"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == len(recipes.ROWS)
+    code = "import sys; from infopro_fast.trainer import recipes; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    with pytest.raises(SystemExit):
+        cli.main(["recipes", "table2/svhn/resnet110/k2/contrast"])
+    assert "lambdas: (1.0, 0.1, 0.0, 0.0)" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs
+
+
+@pytest.fixture
+def few_scenes(monkeypatch):
+    whole = shapes_seg.load()
+    part = [Split(split.images[:n], split.labels[:n]) for split, n in ((whole.train, 14), (whole.test, 6))]
+    from dataclasses import replace
+
+    monkeypatch.setattr(shapes_seg, "load", lambda: replace(whole, train=part[0], test=part[1]))
+
+
+def test_segmentation_in_steps_with_everything(few_scenes, tmp_path, capsys):
+    """EMA, accumulation, smoothing, poly, an end in the middle of an epoch, a kill and the same bits; eval at scales; a curve."""
+    settings = dict(
+        dataset="shapes_seg", iterations=5, batch_size=4, lr=0.05, schedule="poly", ema=0.5, accumulate=2, label_smoothing=0.1, threads=1,
+        log_every=1,
+    )  # fmt: skip
+    run = fit(TrainConfig(out=tmp_path / "a", **settings))
+    steps = report.read_metrics(run, "step")
+    assert [(s["epoch"], s["batch"]) for s in steps] == [(1, 1), (1, 2), (1, 3), (1, 4), (2, 1)]
+    assert [s["lr"] for s in steps] == pytest.approx([1e-4 + 0.0499 * (1 - i / 5) ** 0.9 for i in range(5)])
+    assert set(steps[0]) >= {"module1/reconstruction", "module1/softmax", "module1/softmax_accuracy", "loss", "accuracy"}
+    assert all(0 <= s["accuracy"] <= 1 for s in steps)
+    last = report.read_metrics(run, "epoch")[-1]
+    assert last["best"] >= last["test"]["miou"] and len(last["test"]["iou"]) == 11 and (run / report.CURVE).is_file()
+
+    class Killed(Exception):
+        pass
+
+    stopped = tmp_path / "b"
+    with pytest.MonkeyPatch.context() as patch:
+        finish = loop._Training.finish_epoch
+
+        def die(self):
+            finish(self)
+            raise Killed
+
+        patch.setattr(loop._Training, "finish_epoch", die)
+        with pytest.raises(Killed):
+            fit(TrainConfig(out=stopped, **settings))
+    resume(stopped)
+    expected, got = report.read_weights(run), report.read_weights(stopped)
+    assert all(torch.equal(got[name], tensor) for name, tensor in expected.items()) and expected.keys() == got.keys()
+
+    found = loop.evaluate_run(run)
+    assert found["miou"] == pytest.approx(last["test"]["miou"]) and found["count"] == 6
+    with pytest.raises(SystemExit):
+        cli.main(["eval", str(run), "--multi-scale", "--flip"])
+    assert "test mIoU " in capsys.readouterr().out
+
+
+def test_init(few_scenes, tmp_path):
+    """Weights by released names and by those of a pretrained backbone; what does not fit is left out, a file of nothing is refused."""
+    torch.manual_seed(0)
+    source, target = (infopro_fast.build("fcn_resnet20", 2, "softmax", num_classes=n, image_size=48) for n in (7, 11))
+    state = {f"module.{name}": tensor for name, tensor in source.released_state_dict().items()}
+    torch.save({"state_dict": state}, tmp_path / "weights.pth")
+    before = {name: tensor.clone() for name, tensor in target.released_state_dict().items()}
+    loop.load_init(target, tmp_path / "weights.pth")
+    own, given = target.released_state_dict(), source.released_state_dict()
+    for name, tensor in own.items():
+        assert torch.equal(tensor, given[name] if given[name].shape == tensor.shape else before[name]), name
+    torch.save({"other": torch.zeros(3)}, tmp_path / "other.pth")
+    with pytest.raises(ConfigError, match="none of its 1 entries"):
+        loop.load_init(target, tmp_path / "other.pth")
+    (tmp_path / "text.pth").write_text("no weights")
+    for name in ("text.pth", "missing.pth"):
+        with pytest.raises(ConfigError, match=f"{name}: not a file of weights"):
+            loop.load_init(target, tmp_path / name)
+
+
+def test_ema_is_what_is_tested_and_written(few_scenes, tmp_path):
+    """Of one step: decay * first weights + (1 - decay) * second (the first update copies)."""
+    runs = {}
+    for steps in (1, 2):
+        for decay in (None, 0.75):
+            config = TrainConfig(
+                dataset="shapes_seg", iterations=steps, batch_size=4, lr=0.05, schedule="step", ema=decay, threads=1,
+                out=tmp_path / f"{steps}{decay}",
+            )  # fmt: skip
+            runs[steps, decay] = report.read_weights(fit(config))
+    first, second, mean = runs[1, None], runs[2, None], runs[2, 0.75]
+    assert all(torch.equal(tensor, runs[1, 0.75][name]) for name, tensor in first.items())
+    for name, tensor in mean.items():
+        if tensor.is_floating_point():
+            expected = 0.75 * first[name].double() + 0.25 * second[name].double()
+            compare.assert_close(tensor.double(), expected, dtype=torch.float32, what=name)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Accumulation, smoothing, schedules
+
+
+class Recorder(torch.optim.SGD):
+    def step(self, closure=None):
+        self.seen = [p.grad.clone() for group in self.param_groups for p in group["params"]]
+
+
+def gradients(net, image, label, **kwargs):
+    trainer = LocalTrainer(net, lambda params: Recorder(params, lr=0.1), **kwargs)
+    metrics = trainer.step(image, label)
+    assert all(p.grad is None for p in net.parameters())
+    return [grad for optimizer in trainer.optimizers for grad in optimizer.seen], metrics
+
+
+def without_batch_statistics(net):
+    """Batch norms that take their running statistics, so that a part of a batch is normalised as the whole."""
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 0.0
+            module.train = lambda mode=True, module=module: module
+            module.training = False
+    return net
+
+
+def test_accumulated_parts_have_the_gradients_of_the_batch():
+    """Unequal parts too; losses are means, counts are sums, one update."""
+    torch.manual_seed(0)
+    net = without_batch_statistics(infopro_fast.build("resnet20", 3, "softmax", lambdas=(1, 1, 1, 1)).double())
+    image, label = torch.randn(7, 3, 32, 32, dtype=torch.float64), torch.arange(7)
+    whole, expected = gradients(net, image, label)
+    for parts in (3, 20):
+        found, metrics = gradients(net, image, label, accumulate=parts)
+        for a, b in zip(found, whole, strict=True):
+            compare.assert_close(a, b, scale=max(1e-6, b.abs().max().item()))
+        assert metrics.keys() == expected.keys()
+        for name, value in metrics.items():
+            compare.assert_close(value.double(), expected[name].double(), what=name)
+    with pytest.raises(ValueError, match="accumulate: expected at least 1, got 0"):
+        LocalTrainer(net, lambda params: Recorder(params, lr=0.1), accumulate=0)
+
+
+def test_a_contrastive_loss_sees_its_part_alone():
+    """The mean of the parts' own losses, not the loss of the whole batch."""
+    torch.manual_seed(0)
+    net = without_batch_statistics(infopro_fast.build("resnet20", 2, "contrast", lambdas=(0, 1, 0, 0)).double())
+    image, label = torch.randn(8, 3, 32, 32, dtype=torch.float64), torch.tensor([0, 0, 1, 1, 0, 0, 1, 1])
+    found = gradients(net, image, label, accumulate=2)[1]["module1/contrast"]
+    parts = [gradients(net, image[half], label[half])[1]["module1/contrast"] for half in (slice(4), slice(4, 8))]
+    compare.assert_close(found, sum(parts) / 2)
+    assert abs(found - gradients(net, image, label)[1]["module1/contrast"]) > 1e-3
+
+
+@pytest.mark.parametrize("arch, kwargs", [("resnet20", {}), ("fcn_resnet20", {"num_classes": 5, "image_size": 16})])
+def test_label_smoothing_is_of_every_cross_entropy(arch, kwargs):
+    torch.manual_seed(0)
+    net = infopro_fast.build(arch, 2, "softmax", lambdas=(0, 1, 0, 0), label_smoothing=0.2, **kwargs).double().eval()
+    size = 16 if kwargs else 32
+    image = torch.randn(4, 3, size, size, dtype=torch.float64)
+    label = torch.randint(5, (4, size, size)) if kwargs else torch.tensor([0, 1, 2, 3])
+    if kwargs:
+        label[:, :2] = IGNORE
+    h = net.stages[0](image)
+    losses = []
+    for end, features in ((net.local_losses[0], h), (net.classifier, net.stages[1](h))):
+        (term,) = end.terms(features, image, label)
+        head = end.head if kwargs and end is net.classifier else end.aux_classifier.head if end is not net.classifier else end
+        logits = head(features)
+        if kwargs:
+            corners = end is not net.classifier
+            logits = torch.nn.functional.interpolate(logits, (size, size), mode="bilinear", align_corners=corners)
+        expected = torch.nn.functional.cross_entropy(logits, label, label_smoothing=0.2, ignore_index=IGNORE)
+        compare.assert_close(term.loss, expected)
+        losses.append(expected)
+    assert len(losses) == 2
+    with pytest.raises(ValueError, match="label_smoothing: expected a number in"):
+        infopro_fast.build(arch, 2, "softmax", label_smoothing=1.0, **kwargs)
+
+
+def test_schedules():
+    """Closed forms of the released ImageNet and Cityscapes schedules at their ends and in the middle."""
+    assert schedule.half_cosine(1, 90, 0.4) == 0.4 and schedule.half_cosine(46, 90, 0.4) == pytest.approx(0.2)
+    assert schedule.half_cosine(90, 90, 0.4) == pytest.approx(0.4 * 0.5 * (1 + -0.9993908270190958))
+    assert schedule.poly(0, 40000, 0.01) == 0.01 and schedule.poly(20000, 40000, 0.01) == pytest.approx(1e-4 + 0.0099 * 0.5**0.9)
+    assert schedule.poly(39999, 40000, 0.01) == pytest.approx(1e-4, abs=1e-6)
+    for call in (lambda: schedule.poly(5, 5, 1.0), lambda: schedule.half_cosine(0, 5, 1.0)):
+        with pytest.raises(ValueError, match="schedule"):
+            call()
+    optimizer = schedule.released_sgd(0.1, nesterov=False)([torch.nn.Parameter(torch.zeros(1))])
+    assert not optimizer.defaults["nesterov"] and schedule.released_sgd(0.1)([torch.nn.Parameter(torch.zeros(1))]).defaults["nesterov"]
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(dataset="shapes_seg", arch="resnet32"), "arch resnet32 and dataset shapes_seg: expected .*fcn_resnet20"),
+        (dict(arch="fcn_resnet20"), "arch fcn_resnet20 and dataset fashion_mnist: expected a network that classifies"),
+        (dict(dataset="shapes_seg", local_loss="contrast"), "local_loss contrast: dataset shapes_seg is segmented"),
+        (dict(crop=(64, 64)), "crop: the images of fashion_mnist are in memory"),
+        (dict(dataset="imagenet", data_root="x", crop=(8, 8)), "crop: expected height and width of at least 32"),
+        (dict(dataset="imagenet"), "dataset imagenet needs data_root"),
+        (dict(dataset="cityscapes", data_root="x", download=True), "download: the files of cityscapes cannot be fetched"),
+        (dict(ema=1.0), "ema: expected a number in"),
+        (dict(accumulate=0), "accumulate: expected an integer of at least 1"),
+        (dict(schedule="poly", warmup=1), "schedule poly has no warm-up"),
+        (dict(optimizer_state="bfloat16", nesterov=False), "optimizer_state bfloat16 and no-nesterov"),
+    ],
+)
+def test_settings_that_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig(**settings)
