@@ -94,6 +94,10 @@ def cross_entropy(input: torch.Tensor, weight: torch.Tensor, target: torch.Tenso
     return F.cross_entropy(F.linear(input, weight), target)
 
 
+def resized_cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(F.interpolate(logits, target.shape[-2:], mode="bilinear", align_corners=True), target, ignore_index=255)
+
+
 class ReleasedHead(nn.Module):
     """1c2f: conv3x3 - batch norm - ReLU - pool - linear - ReLU - linear, then the contrastive loss or cross entropy."""
 

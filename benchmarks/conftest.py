@@ -28,7 +28,7 @@ def _is_larger(item) -> bool:
     from benchmarks import shapes
 
     shape = getattr(item, "callspec", None) and item.callspec.params.get("shape")
-    return shape in (*shapes.DECODER_LARGER, *shapes.SUPCON_LARGER, *shapes.LINEAR_LARGER)
+    return shape in (*shapes.DECODER_LARGER, *shapes.SUPCON_LARGER, *shapes.LINEAR_LARGER, *shapes.DENSE_LARGER)
 
 
 @pytest.fixture

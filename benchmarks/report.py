@@ -51,6 +51,8 @@ def small_of(op: str, shape):
     """A shape of the same kind that is cheap: to warm up with."""
     if op == "linear_cross_entropy":
         return shapes.LinearShape(min(64, shape.N), shape.D, min(100, shape.C))
+    if op == "upsample_cross_entropy":
+        return shape._replace(N=1, h=8, w=16, H=64, W=128)
     return shape._replace(N=min(shape.N, 4 if op == "reconstruction_loss" else 96))
 
 
@@ -152,6 +154,18 @@ def linear_bars(rows: list[Row]) -> list[Bar]:
     return bars
 
 
+def dense_bars(rows: list[Row]) -> list[Bar]:
+    bars, op = [], "upsample_cross_entropy"
+    for shape in shapes.DENSE:
+        label = workloads.label(shape)
+        ours, eager = pick(rows, op, label, workloads.OURS), pick(rows, op, label, "eager")
+        bars += [
+            Bar(f"resize + cross entropy {label}, faster than plain torch", eager.seconds / ours.seconds, 6.0, True),
+            Bar(f"resize + cross entropy {label}, extra memory over a number a pixel", ours.transient_bytes / shape.pixel_bytes(), 1.0),
+        ]
+    return bars
+
+
 def step_bars(rows: list[Row]) -> list[Bar]:
     def seconds(K: int, method: str) -> float:
         return next(r.seconds for r in rows if r.shape.endswith(f" K{K}") and r.method == method)
@@ -190,6 +204,7 @@ PLOTS = {
     "reconstruction_loss": (shapes.DECODER_PLOT, "N", ("eager", "channels_last", "compile", "checkpoint", workloads.OURS)),
     "supcon_loss": (shapes.SUPCON_PLOT, "N", ("eager", "eager short", "compile short", "checkpoint", workloads.OURS)),
     "linear_cross_entropy": (shapes.LINEAR_PLOT, "C", ("eager", "checkpoint", workloads.CHUNKED, workloads.OURS)),
+    "upsample_cross_entropy": (shapes.DENSE_PLOT, "C", ("eager", "channels_last", "compile", "checkpoint", workloads.OURS)),
 }
 
 
@@ -249,7 +264,7 @@ def write(name: str, text: str) -> None:
 CLAIMS = {
     "reconstruction_loss": (shapes.DECODER, decoder_bars), "supcon_loss": (shapes.SUPCON, supcon_bars),
     "linear_cross_entropy": (shapes.LINEAR, linear_bars), "chain_decoder": (shapes.CHAIN, chain_bars),
-    "upsample_conv3x3": (shapes.UPSAMPLE_CONV, upsample_conv_bars),
+    "upsample_conv3x3": (shapes.UPSAMPLE_CONV, upsample_conv_bars), "upsample_cross_entropy": (shapes.DENSE, dense_bars),
 }  # fmt: skip
 
 

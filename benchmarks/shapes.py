@@ -67,6 +67,21 @@ class LinearShape(typing.NamedTuple):
         return 4 * self.N * self.C
 
 
+class DenseShape(typing.NamedTuple):
+    """Logits (N, C, h, w) for labels (N, H, W)."""
+
+    N: int
+    C: int
+    h: int
+    w: int
+    H: int
+    W: int
+
+    def pixel_bytes(self) -> int:
+        """float32 bytes of one number a pixel."""
+        return 4 * self.N * self.H * self.W
+
+
 # ResNet-32/110 on CIFAR-10, SVHN: the three stages. STL-10: 96x96, batch 128 in the paper; 32 here for eager's memory.
 DECODER = (DecoderShape(128, 16, 32, 32), DecoderShape(128, 32, 16, 32), DecoderShape(128, 64, 8, 32))
 DECODER_LARGER = (DecoderShape(1024, 64, 8, 32), DecoderShape(32, 16, 96, 96), DecoderShape(32, 32, 48, 96), DecoderShape(32, 64, 24, 96))
@@ -85,6 +100,11 @@ SUPCON_PLOT = tuple(SupConShape(n) for n in (128, 256, 512, 1024, 2048, 4096, 81
 LINEAR = (LinearShape(4096, 1024, 10000), LinearShape(1024, 128, 10))
 LINEAR_LARGER = (LinearShape(1024, 64, 10), LinearShape(4096, 64, 1000), LinearShape(1024, 2048, 1000))
 LINEAR_PLOT = tuple(LinearShape(1024, 256, c) for c in (10, 100, 1000, 10000, 30000))
+
+# DeepLabV3 on Cityscapes: output stride 8, crops of 512x1024, two a GPU. Stride 4 (a U-Net, HRNet), and the 150 classes of ADE20K.
+DENSE = (DenseShape(2, 19, 64, 128, 512, 1024),)
+DENSE_LARGER = (DenseShape(2, 19, 128, 256, 512, 1024), DenseShape(2, 150, 64, 64, 512, 512))
+DENSE_PLOT = tuple(DenseShape(2, c, 64, 64, 512, 512) for c in (2, 8, 19, 60, 150))
 
 # ResNet-32 at batch 128: modules K, and (lambda_1 of I(h,x), I(h,y) at the first module, the same at the last but one).
 TRAIN_STEP = {1: (0, 0, 0, 0), 4: (6, 0, 1, 2), 16: (5, 0.05, 0.2, 0.5)}

@@ -194,12 +194,31 @@ def linear(method: str, shape: shapes.LinearShape, dtype: torch.dtype = torch.fl
 
 # ---------------------------------------------------------------------------------------------------------------------
 
+DENSE_METHODS = ("eager", "channels_last", "compile", "compile channels_last", "compile budget 0", "checkpoint", OURS)
+
+
+def dense(method: str, shape: shapes.DenseShape, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Workload:
+    logits = draw(shape.N, shape.C, shape.h, shape.w, dtype=dtype, device=device)
+    if method.endswith("channels_last"):
+        logits = logits.to(memory_format=torch.channels_last)
+    logits.requires_grad_()
+    target = labels(shape.N * shape.H * shape.W, shape.C, device).view(shape.N, shape.H, shape.W)
+    target[:, ::8] = 255
+    formula = baselines.resized_cross_entropy
+    calls = compile_methods(formula) | ours(ops.upsample_cross_entropy, device, align_corners=True, ignore_index=255)
+    call = calls.get(method, lambda: formula)()
+    return Workload(lambda: call(logits, target), [logits], [logits, target])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
 OPS = {
     "reconstruction_loss": (decoder, shapes.DecoderShape, DECODER_METHODS),
     "chain_decoder": (chain_decoder, shapes.ChainShape, CHAIN_METHODS),
     "upsample_conv3x3": (upsample_conv, shapes.UpsampleConvShape, UPSAMPLE_CONV_METHODS),
     "supcon_loss": (supcon, shapes.SupConShape, SUPCON_METHODS),
     "linear_cross_entropy": (linear, shapes.LinearShape, LINEAR_METHODS),
+    "upsample_cross_entropy": (dense, shapes.DenseShape, DENSE_METHODS),
 }
 
 

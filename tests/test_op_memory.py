@@ -126,9 +126,19 @@ def test_linear_cross_entropy_needs_a_quarter_of_the_logits_at_most(cpu):
 
 
 @pytest.mark.memory
+@pytest.mark.parametrize("shape", (*shapes.DENSE, shapes.DENSE_LARGER[0]), ids=workloads.label)
+def test_upsample_cross_entropy_needs_a_number_a_pixel_at_most(shape, cpu):
+    """Where it keeps its gradient, and where backward finds it."""
+    found = transient("upsample_cross_entropy", shape, shape._replace(N=1, h=8, w=16, H=64, W=128))
+    assert found <= shape.pixel_bytes()
+
+
+@pytest.mark.memory
 def test_the_peak_of_plain_torch_is_seen():
     """A control: the maps and logits that plain torch is known to hold show up in full."""
     decoder, pairs, logits = shapes.DecoderShape(128, 64, 8, 32), shapes.SupConShape(2048), shapes.LinearShape(1024, 64, 10000)
     assert transient("reconstruction_loss", decoder, decoder._replace(N=4), "eager") > decoder.resized_bytes()
     assert transient("supcon_loss", pairs, shapes.SupConShape(256), "eager") > 3 * pairs.pairs_bytes()
     assert transient("linear_cross_entropy", logits, shapes.LinearShape(64, 64, 100), "eager") > 2 * logits.logits_bytes()
+    dense = shapes.DenseShape(1, 19, 64, 64, 512, 512)
+    assert transient("upsample_cross_entropy", dense, dense._replace(h=8, w=8, H=64, W=64), "eager") > 2 * dense.C * dense.pixel_bytes()
