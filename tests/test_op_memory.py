@@ -42,6 +42,22 @@ def test_reconstruction_loss_keeps_numbers_per_channel(training, dtype, cpu):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("training", (True, False))
+def test_a_chain_decoder_keeps_the_maps_in_front_of_its_batch_norms(training, dtype, cpu):
+    N, h, w, size = 4, 6, 5, 8 if dtype == torch.float64 else 4
+    decoder = op_cases.make_chain(16, ((None, 1, 12), (op_cases.doubled(), 3, 8)), op_cases.doubled()).to(dtype).train(training)
+    features, image = torch.randn(N, 16, h, w, dtype=dtype, requires_grad=True), torch.rand(N, 3, 4 * h, 4 * w, dtype=dtype)
+    beside = [features, image, *decoder.parameters(), *decoder.buffers()]
+    found = memory.saved_bytes(lambda: ops.reconstruction_loss(features, image, decoder, impl=cpu), beside)
+    assert found == size * (N * 12 * h * w + N * 8 * 4 * h * w + 2 * (12 + 8))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_upsample_conv3x3_keeps_its_inputs_alone(dtype, cpu):
+    assert kept(op_cases.up_conv(h=8, w=8, H=16, W=16), cpu, dtype) == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("views", (None, 2))
 def test_supcon_loss_keeps_three_numbers_an_anchor(views, dtype, cpu):
     N, size = 200, 8 if dtype == torch.float64 else 4
@@ -57,6 +73,15 @@ def test_linear_cross_entropy_keeps_a_number_a_row(dtype, cpu):
     for reduction in ("sum", "none", "mean"):
         divisor = 8 if reduction == "mean" else 0
         assert 0 < kept(op_cases.linear_ce(N, 16, 100, reduction=reduction), cpu, dtype) <= size * N + divisor
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_upsample_cross_entropy_keeps_a_number_a_pixel_at_most(dtype, cpu):
+    """Its gradient, where one has no more numbers than there are pixels, and what it was divided by; else nothing but that."""
+    size, divisor = 8 if dtype == torch.float64 else 4, 8
+    for h, w, reduction, numbers in ((3, 4, "mean", 120), (3, 4, "sum", 120), (6, 8, "mean", 0), (3, 4, "none", 0)):
+        found = kept(op_cases.upsample_ce(2, 5, h, w, 10, 19, reduction=reduction), cpu, dtype)
+        assert size * numbers <= found <= size * numbers + divisor and numbers <= 2 * 10 * 19
 
 
 @pytest.mark.parametrize("make", op_cases.SMALL.values(), ids=op_cases.SMALL)
@@ -102,6 +127,21 @@ def test_reconstruction_loss_needs_no_more_for_a_larger_batch(cpu):
     small = shape._replace(N=4)
     once, four = (transient("reconstruction_loss", shape._replace(N=n), small) for n in (128, 512))
     assert four < once + shape.resized_bytes() / 16 + NOISE
+
+
+@pytest.mark.memory
+def test_a_chain_decoder_needs_a_third_of_eager_at_most(cpu):
+    shape = shapes.ChainShape(4, 512, 28)
+    eager, ours = (transient("chain_decoder", shape, shapes.ChainShape(1, 16, 7), method) for method in ("eager", workloads.OURS))
+    assert eager > 3 * shape.resized_bytes()  # the control: the measure sees what eager is known to hold
+    assert ours < eager / 3
+
+
+@pytest.mark.memory
+def test_upsample_conv3x3_never_forms_the_resized_map(cpu):
+    shape = shapes.UpsampleConvShape(8, 128, 64, 8)
+    found = transient("upsample_conv3x3", shape, shape._replace(N=1, h=4), direction="forward")
+    assert found < shape.resized_bytes() / 4
 
 
 @pytest.mark.memory
