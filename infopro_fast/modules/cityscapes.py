@@ -39,9 +39,17 @@ class ASPP(nn.Module):
         self.classes = nn.Conv2d(planes, class_num, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        mean = F.interpolate(self.mean(x), x.shape[-2:], mode="bilinear", align_corners=False)
+        mean = F.interpolate(self._mean(x), x.shape[-2:], mode="bilinear", align_corners=False)
         maps = torch.cat([mean, *(branch(x) for branch in self.branches)], 1)
         return self.classes(self.dropout(self.join(maps)))
+
+    def _mean(self, x: torch.Tensor) -> torch.Tensor:
+        pool, conv, norm, relu = self.mean
+        mean = conv(pool(x))
+        if len(x) > 1 or not self.training or isinstance(norm, nn.SyncBatchNorm):
+            return relu(norm(mean))
+        # A single image has one value a channel, and no variance: its running statistics normalise it, and do not move.
+        return relu(F.batch_norm(mean, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps))
 
 
 class DeepLabEnd(PixelClassifier):
