@@ -1,4 +1,4 @@
-"""`reconstruction_loss` with chain decoders: released values, every form of layer and size, statistics, processes, memory, messages."""
+"""`reconstruction_loss` with chain decoders: released values, every form of layer and size, statistics, processes, messages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from benchmarks import memory, shapes, workloads
 from infopro_fast.ops import reconstruction_loss
 from tests import compare, golden, op_cases
 from tests.op_cases import chain, check, doubled, make_chain, plain_reconstruction
@@ -261,32 +260,6 @@ def test_sync_batch_norm_takes_the_statistics_of_all_processes(sizes, impl, tmp_
     for name, p in decoder.named_parameters():
         total = sum(f[name] for f in found)
         compare.assert_close(total, p.grad, scale=max(p.grad.abs().max().item(), decoder[0].weight.grad.abs().max().item()), what=name)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Memory
-
-
-@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16))
-@pytest.mark.parametrize("training", (True, False))
-def test_keeps_the_maps_in_front_of_the_batch_norms(training, dtype, cpu):
-    N, h, w, size = 4, 6, 5, 8 if dtype == torch.float64 else 4
-    decoder = make_chain(16, ((None, 1, 12), (doubled(), 3, 8)), doubled()).to(dtype).train(training)
-    features, image = torch.randn(N, 16, h, w, dtype=dtype, requires_grad=True), torch.rand(N, 3, 4 * h, 4 * w, dtype=dtype)
-    beside = [features, image, *decoder.parameters(), *decoder.buffers()]
-    found = memory.saved_bytes(lambda: reconstruction_loss(features, image, decoder, impl=cpu), beside)
-    assert found == size * (N * 12 * h * w + N * 8 * 4 * h * w + 2 * (12 + 8))
-
-
-@pytest.mark.memory
-def test_transient_peak_is_a_third_of_eagers_at_most(cpu):
-    shape = shapes.ChainShape(4, 512, 28)
-    found = {}
-    for method in ("eager", workloads.OURS):
-        peak = memory.peak_bytes("benchmarks.workloads:for_peak", op="chain_decoder", method=method, shape=list(shape), small=[1, 16, 7])
-        found[method] = peak["peak"] - peak["returned"]
-    assert found["eager"] > 3 * shape.resized_bytes()  # the control: the measure sees what eager is known to hold
-    assert found[workloads.OURS] < found["eager"] / 3
 
 
 # ---------------------------------------------------------------------------------------------------------------------
