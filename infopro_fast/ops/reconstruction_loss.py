@@ -62,7 +62,8 @@ def reconstruction_loss(
     interpolate_mode: "bilinear" (align_corners=True, as released) or "nearest": how features are resized to (H, W) for a decoder
         that has no Upsample of its own.
     loss: "bce", "mse" or "l1", the mean over all N*3*H*W elements.
-    impl: "auto", "reference", "cpu", "triton" or "cuda"; one that is named runs or raises.
+    impl: "auto", "reference", "cpu", "triton" or "cuda"; one that is named runs or raises. Decoders other than the CIFAR one have
+        kernels on the CPU alone: on a GPU "auto" takes the reference for them, and says so.
 
     Returns a 0-d tensor, float64 if any input is float64, else float32 (arithmetic too). An empty batch gives 0.
     Kept for backward by the kernels: the inputs and, of the CIFAR decoder (one hidden convolution of K channels, 3x3, no Upsample),
