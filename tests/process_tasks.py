@@ -1,6 +1,9 @@
 """What the processes of `process_driver` do, a function a task; each returns what its test looks at."""
 
 import os
+import resource
+import signal
+import time
 from pathlib import Path
 
 import torch
@@ -8,7 +11,7 @@ import torch.distributed as dist
 
 from infopro_fast import build, modules
 from infopro_fast.data import part_of
-from infopro_fast.trainer import LocalTrainer, schedule
+from infopro_fast.trainer import LocalTrainer, checkpoint, schedule
 from infopro_fast.trainer.parallel import ParallelTrainer
 from tests.process_driver import Group, command
 
@@ -21,12 +24,9 @@ GLOBAL = ["--sync-batch-norm", "--global-contrast", "--dtype", "float64"]  # the
 
 
 def tiny(folder: Path, size: int, name: str, *words: object) -> dict:
-    """A small run of the command line by ``size`` processes."""
+    """A small run of the command line by ``size`` processes; 0: by one that torchrun did not start."""
     run = folder / name
-    if size == 0:
-        group = Group(1, lambda rank: _alone(*TINY, "--out", run, *words), folder / f"{name}-output")
-    else:
-        group = Group(size, lambda rank: command(*TINY, "--out", run, *words), folder / f"{name}-output")
+    group = Group(max(size, 1), lambda rank: (command if size else _alone)(*TINY, "--out", run, *words), folder / f"{name}-output")
     return {"codes": group.wait(), "errors": group.errors(), "run": str(run)}
 
 
@@ -118,3 +118,96 @@ def runs(folder: Path) -> dict:
         "data": tiny(folder, 2, "data", "--parallel", "data", *GLOBAL),
         "alone_in_float64": tiny(folder, 0, "alone_in_float64", "--dtype", "float64"),
     }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Faults: in the 7th step of 12, in the second epoch
+
+
+def _in_step(number: int, action) -> None:
+    step, count = ParallelTrainer.step, 0
+
+    def patched(self, *args):
+        nonlocal count
+        count += 1
+        if count == number:
+            action(self)
+        return step(self, *args)
+
+    ParallelTrainer.step = patched
+
+
+def _kill(_) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _stop(_) -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def _exhaust_memory(trainer) -> None:
+    def forward(_):
+        return torch.empty(2**50)
+
+    trainer.net.stages[-1].forward = forward
+
+
+def _stand_still(trainer) -> None:
+    trainer.net.stages[0].forward = lambda _: time.sleep(1000)
+
+
+def _explode(trainer) -> None:
+    with torch.no_grad():
+        next(trainer.net.parameters()).fill_(torch.inf)
+
+
+def _fill_disk(_) -> None:
+    """No file of this process grows beyond 100 kB from now on, which a checkpoint's tensors do."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+
+def _terminate(_) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+FAULTS = {
+    "killed": _kill, "stopped": _stop, "stands_still": _stand_still, "out_of_memory": _exhaust_memory, "not_finite": _explode,
+    "disk_full": _fill_disk, "terminated": _terminate,
+}  # fmt: skip
+MODES = {"data": ("--parallel", "data"), "pipeline": ("--parallel", "pipeline")}
+AGAIN = {"pipeline-killed-1": 3, "pipeline-stands_still-0": 0, "data-stands_still-0": 0}  # processes that continue; 0: without torchrun
+
+
+def _begin(folder: Path, mode: str, fault: str, rank: int) -> Group:
+    def work(own: int) -> None:
+        if own == rank:
+            _in_step(7, FAULTS[fault])
+        command(*TINY, "--out", folder / "run", *MODES[mode], "--patience", "4")
+
+    return Group(2, work, folder / "output", keeper=(mode, fault, rank) != ("data", "killed", 0))
+
+
+def faults(folder: Path) -> dict:
+    """Every fault; how the processes ended within 30 s, and how the run looked then; then it continues, until it ends."""
+    cases = [(mode, fault, rank) for mode in MODES for fault, rank in (("killed", 0), ("killed", 1), ("stopped", 1), ("stands_still", 0))]
+    cases += [("data", "out_of_memory", 1), ("pipeline", "out_of_memory", 0), ("data", "not_finite", 0), ("pipeline", "not_finite", 1)]
+    cases += [("data", "disk_full", 0), ("pipeline", "disk_full", 1), ("data", "terminated", 1), ("pipeline", "terminated", 0)]
+    found = {"data": tiny(folder, 2, "data", *MODES["data"]), "pipeline": tiny(folder, 0, "pipeline")}
+    for some in (cases[:8], cases[8:]):  # at the same time, since they mostly wait
+        groups = {case: _begin(folder / "-".join(map(str, case)), *case) for case in some}
+        for case, group in groups.items():
+            group.wait_for_others(case[2] if case[1] == "stopped" else None, 30.0)
+            ended = dict(group.codes)
+            group.end()
+            run = group.folder.parent / "run"
+            found["-".join(map(str, case))] = {
+                "codes": ended, "errors": group.errors(), "run": str(run),
+                "checkpoints": [path.name for path in checkpoint.list_checkpoints(run / "checkpoints")],
+            }  # fmt: skip
+        for case in some:
+            name = "-".join(map(str, case))
+            words = ("train", "--resume", found[name]["run"])
+            size = AGAIN.get(name, 2)
+            again = Group(max(size, 1), lambda own, words=words, run=command if size else _alone: run(*words), folder / name / "again")
+            found[name]["again"] = {"codes": again.wait(), "errors": again.errors()}
+    return found

@@ -152,7 +152,7 @@ class DistributedTraining(loop._Training):
         config, watch = self.config, self.group.watch
         return ParallelTrainer(
             self.net, make_optimizer, group=self.group.data_group, first=self.layout.modules.start, modules=config.modules,
-            global_contrast=config.global_contrast, at=lambda module: watch.at(f"{module}, {self.place}"), waiting=watch.waiting,
+            global_contrast=config.global_contrast, at=lambda module: watch.at(f"in {module}, {self.place}"), waiting=watch.waiting,
             amp=loop.amp_dtype(config), accumulate=config.accumulate,
         )  # fmt: skip
 
@@ -160,7 +160,7 @@ class DistributedTraining(loop._Training):
     # A step
 
     def train_batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        self.group.watch.at(f"the images, {self.place}", slow=True)
+        self.group.watch.at(f"reading images, {self.place}", slow=True)
         self._epoch_began, self._waited_before = time.monotonic(), self.group.watch.waited
         if self.sender is not None:
             self.sender.begin()
@@ -177,7 +177,7 @@ class DistributedTraining(loop._Training):
         return own.stop - own.start
 
     def train_step(self, image: torch.Tensor, label: torch.Tensor) -> None:
-        self.group.watch.stops = self.stop.signum is not None
+        self.group.watch.stops |= self.stop.signum is not None
         if self.receiver is None:
             self._flag = self._decide()
         metrics = self._upstream | self.trainer.step(image, label, self.counts[self.batch])
@@ -208,7 +208,7 @@ class DistributedTraining(loop._Training):
 
         Replicas meet here, so that inside a step, where batch norms may wait for each other, nobody waits for long.
         """
-        own = "stop" if self.group.watch.others_stop else super().request()
+        own = "stop" if self.group.watch.stop_asked else super().request()
         if self.layout.replicas == 1:
             return own
         flag = torch.tensor([REQUESTS.index(own)])
@@ -235,7 +235,7 @@ class DistributedTraining(loop._Training):
     # Evaluation: by the first replica, whose running statistics count
 
     def evaluate(self) -> dict[str, float] | None:
-        self.group.watch.at(f"evaluation, {self.place}", slow=True)
+        self.group.watch.at(f"in evaluation, {self.place}", slow=True)
         if self.layout.replica > 0:
             return None
         batches = self.images.test_batches(self.config.batch_size, self.dtype, self.device)
@@ -290,7 +290,7 @@ class DistributedTraining(loop._Training):
         return _merged([*parts, own])
 
     def save(self) -> None:
-        self.group.watch.at(f"checkpoint, {self.place}", slow=True)
+        self.group.watch.at(f"writing a checkpoint, {self.place}", slow=True)
         super().save()
 
     def write_checkpoint(self, content: dict[str, Any]) -> None:

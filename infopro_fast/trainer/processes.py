@@ -11,6 +11,8 @@ import contextlib
 import dataclasses
 import datetime
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +28,11 @@ PREFIX = "infopro_fast"
 def launched() -> bool:
     """Whether torchrun started this process, or something that sets the same variables."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def agent_keeps_store() -> bool:
+    """Whether the key-value store of the run outlives its processes."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def restarts() -> int:
@@ -138,17 +145,36 @@ def connected(config: TrainConfig) -> Iterator[Processes]:
     if gpu:
         torch.cuda.set_device(config.device)
     # Everyone waits long enough for the watch, which knows more, to speak first.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=datetime.timedelta(minutes=30))
+    long = datetime.timedelta(minutes=30)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", store=_store(rank), rank=rank, world_size=size, timeout=long)
     groups = [dist.new_group(place.ranks_of_stage(stage)) for stage in range(place.stages)] if place.replicas > 1 else None
     processes = Processes(place, groups[place.stage] if groups else None)
-    processes.watch = Watch(_store(), rank, size, place.title, processes.hint, config.patience)
+    keeps = rank == 0 and not agent_keeps_store()
+    processes.watch = Watch(_store(), rank, size, place.title, processes.hint, config.patience, keeps_store=keeps)
     processes.watch.start()
-    with _told(processes):
+    with _sigterm_noted(processes.watch), _told(processes):
         yield processes
         with processes.watch.waiting():
             dist.all_reduce(torch.zeros(1))  # nobody leaves before all are through
     processes.watch.close()
     dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _sigterm_noted(watch: Watch) -> Iterator[None]:
+    """torchrun sends SIGTERM to what is left of a run when one of its processes has died: there has to be time to say why."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def note(signum: int, frame: object) -> None:
+        watch.stops = True
+
+    before = signal.signal(signal.SIGTERM, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager
@@ -185,10 +211,14 @@ def _for_people() -> tuple[type[Exception], ...]:
     return ConfigError, DataError, CheckpointError, NonFiniteError, RunError, ProcessFailure
 
 
-def _store() -> dist.Store:
-    """A connection of its own: the thread must not wait behind the main thread's."""
+def _store(rank: int | None = None) -> dist.Store:
+    """The run's store, which torchrun's agent keeps or else rank 0; a connection of its own, of the keys of this life of the processes.
+
+    (An agent keeps its store when it starts the processes again; without a name of their own they would find the addresses of the dead.)
+    """
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=datetime.timedelta(seconds=20))
+    keeps = rank == 0 and not agent_keeps_store()
+    store = dist.TCPStore(address, port, is_master=keeps, wait_for_workers=False, timeout=datetime.timedelta(minutes=5))
     return dist.PrefixStore(f"{PREFIX}/{restarts()}", store)
 
 

@@ -37,15 +37,18 @@ class Watch:
 
     store: a connection of its own to the run's store. rank, size: of this process. title: what this process is, in a message, e.g.
     "rank 1 (module 3 of 4)"; hint: how to continue, said at the end of every message.
-    patience: ticks of about a second that a process may stay at one module.
+    patience: seconds that a process may stay at one module. keeps_store: whether the store goes with this process.
     """
 
-    def __init__(self, store: dist.Store, rank: int, size: int, title: str, hint: Callable[[], str], patience: float):
+    def __init__(
+        self, store: dist.Store, rank: int, size: int, title: str, hint: Callable[[], str], patience: float, *, keeps_store: bool = False
+    ):
         self.store, self.rank, self.size, self.title, self.hint = store, rank, size, title, hint
         self.patience = max(1, round(patience / TICK))
-        self._place, self._moves, self._limit = "start", 0, self.patience * SLOW
+        self._place, self._moves, self._limit = "at the start", 0, self.patience * SLOW
         self._waits, self._here, self._seen_moves = False, 0, 0
         self.waited = 0.0  # seconds
+        self.keeps_store = keeps_store
         self.stops = False  # this process was asked to stop by a signal
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
@@ -53,9 +56,9 @@ class Watch:
         self._silent = dict.fromkeys(range(size), 0)
 
     @property
-    def others_stop(self) -> bool:
-        """Whether another process was asked to stop."""
-        return any(beat["stops"] for beat in self._beats.values())
+    def stop_asked(self) -> bool:
+        """Whether this process or another one was asked to stop."""
+        return self.stops or any(beat["stops"] for beat in self._beats.values())
 
     def start(self) -> None:
         self._tell(0)
@@ -85,7 +88,10 @@ class Watch:
 
     def fail(self, cause: str) -> str | None:
         """Make a failure known. Returns the message for people, or None if another failure was known before."""
-        return self._claim(f"{self.title}, at {self._place}: {cause}")
+        message = self._claim(f"{self.title}, {self._place}: {cause}")
+        if self.keeps_store:
+            time.sleep(3 * TICK)  # the others read it there
+        return message
 
     def diagnose(self, error: BaseException, ticks: int = SILENCE + 4) -> str | None:
         """As `fail`, of an ``error`` in talking to others: the thread is given time to find out which of them is to blame."""
@@ -107,10 +113,19 @@ class Watch:
             except RuntimeError as error:  # whoever keeps the store is gone, and with it a process or the launcher
                 if self._closing.is_set():
                     return
-                message = f"{self.title}: the store of the run is gone: {_first_line(error)}; {self.hint()}"
+                message = self._without_store(error)
             if message is not None:
                 self._closing.set()
                 _end(message)
+
+    def _without_store(self, error: RuntimeError) -> str:
+        """What to say when it is gone: as a rule the process that kept it, rank 0, was killed."""
+        for _ in range(8):
+            for rank, beat in self._beats.items():
+                if rank != self.rank and self._cause(beat, 0) is not None:
+                    return f"{beat['title']}, {beat['place']}: {self._cause(beat, 0)}; all processes stop; {self.hint()}"
+            time.sleep(TICK / 4)
+        return f"{self.title}: lost the other processes ({_first_line(error)}); {self.hint()}"
 
     def _tell(self, tick: int) -> None:
         moves = self._moves
@@ -135,7 +150,7 @@ class Watch:
             self._beats[rank] = beat
             cause = self._cause(beat, self._silent[rank])
             if cause is not None and not self.store.check([f"{CLEAN}/{rank}"]):
-                return self._claim(f"{beat['title']}, at {beat['place']}: {cause}") or ""
+                return self._claim(f"{beat['title']}, {beat['place']}: {cause}") or ""
         return None
 
     def _cause(self, beat: dict[str, Any], silent: int) -> str | None:

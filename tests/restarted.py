@@ -1,0 +1,25 @@
+"""A small run that loses a process in its first life, for torchrun. Run as: torchrun ... -m tests.restarted OUT MODE RANK."""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from infopro_fast.data import fashion_mnist
+from tests.process_driver import command
+from tests.process_tasks import MODES, TINY, _in_step, _kill
+from tests.tiny_run import load
+
+
+def main(out: Path, mode: str, rank: int) -> None:
+    torch.set_num_threads(1)
+    images = load()
+    fashion_mnist.load = lambda: images
+    if int(os.environ["RANK"]) == rank and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        _in_step(7, _kill)
+    command(*TINY, "--out", out, *MODES[mode])
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))

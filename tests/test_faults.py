@@ -1,0 +1,111 @@
+"""Processes that die, stand still or run out of memory or disk: the others stop, with one message, and the run can continue."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+
+from infopro_fast.trainer import checkpoint, report
+from infopro_fast.trainer.watch import cause_of, is_of_communication
+from tests.test_distributed import ROOT, drive, lines, same
+
+PIPELINE = {0: r"rank 0 \(module 1 of 3\)", 1: r"rank 1 \(modules 2-3 of 3\)"}
+CAUSES = {
+    "killed": r"killed \(process \d+ is gone\)",
+    "stopped": r"stalled \(process \d+ is stopped\)",
+    "stands_still": r"in module 1, epoch 2, step 2 of 4: stalled \(no progress for 4 s\)",
+    "out_of_memory": r"in module \d, epoch 2, step 2 of 4: out of memory",
+    "not_finite": r"module \d, reconstruction loss: nan; training stopped, the last checkpoint before it, .*epoch0001-batch000000, is kept",
+    "disk_full": r"writing a checkpoint, .*: OSError: .*File too large",
+}
+CASES = [
+    "data-killed-0", "data-killed-1", "pipeline-killed-0", "pipeline-killed-1", "data-stopped-1", "pipeline-stopped-1",
+    "data-stands_still-0", "pipeline-stands_still-0", "data-out_of_memory-1", "pipeline-out_of_memory-0", "data-not_finite-0",
+    "pipeline-not_finite-1", "data-disk_full-0", "pipeline-disk_full-1",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def faults(tmp_path_factory):
+    return drive(tmp_path_factory.mktemp("faults"), "faults")["faults"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_all_stop_with_one_message(faults, case):
+    """Within 30 s, all that can; the message names rank, modules and cause, and how to continue."""
+    found, (mode, fault, rank) = faults[case], case.split("-")
+    codes = found["codes"]
+    for own in ("0", "1"):
+        expected = {"killed": -9, "stopped": None}.get(fault, 1) if own == rank else 1
+        assert codes.get(own) == expected, found["errors"]
+    said = [line for text in found["errors"] for line in text.splitlines() if line.startswith("infopro-fast:")]
+    assert len(said) == 1, found["errors"]
+    who = PIPELINE[int(rank)] if mode == "pipeline" else f"rank {rank}"
+    if fault == "not_finite":  # whoever sees the losses
+        who = r"rank [01]( \(modules? [-0-9]+ of 3\))?"
+    pattern = rf"infopro-fast: error: {who}, .*{CAUSES[fault]}.*; all processes stop; continue with --resume {found['run']}$"
+    assert re.search(pattern, said[0]), said[0]
+    assert "Traceback" not in "".join(found["errors"])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_no_checkpoint_is_lost(faults, case):
+    """What was saved before the fault, a full disk too, is there and whole; no half of a new one."""
+    assert faults[case]["checkpoints"] == ["epoch0000-batch000000", "epoch0001-batch000000"]
+    run = Path(faults[case]["run"])
+    assert [path.name for path in run.rglob(checkpoint.ASIDE + "*")] == []
+
+
+@pytest.mark.parametrize("case, main", [("data-terminated-1", 0), ("pipeline-terminated-0", 1)])
+def test_a_signal_stops_all_after_the_same_step(faults, case, main):
+    """With a checkpoint of it, and the message of a run of one process, by the process that writes the run folder."""
+    found = faults[case]
+    assert found["codes"] == {str(main): 143, str(1 - main): 0}, found["errors"]
+    assert found["checkpoints"][-1] == "epoch0001-batch000004"  # decided before each step: this one is the next
+    assert found["errors"][main].strip() == f"infopro-fast: stopped by SIGTERM; continue with: infopro-fast train --resume {found['run']}"
+    assert found["errors"][1 - main] == ""
+
+
+@pytest.mark.parametrize("case", [*CASES, "data-terminated-1", "pipeline-terminated-0"])
+def test_continues_to_the_same_bits(faults, case):
+    """As many processes as before, and of pipelines others too: three, or one without torchrun."""
+    found = faults[case]
+    assert set(found["again"]["codes"]) == {0} and not any(found["again"]["errors"]), found["again"]
+    alone, run = Path(faults[case.partition("-")[0]]["run"]), Path(found["run"])
+    name = checkpoint.name_of(3, 0)
+    expected, got = (checkpoint.load(path / "checkpoints" / name) for path in (alone, run))
+    assert got["epoch"] == 3
+    if case == "data-stands_still-0":  # one process has other batch norms than two
+        return
+    for part in ("net", "trainer", "meters", "best", "test"):
+        assert same(got[part], expected[part]), part
+    assert lines(run) == lines(alone)
+    assert same(*(safetensors.torch.load_file(path / report.WEIGHTS) for path in (alone, run)))
+
+
+@pytest.mark.parametrize("mode", ["data", "pipeline"])
+def test_torchrun_restarts(faults, tmp_path, mode):
+    """torchrun --max-restarts brings the run to the same end by itself, one of its processes being killed."""
+    rank = {"data": 0, "pipeline": 1}[mode]
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1",
+        "-m", "tests.restarted", str(tmp_path / "run"), mode, str(rank),
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("infopro-fast: error") == 1 and f"continuing {tmp_path / 'run'} from" in done.stdout, done.stderr
+    last = Path("checkpoints") / checkpoint.name_of(3, 0)
+    expected, got = (checkpoint.load(Path(run) / last) for run in (faults[mode]["run"], tmp_path / "run"))
+    for part in ("net", "trainer", "meters", "best", "test"):
+        assert same(got[part], expected[part]), part
+
+
+def test_causes():
+    assert cause_of(RuntimeError("[enforce] DefaultCPUAllocator: can't allocate memory: you tried")).startswith("out of memory (")
+    assert cause_of(ValueError("one\ntwo")) == "ValueError: one"
+    assert is_of_communication(RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1"))
+    assert not is_of_communication(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
