@@ -196,9 +196,8 @@ class _ReconstructionLoss(torch.autograd.Function):
     """d loss / d (gamma, beta, W2, b2) are found in the forward sweep (the loss is a scalar) and scaled in backward."""
 
     @staticmethod
-    def forward(ctx, features, image, w1, b1, gamma, beta, w2, b2, running_mean, running_var, options, impl):
+    def forward(ctx, features, image, w1, b1, gamma, beta, w2, b2, running_mean, running_var, options, impl, needs_grad):
         restore, eps, mode, loss = options
-        needs_grad = any(ctx.needs_input_grad)
         value, saved = _FORWARD[impl](
             features, image, w1, b1, gamma, beta, w2, b2, running_mean, running_var, restore, eps, mode, loss, needs_grad
         )
@@ -237,7 +236,7 @@ def _gradients(ctx, grad):
 
     return (
         g_features if needs[0] else None, None, give(2, g_w1, w1), give(3, g_b1, b1), give(4, g_gamma * grad, gamma),
-        give(5, g_beta * grad, beta), give(6, g_w2 * grad, w2), give(7, g_b2 * grad, b2), None, None, None, None,
+        give(5, g_beta * grad, beta), give(6, g_w2 * grad, w2), give(7, g_b2 * grad, b2), None, None, None, None, None,
     )  # fmt: skip
 
 
@@ -250,9 +249,10 @@ def _fused(features, image, stage, interpolate_mode, loss, image_mean, image_std
     batch_statistics = uses_batch_statistics(norm)
     running = (None, None) if batch_statistics else (norm.running_mean, norm.running_var)
     options = (_restore(image_mean, image_std), norm.eps, MODES.index(interpolate_mode), LOSSES.index(loss))
-    value, mean, var = _ReconstructionLoss.apply(
-        features, image, conv1.weight, conv1.bias, norm.weight, norm.bias, conv2.weight, conv2.bias, *running, options, impl
-    )
+    given = (features, image, conv1.weight, conv1.bias, norm.weight, norm.bias, conv2.weight, conv2.bias)
+    # Inside, ctx.needs_input_grad tells of requires_grad alone, under no_grad too.
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in given if t is not None)
+    value, mean, var = _ReconstructionLoss.apply(*given, *running, options, impl, needs_grad)
     if batch_statistics and features.shape[0]:
         update_running_statistics(norm, mean, var, image.shape[0] * image.shape[2] * image.shape[3])
     return value
