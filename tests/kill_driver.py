@@ -93,7 +93,7 @@ MOMENTS = {
     "after_rename": lambda: kill_after(os, "rename", 3),
     "retiring": lambda: kill_after(checkpoint, "retire", 1),
     "metrics": lambda: kill_in_metrics(4),
-    "evaluation": lambda: kill_before(LocalTrainer, "evaluate", 2),
+    "evaluation": lambda: kill_before(loop.evaluation, "evaluate", 2),
     "weights": lambda: kill_in_write("weights.safetensors", 2),
     "last_weights": lambda: kill_in_write("weights.safetensors", 3),
 }

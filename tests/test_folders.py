@@ -203,7 +203,7 @@ def test_masks_are_augmented_like_their_images():
     part = data.Split(images.test.labels[:8, None].repeat(1, 3, 1, 1), images.test.labels[:8])  # images that show their labels
     images = replace(images, train=part, test=part, augmentation=Augmentation(padding=5, mode="zeros", flip=True))
     flipped = 0
-    for image, label in images._augmented(4, 0, 0, 0, False, True):
+    for image, label in images._augmented(4, 0, 0, 0, False, True, (0, 1)):
         padded = (label == 255) & (image[:, 0] == 0)
         assert torch.equal(torch.where(padded, 255, image[:, 0]), label)
         flipped += sum(not torch.equal(one, two) for one, two in zip(label, images.train.labels))
