@@ -19,7 +19,6 @@ import torch._dynamo  # noqa: F401  by every optimizer
 
 from infopro_fast.data import fashion_mnist
 from infopro_fast.trainer import checkpoint, loop, report
-from infopro_fast.trainer.step import LocalTrainer
 from tests.tiny_run import config, load
 
 

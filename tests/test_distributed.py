@@ -128,7 +128,8 @@ def test_metrics_are_of_all_processes(runs, other):
 def test_layouts():
     def spans(size, **settings):
         config = TrainConfig(parallel="pipeline", modules=4, **settings)
-        return [[(layout(config, rank, size).replica, *layout(config, rank, size).modules) for rank in range(size)], layout(config, 0, size)]
+        every = [layout(config, rank, size) for rank in range(size)]
+        return [[(one.replica, *one.modules) for one in every], every[0]]
 
     assert spans(2)[0] == [(0, 0, 1), (0, 2, 3)]
     assert spans(3)[0] == [(0, 0), (0, 1), (0, 2, 3)]
