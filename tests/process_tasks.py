@@ -2,6 +2,7 @@
 
 import os
 import resource
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -11,8 +12,9 @@ import torch.distributed as dist
 
 from infopro_fast import build, modules
 from infopro_fast.data import part_of
-from infopro_fast.trainer import LocalTrainer, checkpoint, schedule
+from infopro_fast.trainer import LocalTrainer, checkpoint, feature_cache, report, schedule, sequential
 from infopro_fast.trainer.parallel import ParallelTrainer
+from tests.kill_driver import kill_before, kill_in_write
 from tests.process_driver import Group, command
 
 TINY = [
@@ -210,4 +212,51 @@ def faults(folder: Path) -> dict:
             size = AGAIN.get(name, 2)
             again = Group(max(size, 1), lambda own, words=words, run=command if size else _alone: run(*words), folder / name / "again")
             found[name]["again"] = {"codes": again.wait(), "errors": again.errors()}
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One module after the other: 12 steps each; its outputs are 3 x 4 batches of training images and 2 of test images
+
+MOMENTS = {
+    "module1": lambda: kill_before(torch.optim.SGD, "step", 6),
+    "module2": lambda: kill_before(torch.optim.SGD, "step", 18),
+    "module3": lambda: kill_before(torch.optim.SGD, "step", 33),
+    "trained": lambda: kill_in_write("SHA256SUMS", 5),  # after the first checkpoint and one an epoch
+    "cache": lambda: kill_before(feature_cache, "_bytes", 7),
+    "cache_without_its_sum": lambda: kill_before(feature_cache, "_digest", 12),
+    "cache_of_tests": lambda: kill_before(feature_cache, "_digest", 14),
+    "second_cache": lambda: kill_before(feature_cache, "_bytes", 14 + 6),
+    "between": lambda: kill_before(sequential._Sequence, "cache", 2),
+    "end": lambda: kill_before(report, "write_weights", 1),
+}
+
+
+def in_turn(folder: Path) -> dict:
+    """The run alone, without a cache, with one of a single epoch; and killed at every moment, and continued."""
+    words = ("--order", "sequential")
+    found = {"never": tiny(folder, 0, "never", *words), "no_cache": tiny(folder, 0, "no_cache", *words, "--no-cache")}
+    found["one_epoch"] = tiny(folder, 0, "one_epoch", *words, "--cached-epochs", "1")
+    for name, prepare in MOMENTS.items():
+        run = folder / name
+
+        def killed(rank: int, prepare=prepare, run=run) -> None:
+            prepare()
+            _alone(*TINY, "--out", run, *words)
+
+        first = Group(1, killed, folder / f"{name}-output")
+        codes = first.wait()
+        if name == "module2":
+            shutil.copytree(run, folder / "damaged")
+        again = Group(1, lambda rank, run=run: _alone("train", "--resume", run), folder / f"{name}-again")
+        found[name] = {"codes": [*codes, *again.wait()], "errors": first.errors() + again.errors(), "run": str(run)}
+    run = folder / "damaged"
+    with open(run / "cache" / "module001" / "epoch0002.bin", "r+b") as file:
+        file.seek(70_000)
+        file.write(b"other")
+    damaged = Group(1, lambda rank: _alone("train", "--resume", run), folder / "damaged-output")
+    found["damaged"] = {"codes": damaged.wait(), "errors": damaged.errors()}
+    shutil.rmtree(run / "cache")
+    again = Group(1, lambda rank: _alone("train", "--resume", run), folder / "damaged-again")
+    found["made_anew"] = {"codes": again.wait(), "errors": again.errors(), "run": str(run)}
     return found

@@ -165,3 +165,12 @@ def test_needs_torchrun(tmp_path):
 
     with pytest.raises(ConfigError, match="start it with torchrun"):
         fit(TrainConfig(parallel="data", out=tmp_path / "run"))
+
+
+def test_several_processes_of_a_run_of_one(tmp_path, monkeypatch):
+    from infopro_fast.trainer import fit
+
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="expected one process, torchrun started 2"):
+        fit(TrainConfig(out=tmp_path / "run"))

@@ -172,6 +172,13 @@ class TrainConfig:
     threads: int | None = None
     """CPU threads. Default: torch's."""
 
+    order: Literal["simultaneous", "sequential"] = "simultaneous"
+    """Train all modules on every batch, or each to its end before the next (the paper's Asy-InfoPro), one in memory at a time."""
+    cache: bool = True
+    """With order sequential: keep the outputs of the trained modules on the disk; otherwise these run again for every batch."""
+    cached_epochs: int | None = None
+    """With order sequential: epochs whose augmented images are cached, used in turn. Default: all, which changes nothing."""
+
     parallel: Literal["none", "data", "pipeline"] = "none"
     """Train in the processes that torchrun starts: each takes a part of every batch (data), or some of the modules (pipeline)."""
     sync_batch_norm: bool = False
@@ -210,6 +217,7 @@ class TrainConfig:
         _check_numbers(self)
         _check_contradictions(self)
         _check_parallel(self)
+        _check_order(self)
 
     def resolved(self) -> TrainConfig:
         """The same settings with every default of data set, network and machine written out."""
@@ -315,6 +323,7 @@ def _check_choices(c: TrainConfig) -> None:
         ("schedule", (None, "cosine", "step", "one_cycle", "half_cosine", "poly")),
         ("dtype", ("float32", "float64")),
         ("amp", ("none", "bfloat16", "float16")),
+        ("order", ("simultaneous", "sequential")),
         ("parallel", ("none", "data", "pipeline")),
         ("wire", ("exact", "bfloat16")),
         ("impl", ("auto", "reference", "cpu", "triton", "cuda")),
@@ -326,7 +335,7 @@ def _check_choices(c: TrainConfig) -> None:
 def _check_numbers(c: TrainConfig) -> None:
     for name in (
         "modules", "epochs", "iterations", "batch_size", "accumulate", "warmup", "workers", "threads", "log_every", "feature_dim",
-        "in_flight",
+        "in_flight", "cached_epochs",
     ):  # fmt: skip
         value, least = getattr(c, name), 0 if name in ("warmup", "workers") else 1
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
@@ -357,6 +366,23 @@ def _check_device(c: TrainConfig, device: str) -> None:
     for name in ("tf32", "cuda_graph"):
         if getattr(c, name) and device == "cpu":
             raise ConfigError(f"{name} and device {device}: only a GPU has it")
+
+
+def _check_order(c: TrainConfig) -> None:
+    if c.order == "simultaneous":
+        for name, default in (("cache", True), ("cached_epochs", None)):
+            if getattr(c, name) != default:
+                raise ConfigError(f"{name}: expected order sequential, got order simultaneous")
+        return
+    if c.parallel != "none":
+        raise ConfigError(f"order sequential and parallel {c.parallel}: one module is trained after the other")
+    if c.number_of_modules() == 1:
+        raise ConfigError("order sequential: modules 1 has nothing to train in turn")
+    if not c.cache and c.cached_epochs is not None:
+        raise ConfigError("cached_epochs and no-cache: nothing is cached")
+    for name, default in (("cuda_graph", False), ("ema", None)):
+        if getattr(c, name) != default:
+            raise ConfigError(f"order sequential and {name}: not supported")
 
 
 def _check_parallel(c: TrainConfig) -> None:

@@ -89,9 +89,11 @@ class PlainDisplay:
         losses = "  ".join(f"{name.replace('module', 'm')} {value:.4f}" for name, value in status.train.items() if "/" in name)
         name, value = headline(status.test) if status.test else ("", 0.0)
         test = f"  test {name} {100 * value:.2f}%" if name else ""
-        train = f"loss {status.train.get('loss', 0):.4f}  train accuracy {100 * status.train.get('accuracy', 0):.2f}%"
+        train = ""
+        if "loss" in status.train:
+            train = f"  loss {status.train['loss']:.4f}  train accuracy {100 * status.train['accuracy']:.2f}%"
         self.message(
-            f"{where}  {train}{test}  {losses}  "
+            f"{where}{train}{test}  {losses}  "
             f"{status.images_per_second:.0f} images/s  peak {status.peak_bytes / 2**20:.0f} MiB  left {duration(status.seconds_left)}"
         )
 

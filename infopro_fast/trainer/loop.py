@@ -51,6 +51,11 @@ def fit(config: TrainConfig) -> Path:
         from . import distributed
 
         return distributed.fit(config)
+    processes.check_alone()
+    if config.order == "sequential":
+        from . import sequential
+
+        return sequential.fit(config)
     images = _load_data(config)
     if config.iterations is not None:
         config = dataclasses.replace(config, epochs=math.ceil(config.iterations / images.batches(config.batch_size, config.drop_last)))
@@ -77,7 +82,10 @@ def resume(run: str | Path, *, previous: bool = False) -> Path:
         from . import distributed
 
         return distributed.resume(run, previous=previous)
-    report.read_config(run)  # is this a run at all?
+    if report.read_config(run).order == "sequential":
+        from . import sequential
+
+        return sequential.resume(run, previous=previous)
     with report.locked(run):
         checkpoint.clean(run / report.CHECKPOINTS)
         path, state = checkpoint.load_latest(run / report.CHECKPOINTS, previous)
@@ -124,6 +132,7 @@ class _Training:
 
     def __init__(self, config: TrainConfig, run: Path, images: data.ImageSet | data.FolderSet, net: modules.LocalNetwork):
         self.config, self.run, self.net = config, run, net
+        self.checkpoints = run / report.CHECKPOINTS
         self.device, self.dtype = torch.device(config.device), getattr(torch, config.dtype)
         self.images = images.to(self.device) if config.resident else images
         self.batches = images.batches(config.batch_size, config.drop_last)
@@ -169,7 +178,7 @@ class _Training:
         """What to do after a step: "stop" by a signal, "save" where a checkpoint is due."""
         return "stop" if self.stop.signum is not None else "save" if self.clock.checkpoint_due else None
 
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self) -> dict[str, float] | None:
         batches = self.stop.watch(self.images.test_batches(self.config.batch_size, self.dtype, self.device))
         return evaluation.evaluate(self.result, batches, autocast=self.trainer.autocast)
 
@@ -202,7 +211,7 @@ class _Training:
             self.draw_learning_curve()
             raise
         except FloatingPointError as error:
-            last = checkpoint.list_checkpoints(self.run / report.CHECKPOINTS)
+            last = checkpoint.list_checkpoints(self.checkpoints)
             kept = f"the last checkpoint before it, {last[-1]}, is kept" if last else "there was no checkpoint yet"
             raise NonFiniteError(f"{error}; training stopped, {kept}") from error
         self.draw_learning_curve()
@@ -239,7 +248,8 @@ class _Training:
         except Stopped:
             self.save()  # at the last batch: continuing evaluates again
             raise
-        self.best = max(evaluation.headline(self.test)[1], self.best or 0.0)
+        if self.test is not None:
+            self.best = max(evaluation.headline(self.test)[1], self.best or 0.0)
         train, lr = self.meters.finish_epoch(), learning_rate(self.config, self.epoch, self.batches_here - 1, self.batches)
         self.log.write({
             "kind": "epoch", "epoch": self.epoch + 1, "train": train, "test": self.test, "best": self.best, "seconds": self.clock.seconds,
@@ -277,7 +287,7 @@ class _Training:
             "meters": self.meters.state_dict(), "rng": _rng_state(self.device), "seconds": self.clock.seconds,
             "metrics_bytes": self.log.sync(), "torch": torch.__version__,
         }  # fmt: skip
-        checkpoint.save(self.run / report.CHECKPOINTS, checkpoint.name_of(self.epoch, self.batch), content)
+        checkpoint.save(self.checkpoints, checkpoint.name_of(self.epoch, self.batch), content)
 
     def load(self, path: Path, state: dict[str, Any]) -> None:
         """Take the state that `save` wrote to ``path``."""

@@ -30,6 +30,13 @@ def launched() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def check_alone() -> None:
+    """Raises ConfigError if torchrun started several processes of a run that is of one."""
+    if launched() and int(os.environ["WORLD_SIZE"]) > 1:
+        size = os.environ["WORLD_SIZE"]
+        raise ConfigError(f"parallel none: expected one process, torchrun started {size}: give parallel data or pipeline")
+
+
 def agent_keeps_store() -> bool:
     """Whether the key-value store of the run outlives its processes."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

@@ -140,21 +140,40 @@ def draw_learning_curve(folder: Path, title: str) -> Path | None:
     from matplotlib.figure import Figure
 
     terms: dict[str, list[int]] = {}  # name of a loss: the modules that have it
-    for name in epochs[0]["train"]:
+    for name in dict.fromkeys(name for record in epochs for name in record["train"]):
         module, _, term = name.partition("/")
         if term and not term.endswith("_accuracy"):
             terms.setdefault(term, []).append(int(module.removeprefix("module")))
     modules = max((k for ks in terms.values() for k in ks), default=1)
+    of_network = [record for record in epochs if record["test"] is not None]  # in sequential training, those of the last module
     figure = Figure(figsize=(4.6 * (len(terms) + 2), 3.8), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(terms) + 2)
-    x = [record["epoch"] for record in epochs]
     for panel, (term, ks) in zip(panels, terms.items()):
         for k in ks:
-            values = [record["train"][f"module{k}/{term}"] for record in epochs]
+            name = f"module{k}/{term}"
+            x, values = zip(*((record["epoch"], record["train"][name]) for record in epochs if name in record["train"]))
             panel.plot(x, values, color=_color(k, modules), marker=_marker(x), label=f"module {k}")
         panel.set_title(f"{term} loss, train")
-    last, accuracy = panels[-2:]
+    if of_network:
+        _draw_network(*panels[-2:], of_network)
+    for panel in panels:
+        panel.set_xlabel("epoch")
+        panel.xaxis.get_major_locator().set_params(integer=True)
+        panel.grid(alpha=0.3)
+        if panel.get_lines():
+            panel.legend(fontsize=8, ncols=2 if len(panel.get_lines()) > 6 else 1)
+    figure.suptitle(title)
+    path = folder / CURVE
+    aside = path.with_name(ASIDE + path.name)
+    figure.savefig(aside, format="png", dpi=120)
+    os.replace(aside, path)
+    return path
+
+
+def _draw_network(last, accuracy, epochs: list[dict[str, Any]]) -> None:
+    """Cross entropy and accuracy of the network, train and test."""
+    x = [record["epoch"] for record in epochs]
     last.plot(x, [record["train"]["loss"] for record in epochs], color="C0", marker=_marker(x), label="train")
     last.plot(x, [record["test"]["loss"] for record in epochs], color="C3", marker=_marker(x), label="test")
     last.set_title("cross entropy of the network")
@@ -165,17 +184,6 @@ def draw_learning_curve(folder: Path, title: str) -> Path | None:
     if name != "accuracy":
         accuracy.plot(x, [100 * headline(record["test"])[1] for record in epochs], color="C2", marker=_marker(x), label=f"test {name}")
     accuracy.set_title(f"accuracy (%), best test {name} {100 * headline(best['test'])[1]:.2f} in epoch {best['epoch']}")
-    for panel in panels:
-        panel.set_xlabel("epoch")
-        panel.xaxis.get_major_locator().set_params(integer=True)
-        panel.grid(alpha=0.3)
-        panel.legend(fontsize=8, ncols=2 if len(panel.get_lines()) > 6 else 1)
-    figure.suptitle(title)
-    path = folder / CURVE
-    aside = path.with_name(ASIDE + path.name)
-    figure.savefig(aside, format="png", dpi=120)
-    os.replace(aside, path)
-    return path
 
 
 def _color(module: int, modules: int):

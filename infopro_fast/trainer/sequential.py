@@ -1,0 +1,316 @@
+"""Sequential training, the paper's asynchronous one (Asy-InfoPro): a module is trained to its end, then the next on what it gives.
+
+The paper's code for it was not released. Here a trained module is frozen in eval mode (running statistics), so that its output is a
+function of the image; the next one is trained for as many epochs, by the same schedule, on the same augmented images. Their outputs
+are cached on the disk for every epoch (no bit depends on it, only disk and time: `TrainConfig.cached_epochs`), or computed again by
+the frozen modules for every batch. Of the modules, one is in memory, but for the moments when the network is made and written.
+
+A run folder has in ``trained`` the modules that are done, in ``cache`` the outputs of the last of them, in ``checkpoints`` a folder for
+the module in progress: whatever is killed, continues from what these say.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from infopro_fast import data, modules
+from infopro_fast.plan import for_people
+
+from . import checkpoint, loop, report
+from .config import ConfigError, TrainConfig
+from .feature_cache import CacheFile, Features, check_space
+from .parallel import ParallelTrainer, modules_of
+from .pipeline import EvaluationPart
+
+TRAINED, CACHE = "trained", "cache"
+
+
+def fit(config: TrainConfig) -> Path:
+    """`loop.fit` of a resolved config, one module after the other."""
+    images = loop._load_data(config)
+    if config.iterations is not None:
+        config = dataclasses.replace(config, epochs=math.ceil(config.iterations / images.batches(config.batch_size, config.drop_last)))
+    with loop._machine(config):
+        sequence = _Sequence(config, config.out or Path("runs"), images)  # raises what is wrong before there is a folder
+        sequence.check_space()
+        sequence.run = run = report.create(config)
+        with report.locked(run):
+            sequence.run_to_end()
+    return run
+
+
+def resume(run: Path, *, previous: bool = False) -> Path:
+    """`loop.resume` of such a run. previous: take the checkpoint before the last of the module in progress."""
+    config = report.read_config(run)
+    images = loop._load_data(config)
+    with report.locked(run), loop._machine(config):
+        _Sequence(config, run, images).run_to_end(previous)
+    return run
+
+
+def _whole(config: TrainConfig, images: Any) -> modules.LocalNetwork:
+    """The network as every run of this config begins with it."""
+    torch.manual_seed(config.seed)
+    net = loop._build(config, images)
+    if config.init is not None:
+        loop.load_init(net, config.init)
+    return net
+
+
+class _Sequence:
+    """The modules' training, one after the other."""
+
+    def __init__(self, config: TrainConfig, run: Path, images: Any):
+        self.config, self.run, self.images = config, run, images
+        self.device, self.dtype = torch.device(config.device), getattr(torch, config.dtype)
+        self.features = self._measure()
+
+    def run_to_end(self, previous: bool = False) -> None:
+        self._clean()
+        print(self.check_space(), flush=True)
+        for k in range(self.config.modules):
+            if not self.trained(k).is_dir():
+                self._train(k, previous)
+                previous = False
+        net = _whole(self.config, self.images)
+        for k in range(self.config.modules):
+            modules_of(net, range(k, k + 1)).load_state_dict(checkpoint.load(self.trained(k))["net"])
+        last = report.read_metrics(self.run, "epoch")[-1]
+        about = {"arch": self.config.arch, "epoch": self.config.epochs, "test_accuracy": last["test"]["accuracy"]}
+        report.write_weights(self.run, net.released_state_dict(), about)
+        checkpoint._remove(self.run / CACHE)
+
+    def _train(self, k: int, previous: bool) -> None:
+        stop = loop._StopRequest(self.run)
+        source = None
+        if k > 0:
+            with stop:
+                source = self.cache(k - 1, stop) if self.config.cache else self._frozen(k)
+        training = _ModuleTraining(self.config, self.run, self.images, self._module(k), k, source)
+        if checkpoint.list_checkpoints(training.checkpoints):
+            training.load(*checkpoint.load_latest(training.checkpoints, previous))
+        elif k > 0:
+            training.begin_after(checkpoint.load(self.trained(k - 1)))
+        training.run_to_end()
+        content = {"net": training.net.state_dict(), "seconds": training.clock.seconds, "metrics_bytes": training.metrics_bytes_now}
+        checkpoint.save(self.run / TRAINED, self.trained(k).name, content)
+        checkpoint._remove(training.checkpoints)
+
+    def _module(self, k: int) -> modules.LocalNetwork:
+        return modules_of(_whole(self.config, self.images), range(k, k + 1))
+
+    def trained(self, k: int) -> Path:
+        return self.run / TRAINED / f"module{k + 1:03d}"
+
+    def _clean(self) -> None:
+        """What a killed process left half-written."""
+        for folder in (self.run / TRAINED, *(self.run / report.CHECKPOINTS).glob("module*")):
+            checkpoint.clean(folder)
+
+    def _load_trained(self, k: int) -> modules.LocalNetwork:
+        part = self._module(k)
+        part.load_state_dict(checkpoint.load(self.trained(k))["net"])
+        return part.eval().requires_grad_(False)
+
+    def _frozen(self, k: int) -> _Frozen:
+        return _Frozen([self._load_trained(i) for i in range(k)], self._autocast)
+
+    def _autocast(self) -> contextlib.AbstractContextManager:
+        amp = loop.amp_dtype(self.config)
+        return contextlib.nullcontext() if amp is None else torch.autocast(self.device.type, amp)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # The cache
+
+    @property
+    def cached_epochs(self) -> int:
+        return min(self.config.cached_epochs or self.config.epochs, self.config.epochs)
+
+    def _measure(self) -> list[Features]:
+        """What each module gives of an image."""
+        net, found = _whole(self.config, self.images).eval(), []
+        h, _ = next(iter(self.images.test_batches(2, self.dtype, self.device)))
+        with torch.inference_mode(), self._autocast():
+            for stage in net.stages:
+                h = stage(h)
+                found.append(Features.of(h))
+        return found
+
+    def files(self, k: int) -> tuple[list[CacheFile], CacheFile]:
+        """Of module k's outputs: of the cached epochs, and of the test images."""
+        config, images, folder = self.config, self.images, self.run / CACHE / f"module{k + 1:03d}"
+        counts = [
+            min(config.batch_size, images.train_count - i * config.batch_size)
+            for i in range(images.batches(config.batch_size, config.drop_last))
+        ]
+        train = [CacheFile(folder / f"epoch{e + 1:04d}.bin", self.features[k], counts) for e in range(self.cached_epochs)]
+        return train, CacheFile(folder / "test.bin", self.features[k], test_counts(images, config.batch_size))
+
+    def _bytes(self, k: int) -> int:
+        train, test = self.files(k)
+        return sum(file.nbytes for file in (*train, test))
+
+    def check_space(self) -> str:
+        """What the cache takes, for people. Raises RunError if the disk has not so much."""
+        if not self.config.cache:
+            return "nothing is cached"
+        sizes = [self._bytes(k) for k in range(self.config.modules - 1)]
+        most = max(sum(sizes[max(0, k - 1) : k + 1]) for k in range(len(sizes)))  # a module's outputs are made from the last one's
+        what = f"the cache of {self.cached_epochs} epoch{'s' * (self.cached_epochs > 1)}"
+        check_space(self.run / CACHE, most, what)
+        each = ", ".join(for_people(size) for size in sizes)
+        return f"{what} takes up to {for_people(most)} in {self.run / CACHE} (module by module {each})"
+
+    def cache(self, k: int, stop: loop._StopRequest) -> _Cached:
+        """The outputs of module k, which are made if they are not there; those of the modules before it are then removed."""
+        train, test = self.files(k)
+        if not all(file.is_complete for file in (*train, test)):
+            source = self.cache(k - 1, stop) if k > 0 else None
+            part = self._load_trained(k)
+            for epoch, file in enumerate(train):
+                first = len(file.sums)
+                batches = self.images.train_epoch(
+                    self.config.batch_size, seed=self.config.seed, epoch=epoch, first=first, drop_last=self.config.drop_last,
+                    augmented=self.config.augment, dtype=self.dtype, device=self.device,
+                )  # fmt: skip
+                given = batches if source is None else source.train(epoch, first, batches)
+                file.write(self._outputs(part, stop.watch(given)))
+            batches = self.images.test_batches(self.config.batch_size, self.dtype, self.device)
+            batches = batches if source is None else source.test(batches)
+            first = len(test.sums)
+            test.write(self._outputs(part, stop.watch(b for i, b in enumerate(batches) if i >= first)))
+        if k > 0:
+            checkpoint._remove(self.files(k - 1)[1].path.parent)
+        return _Cached(train, test, self.device)
+
+    def _outputs(self, part: modules.LocalNetwork, batches: Iterator[tuple[torch.Tensor, ...]]) -> Iterator[torch.Tensor]:
+        with torch.inference_mode(), self._autocast():
+            for h, *_ in batches:
+                for stage in part.stages:
+                    h = stage(h)
+                yield h
+
+
+Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclasses.dataclass
+class _Cached:
+    """Features from the disk: (features, image, label) for (image, label)."""
+
+    epochs: list[CacheFile]
+    tests: CacheFile
+    device: torch.device
+
+    def train(self, epoch: int, first: int, batches: Batches) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        file = self.epochs[epoch]
+        for i, (image, label) in enumerate(batches, first):
+            yield file.read(i).to(self.device), image, label
+
+    def test(self, batches: Batches) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        for i, (image, label) in enumerate(batches):
+            yield self.tests.read(i).to(self.device), image, label
+
+    @property
+    def different_epochs(self) -> int:
+        return len(self.epochs)
+
+
+class _Frozen:
+    """Features by the trained modules themselves."""
+
+    different_epochs = None
+
+    def __init__(self, parts: list[modules.LocalNetwork], autocast):
+        self.parts, self.autocast = parts, autocast
+
+    def train(self, epoch: int, first: int, batches: Batches) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        for image, label in batches:
+            with torch.no_grad(), self.autocast():
+                h = image
+                for part in self.parts:
+                    for stage in part.stages:
+                        h = stage(h)
+            yield h, image, label
+
+    def test(self, batches: Batches) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        return self.train(0, 0, batches)
+
+
+class _ModuleTraining(loop._Training):
+    """The training of module k (from 0) on the features of ``source``, or for the first one on images."""
+
+    def __init__(self, config: TrainConfig, run: Path, images: Any, net: modules.LocalNetwork, k: int, source: _Cached | _Frozen | None):
+        self.k, self.source = k, source
+        super().__init__(config, run, images, net)
+        self.checkpoints = run / report.CHECKPOINTS / f"module{k + 1:03d}"
+
+    def make_trainer(self, make_optimizer) -> ParallelTrainer:
+        config = self.config
+        return ParallelTrainer(
+            self.net, make_optimizer, first=self.k, modules=config.modules, amp=loop.amp_dtype(config), accumulate=config.accumulate
+        )
+
+    def begin_after(self, before: dict[str, Any]) -> None:
+        """Where the training of the module before ended."""
+        self.seconds, self.metrics_bytes = before["seconds"], before["metrics_bytes"]
+
+    def run_to_end(self) -> None:
+        if not self.came_from:
+            torch.manual_seed(data.image_set.epoch_seed(self.config.seed, -1 - self.k))
+        super().run_to_end()
+        self.metrics_bytes_now = (self.run / report.METRICS).stat().st_size
+
+    def train_batches(self) -> Batches:
+        config, epoch = self.config, self.epoch
+        if self.source is None:
+            yield from super().train_batches()
+            return
+        if self.source.different_epochs:
+            epoch %= self.source.different_epochs
+        batches = self.images.train_epoch(
+            config.batch_size, seed=config.seed, epoch=epoch, first=self.batch, drop_last=config.drop_last, augmented=config.augment,
+            dtype=self.dtype, device=self.device,
+        )  # fmt: skip
+        for h, image, label in self.source.train(epoch, self.batch, batches):
+            self.trainer.incoming = h
+            yield image, label
+
+    def evaluate(self) -> dict[str, float] | None:
+        if self.k < self.config.modules - 1:
+            return None
+        batches = self.stop.watch(self.images.test_batches(self.config.batch_size, self.dtype, self.device))
+        given = ((h, label) for h, _, label in self.source.test(batches))
+        part = EvaluationPart(self.net, None, None, ())
+        return loop.evaluation.evaluate(part, given, autocast=self.trainer.autocast)
+
+    def more_of_epoch(self) -> dict[str, Any]:
+        return {"module": self.k + 1}
+
+    def write_weights(self) -> None:
+        pass  # those of the network, when all modules are trained
+
+    @property
+    def place(self) -> str:
+        return f"module {self.k + 1}, {super().place}"
+
+    @property
+    def title(self) -> str:
+        return f"module {self.k + 1} of {super().title}"
+
+
+def test_counts(images: Any, batch_size: int) -> list[int]:
+    """Images in every test batch."""
+    size = min(batch_size, getattr(images, "test_batch", None) or batch_size)
+    total = len(images.test)
+    return [min(size, total - start) for start in range(0, total, size)]
+
+
+__all__ = ["ConfigError", "fit", "resume"]
