@@ -2,6 +2,7 @@
 // Python (infopro_fast/ops/reconstruction_loss.py).
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <limits>
 
@@ -37,7 +38,7 @@ const gpu::Device& device_facts(int index) {
 
 cudaStream_t current_stream(int index) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
   return static_cast<cudaStream_t>(stream);
 }
 
