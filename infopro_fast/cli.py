@@ -1,4 +1,4 @@
-"""The command line: `infopro-fast train`, `eval`, `plan`, `memory` and `info`. The flags of train are the fields of `TrainConfig`.
+"""The command line: `infopro-fast train`, `eval`, `plan`, `memory`, `scale` and `info`. The flags of train are the fields of `TrainConfig`.
 
 An error of the user's is one line on stderr and exit code 2; a run that went wrong is exit code 1; a run stopped by a signal
 is 128 plus the signal's number, after a checkpoint. Importing this needs no torch, so that --help is quick.
@@ -122,6 +122,41 @@ class Recipes:
 
 
 @dataclass(frozen=True)
+class Scale:
+    """Throughput on up to G GPUs, predicted from block times measured here and from bytes, for every layout; nothing is trained.
+
+    Against DistributedDataParallel and pipelines with backward (GPipe, 1F1B). Writes a figure and, beside it, all numbers as JSON.
+    """
+
+    arch: tuple[Literal["resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "resnet50", "resnet101", "resnet152"], ...] = (
+        "resnet110",
+    )
+    """Networks, a panel each."""
+    modules: tuple[int, ...] = (16,)
+    """Number K of modules of each network, cut by time; one for all, or one a network."""
+    batch_size: int = 32
+    """Images a replica."""
+    gpus: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
+    """Numbers of GPUs."""
+    machine: int = 8
+    """GPUs of one machine."""
+    link: float = 200.0
+    """GB/s between two GPUs of a machine."""
+    network: float = 25.0
+    """GB/s between two machines."""
+    latency: float = 10.0
+    """Microseconds of a message in a machine; between machines three times as many."""
+    micro_batches: int = 8
+    """Of GPipe and 1F1B."""
+    speedup: float = 1.0
+    """How many times faster a GPU is than what is measured here."""
+    threads: int | None = None
+    """CPU threads that measure. Default: torch's."""
+    out: Path = Path("scale.png")
+    """Figure to write."""
+
+
+@dataclass(frozen=True)
 class Info:
     """Versions, instruction set, and which implementations of every op can run here."""
 
@@ -132,6 +167,7 @@ Command = (
     | Annotated[MakePlan, tyro.conf.subcommand("plan")]
     | Annotated[CompareMemory, tyro.conf.subcommand("memory")]
     | Annotated[Recipes, tyro.conf.subcommand("recipes")]
+    | Annotated[Scale, tyro.conf.subcommand("scale")]
     | Annotated[Info, tyro.conf.subcommand("info")]
 )
 
@@ -152,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sys.exit(0)
 
 
-def _parse(argv: list[str]) -> Train | Eval | MakePlan | CompareMemory | Recipes | Info:
+def _parse(argv: list[str]) -> Train | Eval | MakePlan | CompareMemory | Recipes | Scale | Info:
     """The command; its errors, which tyro draws in a box, on one line."""
     errors = io.StringIO()
     argv = _with_recipe(argv)
@@ -162,7 +198,7 @@ def _parse(argv: list[str]) -> Train | Eval | MakePlan | CompareMemory | Recipes
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        where = " ".join([PROG, *[word for word in argv[:1] if word in ("train", "eval", "plan", "memory", "recipes", "info")]])
+        where = " ".join([PROG, *[word for word in argv[:1] if word in ("train", "eval", "plan", "memory", "recipes", "scale", "info")]])
         _fail(f"{_one_line(errors.getvalue())} (see {where} --help)", 2)
 
 
@@ -188,7 +224,7 @@ def _one_line(box: str) -> str:
     return " ".join(message.split())
 
 
-def _run(command: Train | Eval | MakePlan | CompareMemory | Recipes | Info, argv: list[str]) -> None:
+def _run(command: Train | Eval | MakePlan | CompareMemory | Recipes | Scale | Info, argv: list[str]) -> None:
     if isinstance(command, Info):
         from .info import report
 
@@ -203,6 +239,8 @@ def _run(command: Train | Eval | MakePlan | CompareMemory | Recipes | Info, argv
         print(_recipes(command.beginning))
     elif isinstance(command, MakePlan):
         _plan(command)
+    elif isinstance(command, Scale):
+        _scale(command)
     elif isinstance(command, CompareMemory):
         _memory(command)
     else:
@@ -297,6 +335,30 @@ def _memory(command: CompareMemory) -> None:
     print(figures.aligned([figures.COLUMNS, *figures.comparison_rows(found)]))
     paths = compare.write(found, command.arch, command.batch_size, command.image_size, command.out)
     print("written: " + ", ".join(str(path) for path in paths))
+
+
+def _scale(command: Scale) -> None:
+    import torch
+
+    from .memory import scale
+    from .plan import PlanError
+
+    c, K = command, command.modules * len(command.arch) if len(command.modules) == 1 else command.modules
+    if len(K) != len(c.arch):
+        raise PlanError(f"modules: expected one number, or one for each of {len(c.arch)} networks, got {len(K)}")
+    for name in ("batch_size", "machine", "link", "network", "latency", "micro_batches", "speedup"):
+        if not getattr(c, name) > 0:
+            raise PlanError(f"{name}: expected a positive number, got {getattr(c, name)}")
+    if not c.gpus or min(c.gpus) < 1:
+        raise PlanError(f"gpus: expected numbers of at least 1, got {c.gpus}")
+    if c.threads is not None:
+        torch.set_num_threads(c.threads)
+    cluster = scale.Cluster(c.machine, scale.Link(1e9 * c.link, 1e-6 * c.latency), scale.Link(1e9 * c.network, 3e-6 * c.latency))
+    nets = [scale.measure(arch, k, c.batch_size, speedup=c.speedup) for arch, k in zip(c.arch, K)]
+    found = [[p for gpus in sorted(set(c.gpus)) for p in scale.predict(net, gpus, cluster, c.micro_batches)] for net in nets]
+    for net, predictions in zip(nets, found):
+        print(scale.table(net, predictions))
+    print("written: " + ", ".join(str(path) for path in scale.write(nets, found, cluster, c.out)))
 
 
 def _exit_code(error: Exception) -> int | None:

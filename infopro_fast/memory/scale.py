@@ -1,0 +1,249 @@
+"""Throughput on G GPUs, predicted from measured times of one: data parallelism, pipelines and both, against their end-to-end rivals.
+
+A model of compute and links, not of a machine: every GPU computes a block in its measured time, whatever the others do; a link carries
+one message at a time; copies and reductions go on beside compute. The timelines are those of `trainer.parallel` and `trainer.pipeline`,
+and for end-to-end training those of DistributedDataParallel (buckets, Li et al. 2020) and of pipelines with backward, GPipe (Huang et
+al. 2019) and 1F1B (Narayanan et al. 2019), whose bubble is the same, (P - 1) / m of a step with m micro-batches on P stages.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from infopro_fast.plan import PlanError
+
+from . import chains, fake
+from .costs import ChainCosts, measure_chain
+from .planner import best_cuts
+
+BUCKET = 25 * 2**20  # bytes of DistributedDataParallel's buckets
+FORWARD = 1 / 3  # of a block's forward and backward: the backward has two products for the forward's one
+
+
+@dataclass(frozen=True)
+class Link:
+    """bandwidth: bytes a second in each direction; latency: seconds of a message."""
+
+    bandwidth: float
+    latency: float
+
+    def send(self, count: int) -> float:
+        return count / self.bandwidth + self.latency
+
+    def all_reduce(self, count: int, processes: int) -> float:
+        """Seconds of a ring: 2 (G - 1) messages of a G-th each."""
+        if processes == 1:
+            return 0.0
+        return 2 * (processes - 1) * (count / processes / self.bandwidth + self.latency)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Machines of ``machine`` GPUs, ``inside`` the links in one, ``between`` those from one to another."""
+
+    machine: int
+    inside: Link
+    between: Link
+
+    def link(self, gpus: int) -> Link:
+        """The slowest on the way among so many neighbours."""
+        return self.inside if gpus <= self.machine else self.between
+
+
+@dataclass(frozen=True)
+class Work:
+    """One module or block: seconds of its forward and backward for a batch, bytes of its gradients and of its output."""
+
+    seconds: float
+    gradients: int
+    output: int
+
+
+@dataclass(frozen=True)
+class Network:
+    """Measured for a batch of ``batch_size``. local: its modules, auxiliary nets included; plain: its blocks, trained end to end.
+
+    carried: bytes that a pipeline of local modules sends on beside features: image and label.
+    """
+
+    arch: str
+    batch_size: int
+    local: tuple[Work, ...]
+    plain: tuple[Work, ...]
+    carried: int
+
+
+def measure(arch: str, modules: int, batch_size: int, *, speedup: float = 1.0) -> Network:
+    """Times of this machine, divided by ``speedup``; cuts that make the slowest module fastest. Raises PlanError."""
+    size = chains.published_size(arch)
+    losses = "ours" if arch in chains.backbones.BLOCKS else "released"
+    with fake.FakeTensorMode():
+        net = fake.build_fake(lambda: chains.chain(arch, size, losses))
+        bytes_of = measure_chain(net, *chains.batch(arch, batch_size, size, real=False))
+    image, label = chains.batch(arch, batch_size, size, real=True)
+    times = measure_chain(chains.chain(arch, size, losses), image, label, timed=True)
+    return network(arch, modules, batch_size, times, bytes_of, image.nbytes + label.nbytes, speedup)
+
+
+def network(
+    arch: str, modules: int, batch_size: int, times: ChainCosts, bytes_of: ChainCosts, carried: int, speedup: float = 1.0
+) -> Network:
+    """From the costs of a network's blocks (`measure_chain`), those that were timed and those whose bytes are exact."""
+    n = len(times)
+    try:
+        ends = (*best_cuts(times.seconds, n, modules, times.cut_allowed), n - 1)
+    except ValueError as error:
+        raise PlanError(f"{arch}, {modules} modules: {error}".replace("best_cuts: modules: ", "")) from error
+    starts = (0, *(end + 1 for end in ends))
+
+    def gradients(a: int, b: int, loss: bool) -> int:
+        return sum(block.parameters for block in bytes_of.blocks[a : b + 1]) + (bytes_of.losses[b].parameters if loss else 0)
+
+    local = tuple(Work(times.seconds(a, b) / speedup, gradients(a, b, True), bytes_of.blocks[b].output) for a, b in zip(starts, ends))
+    plain = []
+    for i, block in enumerate(times.blocks):
+        last = i == n - 1
+        seconds = block.seconds + (times.losses[i].seconds if last else 0.0)
+        plain.append(Work(seconds / speedup, gradients(i, i, last), bytes_of.blocks[i].output))
+    return Network(arch, batch_size, local, tuple(plain), carried)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Seconds of a step of one batch a replica
+
+
+def local_step_seconds(modules: Sequence[Work], replicas: int, link: Link) -> float:
+    """Of `trainer.parallel`: a module's reduction goes on while the next one computes, and is waited for after that."""
+    now = link_free = 0.0
+    before = 0.0  # when the reduction of the module before is done
+    for module in modules:
+        now += module.seconds
+        link_free = max(link_free, now) + link.all_reduce(module.gradients, replicas)
+        now, before = max(now, before), link_free
+    return max(now, before)
+
+
+def ddp_seconds(blocks: Sequence[Work], replicas: int, link: Link) -> float:
+    """End to end: a forward, then a backward whose full buckets are reduced meanwhile."""
+    now = FORWARD * sum(block.seconds for block in blocks)
+    link_free, bucket = 0.0, 0
+    for block in reversed(blocks):
+        now += (1 - FORWARD) * block.seconds
+        bucket += block.gradients
+        if bucket >= BUCKET or block is blocks[0]:
+            link_free = max(link_free, now) + link.all_reduce(bucket, replicas)
+            bucket = 0
+    return max(now, link_free)
+
+
+def stages_of(works: Sequence[Work], stages: int) -> list[Sequence[Work]]:
+    """Contiguous runs whose slowest is fastest."""
+    ends = (*best_cuts(lambda a, b: sum(work.seconds for work in works[a : b + 1]), len(works), stages), len(works) - 1)
+    starts = (0, *(end + 1 for end in ends))
+    return [works[a : b + 1] for a, b in zip(starts, ends)]
+
+
+def local_pipeline_seconds(net: Network, stages: int, replicas: int, cluster: Cluster) -> float:
+    """Between two batches of a pipeline of local modules: its slowest stage, or the slowest link between two."""
+    runs = stages_of(net.local, stages)
+    reduce = cluster.link(stages * replicas)  # replicas are apart
+    slowest = max(local_step_seconds(run, replicas, reduce) for run in runs)
+    wires = [cluster.link(stages).send(run[-1].output + net.carried) for run in runs[:-1]]
+    return max([slowest, *wires])
+
+
+def plain_pipeline_seconds(net: Network, stages: int, replicas: int, cluster: Cluster, micro_batches: int) -> float:
+    """A step of GPipe or 1F1B on the same batch: m micro-batches through P stages and back, then the gradients' reduction."""
+    runs = stages_of(net.plain, stages)
+    link = cluster.link(stages)
+    wire = max([2 * link.send(run[-1].output // micro_batches) for run in runs[:-1]], default=0.0)
+    slowest = max(max(sum(work.seconds for work in run) / micro_batches for run in runs), wire)
+    reduction = max(cluster.link(stages * replicas).all_reduce(sum(work.gradients for work in run), replicas) for run in runs)
+    return (micro_batches + stages - 1) * slowest + reduction
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layouts
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """layout: what is done; stages: GPUs that a replica is split among; images a second."""
+
+    layout: str
+    gpus: int
+    stages: int
+    images_per_second: float
+
+
+LAYOUTS = ("data", "pipeline", "mixed", "DDP, end to end", "GPipe/1F1B, end to end")
+
+
+def predict(net: Network, gpus: int, cluster: Cluster, micro_batches: int) -> list[Prediction]:
+    """Each layout on so many GPUs, every replica having a batch of its own; those that need more modules than there are, are left out.
+
+    mixed, and GPipe with replicas: with the number of stages that is best.
+    """
+
+    def rate(replicas: int, seconds: float) -> float:
+        return replicas * net.batch_size / seconds
+
+    link, n = cluster.link(gpus), gpus
+    found = [Prediction("data", n, 1, rate(n, local_step_seconds(net.local, n, link)))]
+    if n <= len(net.local):
+        found.append(Prediction("pipeline", n, n, rate(1, local_pipeline_seconds(net, n, 1, cluster))))
+    divisors = [p for p in range(1, n + 1) if n % p == 0]
+    mixed = [(rate(n // p, local_pipeline_seconds(net, p, n // p, cluster)), p) for p in divisors if p <= len(net.local)]
+    best, stages = max(mixed)
+    found.append(Prediction("mixed", n, stages, best))
+    found.append(Prediction("DDP, end to end", n, 1, rate(n, ddp_seconds(net.plain, n, link))))
+    pipes = [(rate(n // p, plain_pipeline_seconds(net, p, n // p, cluster, micro_batches)), p) for p in divisors if p <= len(net.plain)]
+    pipes = [pipe for pipe in pipes if pipe[1] > 1 or n == 1]
+    if pipes:
+        best, stages = max(pipes)
+        found.append(Prediction("GPipe/1F1B, end to end", n, stages, best))
+    return found
+
+
+def table(net: Network, found: Sequence[Prediction]) -> str:
+    """A line a number of GPUs, images a second of each layout, in brackets the stages of a replica."""
+    from .figures import aligned
+
+    rows = [["GPUs", *LAYOUTS]]
+    for gpus in sorted({p.gpus for p in found}):
+        here = {p.layout: p for p in found if p.gpus == gpus}
+        cells = [f"{here[name].images_per_second:.0f} ({here[name].stages})" if name in here else "-" for name in LAYOUTS]
+        rows.append([str(gpus), *cells])
+    return f"{net.arch}, {len(net.local)} modules, batch {net.batch_size} a replica, images/s\n" + aligned(rows)
+
+
+def write(nets: Sequence[Network], found: Sequence[Sequence[Prediction]], cluster: Cluster, out: Path) -> tuple[Path, Path]:
+    """``out`` as PNG, a panel a network, and all numbers beside it as JSON."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.5 * len(nets), 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    for panel, net, predictions in zip(figure.subplots(1, len(nets), squeeze=False)[0], nets, found):
+        for i, name in enumerate(LAYOUTS):
+            points = [(p.gpus, p.images_per_second) for p in predictions if p.layout == name]
+            style = "--" if "end to end" in name else "-"
+            if points:
+                panel.plot(*zip(*points), style, marker="o", markersize=3, color=f"C{i}", label=name)
+        panel.set(xscale="log", yscale="log", xlabel="GPUs", ylabel="images/s", title=f"{net.arch}, {len(net.local)} modules (predicted)")
+        panel.set_xscale("log", base=2)
+        panel.grid(alpha=0.3, which="both")
+        panel.legend(fontsize=8)
+    png, numbers = out.with_suffix(".png"), out.with_suffix(".json")
+    png.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(png, dpi=120)
+    content = [
+        {"network": dataclasses.asdict(net), "predictions": [dataclasses.asdict(p) for p in predictions]}
+        for net, predictions in zip(nets, found)
+    ]
+    numbers.write_text(json.dumps({"cluster": dataclasses.asdict(cluster), "networks": content}, indent=1) + "\n")
+    return png, numbers
