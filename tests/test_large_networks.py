@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import infopro_fast
+from infopro_fast import ops
 from infopro_fast.modules import LocalNetwork, Stage, densenet, split
 from infopro_fast.modules.decoder import ChainDecoder
 from infopro_fast.modules.families import ARCHS, SMALL
@@ -112,6 +113,33 @@ def test_pixel_loss_is_the_released_one(case):
     loss.backward()
     compare.assert_golden("loss", loss, case["loss"])
     compare.assert_golden("logits", logits.grad, case["grad"])
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_three_lines_of_a_released_style_script(smoothing):
+    """README's diff: loss lines of plain torch and of the ops, same numbers: losses, gradients, running statistics."""
+    torch.manual_seed(0)
+    decoder, head = ChainDecoder(16, (4, 4), (32, 32)).decoder.double(), StridedHead(16, (4, 4), 7).head.double()
+    twins = copy.deepcopy(decoder), copy.deepcopy(head)
+    image, target = torch.rand(3, 3, 32, 32, dtype=torch.float64), torch.tensor([0, 6, 2])
+    x = torch.randn(3, 16, 4, 4, dtype=torch.float64, requires_grad=True)
+    y = x.detach().clone().requires_grad_()
+    criterion = nn.CrossEntropyLoss(label_smoothing=smoothing)
+
+    recons = nn.BCELoss()(decoder(x), image)
+    logits = head(x)
+    loss = 5 * recons + 0.75 * criterion(logits, target)
+    loss.backward()
+
+    decoder, head = twins
+    recons_here = ops.reconstruction_loss(y, image, decoder)
+    rows, fc = head[:-1](y), head[-1]
+    loss_here = 5 * recons_here + 0.75 * ops.linear_cross_entropy(rows, fc.weight, target, bias=fc.bias, label_smoothing=smoothing)
+    loss_here.backward()
+
+    compare.assert_close(recons_here, recons)
+    compare.assert_close(loss_here, loss)
+    compare.assert_close(y.grad, x.grad)
 
 
 def test_densenet():

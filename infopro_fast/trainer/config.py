@@ -51,7 +51,7 @@ RECIPES = {
     ),
     # Ours, as the first.
     "shapes_seg": Recipe(
-        epochs=8, batch_size=32, lr=0.1, schedule="one_cycle", warmup=1, arch="fcn_resnet20", modules=2, local_loss="softmax"
+        epochs=12, batch_size=32, lr=0.1, schedule="one_cycle", warmup=2, arch="fcn_resnet20", modules=2, local_loss="softmax"
     ),
 }  # fmt: skip
 
