@@ -216,6 +216,9 @@ class DistributedTraining(loop._Training):
             dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group.data_group)
         return REQUESTS[flag.item()]
 
+    def images_of_step(self, label: torch.Tensor) -> int:
+        return self.counts[self.batch - 1]  # of all processes
+
     def request(self) -> str | None:
         if self._flag == "stop" and self.stop.signum is None:
             self.stop.signum = signal.SIGTERM  # that another process got

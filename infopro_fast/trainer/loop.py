@@ -174,6 +174,9 @@ class _Training:
     def train_step(self, image: torch.Tensor, label: torch.Tensor) -> None:
         self.meters.add(self.trainer.step(image, label), len(label))
 
+    def images_of_step(self, label: torch.Tensor) -> int:
+        return len(label)
+
     def request(self) -> str | None:
         """What to do after a step: "stop" by a signal, "save" where a checkpoint is due."""
         return "stop" if self.stop.signum is not None else "save" if self.clock.checkpoint_due else None
@@ -228,7 +231,7 @@ class _Training:
             if self.ema is not None:
                 self.ema.update_parameters(self.net)
             self.batch += 1
-            self.clock.step(len(label))
+            self.clock.step(self.images_of_step(label))
 
             if self.batch % config.log_every == 0 or self.batch == self.batches_here:
                 self.meters.read(self.place)
