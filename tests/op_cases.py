@@ -47,8 +47,8 @@ class Case:
 
 
 def upstream(loss: torch.Tensor) -> torch.Tensor:
-    """A gradient of the loss that differs in every element, signs included."""
-    i = torch.arange(loss.numel(), dtype=torch.float64)
+    """A gradient of the loss that differs in every element, signs included; made on its device, which nothing waits for."""
+    i = torch.arange(loss.numel(), dtype=torch.float64, device=loss.device)
     return (0.7 + torch.sin(1 + 2.3 * i)).reshape(loss.shape).to(loss)
 
 
@@ -156,6 +156,15 @@ class _Reconstruction(nn.Module):
         return self.call(features, image, self.decoder)
 
 
+def _fresh_statistics(held: dict[str, Tensors], like: torch.Tensor) -> Tensors:
+    """Copies of a norm's buffers in the dtype and on the device of ``like``. held: the buffers by type of device, "cpu" at first: a device
+    gets its own once, so that later calls wait for no copy and can be captured."""
+    if like.device.type not in held:
+        held[like.device.type] = {k: b.to(like.device) for k, b in held["cpu"].items()}
+    dtypes = {torch.float64: like.dtype}
+    return {k: b.to(like.device, dtypes.get(b.dtype, b.dtype), copy=True) for k, b in held[like.device.type].items()}
+
+
 def plain_reconstruction(features, image, decoder, interpolate_mode="bilinear", loss="bce", image_mean=None, image_std=None):
     """The decoder run layer by layer, as the released code does: one that has no Upsample of its own takes features of the image's size."""
     if image_mean is not None:
@@ -227,13 +236,13 @@ def _reconstruction(decoder: nn.Sequential, shape, size, magnified: float | None
     first = next(iter(names))
     magnified = _cancellation(decoder, *tensors.values(), options) if magnified is None else magnified
 
+    held = {"cpu": statistics}
+
     def bind(call) -> Loss:
         module = _Reconstruction(decoder, call)
 
         def loss(t: Tensors) -> torch.Tensor:
-            dtype, device = t[first].dtype, t[first].device
-            buffers = {k: b.to(device, dtype if b.is_floating_point() else b.dtype, copy=True) for k, b in statistics.items()}
-            state = {k: t[k] for k in names} | buffers
+            state = {k: t[k] for k in names} | _fresh_statistics(held, t[first])
             return torch.func.functional_call(module, state, (t["features"], t["image"]))
 
         return loss
@@ -375,6 +384,17 @@ def upsample_ce(
 # norm_relu_pool
 
 
+class _Pooled(nn.Module):
+    """The op as a module, likewise."""
+
+    def __init__(self, bn, call):
+        super().__init__()
+        self.bn, self.call = bn, call
+
+    def forward(self, x):
+        return self.call(x, self.bn)
+
+
 def norm_pool(N=3, C=5, h=4, w=3, *, training=True, **norm) -> Case:
     """A case of `norm_relu_pool`; norm: options of the BatchNorm2d."""
     generator = torch.Generator().manual_seed(N + 3 * C + 5 * h + 7 * w)
@@ -385,18 +405,14 @@ def norm_pool(N=3, C=5, h=4, w=3, *, training=True, **norm) -> Case:
             buffer.copy_(draw(C).abs() + 0.3)
     tensors = {"x": draw(N, C, h, w) + draw(C, 1, 1)}
     tensors |= {"weight": draw(C), "bias": draw(C)} if bn.affine else {}
-    statistics = {k: b for k, b in bn.named_buffers()}
+    held = {"cpu": {f"bn.{k}": b for k, b in bn.named_buffers()}}
 
     def bind(call) -> Loss:
+        module = _Pooled(bn, call)
+
         def result(t: Tensors) -> torch.Tensor:
-            layer = copy.deepcopy(bn).to(t["x"])
-            for name, buffer in statistics.items():
-                getattr(layer, name).copy_(buffer)
-            for name in ("weight", "bias"):
-                if name in t:
-                    delattr(layer, name)
-                    setattr(layer, name, t[name])
-            return call(t["x"], layer)
+            state = {f"bn.{k}": t[k] for k in ("weight", "bias") if k in t} | _fresh_statistics(held, t["x"])
+            return torch.func.functional_call(module, state, (t["x"],))
 
         return result
 
