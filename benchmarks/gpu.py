@@ -135,7 +135,7 @@ def measure_op(meter: Meter, op: str, shape, dtype: str, methods: typing.Iterabl
         if method in ("Liger", "cut-cross-entropy") and method not in workloads.peers():
             results.append(Result(op, workloads.label(shape), method, dtype=dtype, note="not installed"))
             continue
-        if budget.left() < (45 if "autotune" in method else 10):
+        if budget.left() < (45 if "autotune" in method else 20 if "compile" in method else 2):
             results.append(Result(op, workloads.label(shape), method, dtype=dtype, note="not measured: out of time"))
             continue
         try:
@@ -179,16 +179,21 @@ def op_shapes(op: str, small: bool) -> list:
     }[op]  # fmt: skip
 
 
-def measure_ops(meter: Meter, budget: Budget, small: bool) -> list[Result]:
-    results = []
-    for op in OPS:
-        for shape in op_shapes(op, small):
-            methods = METHODS[op]
-            if getattr(shape, "N", 0) > 8192:  # dense maps of 17 GB each
-                methods = [m for m in methods if "compile" not in m]
-            results += measure_op(meter, op, shape, "float32", methods, budget)
-            results += measure_op(meter, op, shape, "bfloat16", [m for m in methods if m in ("eager", *OURS, workloads.CUDA)], budget)
-            _say(results, op, shape)
+def measure_ops(meter: Meter, budget: Budget, small: bool, compiled: bool) -> list[Result]:
+    """compiled: the methods of torch.compile, of which each takes longer to make than all others together, or those others.
+
+    Of those, the shapes that a claim is about, an op's last, come first.
+    """
+    results, todo = [], [(op, shape) for op in OPS for shape in op_shapes(op, small)[:: -1 if compiled else 1]]
+    for i, (op, shape) in enumerate(todo):
+        if compiled and getattr(shape, "N", 0) > 8192:  # dense maps of 17 GB each
+            continue
+        methods = [m for m in METHODS[op] if ("compile" in m) == compiled]
+        share = Budget(budget.left() if compiled else budget.left() / (len(todo) - i))
+        results += measure_op(meter, op, shape, "float32", methods, share)
+        if not compiled:
+            results += measure_op(meter, op, shape, "bfloat16", [m for m in methods if m in ("eager", *OURS, workloads.CUDA)], share)
+        _say(results, op, shape)
     return results
 
 
@@ -423,8 +428,9 @@ def main() -> int:
     folder = options.out or RESULTS / name
     results: list[Result] = []
     for part in (
-        lambda: measure_ops(meter, Budget(budget.left() * 0.6), options.small),
-        lambda: measure_steps(meter, Budget(budget.left() * 0.75), options.small),
+        lambda: measure_ops(meter, Budget(budget.left() * 0.3), options.small, compiled=False),
+        lambda: measure_steps(meter, Budget(budget.left() * 0.5), options.small),
+        lambda: measure_ops(meter, Budget(budget.left() * 0.75), options.small, compiled=True),
         lambda: measure_sizes(meter, budget, options.small, int(options.limit * 2**30)),
     ):
         results += part()
