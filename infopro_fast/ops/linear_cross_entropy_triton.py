@@ -143,6 +143,7 @@ def _few_backward_kernel(
                 at = mine + classes[:, None] * D + dimensions[None, :]
                 share += tl.load(at, mask=inside & (block != tl.program_id(0)), other=0.0)
                 tl.store(at, share, mask=inside)
+        tl.debug_barrier()  # the next block's loads of what is stored here may be another thread's
     tl.store(mine + C * D + classes, g_bias, mask=classes < C)
 
 
