@@ -15,11 +15,13 @@ using Stream = cudaStream_t;
 using Error = cudaError_t;
 constexpr Error success = cudaSuccess;
 
-// kernel<<<grid, threads, shared bytes, stream>>>(arguments). Beyond 48 KB a kernel has to ask for its shared memory.
+// kernel<<<grid, threads, shared bytes, stream>>>(arguments). Beyond 48 KB a kernel has to ask for its shared memory; and for all that
+// a multiprocessor has, or the driver may leave so much to the first cache that a second block finds no room.
 template <class... Parameters, class... Arguments>
 Error launch(void (*kernel)(Parameters...), int grid, int threads, int shared, Stream stream, const Arguments&... arguments) {
   if (shared > 48 * 1024) {
     Error error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+    if (error == success) error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
     if (error != success) return error;
   }
   kernel<<<grid, threads, shared, stream>>>(arguments...);
