@@ -107,7 +107,7 @@ class LocalTrainer:
     has a gradient scaler of its own. With a fused optimizer no step waits for the device.
     cuda_graph: after three steps on batches of one shape the whole step is captured in a CUDA graph, and replayed for every batch
     of that shape; others run as before. The learning rates of the optimizers become tensors on the device, so that a schedule
-    reaches the graph; every optimizer must be able to be captured (fused SGD and Adam are).
+    reaches the graph; every optimizer must be able to be captured (fused SGD is, Adam with capturable=True).
     accumulate: every batch is gone through in this many parts, whose gradients add up to one update. Losses that are means over images
     give the gradients of the whole batch (of a segmentation set: if its parts have as many labelled pixels); batch norms see a part,
     as each GPU does where several share a batch, and the contrastive loss compares the images of a part alone, so that a smaller part
