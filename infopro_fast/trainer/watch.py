@@ -10,6 +10,7 @@ Silence is counted in the ticks of one's own thread, not in seconds of a clock: 
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import os
 import socket
@@ -61,7 +62,11 @@ class Watch:
         return self.stops or any(beat["stops"] for beat in self._beats.values())
 
     def start(self) -> None:
+        """Begin, with a first sign of life of every process at hand: one that dies before the second is known all the same."""
         self._tell(0)
+        with contextlib.suppress(RuntimeError):  # whoever is not there within this time is found silent
+            self.store.wait([f"beat/{rank}" for rank in range(self.size)], datetime.timedelta(seconds=SILENCE * TICK))
+            self._beats = {rank: json.loads(self.store.get(f"beat/{rank}")) for rank in range(self.size) if rank != self.rank}
         self._thread.start()
 
     def at(self, place: str, *, slow: bool = False) -> None:
