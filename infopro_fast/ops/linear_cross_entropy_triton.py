@@ -115,6 +115,7 @@ def _few_backward_kernel(
     if WEIGHTED:
         every = tl.load(class_weight + classes, mask=classes < C, other=0.0)
     for block in range(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.num_programs(0)):
+        tl.debug_barrier()  # what the block before stored may be loaded by another thread (at the end of the loop it costs sm_120 spills)
         rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
         s = _logits(
             x, weight, bias, rows, classes, N, D, C, stride_n, stride_d, weight_stride_c, weight_stride_d,
@@ -143,7 +144,6 @@ def _few_backward_kernel(
                 at = mine + classes[:, None] * D + dimensions[None, :]
                 share += tl.load(at, mask=inside & (block != tl.program_id(0)), other=0.0)
                 tl.store(at, share, mask=inside)
-        tl.debug_barrier()  # the next block's loads of what is stored here may be another thread's
     tl.store(mine + C * D + classes, g_bias, mask=classes < C)
 
 
