@@ -1,4 +1,6 @@
-"""The command line: `infopro-fast train`, `eval`, `plan`, `memory`, `scale` and `info`. The flags of train are the fields of `TrainConfig`.
+"""The command line: `infopro-fast train`, `eval`, `plan`, `memory`, `scale`, `analyze` and `info`.
+
+The flags of train are the fields of `TrainConfig`.
 
 An error of the user's is one line on stderr and exit code 2; a run that went wrong is exit code 1; a run stopped by a signal
 is 128 plus the signal's number, after a checkpoint. Importing this needs no torch, so that --help is quick.
@@ -21,6 +23,7 @@ import tyro
 from .trainer.config import ConfigError, TrainConfig
 
 PROG = "infopro-fast"
+COMMANDS = ("train", "eval", "plan", "memory", "recipes", "scale", "analyze", "info")
 MULTI_SCALE = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of the paper
 
 
@@ -157,6 +160,36 @@ class Scale:
 
 
 @dataclass(frozen=True)
+class Analyze:
+    """What each block of trained networks still knows of image and label: fresh probes on frozen features, curves over depth.
+
+    Runs that differ in their seed alone are averaged. Writes analysis.json, a table (analysis.md) and a figure (analysis.png);
+    what is estimated is in docs/analysis.md. Called again, it continues: runs that are in analysis.json are not probed twice.
+    """
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Run folders that `train` wrote: one data set and network, any methods and seeds."""
+    out: Path = Path("analysis")
+    """Folder to write into."""
+    depths: int = 8
+    """Blocks to probe, evenly spread, first and last included; more than there are: every block."""
+    epochs: int = 5
+    """Passes of the probes over the training images."""
+    batch_size: int = 128
+    """Images a step."""
+    lr: float = 1e-2
+    """Adam's rate at the beginning; it falls to 0."""
+    seed: int = 0
+    """Of the probes: first weights, order of the images, which of them choose the epoch."""
+    threads: int | None = None
+    """CPU threads. Default: torch's."""
+    device: str | None = None
+    """cpu, cuda, ..., if not the device of the runs."""
+    data_root: Path | None = None
+    """Where the data set's files are, if not where the runs found them."""
+
+
+@dataclass(frozen=True)
 class Info:
     """Versions, instruction set, and which implementations of every op can run here."""
 
@@ -168,6 +201,7 @@ Command = (
     | Annotated[CompareMemory, tyro.conf.subcommand("memory")]
     | Annotated[Recipes, tyro.conf.subcommand("recipes")]
     | Annotated[Scale, tyro.conf.subcommand("scale")]
+    | Annotated[Analyze, tyro.conf.subcommand("analyze")]
     | Annotated[Info, tyro.conf.subcommand("info")]
 )
 
@@ -188,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sys.exit(0)
 
 
-def _parse(argv: list[str]) -> Train | Eval | MakePlan | CompareMemory | Recipes | Scale | Info:
+def _parse(argv: list[str]) -> Train | Eval | MakePlan | CompareMemory | Recipes | Scale | Analyze | Info:
     """The command; its errors, which tyro draws in a box, on one line."""
     errors = io.StringIO()
     argv = _with_recipe(argv)
@@ -198,7 +232,7 @@ def _parse(argv: list[str]) -> Train | Eval | MakePlan | CompareMemory | Recipes
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        where = " ".join([PROG, *[word for word in argv[:1] if word in ("train", "eval", "plan", "memory", "recipes", "scale", "info")]])
+        where = " ".join([PROG, *[word for word in argv[:1] if word in COMMANDS]])
         _fail(f"{_one_line(errors.getvalue())} (see {where} --help)", 2)
 
 
@@ -224,7 +258,7 @@ def _one_line(box: str) -> str:
     return " ".join(message.split())
 
 
-def _run(command: Train | Eval | MakePlan | CompareMemory | Recipes | Scale | Info, argv: list[str]) -> None:
+def _run(command: Train | Eval | MakePlan | CompareMemory | Recipes | Scale | Analyze | Info, argv: list[str]) -> None:
     if isinstance(command, Info):
         from .info import report
 
@@ -243,6 +277,8 @@ def _run(command: Train | Eval | MakePlan | CompareMemory | Recipes | Scale | In
         _scale(command)
     elif isinstance(command, CompareMemory):
         _memory(command)
+    elif isinstance(command, Analyze):
+        _analyze(command)
     else:
         _train(command, argv)
 
@@ -359,6 +395,15 @@ def _scale(command: Scale) -> None:
     for net, predictions in zip(nets, found):
         print(scale.table(net, predictions))
     print("written: " + ", ".join(str(path) for path in scale.write(nets, found, cluster, c.out)))
+
+
+def _analyze(command: Analyze) -> None:
+    from .studies import analyze, probes
+
+    c = command
+    settings = probes.ProbeSettings(c.depths, c.epochs, c.batch_size, c.lr, c.seed)
+    analyze.analyze(c.runs, c.out, settings, threads=c.threads, device=c.device, data_root=c.data_root)
+    print("written: " + ", ".join(str(c.out / name) for name in (analyze.JSON, analyze.TABLE, analyze.FIGURE)))
 
 
 def _exit_code(error: Exception) -> int | None:
