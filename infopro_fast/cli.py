@@ -20,10 +20,11 @@ from typing import Annotated, Literal
 
 import tyro
 
+from .studies.tables import Study
 from .trainer.config import ConfigError, TrainConfig
 
 PROG = "infopro-fast"
-COMMANDS = ("train", "eval", "plan", "memory", "recipes", "scale", "analyze", "info")
+COMMANDS = ("train", "eval", "plan", "memory", "recipes", "scale", "analyze", "reproduce", "info")
 MULTI_SCALE = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of the paper
 
 
@@ -202,6 +203,7 @@ Command = (
     | Annotated[Recipes, tyro.conf.subcommand("recipes")]
     | Annotated[Scale, tyro.conf.subcommand("scale")]
     | Annotated[Analyze, tyro.conf.subcommand("analyze")]
+    | Annotated[Study, tyro.conf.subcommand("reproduce")]
     | Annotated[Info, tyro.conf.subcommand("info")]
 )
 
@@ -222,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sys.exit(0)
 
 
-def _parse(argv: list[str]) -> Train | Eval | MakePlan | CompareMemory | Recipes | Scale | Analyze | Info:
+def _parse(argv: list[str]) -> Train | Eval | MakePlan | CompareMemory | Recipes | Scale | Analyze | Study | Info:
     """The command; its errors, which tyro draws in a box, on one line."""
     errors = io.StringIO()
     argv = _with_recipe(argv)
@@ -258,7 +260,7 @@ def _one_line(box: str) -> str:
     return " ".join(message.split())
 
 
-def _run(command: Train | Eval | MakePlan | CompareMemory | Recipes | Scale | Analyze | Info, argv: list[str]) -> None:
+def _run(command: Train | Eval | MakePlan | CompareMemory | Recipes | Scale | Analyze | Study | Info, argv: list[str]) -> None:
     if isinstance(command, Info):
         from .info import report
 
@@ -273,6 +275,8 @@ def _run(command: Train | Eval | MakePlan | CompareMemory | Recipes | Scale | An
         print(_recipes(command.beginning))
     elif isinstance(command, MakePlan):
         _plan(command)
+    elif isinstance(command, Study):
+        _reproduce(command)
     elif isinstance(command, Scale):
         _scale(command)
     elif isinstance(command, CompareMemory):
@@ -373,6 +377,14 @@ def _memory(command: CompareMemory) -> None:
     print("written: " + ", ".join(str(path) for path in paths))
 
 
+def _reproduce(command: Study) -> None:
+    from .studies.reproduce import reproduce
+
+    paths = reproduce(command)
+    print(paths[0].read_text(), end="")
+    print("written: " + ", ".join(str(path) for path in paths))
+
+
 def _scale(command: Scale) -> None:
     import torch
 
@@ -410,6 +422,7 @@ def _exit_code(error: Exception) -> int | None:
     """Exit code of an error that is for people, or None for one that is a bug and keeps its traceback."""
     from .data import DataError
     from .plan import PlanError
+    from .studies.runner import StudyError
     from .trainer.checkpoint import CheckpointError
     from .trainer.loop import NonFiniteError
     from .trainer.report import RunError
@@ -417,7 +430,7 @@ def _exit_code(error: Exception) -> int | None:
 
     if isinstance(error, (ConfigError, DataError, CheckpointError, PlanError, RunError)):
         return 2
-    return 1 if isinstance(error, (NonFiniteError, OSError, ProcessFailure)) else None
+    return 1 if isinstance(error, (NonFiniteError, OSError, ProcessFailure, StudyError)) else None
 
 
 def _fail(message: str, code: int) -> None:

@@ -69,6 +69,24 @@ class ImageSet:
         train, test = (Split(s.images.to(device), s.labels.to(device)) for s in (self.train, self.test))
         return replace(self, train=train, test=test)
 
+    def shrunk(self, factor: int) -> ImageSet:
+        """The same set with every ``factor`` x ``factor`` pixels averaged, rounded to uint8; mean and std stay those of the full images.
+
+        Raises DataError if factor does not divide the image's sides.
+        """
+        H, W = self.train.images.shape[2:]
+        if H % factor or W % factor:
+            raise DataError(f"{self.name}: shrink: expected a divisor of {H} and {W}, got {factor}")
+        train, test = (Split(_averaged(s.images, factor), s.labels) for s in (self.train, self.test))
+        return replace(self, train=train, test=test)
+
+    def held_out(self, count: int) -> ImageSet:
+        """Training without its last ``count`` images, and these for testing. Raises DataError if none would be left."""
+        if not 0 < count < len(self.train):
+            raise DataError(f"{self.name}: hold_out: expected 1 to {len(self.train) - 1} of the training images, got {count}")
+        images, labels = self.train.images, self.train.labels
+        return replace(self, train=Split(images[:-count], labels[:-count]), test=Split(images[-count:], labels[-count:]))
+
     def batches(self, batch_size: int, drop_last: bool = False) -> int:
         """Batches in an epoch; the last one may be smaller, unless it is dropped."""
         return len(self.train) // batch_size if drop_last else math.ceil(len(self.train) / batch_size)
@@ -122,6 +140,16 @@ class ImageSet:
         batches = zip(self.test.images.split(batch_size), self.test.labels.split(batch_size), strict=True)
         for image, label in prefetch(batches, device or self.test.images.device):
             yield normalize(image, self.mean, self.std, dtype), label
+
+
+def _averaged(images: torch.Tensor, factor: int) -> torch.Tensor:
+    """(N, 3, H, W) uint8 to (N, 3, H / factor, W / factor): sums of bytes are exact, and halves round up, on every device."""
+    N, C, H, W = images.shape
+    small = images.new_empty(N, C, H // factor, W // factor)
+    for to, part in zip(small.split(1000), images.split(1000)):  # the sums take four times the bytes
+        blocks = part.unflatten(3, (-1, factor)).unflatten(2, (-1, factor))
+        to.copy_((blocks.sum((3, 5), dtype=torch.int32) + factor * factor // 2) // (factor * factor))
+    return small
 
 
 def part_of(start: int, stop: int, part: int, parts: int) -> slice:

@@ -92,6 +92,10 @@ class TrainConfig:
 
     crop: tuple[int, int] | None = None
     """Height and width of the crops of imagenet and cityscapes. Default: 224 224 and 512 1024."""
+    shrink: int = 1
+    """Average the images over squares of this side, to train in less time; not of imagenet, cityscapes and shapes_seg."""
+    hold_out: int = 0
+    """Training images (the last ones) that are left out and tested on instead of the test images, to choose settings by."""
     workers: int | None = None
     """Processes that read the images of imagenet and cityscapes. Default: one a CPU, 8 at most."""
 
@@ -264,7 +268,8 @@ class TrainConfig:
     @property
     def image_size(self) -> tuple[int, int]:
         size = self.crop or IMAGE_SIZES[self.dataset]
-        return (size, size) if isinstance(size, int) else size
+        height, width = (size, size) if isinstance(size, int) else size
+        return height // self.shrink, width // self.shrink
 
     def number_of_modules(self) -> int:
         if self.modules is not None:
@@ -335,9 +340,9 @@ def _check_choices(c: TrainConfig) -> None:
 def _check_numbers(c: TrainConfig) -> None:
     for name in (
         "modules", "epochs", "iterations", "batch_size", "accumulate", "warmup", "workers", "threads", "log_every", "feature_dim",
-        "in_flight", "cached_epochs",
+        "in_flight", "cached_epochs", "shrink", "hold_out",
     ):  # fmt: skip
-        value, least = getattr(c, name), 0 if name in ("warmup", "workers") else 1
+        value, least = getattr(c, name), 0 if name in ("warmup", "workers", "hold_out") else 1
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
             _fail(name, f"an integer of at least {least}", repr(value))
     if not isinstance(c.seed, int) or isinstance(c.seed, bool) or not 0 <= c.seed < 2**63:
@@ -436,6 +441,11 @@ def _check_contradictions(c: TrainConfig) -> None:
     for name in ("crop", "workers"):
         if getattr(c, name) is not None and c.dataset not in FOLDERS:
             raise ConfigError(f"{name}: the images of {c.dataset} are in memory as they are")
+    for name, default in (("shrink", 1), ("hold_out", 0)):
+        if getattr(c, name) != default and (c.dataset in FOLDERS or c.dataset in SEGMENTATION):
+            raise ConfigError(f"{name}: not of dataset {c.dataset}")
+    if IMAGE_SIZES[c.dataset] in (32, 96) and (IMAGE_SIZES[c.dataset] % c.shrink or IMAGE_SIZES[c.dataset] // c.shrink < 8):
+        _fail("shrink", f"a divisor of {IMAGE_SIZES[c.dataset]} that leaves at least 8 pixels", c.shrink)
     plain = local_loss in ("dgl", "none") or modules == 1  # no auxiliary nets that these settings are of
     for name, default in (("net_config", None), ("widen", 1.0), ("feature_dim", 128)):
         if plain and getattr(c, name) != default:

@@ -382,6 +382,10 @@ def load_init(net: modules.LocalNetwork, path: Path) -> None:
 
 def _load_data(config: TrainConfig) -> data.ImageSet | data.FolderSet:
     images = data.load(config.dataset, config.data_root, config.download, crop=config.crop, workers=config.workers or 0)
+    if config.shrink > 1:
+        images = images.shrunk(config.shrink)
+    if config.hold_out > 0:
+        images = images.held_out(config.hold_out)
     if images.batches(config.batch_size, config.drop_last) == 0:
         raise ConfigError(f"batch_size {config.batch_size} and drop_last: there are only {images.train_count} training images")
     return images

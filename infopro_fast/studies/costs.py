@@ -1,0 +1,56 @@
+"""What a step of a run costs: time, and bytes kept for backward and at the highest point. In a process of its own."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from typing import Any
+
+import torch
+
+from infopro_fast.memory.resident import in_a_process
+from infopro_fast.memory.step import measure_step
+from infopro_fast.trainer import loop, schedule
+from infopro_fast.trainer.config import TrainConfig
+from infopro_fast.trainer.step import LocalTrainer
+
+STEPS = 7  # timed, after two to warm up
+
+
+def measure(config: TrainConfig) -> dict[str, float] | None:
+    """{"seconds", "saved", "peak"} of a step of this run: the median, and bytes beyond model, optimizer and batch (`StepMemory`).
+
+    None for modules that are trained one after the other, whose steps are no step of the network.
+    """
+    if config.order != "simultaneous":
+        return None
+    return in_a_process("infopro_fast.studies.costs:_measure_here", settings=config.resolved().to_json())
+
+
+def _measure_here(settings: str) -> dict[str, Any]:
+    config = TrainConfig.from_json(settings)
+    torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+    images = loop._load_data(config)
+    trainer = LocalTrainer(loop._build(config, images), schedule.released_sgd(config.lr), amp=loop.amp_dtype(config))
+    device = torch.device(config.device)
+    image, label = next(images.train_epoch(config.batch_size, seed=0, epoch=0, dtype=getattr(torch, config.dtype), device=device))
+    seconds = [_seconds(trainer, image, label) for _ in range(2 + STEPS)][2:]
+    memory = measure_step(trainer, image, label)
+    return {"seconds": statistics.median(seconds), "saved": memory.saved, "peak": memory.peak}
+
+
+def _seconds(trainer: LocalTrainer, image: torch.Tensor, label: torch.Tensor) -> float:
+    start = time.perf_counter()
+    trainer.step(image, label)
+    if image.device.type == "cuda":
+        torch.cuda.synchronize(image.device)
+    return time.perf_counter() - start
+
+
+def key(config: TrainConfig) -> str:
+    """What a measurement is known by: the settings that its result depends on."""
+    free = ("seed", "out", "epochs", "warmup", "hold_out", "data_root")
+    content = json.loads(config.resolved().to_json())
+    return json.dumps({name: value for name, value in content.items() if name not in free}, sort_keys=True)

@@ -1,0 +1,189 @@
+"""From runs to a table: errors by cell over seeds, beside the paper's; JSON, Markdown and the data of the figures."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from infopro_fast import info
+from infopro_fast.trainer import report
+from infopro_fast.trainer.checkpoint import replace_file
+
+from . import costs
+from .runner import finished
+from .tables import NAMES, Cell, Job, Study, cells, jobs, published
+
+INFOPRO = ("softmax", "contrast")
+PAPER = (
+    "In brackets: what the paper has in this cell, on CIFAR-10 after 160 epochs. Other images, other numbers: what can be compared is the "
+    "order of the methods."
+)
+COSTS = "What a step costs: milliseconds; MiB kept for backward, and at the highest point beyond model, optimizer and batch."
+
+
+@dataclass(frozen=True)
+class Result:
+    """A cell with its finished runs. errors: test error (%) after the last epoch, by seed; cost: of a step (`costs.measure`)."""
+
+    cell: Cell
+    seeds: tuple[int, ...]
+    errors: tuple[float, ...]
+    cross_entropies: tuple[float, ...]
+    curves: tuple[tuple[float, ...], ...]  # test error (%) after every epoch, by seed
+    cost: dict[str, float] | None
+    paper: tuple[float, float] | None
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.errors)
+
+    @property
+    def deviation(self) -> float:
+        """Of the sample; nan for one run."""
+        return statistics.stdev(self.errors) if len(self.errors) > 1 else math.nan
+
+    @property
+    def standard_error(self) -> float:
+        return self.deviation / math.sqrt(len(self.errors))
+
+
+def collect(study: Study) -> list[Result]:
+    """The cells that have a finished run, with what a step costs: measured where the study asks for it and it is not known yet."""
+    found = []
+    by_cell: dict[Cell, list[Job]] = {cell: [] for cell in cells(study)}
+    for job in jobs(study):
+        if finished(job):
+            by_cell[job.cell].append(job)
+    known = _Known(study.out / "costs.json")
+    for cell, done in by_cell.items():
+        if not done:
+            continue
+        epochs = [report.read_metrics(job.folder, "epoch") for job in done]
+        curves = tuple(tuple(100 - 100 * epoch["test"]["accuracy"] for epoch in one) for one in epochs)
+        cost = known.get(done[0], measure=study.measure)
+        ends, losses = tuple(curve[-1] for curve in curves), tuple(one[-1]["test"]["loss"] for one in epochs)
+        found.append(Result(cell, tuple(job.seed for job in done), ends, losses, curves, cost, published(study, cell)))
+    return found
+
+
+class _Known:
+    """costs.json: measured once, kept."""
+
+    def __init__(self, path: Path):
+        self.path, self.content = path, json.loads(path.read_text()) if path.is_file() else {}
+
+    def get(self, job: Job, measure: bool) -> dict[str, float] | None:
+        key = costs.key(job.config)
+        if key not in self.content and measure:
+            self.content[key] = costs.measure(job.config)
+            replace_file(self.path, (json.dumps(self.content, indent=1) + "\n").encode())
+        return self.content.get(key)
+
+
+def compare(results: Sequence[Result]) -> list[dict[str, Any]]:
+    """For every K: greedy SL against the better InfoPro, in points and in standard errors of the difference; the gap to end to end."""
+    by = {(r.cell.method, r.cell.modules): r for r in results if r.cell.weights is None}
+    end_to_end = by.get(("e2e", 1))
+    found = []
+    for K in sorted({K for method, K in by if method == "greedy"}):
+        greedy, ours = by["greedy", K], [by[method, K] for method in INFOPRO if (method, K) in by]
+        if not ours:
+            continue
+        best = min(ours, key=lambda r: r.mean)
+        error = math.hypot(greedy.standard_error, best.standard_error)
+        margin = greedy.mean - best.mean
+        found.append({
+            "modules": K, "greedy": greedy.mean, "infopro": best.mean, "which": best.cell.method, "margin": margin,
+            "standard_error": error, "in_standard_errors": margin / error if error > 0 else math.nan,
+            "gap_to_e2e": None if end_to_end is None else best.mean - end_to_end.mean,
+        })  # fmt: skip
+    return found
+
+
+def markdown(study: Study, results: Sequence[Result]) -> str:
+    """Errors, then costs, then what they say."""
+    parts = [_title(study), _errors(results)]
+    if any(r.paper for r in results):
+        parts.append(PAPER)
+    if any(r.cost for r in results):
+        parts += [COSTS, _costs(results)]
+    for row in compare(results):
+        gap = "" if row["gap_to_e2e"] is None else f"; {row['gap_to_e2e']:+.2f} points from end to end"
+        parts.append(
+            f"K = {row['modules']}: greedy SL {row['greedy']:.2f} %, {NAMES[row['which']]} {row['infopro']:.2f} %: "
+            f"{row['margin']:.2f} points lower, {row['in_standard_errors']:.1f} standard errors of the difference{gap}."
+        )
+    return "\n\n".join(parts) + "\n"
+
+
+def _title(study: Study) -> str:
+    one = jobs(study)[0].config.resolved()
+    side = one.image_size[0]
+    images = f"{study.dataset}, {side}x{side}" + (" (averaged down)" if one.shrink > 1 else "")
+    tested = f"the last {one.hold_out} training images held out" if one.hold_out else "the test images"
+    return (
+        f"{one.arch} on {images}, {one.epochs} epochs, batch {one.batch_size}, lr {one.lr:g} ({one.schedule}). Error in % on {tested}, after "
+        f"the last epoch: mean ± standard deviation over seeds {study.first_seed} to {study.first_seed + study.seeds - 1}."
+    )
+
+
+def _errors(results: Sequence[Result]) -> str:
+    if any(r.cell.weights is not None for r in results):
+        lines = ["| weights (reconstruction, task: first, last) | K | error |", "|---|---|---|"]
+        for r in sorted(results, key=lambda r: (r.cell.modules, r.mean)):
+            lines.append(f"| {', '.join(f'{w:g}' for w in r.cell.weights)} | {r.cell.modules} | {_error(r)} |")
+        return "\n".join(lines)
+    return _grid(results, _error)
+
+
+def _error(r: Result) -> str:
+    deviation = f" ± {r.deviation:.2f}" if len(r.errors) > 1 else " (one run)"
+    return f"{r.mean:.2f}{deviation}" + (f" [{r.paper[0]:.2f} ± {r.paper[1]:.2f}]" if r.paper else "")
+
+
+def _costs(results: Sequence[Result]) -> str:
+    def text(r: Result) -> str:
+        return f"{1e3 * r.cost['seconds']:.0f} ms, {r.cost['saved'] / 2**20:.1f}, {r.cost['peak'] / 2**20:.1f}"
+
+    return _grid([r for r in results if r.cost], text)
+
+
+def _grid(results: Sequence[Result], text) -> str:
+    """Rows of methods, columns of K; what has no K stands in the first column."""
+    columns = sorted({r.cell.modules for r in results})
+    methods = list(dict.fromkeys(r.cell.method for r in results))
+    by = {(r.cell.method, r.cell.modules): text(r) for r in results}
+    head = ["| |" + "".join(f" K = {K} |" for K in columns), "|---|" + "---|" * len(columns)]
+    return "\n".join([*head, *(f"| {NAMES[m]} |" + "".join(f" {by.get((m, K), '')} |" for K in columns) for m in methods)])
+
+
+def write(study: Study, results: Sequence[Result]) -> list[Path]:
+    """The table as Markdown and JSON, each whole or not at all, and the figures; returns the paths."""
+    from . import figures
+
+    study.out.mkdir(parents=True, exist_ok=True)
+    paths = [study.out / f"{study.table}.{kind}" for kind in ("md", "json")]
+    facts = info.collect()
+    where = {
+        "cpu": facts["cpu"]["model"], "cpus": os.cpu_count(), "isa": facts["cpu"]["isa"], "gpu": facts["cuda"]["device"],
+        "jobs": study.jobs, "threads": study.threads, "torch": torch.__version__, "infopro_fast": facts["versions"]["infopro_fast"],
+    }  # fmt: skip
+    rows = [
+        {"method": r.cell.method, "modules": r.cell.modules, "weights": r.cell.weights, "seeds": r.seeds, "errors": r.errors,
+         "cross_entropies": r.cross_entropies, "curves": r.curves, "cost": r.cost, "paper": r.paper}
+        for r in results
+    ]  # fmt: skip
+    settings = json.loads(jobs(study)[0].config.resolved().to_json())
+    about = {"table": study.table, "scale": study.scale, "settings": settings, "where": where}
+    content = {**about, "cells": rows, "compared": compare(results)}
+    replace_file(paths[0], markdown(study, results).encode())
+    replace_file(paths[1], (json.dumps(content, indent=1) + "\n").encode())
+    return paths + figures.draw(study, results)

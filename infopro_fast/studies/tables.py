@@ -1,0 +1,193 @@
+"""What the paper's Tables 2 and 3 are made of: their cells, the settings each is trained with at a scale, and what the paper has there."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from infopro_fast.trainer import recipes
+from infopro_fast.trainer.config import ConfigError, TrainConfig
+
+Method = Literal["e2e", "greedy", "dgl", "softmax", "contrast", "async", "checkpoint", "infopro_l", "auglocal"]
+NAMES = {
+    "e2e": "end to end", "greedy": "greedy SL", "dgl": "DGL", "softmax": "InfoPro, softmax", "contrast": "InfoPro, contrast",
+    "async": "InfoPro, contrast, asynchronous", "checkpoint": "end to end, checkpointed", "infopro_l": "InfoProL", "auglocal": "AugLocal",
+    "plain": "InfoPro, contrast, plain losses",
+}  # fmt: skip
+
+# How long, on what images. "full" is a day of two CPU cores, or minutes of a GPU; "paper" is the published recipe, on CIFAR-10.
+SCALES: dict[str, dict[str, Any]] = {
+    "tiny": {"shrink": 4, "epochs": 2, "batch_size": 64, "lr": 0.1, "schedule": "one_cycle", "warmup": 1},
+    "small": {"shrink": 2, "epochs": 8, "batch_size": 64, "lr": 0.1, "schedule": "one_cycle", "warmup": 1},
+    "full": {"epochs": 40, "batch_size": 128, "lr": 0.1, "schedule": "one_cycle", "warmup": 4},
+}
+
+# The softmax weights of the paper were never published. Candidates (reconstruction and task, first and last local module): ours, the
+# published contrastive ones of K = 8 and 16, reconstruction alone early, and little of it.
+CANDIDATES = ((5.0, 0.5, 0.5, 1.0), (5.0, 0.0, 0.0, 2.0), (5.0, 0.05, 0.2, 0.5), (1.0, 0.2, 0.1, 1.0))
+HOLD_OUT = 1000  # training images that the search for weights tests on
+
+
+@dataclass(frozen=True)
+class Study:
+    """Train the cells of one of the paper's tables, several seeds each, and write the table beside the paper's, and figures.
+
+    What is there is not trained again, what was begun goes on, so that the same command continues a study that was stopped.
+    """
+
+    table: Annotated[Literal["table2", "table3", "lambdas", "fused"], tyro.conf.Positional]
+    """table2: error by method and K; table3: memory of ResNet-110; lambdas: weights of the softmax loss, on held-out training images;
+    fused: the kernels against plain PyTorch losses over whole trainings."""
+    scale: Literal["tiny", "small", "full", "paper"] = "small"
+    """small: images of half the side for minutes a run; full: images as they are, for longer; paper: the published recipe."""
+    methods: tuple[Method, ...] | None = None
+    """Rows. Default: e2e greedy dgl softmax contrast; of table3 e2e checkpoint contrast."""
+    modules: tuple[int, ...] | None = None
+    """Columns, the numbers K. Default: 2 4 8 16; of table3 2 3 4, of lambdas 8 16, of fused 4."""
+    arch: Literal["resnet20", "resnet32", "resnet44", "resnet56", "resnet110"] | None = None
+    """Network. Default: resnet32; of table3 resnet110."""
+    dataset: Literal["fashion_mnist", "cifar10", "svhn", "stl10"] = "fashion_mnist"
+    """Images. With fashion_mnist, data_root takes all 70,000 instead of those in the package."""
+    data_root: Path | None = None
+    """Folder with the original files."""
+    seeds: int = 3
+    """Runs of each cell, with seeds 0, 1, ..."""
+    first_seed: int = 0
+    """The seeds begin with this."""
+    epochs: int | None = None
+    """In place of the scale's."""
+    jobs: int = 1
+    """Runs at a time."""
+    threads: int = 1
+    """CPU threads of each."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ..."""
+    train: bool = True
+    """Train what is missing; otherwise only write the tables and figures of the runs that are there."""
+    measure: bool = True
+    """Measure time and memory of a step of each cell, when nothing else runs."""
+    out: Path = Path("reproduction")
+    """Folder of the runs, the table (Markdown, JSON) and the figures."""
+
+    def __post_init__(self):
+        for name in ("seeds", "jobs", "threads", "epochs"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}: expected an integer of at least 1, got {value}")
+        if self.first_seed < 0:
+            raise ConfigError(f"first_seed: expected an integer of at least 0, got {self.first_seed}")
+        if self.scale == "paper" and self.dataset == "fashion_mnist":
+            raise ConfigError("scale paper: the published recipe is of cifar10, svhn and stl10: give --dataset and --data-root")
+        if self.modules is not None and (not self.modules or min(self.modules) < 2):
+            raise ConfigError(f"modules: expected numbers of at least 2, got {self.modules}")
+
+    @property
+    def network(self) -> str:
+        return self.arch or ("resnet110" if self.table == "table3" else "resnet32")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A method with a number of modules; ``weights``: its lambdas, if they are what is compared."""
+
+    method: str
+    modules: int
+    weights: tuple[float, ...] | None = None
+
+    @property
+    def name(self) -> str:
+        of_weights = "" if self.weights is None else "-l" + "_".join(f"{v:g}" for v in self.weights)
+        return f"{self.method}-k{self.modules}{of_weights}"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: a cell with a seed. folder: of the run."""
+
+    cell: Cell
+    seed: int
+    config: TrainConfig
+
+    @property
+    def folder(self) -> Path:
+        return self.config.out
+
+
+def cells(study: Study) -> list[Cell]:
+    """Rows first, then columns; methods that have no K once."""
+    default_methods = {"table2": ("e2e", "greedy", "dgl", "softmax", "contrast"), "table3": ("e2e", "checkpoint", "contrast")}
+    default_modules = {"table2": (2, 4, 8, 16), "table3": (2, 3, 4), "lambdas": (8, 16), "fused": (4,)}
+    columns = study.modules or default_modules[study.table]
+    if study.table in ("lambdas", "fused") and study.methods is not None:
+        raise ConfigError(f"methods: {study.table} has its own")
+    if study.table == "lambdas":
+        return [Cell("softmax", K, weights) for K, weights in itertools.product(columns, CANDIDATES)]
+    if study.table == "fused":
+        return [Cell(method, K) for method, K in itertools.product(("contrast", "plain"), columns)]
+    found = []
+    for method in study.methods or default_methods[study.table]:
+        found += [Cell(method, 1)] if method in ("e2e", "checkpoint") else [Cell(method, K) for K in columns]
+    return found
+
+
+def jobs(study: Study) -> list[Job]:
+    """All runs of a study, those of one seed before those of the next, so that a study that is cut short has whole seeds."""
+    seeds = range(study.first_seed, study.first_seed + study.seeds)
+    return [Job(cell, seed, config(study, cell, seed)) for seed in seeds for cell in cells(study)]
+
+
+def config(study: Study, cell: Cell, seed: int) -> TrainConfig:
+    """The settings of a run. Raises ConfigError for what cannot be trained."""
+    folder = study.out / "runs" / f"{study.dataset}-{study.network}-{study.scale}" / f"{cell.name}-seed{seed}"
+    settings = _recipe(study, cell) if study.scale == "paper" else dict(SCALES[study.scale])
+    if study.epochs is not None:
+        settings["epochs"] = study.epochs
+        settings["warmup"] = min(settings.get("warmup", 0), study.epochs - 1)
+    settings |= _method(study, cell)
+    machine = {"threads": study.threads, "device": study.device, "data_root": study.data_root}
+    return TrainConfig(dataset=study.dataset, arch=study.network, seed=seed, out=folder, **settings, **machine)
+
+
+def _recipe(study: Study, cell: Cell) -> dict[str, Any]:
+    """The published settings, but for what makes the cell."""
+    known = recipes.row(f"table2/{study.dataset}/{study.network}/e2e").settings
+    return {k: v for k, v in known.items() if k not in ("dataset", "arch", "local_loss", "modules")}
+
+
+def _method(study: Study, cell: Cell) -> dict[str, Any]:
+    if cell.method in ("e2e", "checkpoint"):
+        return {"local_loss": "none", "modules": 1, **({"recompute": "sqrt"} if cell.method == "checkpoint" else {})}
+    found: dict[str, Any] = {"modules": cell.modules, "local_loss": cell.method}
+    if cell.method in ("async", "plain"):
+        found |= {"local_loss": "contrast", **({"order": "sequential"} if cell.method == "async" else {"impl": "reference"})}
+    if cell.weights is not None:
+        found |= {"lambdas": cell.weights, "hold_out": HOLD_OUT}
+    if study.table == "table3":
+        found["balanced"] = True
+    return found
+
+
+def published(study: Study, cell: Cell) -> tuple[float, float] | None:
+    """Mean and deviation of the test error (%) that the paper has in this cell, of CIFAR-10; None where it has none."""
+    if cell.weights is not None:
+        return None
+    table = recipes.TABLE3["cifar10"] if study.table == "table3" else recipes.TABLE2.get(("cifar10", study.network), {})
+    if study.table == "table3":
+        found = table.get(cell.modules if cell.method == "contrast" else cell.method)
+        return found and found[0]
+    of_method = table.get(cell.method)
+    return of_method.get(cell.modules) if isinstance(of_method, dict) else of_method
+
+
+def same_run(wanted: TrainConfig, there: TrainConfig) -> Sequence[str]:
+    """Names of the settings in which a run that is there differs from the one wanted, but for those that change no result."""
+    ours, theirs = wanted.resolved(), there
+    free = ("out", "threads", "device", "data_root", "checkpoint_minutes", "log_every", "workers")
+    names = (field.name for field in dataclasses.fields(TrainConfig))
+    return [name for name in names if name not in free and getattr(ours, name) != getattr(theirs, name)]
