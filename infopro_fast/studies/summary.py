@@ -130,8 +130,8 @@ def _title(study: Study) -> str:
     images = f"{study.dataset}, {side}x{side}" + (" (averaged down)" if one.shrink > 1 else "")
     tested = f"the last {one.hold_out} training images held out" if one.hold_out else "the test images"
     return (
-        f"{one.arch} on {images}, {one.epochs} epochs, batch {one.batch_size}, lr {one.lr:g} ({one.schedule}). Error in % on {tested}, after "
-        f"the last epoch: mean ± standard deviation over seeds {study.first_seed} to {study.first_seed + study.seeds - 1}."
+        f"{one.arch} on {images}, {one.epochs} epochs, batch {one.batch_size}, lr {one.lr:g} ({one.schedule}). Error in % on {tested} "
+        f"after the last epoch: mean ± standard deviation over seeds {study.first_seed} to {study.first_seed + study.seeds - 1}."
     )
 
 
