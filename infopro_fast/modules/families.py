@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from . import backbones, chain, cityscapes, densenet, imagenet, segmentation
+from . import auglocal, backbones, chain, cityscapes, densenet, imagenet, segmentation
 from .backbones import Unit
 from .decoder import ChainDecoder, Decoder
 from .heads import AuxClassifier, DGLHead
-from .local_loss import Classifier, HeadLoss, InfoPro, LocalLoss
+from .infopro_l import FeatureDecoder, InfoProL
+from .local_loss import Classifier, HeadLoss, InfoPro, LocalLoss, Place
 
 PUBLISHED = "published"
 CIFAR10_MEAN = (125.3 / 255, 123.0 / 255, 113.9 / 255)
@@ -51,26 +52,48 @@ class Family:
         """(h, w) of a block's output."""
         return unit.size if unit.size != (0, 0) else tuple(math.ceil(side / unit.downscale) for side in self.image_size)
 
-    def local_loss(
-        self, name: str, unit: Unit, weights: tuple[float, float], *, alone: bool, net_config: str | None, widen: float, feature_dim: int
-    ) -> LocalLoss:
-        """The loss of a local module that ends with ``unit``; weights: InfoPro's. alone: there is no other local module."""
+    def places(self, ends: Sequence[int]) -> list[Place]:
+        """Of the local modules that end with these units. Raises ValueError for an end after which there is no map."""
+        found, given = [], (3, self.image_size)
+        for module, end in enumerate(ends):
+            output = self._map(self.units[end])
+            found.append(Place(module, len(ends) + 1, *output, *given, self.image_size, self.num_classes, end))
+            given = output
+        return found
+
+    def _map(self, unit: Unit) -> tuple[int, tuple[int, int]]:
+        """Channels and size of a unit's output."""
         h, w = self.size(unit)
         H, W = self.image_size
         if min(unit.channels, h, w) == 0 or abs(h * W - w * H) > max(H, W):  # tokens, or (N, h, w, C)
             shape = (unit.channels, h, w) if h else (unit.channels,)
             raise ValueError(f"build: {self.name}: {unit.label} gives (N, {', '.join(map(str, shape))}), and a local loss needs a map "
                              f"(N, C, h, w) of the {H}x{W} images: cut elsewhere")
+        return unit.channels, (h, w)
+
+    def local_loss(
+        self, name: str, place: Place, weights: tuple[float, float], *, net_config: str | None, widen: float, feature_dim: int,
+        aux_depth: int,
+    ) -> LocalLoss:  # fmt: skip
+        """The loss ``name`` of the local module at ``place``; weights: of reconstruction and task."""
+        unit = self.units[place.end]
+        options = {"label_smoothing": self.label_smoothing, "impl": self.impl}
         if name == "dgl":
-            head = DGLHead(unit.channels, max(self.size(unit)), self.num_classes, label_smoothing=self.label_smoothing, impl=self.impl)
-            return HeadLoss("dgl", head)
+            return HeadLoss("dgl", DGLHead(unit.channels, max(place.size), self.num_classes, **options))
+        if name == "auglocal":
+            depth = auglocal.aux_depths(aux_depth, place.modules)[place.module]
+            blocks = [self.units[i] for i in auglocal.sampled_blocks(place.end, len(self.units), depth)]
+            return HeadLoss("auglocal", auglocal.AugmentedHead(unit.channels, unit.downscale, blocks, self.num_classes, **options))
         head = self._head(name, unit, net_config, widen, feature_dim)
         if name == "greedy":
             return HeadLoss("greedy", head)
+        if name == "infopro_l":
+            decoder = FeatureDecoder(place.channels, place.input_channels, place.input_size, widen, impl=self.impl)
+            return InfoProL(decoder, head, *weights)
         decoder = self._decoder(unit, widen)
         if self.infopro is InfoPro:
             return InfoPro(decoder, head, *weights)
-        return self.infopro(decoder, head, *weights, alone=alone)
+        return self.infopro(decoder, head, *weights, alone=place.modules == 2)
 
     def _head(self, name: str, unit: Unit, net_config: str | None, widen: float, feature_dim: int):
         options = {"label_smoothing": self.label_smoothing, "impl": self.impl}

@@ -2,6 +2,7 @@
 
 A `LocalLoss` yields its weighted terms one after the other, so that the local step can back-propagate each and drop its graph
 before the next is built. The last module's loss, the network's own classifier, is one too: every module trains alike.
+`docs/local_losses.md` lists them all, and shows how to write one.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from torch import nn
 from infopro_fast import ops
 
 from .decoder import Decoder
-from .heads import AuxClassifier, DGLHead, GlobalAveragePool
+from .heads import AuxClassifier, GlobalAveragePool
 
-LOCAL_LOSSES = ("contrast", "softmax", "greedy", "dgl", "none")
+LOCAL_LOSSES = ("contrast", "softmax", "greedy", "dgl", "infopro_l", "auglocal", "none")
+WEIGHTED = ("contrast", "softmax", "infopro_l")  # a reconstruction and a task, which lambdas weigh
 
 
 class Term(typing.NamedTuple):
@@ -29,18 +31,41 @@ class Term(typing.NamedTuple):
     correct: torch.Tensor | None
 
 
+class Place(typing.NamedTuple):
+    """Where a local module begins and ends: what a local loss of one's own is made from.
+
+    module: its number, from 0. modules: K, of which the last has the network's own classifier in place of a local loss.
+    channels, size: of its output (N, channels, h, w), for images of the network's size. input_channels, input_size: of its input, which
+    for the first module is the image. image_size: (H, W). num_classes: classes. end: number of its last block, from 0.
+    """
+
+    module: int
+    modules: int
+    channels: int
+    size: tuple[int, int]
+    input_channels: int
+    input_size: tuple[int, int]
+    image_size: tuple[int, int]
+    num_classes: int
+    end: int
+
+
 class LocalLoss(nn.Module):
     """The loss of one module. Subclasses give the three methods below; nets are ordinary submodules.
 
     dense: labels are (N, H, W), one a pixel (segmentation).
+    wants_input: `terms` is given the module's input, without a graph, in the place of the image. The input is alive during a step
+    anyway, so that this costs no memory.
     """
 
     dense = False
+    wants_input = False
 
     def terms(self, features: torch.Tensor, image: torch.Tensor, label: torch.Tensor) -> Iterator[Term]:
         """Compute and yield one `Term` after the other, none of weight 0; the caller back-propagates each before it asks for the next.
 
-        features: (N, C, h, w), the module's output; image: (N, 3, H, W), the network's input; label: (N,) integers.
+        features: (N, C, h, w), the module's output; image: (N, 3, H, W), the network's input, or the module's where the loss
+        ``wants_input``; label: (N,) integers.
         """
         raise NotImplementedError
 
@@ -86,9 +111,9 @@ class InfoPro(LocalLoss):
 
 
 class HeadLoss(LocalLoss):
-    """The cross entropy of one auxiliary head: greedy supervised learning (the released head 0c1f) and DGL (its own head)."""
+    """The cross entropy of one auxiliary head: greedy supervised learning (the released head 0c1f), DGL and AugLocal (their own)."""
 
-    def __init__(self, name: str, head: AuxClassifier | DGLHead):
+    def __init__(self, name: str, head: nn.Module):
         super().__init__()
         self.name, self.aux_classifier = name, head
 
@@ -147,7 +172,7 @@ PUBLISHED_SOFTMAX: dict[str, tuple[float, float, float, float]] = {
     "deeplabv3_resnet101": (1.5, 1, 0, 0),
 }
 
-# For what is not published (softmax, other depths and K): ours, between the published ones; reconstruction early, task late.
+# For what is not published (softmax, infopro_l, other depths and K): ours, between the published ones; reconstruction early, task late.
 DEFAULT_LAMBDAS = (5.0, 0.5, 0.5, 1.0)
 
 

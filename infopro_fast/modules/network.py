@@ -5,17 +5,17 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint as run_checkpointed
 
 from . import backbones, split
-from .backbones import Unit
+from .auglocal import AUX_DEPTH
 from .chain import Joined
 from .families import CIFAR10_MEAN, CIFAR10_STD, PUBLISHED, Family, family  # noqa: F401
-from .local_loss import DEFAULT_LAMBDAS, LOCAL_LOSSES, LocalLoss, default_lambdas, interpolate_lambdas
+from .local_loss import DEFAULT_LAMBDAS, LOCAL_LOSSES, WEIGHTED, LocalLoss, Place, default_lambdas, interpolate_lambdas
 from .segmentation import Tap
 
 RECOMPUTE = ("none", "block", "sqrt")
@@ -145,7 +145,7 @@ def _listed(names) -> str:
 def build(
     arch: str | nn.Module = "resnet32",
     modules: int | None = None,
-    local_loss: str = "contrast",
+    local_loss: str | Callable[[Place], LocalLoss] = "contrast",
     lambdas: Sequence[float] | None = None,
     balanced: bool = False,
     num_classes: int | None = None,
@@ -157,6 +157,7 @@ def build(
     net_config: str | None = None,
     widen: float = 1,
     feature_dim: int = 128,
+    aux_depth: int | None = None,
     label_smoothing: float = 0.0,
     recompute: str = "none",
     impl: str = "auto",
@@ -171,9 +172,11 @@ def build(
         local_loss="none", 4 for the CIFAR networks and 2 for the others.
     local_loss: "contrast" or "softmax" (InfoPro: reconstruction and a supervised contrastive or cross-entropy term), "greedy"
         (greedy supervised learning: cross entropy of a head alone; CIFAR networks: of pooling and a linear layer), "dgl" (Decoupled
-        Greedy Learning, `DGLHead`), "none" (K = 1). Segmentation has "softmax", "greedy" and "none".
-    lambdas: InfoPro's weights (reconstruction, task) of the first local module, then of the last; linear in between. None: the
-        published ones (`local_loss.default_lambdas`). A term of weight exactly 0 is not run.
+        Greedy Learning, `DGLHead`), "infopro_l" (reconstruction of the module's input, `InfoProL`, and softmax), "auglocal" (a head of
+        blocks of the network, `AugmentedHead`; CIFAR ResNets), "none" (K = 1). Segmentation has "softmax", "greedy" and "none".
+        Or a function that makes a loss of one's own from a `Place`, called for every module but the last (docs/local_losses.md).
+    lambdas: weights (reconstruction, task) of InfoPro or infopro_l for the first local module, then for the last; linear in between.
+        None: the published ones (`local_loss.default_lambdas`; for infopro_l there are none). A term of weight exactly 0 is not run.
     balanced: the released memory-balanced split (InfoPro*) in place of the equal one. num_classes: classes; None: 10, for ImageNet's
         1000, for DeepLab 19, for a network of one's own what it has.
     image_size: height and width of the images, one number if they are equal; None: 32, 224, (512, 1024), 48. image_mean, image_std:
@@ -183,6 +186,7 @@ def build(
         "layer2.0" where the network has names.
     net_config, widen, feature_dim: of the auxiliary nets of the CIFAR networks (`AuxClassifier`, `Decoder`); net_config None: "1c2f",
         for greedy "0c1f". The others have `ChainDecoder` and `StridedHead` or `DenseHead`.
+    aux_depth: blocks of the first module's auxiliary network of auglocal, later ones have fewer (`auglocal.aux_depths`); None: 3.
     label_smoothing: of every cross entropy.
     recompute: "none"; "block": keep each residual block's input alone and run the block again in backward (gradient
         checkpointing inside every module); "sqrt": the same for segments of sqrt(blocks) blocks (Chen et al. 2016).
@@ -191,13 +195,14 @@ def build(
     Raises ValueError naming the argument for unknown names, splits that do not exist, arguments that contradict each other, and
     networks or places that cannot be cut, with the reason; ImportError where torchvision is needed and missing.
     """
-    if local_loss not in LOCAL_LOSSES:
-        raise ValueError(f"build: local_loss: expected one of {LOCAL_LOSSES}, got {local_loss!r}")
+    if isinstance(local_loss, nn.Module) or (not callable(local_loss) and local_loss not in LOCAL_LOSSES):
+        raise ValueError(f"build: local_loss: expected one of {LOCAL_LOSSES} or a function that makes one, got {local_loss!r}")
     found = family(arch, num_classes, image_size, image_mean, image_std, label_smoothing=label_smoothing, impl=impl)
     units = found.units
     positions = [unit.position for unit in units]
     modules = _number_of_modules(modules, local_loss, cuts, balanced, 4 if found.cifar else 2)
     _check(found, local_loss, lambdas, modules, net_config, widen, recompute, label_smoothing)
+    _check_aux_depth(found, local_loss, aux_depth)
     if modules > len(units) and found.reasons:
         why = "; ".join(f"not after {name}, since {reason}" for name, reason in list(found.reasons.items())[:4])
         raise ValueError(f"build: modules: {found.name} can be cut into {len(units)} at most, got {modules}: {why}")
@@ -210,15 +215,18 @@ def build(
     else:
         cuts = split.check_cuts(found.name, positions, cuts, modules, [unit.label for unit in units], found.reasons)
 
-    def make_loss(module: int, unit: Unit) -> LocalLoss:
-        weights = interpolate_lambdas(lambdas, module, modules)
-        if local_loss in ("contrast", "softmax") and weights == (0, 0):
-            raise ValueError(f"build: lambdas: {tuple(lambdas)} leave local module {module + 1} of {modules} without any loss")
-        options = {"net_config": net_config, "widen": widen, "feature_dim": feature_dim}
-        return found.local_loss(local_loss, unit, weights, alone=modules == 2, **options)
+    def make_loss(place: Place) -> LocalLoss:
+        if callable(local_loss):
+            return _made(local_loss, place)
+        weights = interpolate_lambdas(lambdas, place.module, modules)
+        if local_loss in WEIGHTED and weights == (0, 0):
+            raise ValueError(f"build: lambdas: {tuple(lambdas)} leave local module {place.module + 1} of {modules} without any loss")
+        options = {"net_config": net_config, "widen": widen, "feature_dim": feature_dim, "aux_depth": aux_depth or AUX_DEPTH}
+        return found.local_loss(local_loss, place, weights, **options)
 
-    losses = [make_loss(module, units[positions.index(cut)]) for module, cut in enumerate(cuts)]
-    starts = [0, *(positions.index(cut) + 1 for cut in cuts), len(units)]
+    ends = [positions.index(cut) for cut in cuts]
+    losses = [make_loss(place) for place in found.places(ends)]
+    starts = [0, *(end + 1 for end in ends), len(units)]
     losses.append(found.end(units[starts[-2] :]))
     blocks = [OrderedDict((unit.name, unit.block) for unit in units[a:b]) for a, b in zip(starts, starts[1:])]
     net = LocalNetwork(
@@ -230,7 +238,15 @@ def build(
     return net.to(memory_format=torch.channels_last)
 
 
-def _number_of_modules(modules: int | None, local_loss: str, cuts, balanced: bool, default: int) -> int:
+def _made(make: Callable[[Place], LocalLoss], place: Place) -> LocalLoss:
+    """A user's own loss."""
+    loss = make(place)
+    if not isinstance(loss, LocalLoss):
+        raise ValueError(f"build: local_loss: expected the function to return a LocalLoss, got {type(loss).__name__}")
+    return loss
+
+
+def _number_of_modules(modules: int | None, local_loss, cuts, balanced: bool, default: int) -> int:
     if cuts is not None and balanced:
         raise ValueError("build: cuts, balanced: expected one or the other, a split is either given or taken from the balanced table")
     if modules is None:
@@ -241,15 +257,14 @@ def _number_of_modules(modules: int | None, local_loss: str, cuts, balanced: boo
 
 
 def _check(found: Family, local_loss, lambdas, modules, net_config, widen, recompute, label_smoothing):
-    infopro = local_loss in ("contrast", "softmax")
     if lambdas is not None:
         if len(lambdas) != 4 or not all(math.isfinite(v) and v >= 0 for v in lambdas):
             raise ValueError(f"build: lambdas: expected 4 numbers of at least 0 (reconstruction and task, first and last), got {lambdas}")
-        if any(lambdas) and not infopro:
+        if any(lambdas) and local_loss not in WEIGHTED:
             raise ValueError(f"build: lambdas: local_loss={local_loss!r} has no weights, got {tuple(lambdas)}")
         if any(lambdas) and modules == 1:
             raise ValueError(f"build: lambdas: modules=1 has no local loss to weigh, got {tuple(lambdas)}")
-    if net_config is not None and local_loss in ("dgl", "none"):
+    if net_config is not None and (callable(local_loss) or local_loss in ("dgl", "auglocal", "none")):
         raise ValueError(f"build: net_config: local_loss={local_loss!r} has no such head, got {net_config!r}")
     if recompute not in RECOMPUTE:
         raise ValueError(f"build: recompute: expected one of {RECOMPUTE}, got {recompute!r}")
@@ -257,5 +272,17 @@ def _check(found: Family, local_loss, lambdas, modules, net_config, widen, recom
         raise ValueError(f"build: label_smoothing: expected a number in [0, 1), got {label_smoothing}")
     if not found.cifar and (net_config is not None or widen != 1):
         raise ValueError(f"build: net_config, widen: the auxiliary nets of {found.name} have no such settings, got {net_config}, {widen}")
-    if found.dense and local_loss in ("contrast", "dgl"):
+    if found.dense and local_loss in ("contrast", "dgl", "infopro_l", "auglocal"):
         raise ValueError(f"build: local_loss: {found.name} segments images: expected 'softmax', 'greedy' or 'none', got {local_loss!r}")
+
+
+def _check_aux_depth(found: Family, local_loss, aux_depth) -> None:
+    if local_loss == "auglocal" and found.name not in backbones.BLOCKS:
+        names = ", ".join(backbones.BLOCKS)
+        raise ValueError(f"build: local_loss 'auglocal' takes its blocks from a CIFAR ResNet: expected arch {names}, got {found.name}")
+    if aux_depth is None:
+        return
+    if local_loss != "auglocal":
+        raise ValueError(f"build: aux_depth: local_loss={local_loss!r} has no such net, got {aux_depth}")
+    if not isinstance(aux_depth, int) or isinstance(aux_depth, bool) or aux_depth < 1:
+        raise ValueError(f"build: aux_depth: expected an integer of at least 1, got {aux_depth!r}")

@@ -76,6 +76,8 @@ Arch = Literal[
     "deeplabv3_resnet50", "deeplabv3_resnet101", "fcn_resnet20",
 ]  # fmt: skip
 ARCHS = typing.get_args(Arch)
+CIFAR_RESNETS = ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110")
+WEIGHTED = ("contrast", "softmax", "infopro_l")  # local losses of a reconstruction and a task, which lambdas weigh
 SEGMENTERS = ("deeplabv3_resnet50", "deeplabv3_resnet101", "fcn_resnet20")
 
 
@@ -105,8 +107,8 @@ class TrainConfig:
     """Weights to begin with: a .pth or .safetensors file by released names, e.g. pretrained; heads of other shapes are left out."""
     modules: int | None = None
     """Number K of local modules; 1 is end to end. Default: from cuts, 1 for local_loss none, 2 for the larger data sets, else 4."""
-    local_loss: Literal["contrast", "softmax", "greedy", "dgl", "none"] | None = None
-    """What trains a local module: InfoPro with a contrastive or (default of the larger sets) a softmax task loss, greedy learning, DGL."""
+    local_loss: Literal["contrast", "softmax", "greedy", "dgl", "infopro_l", "auglocal", "none"] | None = None
+    """What trains a local module: InfoPro, contrastive or (larger sets) softmax; greedy SL, DGL, in the manner of InfoProL, AugLocal."""
     lambdas: tuple[float, float, float, float] | None = None
     """InfoPro's weights (reconstruction, task) of the first local module, then of the last. Default: the published ones."""
     balanced: bool = False
@@ -121,6 +123,8 @@ class TrainConfig:
     """Width of the auxiliary nets."""
     feature_dim: int = 128
     """Width of the auxiliary classifier's hidden layer and of the contrastive features."""
+    aux_depth: int | None = None
+    """Blocks of the first module's auxiliary network of auglocal; later modules have fewer. Default: 3."""
     recompute: Literal["none", "block", "sqrt"] = "none"
     """Run parts of a module again in backward, keeping only their inputs: each residual block, or sqrt(blocks) of them at once."""
 
@@ -227,11 +231,12 @@ class TrainConfig:
         """The same settings with every default of data set, network and machine written out."""
         import torch
 
+        from infopro_fast.modules.auglocal import AUX_DEPTH
         from infopro_fast.modules.local_loss import default_lambdas
 
         recipe, modules, arch, local_loss = RECIPES[self.dataset], self.number_of_modules(), self.network, self.loss
         lambdas = self.lambdas
-        if lambdas is None and local_loss in ("contrast", "softmax") and modules > 1:
+        if lambdas is None and local_loss in WEIGHTED and modules > 1:
             svhn = self.dataset == "svhn" and (arch, local_loss, self.balanced) == ("resnet110", "contrast", False)
             if svhn and self.cuts is None and modules in SVHN_LAMBDAS:
                 lambdas = SVHN_LAMBDAS[modules]
@@ -254,7 +259,7 @@ class TrainConfig:
         threads = torch.get_num_threads() if self.threads is None else self.threads
         return dataclasses.replace(
             self, arch=arch, local_loss=local_loss, modules=modules, lambdas=lambdas, crop=crop, workers=workers, device=device,
-            threads=threads, **written,
+            threads=threads, aux_depth=self.aux_depth or (AUX_DEPTH if local_loss == "auglocal" and modules > 1 else None), **written,
         )  # fmt: skip
 
     @property
@@ -321,7 +326,7 @@ def _check_choices(c: TrainConfig) -> None:
     for name, hint in (
         ("dataset", tuple(RECIPES)),
         ("arch", (None, *ARCHS)),
-        ("local_loss", (None, "contrast", "softmax", "greedy", "dgl", "none")),
+        ("local_loss", (None, "contrast", "softmax", "greedy", "dgl", "infopro_l", "auglocal", "none")),
         ("net_config", (None, "0c1f", "0c2f", "1c1f", "1c2f", "1c3f", "2c2f")),
         ("recompute", ("none", "block", "sqrt")),
         ("optimizer_state", ("float32", "bfloat16", "8bit")),
@@ -340,7 +345,7 @@ def _check_choices(c: TrainConfig) -> None:
 def _check_numbers(c: TrainConfig) -> None:
     for name in (
         "modules", "epochs", "iterations", "batch_size", "accumulate", "warmup", "workers", "threads", "log_every", "feature_dim",
-        "in_flight", "cached_epochs", "shrink", "hold_out",
+        "aux_depth", "in_flight", "cached_epochs", "shrink", "hold_out",
     ):  # fmt: skip
         value, least = getattr(c, name), 0 if name in ("warmup", "workers", "hold_out") else 1
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
@@ -413,7 +418,6 @@ def _check_parallel(c: TrainConfig) -> None:
 
 def _check_contradictions(c: TrainConfig) -> None:
     modules, local_loss, arch = c.number_of_modules(), c.loss, c.network
-    infopro = local_loss in ("contrast", "softmax")
     if c.dataset in EMBEDDED and (c.data_root is not None or c.download):
         raise ConfigError(f"dataset {c.dataset} comes with the package: it takes neither data_root nor download")
     if c.dataset in FOLDERS and c.download:
@@ -426,9 +430,9 @@ def _check_contradictions(c: TrainConfig) -> None:
         raise ConfigError("cuts and balanced: a split is either given or taken from the balanced table")
     if c.cuts is not None and len(c.cuts) != modules - 1:
         raise ConfigError(f"modules {modules} and cuts: expected {modules - 1} cuts, got {len(c.cuts)}")
-    if c.lambdas is not None and not (infopro and modules > 1):
+    if c.lambdas is not None and not (local_loss in WEIGHTED and modules > 1):
         raise ConfigError(f"lambdas: local_loss {local_loss} with modules {modules} has nothing to weigh")
-    if c.net_config is not None and local_loss in ("dgl", "none"):
+    if c.net_config is not None and local_loss in ("dgl", "auglocal", "none"):
         raise ConfigError(f"net_config: local_loss {local_loss} has no such head")
     if modules == 1 and c.balanced:
         raise ConfigError("balanced: modules 1 has nothing to split")
@@ -436,7 +440,7 @@ def _check_contradictions(c: TrainConfig) -> None:
     if segments != (arch in SEGMENTERS):
         expected = SEGMENTERS if segments else "a network that classifies"
         raise ConfigError(f"arch {arch} and dataset {c.dataset}: expected {expected}")
-    if segments and local_loss in ("contrast", "dgl"):
+    if segments and local_loss in ("contrast", "dgl", "infopro_l", "auglocal"):
         raise ConfigError(f"local_loss {local_loss}: dataset {c.dataset} is segmented: expected softmax, greedy or none")
     for name in ("crop", "workers"):
         if getattr(c, name) is not None and c.dataset not in FOLDERS:
@@ -446,7 +450,11 @@ def _check_contradictions(c: TrainConfig) -> None:
             raise ConfigError(f"{name}: not of dataset {c.dataset}")
     if IMAGE_SIZES[c.dataset] in (32, 96) and (IMAGE_SIZES[c.dataset] % c.shrink or IMAGE_SIZES[c.dataset] // c.shrink < 8):
         _fail("shrink", f"a divisor of {IMAGE_SIZES[c.dataset]} that leaves at least 8 pixels", c.shrink)
-    plain = local_loss in ("dgl", "none") or modules == 1  # no auxiliary nets that these settings are of
+    if local_loss == "auglocal" and arch not in CIFAR_RESNETS:
+        raise ConfigError(f"local_loss auglocal takes its blocks from a CIFAR ResNet: expected arch {', '.join(CIFAR_RESNETS)}, got {arch}")
+    if c.aux_depth is not None and (local_loss != "auglocal" or modules == 1):
+        raise ConfigError(f"aux_depth: local_loss {local_loss} with modules {modules} has no such net")
+    plain = local_loss in ("dgl", "auglocal", "none") or modules == 1  # no auxiliary nets that these settings are of
     for name, default in (("net_config", None), ("widen", 1.0), ("feature_dim", 128)):
         if plain and getattr(c, name) != default:
             raise ConfigError(f"{name}: local_loss {local_loss} with modules {modules} has no such net")

@@ -401,7 +401,7 @@ def _build(config: TrainConfig, images: data.ImageSet | data.FolderSet) -> modul
         net = modules.build(
             config.arch, config.modules, config.local_loss, config.lambdas, config.balanced, images.num_classes, images.image_size,
             images.mean, images.std, cuts=config.cuts, net_config=config.net_config, widen=config.widen, feature_dim=config.feature_dim,
-            label_smoothing=config.label_smoothing, recompute=config.recompute, impl=config.impl,
+            aux_depth=config.aux_depth, label_smoothing=config.label_smoothing, recompute=config.recompute, impl=config.impl,
         )  # fmt: skip
     except ImportError as error:
         raise ConfigError(str(error).removeprefix("build: ")) from error

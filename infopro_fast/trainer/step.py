@@ -36,6 +36,7 @@ def local_step(
 ) -> tuple[torch.Tensor, Metrics]:
     """Update one module from its input ``h`` (without a graph) and return its output, without a graph, and its metrics.
 
+    A loss that ``wants_input`` is given ``h`` in the place of the image.
     autocast: makes the context that forwards run in. scaler: of this module's loss, for float16; a step whose gradients overflow
     leaves this module as it was, and no other.
     share: weight of this batch's losses, its part of a larger one. update: step and free the gradients, or let them add up.
@@ -52,8 +53,13 @@ def local_step(
     - gradients of parameters: from the backward that makes them to the optimizer's step at the end of this call;
     - the output: it is returned. Of a module that is done nothing else is left but its metrics, 0-d.
     """
+    version = h._version if local_loss.wants_input else 0
     with autocast():
         out = stage(h)
+    if local_loss.wants_input:
+        if h._version != version:
+            raise ValueError("local_step: the local loss wants the module's input, and the module writes into it: cut at another place")
+        image = h
     leaf = out.detach().requires_grad_()
     metrics: Metrics = {}
     terms = local_loss.terms(leaf, image, label)

@@ -1,0 +1,67 @@
+"""InfoProL: a local module reconstructs what it was given rather than the image.
+
+In the manner of Pathak, Zhang, Samaras, "Local Learning on Transformers via Feature Reconstruction" (arXiv 2212.14215), whose modules
+"reconstruct their input features, generated from previous modules". Theirs are transformers; decoder, normalisation and weights for the
+networks here are choices of this package.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from infopro_fast import ops
+
+from .decoder import HIDDEN
+from .local_loss import InfoPro
+
+VARIANCE_EPS = 1e-5  # that of a batch norm
+
+
+class FeatureDecoder(nn.Module):
+    """Resize to the module's input, conv3x3, BatchNorm, ReLU, conv3x3; mean squared error in units of the input's variance.
+
+    inplanes: channels C of the module's output. planes: channels C' of its input. size: (H, W) of its input.
+    widen: factor of the hidden channels, max(12, C'). impl: of `ops.upsample_conv3x3`, which resizes (bilinear, align_corners=True) where
+    the module changes the size; the other layers are torch's.
+
+    The variance is that of each channel over the batch, averaged over the channels: a decoder that knows nothing but the mean of every
+    channel has a loss of 1 at every module, whatever the scale of its features, and a weight means the same everywhere.
+    """
+
+    def __init__(self, inplanes: int, planes: int, size: tuple[int, int], widen: float = 1, *, impl: str = "auto"):
+        super().__init__()
+        hidden = int(max(HIDDEN, planes) * widen)
+        if hidden < 1:
+            raise ValueError(f"FeatureDecoder: widen: expected at least {1 / max(HIDDEN, planes):.3f} (one hidden channel), got {widen}")
+        self.size, self.impl = tuple(size), impl
+        self.decoder = nn.Sequential(
+            nn.Conv2d(inplanes, hidden, 3, padding=1), nn.BatchNorm2d(hidden), nn.ReLU(), nn.Conv2d(hidden, planes, 3, padding=1)
+        )
+
+    def forward(self, features: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+        """A 0-d tensor. features: (N, inplanes, h, w), the module's output; given: (N, planes, H, W), its input, a constant."""
+        if tuple(given.shape[-2:]) != self.size:
+            raise ValueError(f"FeatureDecoder: given: expected maps of {self.size}, got {tuple(given.shape)}")
+        first = self.decoder[0]
+        if tuple(features.shape[-2:]) == self.size:
+            x = first(features)
+        else:
+            x = ops.upsample_conv3x3(features, first.weight, first.bias, self.size, align_corners=True, impl=self.impl)
+        x = self.decoder[1:](x)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        target = given.detach().to(dtype)
+        variance = target.var((0, 2, 3), correction=0).mean()
+        return (x.to(dtype) - target).square().mean() / (variance + VARIANCE_EPS)
+
+    def extra_repr(self) -> str:
+        return f"size={self.size}, impl={self.impl!r}"
+
+
+class InfoProL(InfoPro):
+    """reconstruction_weight * reconstruction(h_k, h_{k-1}) + task_weight * task(h_k, label); for the first module h_0 is the image.
+
+    The image is the normalised one, as the network is given it. decoder: a `FeatureDecoder`; the rest as in `InfoPro`.
+    """
+
+    wants_input = True
