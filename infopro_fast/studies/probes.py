@@ -264,7 +264,8 @@ def probe_network(
     its number, from 1, and the losses and accuracies on the images held back.
 
     All probes are trained from the same batches, so from one forward each, and have no influence on each other.
-    The result is a function of (weights, images, settings); torch's generators move: fork them if that matters.
+    The result is a function of (weights, images, settings) and, in its last digits, of machine and threads. torch's generators move: fork
+    them if that matters.
 
     Returns a dict for each probed block, the first one first: "block" (name), "depth" (number of blocks up to it), "channels", "size"
     (h, w), and, of the test images,
