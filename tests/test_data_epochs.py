@@ -113,3 +113,23 @@ def test_refuses_inconsistent_tensors():
     ):
         with pytest.raises(DataError, match=message):
             ImageSet("tiny", good, bad, 4, (0.5,) * 3, (0.5,) * 3, Augmentation(1, "zeros", False))
+
+
+def test_shrunk_images_are_averages():
+    images = data.load("fashion_mnist")
+    small = images.shrunk(4)
+    assert small.image_size == 8 and small.train_count == images.train_count and small.mean == images.mean
+    for split, of in ((small.train, images.train), (small.test, images.test)):
+        exact = of.images[:50].double().unfold(2, 4, 4).unfold(3, 4, 4).mean((-1, -2))
+        assert torch.equal(split.images[:50], (exact + 0.5).floor().to(torch.uint8)) and torch.equal(split.labels, of.labels)
+    with pytest.raises(DataError, match="shrink: expected a divisor of 32 and 32, got 5"):
+        images.shrunk(5)
+
+
+def test_held_out_images_are_trained_on_no_more():
+    images = data.load("fashion_mnist")
+    rest = images.held_out(1000)
+    assert torch.equal(torch.cat([rest.train.images, rest.test.images]), images.train.images)
+    assert torch.equal(torch.cat([rest.train.labels, rest.test.labels]), images.train.labels) and len(rest.test) == 1000
+    with pytest.raises(DataError, match="hold_out: expected 1 to 7999 of the training images, got 8000"):
+        images.held_out(8000)

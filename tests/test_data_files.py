@@ -1,7 +1,9 @@
 """Readers of the original files: tiny files of the true formats, read by ours and by torchvision, and what is refused."""
 
+import gzip
 import hashlib
 import pickle
+import struct
 import sys
 
 import numpy as np
@@ -9,13 +11,14 @@ import pytest
 import torch
 
 from infopro_fast import data
-from infopro_fast.data import DataError, cifar10, stl10, svhn
+from infopro_fast.data import DataError, cifar10, fashion_mnist_full, stl10, svhn
 
 rng = np.random.default_rng(0)
 
 
 def md5_of(folder, names):
-    return {name: hashlib.md5((folder / name).read_bytes()).hexdigest() for name in names}
+    contents = {name: (folder / name).read_bytes() for name in names}
+    return {name: hashlib.md5(gzip.decompress(of) if name.endswith(".gz") else of).hexdigest() for name, of in contents.items()}
 
 
 @pytest.fixture
@@ -88,6 +91,55 @@ def test_cifar10_other_pickles_are_refused_by_name(cifar):
         (root / cifar10.FOLDER / "test_batch").write_bytes(content)
         with pytest.raises(DataError, match="test_batch is not a CIFAR-10 batch"):
             cifar10.load(root, md5=md5_of(root / cifar10.FOLDER, cifar10.MD5))
+
+
+@pytest.fixture
+def clothes(tmp_path):
+    """Files of the true format: 7 training and 3 test images."""
+    content = {}
+    for name in fashion_mnist_full.MD5:
+        count, images = (7 if name.startswith("train") else 3), "images" in name
+        array = rng.integers(0, 256 if images else 10, (count, 28, 28) if images else (count,), dtype=np.uint8)
+        header = bytes((0, 0, 8, array.ndim)) + struct.pack(f">{array.ndim}I", *array.shape)
+        (tmp_path / name).write_bytes(gzip.compress(header + array.tobytes()))
+        content[name] = array
+    return tmp_path, content
+
+
+def test_fashion_mnist_full_content(clothes):
+    root, content = clothes
+    images = fashion_mnist_full.load(root, md5=md5_of(root, fashion_mnist_full.MD5))
+    for split, part in ((images.train, "train"), (images.test, "t10k")):
+        pixels = content[f"{part}-images-idx3-ubyte.gz"]
+        assert split.images.shape == (len(pixels), 3, 32, 32)
+        assert torch.equal(split.images[:, 1, 2:30, 2:30], torch.from_numpy(pixels)) and split.images[:, :, :2].sum() == 0
+        assert split.labels.tolist() == content[f"{part}-labels-idx1-ubyte.gz"].tolist()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (gzip.compress(bytes((0, 0, 9, 3)) + bytes(12)), "train-images-idx3-ubyte.gz is not an IDX file of bytes with 3 axes"),
+        (gzip.compress(bytes((0, 0, 8, 3)) + struct.pack(">3I", 2, 28, 28) + bytes(5)), "expected 1568 bytes for .*, got 5"),
+        (gzip.compress(bytes((0, 0, 8, 3)) + struct.pack(">3I", 1, 2, 2) + bytes(4)), "expected images of 28x28"),
+    ],
+)
+def test_fashion_mnist_full_refuses_other_content(clothes, content, message):
+    root, _ = clothes
+    (root / "train-images-idx3-ubyte.gz").write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        fashion_mnist_full.load(root, md5=md5_of(root, fashion_mnist_full.MD5))
+
+
+def test_fashion_mnist_full_damaged(clothes):
+    root, _ = clothes
+    path = root / "train-images-idx3-ubyte.gz"
+    md5, whole = md5_of(root, fashion_mnist_full.MD5), path.read_bytes()
+    other = gzip.compress(b"x")
+    for content, got in ((b"plain", "none: Not a gzipped file"), (whole[:-20], "none: Compressed file ended"), (other, "9dd4")):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=f"fashion_mnist_full: .* is damaged or another version: MD5 expected .*, got {got}"):
+            fashion_mnist_full.load(root, md5=md5)
 
 
 @pytest.fixture
@@ -242,5 +294,5 @@ def test_download_only_when_asked_and_errors_named(cifar, monkeypatch):
 
 
 def test_unknown_name():
-    with pytest.raises(DataError, match="expected one of .*'fashion_mnist', 'shapes_seg', 'cifar10'.*, got 'mnist'"):
+    with pytest.raises(DataError, match="expected one of .*'fashion_mnist', 'shapes_seg', 'fashion_mnist_full', 'cifar10'.*, got 'mnist'"):
         data.load("mnist")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from . import cifar10, cityscapes, fashion_mnist, imagenet, shapes_seg, stl10, svhn
+from . import cifar10, cityscapes, fashion_mnist, fashion_mnist_full, imagenet, shapes_seg, stl10, svhn
 from .augment import Augmentation, augment, draw, normalize
 from .folder_set import FolderSet
 from .image_set import DataError, ImageSet, Split, part_of
@@ -33,17 +33,17 @@ def load(
     crop: tuple[int, int] | None = None,
     workers: int = 0,
 ) -> ImageSet | FolderSet:
-    """name: "fashion_mnist" or "shapes_seg" (embedded; take no root); "cifar10", "svhn", "stl10", "imagenet" or "cityscapes", whose
-    original files lie under ``root``.
+    """name: "fashion_mnist" or "shapes_seg" (embedded; take no root); "fashion_mnist_full", "cifar10", "svhn", "stl10", "imagenet" or
+    "cityscapes", whose original files lie under ``root``.
 
-    download: fetch missing files into ``root`` (the first three); nothing is fetched otherwise. crop, workers: of the last two, see
+    download: fetch missing files into ``root`` (the first four); nothing is fetched otherwise. crop, workers: of the last two, see
     there. Raises DataError saying what is wrong.
     """
     embedded = {"fashion_mnist": fashion_mnist.load, "shapes_seg": shapes_seg.load}
     if name in embedded:
         return embedded[name]()
     folders = {"imagenet": imagenet.load, "cityscapes": cityscapes.load}
-    readers = {"cifar10": cifar10.load, "svhn": svhn.load, "stl10": stl10.load}
+    readers = {"fashion_mnist_full": fashion_mnist_full.load, "cifar10": cifar10.load, "svhn": svhn.load, "stl10": stl10.load}
     if name not in {**readers, **folders}:
         raise DataError(f"load: name: expected one of {(*embedded, *readers, *folders)}, got {name!r}")
     if root is None:

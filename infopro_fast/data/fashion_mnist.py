@@ -27,10 +27,11 @@ def load() -> ImageSet:
     """Needs no file beside the package."""
     with (importlib.resources.files(__package__) / "embedded" / FILE).open("rb") as file:
         content = dict(np.load(file, allow_pickle=False))
-    train, test = (_split(content[f"{part}_images"], content[f"{part}_labels"]) for part in ("train", "test"))
+    train, test = (padded(content[f"{part}_images"], content[f"{part}_labels"]) for part in ("train", "test"))
     return ImageSet("fashion_mnist", train, test, 10, MEAN, STD, AUGMENTATION)
 
 
-def _split(images: np.ndarray, labels: np.ndarray) -> Split:
-    padded = F.pad(torch.from_numpy(images), (2, 2, 2, 2))  # (N, 28, 28) to (N, 32, 32)
-    return Split(padded[:, None].repeat(1, 3, 1, 1), torch.from_numpy(labels.astype(np.int64)))
+def padded(images: np.ndarray, labels: np.ndarray) -> Split:
+    """images (N, 28, 28) uint8 to (N, 3, 32, 32)."""
+    larger = F.pad(torch.from_numpy(images), (2, 2, 2, 2))
+    return Split(larger[:, None].repeat(1, 3, 1, 1), torch.from_numpy(labels.astype(np.int64)))

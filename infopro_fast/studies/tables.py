@@ -31,6 +31,7 @@ SCALES: dict[str, dict[str, Any]] = {
 # The softmax weights of the paper were never published. Candidates (reconstruction and task, first and last local module): ours, the
 # published contrastive ones of K = 8 and 16, reconstruction alone early, and little of it.
 CANDIDATES = ((5.0, 0.5, 0.5, 1.0), (5.0, 0.0, 0.0, 2.0), (5.0, 0.05, 0.2, 0.5), (1.0, 0.2, 0.1, 1.0))
+FOUND: dict[tuple[str, str, int], tuple[float, ...]] = {}
 HOLD_OUT = 1000  # training images that the search for weights tests on
 
 
@@ -47,13 +48,13 @@ class Study:
     scale: Literal["tiny", "small", "full", "paper"] = "small"
     """small: images of half the side for minutes a run; full: images as they are, for longer; paper: the published recipe."""
     methods: tuple[Method, ...] | None = None
-    """Rows. Default: e2e greedy dgl softmax contrast; of table3 e2e checkpoint contrast."""
+    """Rows. Default: e2e greedy dgl softmax contrast; of table3 e2e checkpoint contrast; of lambdas softmax."""
     modules: tuple[int, ...] | None = None
     """Columns, the numbers K. Default: 2 4 8 16; of table3 2 3 4, of lambdas 8 16, of fused 4."""
     arch: Literal["resnet20", "resnet32", "resnet44", "resnet56", "resnet110"] | None = None
     """Network. Default: resnet32; of table3 resnet110."""
-    dataset: Literal["fashion_mnist", "cifar10", "svhn", "stl10"] = "fashion_mnist"
-    """Images. With fashion_mnist, data_root takes all 70,000 instead of those in the package."""
+    dataset: Literal["fashion_mnist", "fashion_mnist_full", "cifar10", "svhn", "stl10"] = "fashion_mnist"
+    """Images: those in the package, all of Fashion-MNIST, or the paper's."""
     data_root: Path | None = None
     """Folder with the original files."""
     seeds: int = 3
@@ -82,7 +83,7 @@ class Study:
                 raise ConfigError(f"{name}: expected an integer of at least 1, got {value}")
         if self.first_seed < 0:
             raise ConfigError(f"first_seed: expected an integer of at least 0, got {self.first_seed}")
-        if self.scale == "paper" and self.dataset == "fashion_mnist":
+        if self.scale == "paper" and self.dataset.startswith("fashion_mnist"):
             raise ConfigError("scale paper: the published recipe is of cifar10, svhn and stl10: give --dataset and --data-root")
         if self.modules is not None and (not self.modules or min(self.modules) < 2):
             raise ConfigError(f"modules: expected numbers of at least 2, got {self.modules}")
@@ -124,10 +125,13 @@ def cells(study: Study) -> list[Cell]:
     default_methods = {"table2": ("e2e", "greedy", "dgl", "softmax", "contrast"), "table3": ("e2e", "checkpoint", "contrast")}
     default_modules = {"table2": (2, 4, 8, 16), "table3": (2, 3, 4), "lambdas": (8, 16), "fused": (4,)}
     columns = study.modules or default_modules[study.table]
-    if study.table in ("lambdas", "fused") and study.methods is not None:
-        raise ConfigError(f"methods: {study.table} has its own")
+    if study.table == "fused" and study.methods is not None:
+        raise ConfigError("methods: fused has its own")
     if study.table == "lambdas":
-        return [Cell("softmax", K, weights) for K, weights in itertools.product(columns, CANDIDATES)]
+        methods = study.methods or ("softmax",)
+        if not set(methods) <= {"softmax", "contrast"}:
+            raise ConfigError(f"methods: lambdas are of softmax and contrast, got {methods}")
+        return [Cell(method, K, weights) for method, K, weights in itertools.product(methods, columns, CANDIDATES)]
     if study.table == "fused":
         return [Cell(method, K) for method, K in itertools.product(("contrast", "plain"), columns)]
     found = []
@@ -166,11 +170,16 @@ def _method(study: Study, cell: Cell) -> dict[str, Any]:
     found: dict[str, Any] = {"modules": cell.modules, "local_loss": cell.method}
     if cell.method in ("async", "plain"):
         found |= {"local_loss": "contrast", **({"order": "sequential"} if cell.method == "async" else {"impl": "reference"})}
-    if cell.weights is not None:
-        found |= {"lambdas": cell.weights, "hold_out": HOLD_OUT}
+    weights = cell.weights or (_weights(study, cell) if cell.method in ("softmax", "contrast", "async", "plain") else None)
+    found |= {"lambdas": weights, "hold_out": HOLD_OUT if cell.weights else 0}
     if study.table == "table3":
         found["balanced"] = True
     return found
+
+
+def _weights(study: Study, cell: Cell) -> tuple[float, ...] | None:
+    """Those of the search, else the defaults: published for images as they are, ours for smaller ones."""
+    return FOUND.get((study.scale, cell.method, cell.modules))
 
 
 def published(study: Study, cell: Cell) -> tuple[float, float] | None:

@@ -1,0 +1,62 @@
+"""All of Fashion-MNIST (Xiao et al. 2017), 60,000 training and 10,000 test images, from its four original gzipped IDX files.
+
+An IDX file holds four bytes (0, 0, type of the elements, number of axes), the axes' lengths as big-endian 32-bit integers, then the
+elements; here unsigned bytes. Padding, mean and augmentation are those of the part that comes with the package.
+"""
+
+from __future__ import annotations
+
+import gzip
+import math
+import struct
+from pathlib import Path
+
+import numpy as np
+
+from . import fashion_mnist
+from .files import require
+from .image_set import DataError, ImageSet, Split
+
+URL = "https://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
+MD5 = {  # of what is in them; Debian's package packs it anew
+    "train-images-idx3-ubyte.gz": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
+    "train-labels-idx1-ubyte.gz": "9018921c3c673c538a1fc5bad174d6f9",
+    "t10k-images-idx3-ubyte.gz": "8181f5470baa50b63fa0f6fddb340f0a",
+    "t10k-labels-idx1-ubyte.gz": "15d484375f8d13e6eb1aabb0c3f46965",
+}
+UNSIGNED_BYTES = 8
+
+
+def load(root: str | Path, download: bool = False, md5: dict[str, str] = MD5) -> ImageSet:
+    """root: the folder that holds the four files. md5: the sums they must have. Raises DataError for what is missing or damaged."""
+    folder = Path(root)
+    require("fashion_mnist_full", folder, md5, (lambda: _download(root)) if download else None)
+    train, test = (_split(folder / f"{part}-images-idx3-ubyte.gz", folder / f"{part}-labels-idx1-ubyte.gz") for part in ("train", "t10k"))
+    return ImageSet("fashion_mnist_full", train, test, 10, fashion_mnist.MEAN, fashion_mnist.STD, fashion_mnist.AUGMENTATION)
+
+
+def _download(root):
+    from torchvision.datasets.utils import download_url
+
+    for name in MD5:
+        download_url(URL + name, str(root), name)
+
+
+def _split(images: Path, labels: Path) -> Split:
+    pixels, classes = _read(images, 3), _read(labels, 1)
+    if pixels.shape[1:] != (28, 28):
+        raise DataError(f"fashion_mnist_full: {images}: expected images of 28x28, got {pixels.shape[1:]}")
+    return fashion_mnist.padded(pixels, classes)
+
+
+def _read(path: Path, axes: int) -> np.ndarray:
+    """The array of an IDX file of unsigned bytes."""
+    with gzip.open(path) as file:
+        content = file.read()
+    start = 4 + 4 * axes
+    if len(content) < start or content[:4] != bytes((0, 0, UNSIGNED_BYTES, axes)):
+        raise DataError(f"fashion_mnist_full: {path} is not an IDX file of bytes with {axes} axes: it begins with {content[:4].hex()}")
+    shape = struct.unpack(f">{axes}I", content[4:start])
+    if len(content) - start != math.prod(shape):
+        raise DataError(f"fashion_mnist_full: {path}: expected {math.prod(shape)} bytes for {shape}, got {len(content) - start}")
+    return np.frombuffer(content, np.uint8, offset=start).reshape(shape).copy()

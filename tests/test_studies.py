@@ -1,0 +1,200 @@
+"""`reproduce`: what is trained, resumed and left alone; what is made of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import tyro
+
+from infopro_fast.studies import costs, figures, runner, summary, tables
+from infopro_fast.studies.reproduce import reproduce
+from infopro_fast.trainer import report
+from infopro_fast.trainer.config import ConfigError, TrainConfig
+
+SMALL = dict(scale="tiny", arch="resnet20", methods=("e2e", "greedy"), modules=(2,), seeds=2, epochs=1, measure=False)
+
+
+def result(method, K, errors, cost=None, weights=None):
+    curves = tuple((error + 5, error) for error in errors)
+    return summary.Result(tables.Cell(method, K, weights), tuple(range(len(errors))), tuple(errors), tuple(errors), curves, cost, None)
+
+
+def test_cells_of_the_tables():
+    names = [cell.name for cell in tables.cells(tables.Study("table2"))]
+    assert names[:5] == ["e2e-k1", "greedy-k2", "greedy-k4", "greedy-k8", "greedy-k16"] and len(names) == 17
+    names = [cell.name for cell in tables.cells(tables.Study("table3"))]
+    assert names == ["e2e-k1", "checkpoint-k1", "contrast-k2", "contrast-k3", "contrast-k4"]
+    assert [cell.name for cell in tables.cells(tables.Study("lambdas", modules=(8,)))][1] == "softmax-k8-l5_0_0_2"
+    assert [cell.name for cell in tables.cells(tables.Study("fused"))] == ["contrast-k4", "plain-k4"]
+
+
+def test_settings_of_a_cell():
+    study = tables.Study("table2", scale="small")
+    config = tables.config(study, tables.Cell("contrast", 8), 3)
+    assert (config.modules, config.local_loss, config.shrink, config.seed) == (8, "contrast", 2, 3)
+    full = tables.config(tables.Study("table2", scale="full"), tables.Cell("contrast", 8), 0)
+    assert full.resolved().lambdas == (5, 0, 0, 2)  # the published ones
+    assert tables.config(study, tables.Cell("async", 4), 0).order == "sequential"
+    assert tables.config(study, tables.Cell("plain", 4), 0).impl == "reference"
+    assert tables.config(tables.Study("table3"), tables.Cell("checkpoint", 1), 0).recompute == "sqrt"
+    assert tables.config(tables.Study("table3"), tables.Cell("contrast", 3), 0).balanced
+    searched = tables.config(tables.Study("lambdas"), tables.Cell("softmax", 8, (1.0, 0.0, 0.0, 1.0)), 0)
+    assert searched.hold_out == tables.HOLD_OUT and searched.lambdas == (1, 0, 0, 1)
+
+
+def test_scale_paper_is_the_published_recipe(tmp_path):
+    study = tables.Study("table2", scale="paper", dataset="cifar10", data_root=tmp_path)
+    config = tables.config(study, tables.Cell("contrast", 16), 0)
+    assert (config.epochs, config.batch_size, config.lr, config.schedule) == (160, 1024, 0.8, "cosine")
+    with pytest.raises(ConfigError, match="scale paper: the published recipe is of cifar10"):
+        tables.Study("table2", scale="paper")
+
+
+def test_published_numbers():
+    study = tables.Study("table2")
+    assert tables.published(study, tables.Cell("greedy", 8)) == (21.19, 0.52)
+    assert tables.published(study, tables.Cell("e2e", 1)) == (7.37, 0.10)
+    assert tables.published(study, tables.Cell("auglocal", 8)) is None
+    assert tables.published(tables.Study("table3"), tables.Cell("checkpoint", 1)) == (6.50, 0.34)
+
+
+def test_flags_say_the_settings():
+    """The command line makes the same settings of them."""
+    for settings in (
+        dict(modules=16, lambdas=(5.0, 0.05, 0.2, 0.5), augment=False, shrink=2),
+        dict(local_loss="none", recompute="sqrt", amp="bfloat16", epochs=3),
+    ):
+        config = TrainConfig(**settings)
+        assert tyro.cli(TrainConfig, args=runner.flags(config)) == config
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """Two cells, two seeds, trained; an epoch of images of 8x8."""
+    found = tables.Study("table2", jobs=2, out=tmp_path_factory.mktemp("study"), **SMALL)
+    reproduce(found)
+    return found
+
+
+def test_table_and_figures(study):
+    text = (study.out / "table2.md").read_text()
+    assert "resnet20 on fashion_mnist, 8x8 (averaged down), 1 epochs" in text and "| greedy SL |  | " in text
+    content = json.loads((study.out / "table2.json").read_text())
+    cells = {(cell["method"], cell["modules"]): cell for cell in content["cells"]}
+    assert set(cells) == {("e2e", 1), ("greedy", 2)} and all(cell["seeds"] == [0, 1] for cell in cells.values())
+    for job in tables.jobs(study):
+        accuracy = report.read_metrics(job.folder, "epoch")[-1]["test"]["accuracy"]
+        assert cells[job.cell.method, job.cell.modules]["errors"][job.seed] == pytest.approx(100 - 100 * accuracy)
+    for name in ("table2_modules.png", "table2_curves.png"):
+        assert (study.out / name).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_finished_runs_are_not_trained_again(study, capsys, monkeypatch):
+    monkeypatch.setattr(runner.subprocess, "Popen", lambda *a, **k: pytest.fail("a run was started"))
+    reproduce(study)
+    assert "4 of 4 runs are there already" in capsys.readouterr().out
+
+
+def test_another_run_in_the_folder_is_an_error(study):
+    other = dataclasses.replace(study, epochs=2)
+    with pytest.raises(runner.StudyError, match=r"e2e-k1-seed0 holds a run with other settings \(epochs 1, warmup 0\)"):
+        reproduce(other)
+
+
+def test_failed_runs_are_named_and_the_others_written(tmp_path, monkeypatch):
+    small = tables.Study("table2", out=tmp_path, **SMALL | {"seeds": 1})
+    real = runner.flags
+    monkeypatch.setattr(runner, "flags", lambda c: real(c) + (["--resume-previous"] if c.local_loss == "greedy" else []))
+    with pytest.raises(runner.StudyError, match=r"1 of 2 runs failed .*greedy-k2-seed0: infopro-fast: error: --resume-previous says"):
+        reproduce(small)
+    assert "end to end" in (tmp_path / "table2.md").read_text()
+
+
+def test_no_run_is_an_error(tmp_path):
+    with pytest.raises(runner.StudyError, match="no run of table2 at scale tiny is finished"):
+        reproduce(tables.Study("table2", out=tmp_path, train=False, **SMALL))
+
+
+def test_stopped_study_goes_on(tmp_path):
+    """SIGTERM in the middle: no process is left, the run that was begun continues, to the bits of one that was never stopped."""
+    # One run of enough epochs to be in the middle of.
+    command = [
+        sys.executable, "-m", "infopro_fast", "reproduce", "table2", "--scale", "tiny", "--arch", "resnet20", "--methods", "e2e",
+        "--seeds", "1", "--epochs", "4", "--no-measure", "--out", str(tmp_path / "study"),
+    ]  # fmt: skip
+    folder = tmp_path / "study/runs/fashion_mnist-resnet20-tiny/e2e-k1-seed0"
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not report.read_metrics(folder, "epoch") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and "stopped by SIGTERM; the same command goes on from here" in error, error
+    before = report.read_metrics(folder, "epoch")
+    assert 0 < len(before) < 4
+    with report.locked(folder):  # nobody is left in it
+        pass
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    after = report.read_metrics(folder, "epoch")
+    assert len(after) == 4 and after[: len(before)] == before
+
+
+def test_comparison():
+    cost = {"seconds": 0.1, "saved": 2**20, "peak": 2**21}
+    results = [
+        result("e2e", 1, (10, 11, 12), cost), result("greedy", 8, (20, 21, 22), cost), result("softmax", 8, (15, 16, 17), cost),
+        result("contrast", 8, (14, 15, 16), cost),
+    ]  # fmt: skip
+    (row,) = summary.compare(results)
+    assert row["which"] == "contrast" and row["margin"] == pytest.approx(6) and row["gap_to_e2e"] == pytest.approx(4)
+    assert row["standard_error"] == pytest.approx(math.sqrt(2 / 3)) and row["in_standard_errors"] == pytest.approx(6 / math.sqrt(2 / 3))
+    text = summary.markdown(tables.Study("table2"), results)
+    assert "| greedy SL |  | 21.00 ± 1.00 |" in text and "100 ms, 1.0, 2.0" in text
+    assert "K = 8: greedy SL 21.00 %, InfoPro, contrast 15.00 %: 6.00 points lower, 7.3 standard errors" in text
+
+
+def test_figures_of_costs(tmp_path):
+    cost = {"seconds": 0.1, "saved": 2**20, "peak": 2**21}
+    results = [result("e2e", 1, (10, 11), cost), result("greedy", 8, (20, 21), cost), result("greedy", 16, (22, 23), cost)]
+    paths = figures.draw(tables.Study("table2", out=tmp_path), results)
+    assert [path.name for path in paths] == ["table2_curves.png", "table2_modules.png", "table2_memory.png"]
+    assert all(path.read_bytes()[:4] == b"\x89PNG" for path in paths)
+
+
+def test_costs_of_a_step():
+    """A module keeps less than the whole network; seeds share a measurement, numbers of modules do not."""
+    study = tables.Study("table2", scale="tiny", arch="resnet20")
+    jobs = [tables.config(study, tables.Cell(method, K), seed) for method, K, seed in (("e2e", 1, 0), ("e2e", 1, 1), ("greedy", 4, 0))]
+    keys = [costs.key(config) for config in jobs]
+    assert keys[0] == keys[1] != keys[2]
+    whole, part = costs.measure(jobs[0]), costs.measure(jobs[2])
+    assert 0 < part["saved"] < whole["saved"] <= whole["peak"] and whole["seconds"] > 0
+    assert costs.measure(tables.config(study, tables.Cell("async", 4), 0)) is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(seeds=0), "seeds: expected an integer of at least 1, got 0"),
+        (dict(modules=(1,)), "modules: expected numbers of at least 2"),
+        (dict(first_seed=-1), "first_seed: expected an integer of at least 0"),
+    ],
+)
+def test_wrong_settings(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        tables.Study("table2", **settings)
+
+
+def test_impossible_cells_are_found_before_training(tmp_path):
+    for table, message in (("fused", "methods: fused has its own"), ("lambdas", "methods: lambdas are of softmax and contrast")):
+        with pytest.raises(ConfigError, match=message):
+            reproduce(tables.Study(table, methods=("e2e",), out=tmp_path))
+    assert not any(os.scandir(tmp_path))
