@@ -355,7 +355,8 @@ def wrong(name, runs, folder):
         (changed(greedy, folder / "bare") / "weights.safetensors").unlink()
         return [folder / "bare"]
     others = {
-        "network": dict(arch="resnet32"), "size": dict(shrink=2), "rate": dict(seed=5, lr=0.3), "same seed": {},
+        "network": dict(arch="resnet32"), "size": dict(shrink=2), "held out": dict(hold_out=10),
+        "rate": dict(seed=5, lr=0.3), "same seed": {},
         "segmentation": dict(dataset="shapes_seg", arch="fcn_resnet20", local_loss="softmax", modules=2, shrink=1),
     }  # fmt: skip
     return [greedy, greedy] if name == "twice" else [greedy, changed(greedy, folder / "other", **others[name])]
@@ -368,6 +369,7 @@ def wrong(name, runs, folder):
         ("no weights", "bare has no weights.safetensors"),
         ("network", "runs cannot be compared: network of .*greedy0 is resnet20, of .*other resnet32"),
         ("size", r"runs cannot be compared: image_size of .*greedy0 is \[8, 8\], of .*other \[16, 16\]"),
+        ("held out", "hold_out of .*greedy0 is 0, of .*other 10"),
         ("rate", r"differ in more than their seed, so their mean has no meaning: lr \(0.05 and 0.3\)"),
         ("same seed", "have the same seed 0"),
         ("twice", "greedy0 is given twice"),

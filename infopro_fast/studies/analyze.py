@@ -28,7 +28,10 @@ from infopro_fast.trainer.report import RunError
 from .probes import DEFAULT, PROBES, ProbeSettings, baseline, probe_network
 
 JSON, TABLE, FIGURE = "analysis.json", "analysis.md", "analysis.png"
-METHODS = {"none": "end to end", "greedy": "greedy", "dgl": "DGL", "softmax": "InfoPro, softmax", "contrast": "InfoPro, contrast"}
+METHODS = {
+    "none": "end to end", "greedy": "greedy", "dgl": "DGL", "softmax": "InfoPro, softmax", "contrast": "InfoPro, contrast",
+    "infopro_l": "InfoProL", "auglocal": "AugLocal",
+}  # fmt: skip
 QUANTITIES = (
     "reconstruction", "pixel_information", "classifier_loss", "label_information", "label_information_bits", "classifier_accuracy",
     "linear_accuracy",
@@ -57,7 +60,8 @@ class Subject:
 
     @property
     def images_and_network(self) -> dict[str, Any]:
-        return {"dataset": self.config.dataset, "image_size": list(self.config.image_size), "network": self.config.network}
+        c = self.config
+        return {"dataset": c.dataset, "hold_out": c.hold_out, "image_size": list(c.image_size), "network": c.network}
 
 
 def analyze(
@@ -233,14 +237,14 @@ class _Progress:
 def summarize(entries: Sequence[dict]) -> list[dict]:
     """Mean and standard error over the runs of each method, block by block; methods in the order of their first run.
 
-    entries: of analysis.json, of one data set and network. Each result has "method", "seeds", "dataset", "network", "image_size",
-    "classes", "train_images", "test_images", "baseline" and "blocks": a list of {"block", "depth", and of each of QUANTITIES {"mean",
-    "error"}}; the error, the sample's deviation / sqrt(runs), is None for one run.
+    entries: of analysis.json, of one data set and network. Each result has "method", "seeds", what the entries say of images and
+    network, "baseline" and "blocks": a list of {"block", "depth", and of each of QUANTITIES {"mean", "error"}}; the error, the
+    sample's deviation / sqrt(runs), is None for one run.
     """
     methods: dict[str, list[dict]] = {}
     for entry in entries:
         methods.setdefault(entry["method"], []).append(entry)
-    same = ("dataset", "network", "image_size", "classes", "train_images", "test_images", "baseline")
+    same = ("dataset", "hold_out", "network", "image_size", "classes", "train_images", "test_images", "baseline")
     found = []
     for method, group in methods.items():
         blocks = [

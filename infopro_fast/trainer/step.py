@@ -43,7 +43,7 @@ def local_step(
 
     The terms of the local loss are back-propagated one after the other into the gradient of the output alone, each one's graph gone
     before the next is built; then the module itself, once; then the optimizer steps and the gradients are freed.
-    This is the only place of the package that calls backward().
+    This is the only place that calls backward() for a network (`studies.probes` does for probes of one that is frozen).
 
     Lifetimes, beside parameters, optimizer state and the batch (image, label), which stay:
     - h, the input: until the step ends, when the caller replaces it by the output;
