@@ -326,7 +326,7 @@ def test_the_outputs_gradient_is_gone_when_the_first_operation_has_taken_it():
 
 def test_the_step_never_waits_for_the_device():
     """Tensors without values raise when one is read: nothing in a step may."""
-    for local_loss in ("contrast", "softmax", "greedy", "dgl"):
+    for local_loss in ("contrast", "softmax", "greedy", "dgl", "infopro_l", "auglocal"):
         net = infopro_fast.build("resnet20", 4, local_loss, impl="reference").to("meta")
         trainer = infopro_fast.LocalTrainer(net, _sgd)
         metrics = trainer.step(torch.zeros(4, 3, 32, 32, device="meta"), torch.zeros(4, dtype=torch.long, device="meta"))
