@@ -122,6 +122,12 @@ def runs(folder: Path) -> dict:
     }
 
 
+def infopro_l(folder: Path) -> dict:
+    """A loss that wants its module's input, by one process and by a pipeline of two."""
+    small = ("--local-loss", "infopro_l", "--epochs", "1", "--warmup", "0", "--shrink", "4")
+    return {"alone": tiny(folder, 0, "alone", *small), "two": tiny(folder, 2, "two", *small, "--parallel", "pipeline")}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Faults: in the 7th step of 12, in the second epoch
 

@@ -24,6 +24,7 @@ from infopro_fast.trainer.config import ConfigError, TrainConfig
 from infopro_fast.trainer.parallel import ParallelTrainer, modules_of
 from infopro_fast.trainer.step import local_step
 from tests import compare, tiny_run
+from tests.test_distributed import drive
 from tests.test_step import Recorder, _recorded
 
 DOC = Path(__file__).parents[1] / "docs" / "local_losses.md"
@@ -123,6 +124,13 @@ def test_a_part_of_the_modules_trains_to_the_same_bits(name):
         found |= rest.step(torch.full_like(IMAGE, torch.nan) if name == "infopro_l" else IMAGE, LABEL)
         assert found.keys() == expected.keys() and all(torch.equal(found[n], expected[n]) for n in found), step
     assert all(torch.equal(t, whole.state_dict()[n]) for n, t in net.state_dict().items())
+
+
+def test_infopro_l_in_a_pipeline_of_processes(tmp_path):
+    found = drive(tmp_path, "infopro_l")["infopro_l"]
+    assert [run["codes"] for run in found.values()] == [[0], [0, 0]], [run["errors"] for run in found.values()]
+    alone, two = (safetensors.torch.load_file(Path(run["run"]) / report.WEIGHTS) for run in found.values())
+    assert alone.keys() == two.keys() and all(torch.equal(t, two[n]) for n, t in alone.items())
 
 
 @pytest.mark.parametrize("name", LATER)
