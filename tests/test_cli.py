@@ -39,7 +39,7 @@ def assert_one_line(err):
 @pytest.mark.parametrize(
     "argv,message",
     [
-        ([], r"Expected one of \{train, eval, plan, memory, recipes, scale, analyze, info\}. \(see infopro-fast --help\)"),
+        ([], r"Expected one of \{train, eval, plan, memory, recipes, scale, analyze, reproduce, info\}. \(see infopro-fast --help\)"),
         (["trian"], "Unrecognized options: trian"),
         (["train", "--learning-rate", "3"], r"Unrecognized options: --learning-rate, 3 \(see infopro-fast train --help\)"),
         (["train", "--lr", "fast"], "--lr.*could not convert string to float: 'fast'"),

@@ -31,7 +31,6 @@ SCALES: dict[str, dict[str, Any]] = {
 # The softmax weights of the paper were never published. Candidates (reconstruction and task, first and last local module): ours, the
 # published contrastive ones of K = 8 and 16, reconstruction alone early, and little of it.
 CANDIDATES = ((5.0, 0.5, 0.5, 1.0), (5.0, 0.0, 0.0, 2.0), (5.0, 0.05, 0.2, 0.5), (1.0, 0.2, 0.1, 1.0))
-FOUND: dict[tuple[str, str, int], tuple[float, ...]] = {}
 HOLD_OUT = 1000  # training images that the search for weights tests on
 
 
@@ -170,16 +169,11 @@ def _method(study: Study, cell: Cell) -> dict[str, Any]:
     found: dict[str, Any] = {"modules": cell.modules, "local_loss": cell.method}
     if cell.method in ("async", "plain"):
         found |= {"local_loss": "contrast", **({"order": "sequential"} if cell.method == "async" else {"impl": "reference"})}
-    weights = cell.weights or (_weights(study, cell) if cell.method in ("softmax", "contrast", "async", "plain") else None)
-    found |= {"lambdas": weights, "hold_out": HOLD_OUT if cell.weights else 0}
+    if cell.weights is not None:
+        found |= {"lambdas": cell.weights, "hold_out": HOLD_OUT}
     if study.table == "table3":
         found["balanced"] = True
     return found
-
-
-def _weights(study: Study, cell: Cell) -> tuple[float, ...] | None:
-    """Those of the search, else the defaults: published for images as they are, ours for smaller ones."""
-    return FOUND.get((study.scale, cell.method, cell.modules))
 
 
 def published(study: Study, cell: Cell) -> tuple[float, float] | None:
