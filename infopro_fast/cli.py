@@ -176,6 +176,8 @@ class Analyze:
     """Blocks to probe, evenly spread, first and last included; more than there are: every block."""
     epochs: int = 5
     """Passes of the probes over the training images."""
+    classifier: Literal["1c2f", "residual"] = "1c2f"
+    """Probe for I(h, y): the released auxiliary classifier, or three residual blocks, which find more and take longer."""
     batch_size: int = 128
     """Images a step."""
     lr: float = 1e-2
@@ -413,7 +415,7 @@ def _analyze(command: Analyze) -> None:
     from .studies import analyze, probes
 
     c = command
-    settings = probes.ProbeSettings(c.depths, c.epochs, c.batch_size, c.lr, c.seed)
+    settings = probes.ProbeSettings(c.depths, c.epochs, c.batch_size, c.lr, c.seed, classifier=c.classifier)
     analyze.analyze(c.runs, c.out, settings, threads=c.threads, device=c.device, data_root=c.data_root)
     print("written: " + ", ".join(str(c.out / name) for name in (analyze.JSON, analyze.TABLE, analyze.FIGURE)))
 

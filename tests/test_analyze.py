@@ -175,6 +175,31 @@ def test_features_are_those_of_the_network(net):
     net.train()
 
 
+class Keep16(nn.Module):
+    """16 channels: torch 2.14's 1x1 convolution of stride 2 corrupts memory (channels_last, AVX2) at 6, which no network here has."""
+
+    def forward(self, x):
+        return torch.cat([x, -x] * 3, 1)[:, :16].contiguous()
+
+
+def test_a_deeper_classifier_finds_more(images):
+    net = LocalNetwork([Stage(OrderedDict(keep=Keep16(), destroy=Destroy()))], [Classifier(16, 10)], [], ["", ""])
+    found = {name: probes.probe_network(net, images, replace(SETTINGS, epochs=3, classifier=name)) for name in probes.CLASSIFIERS}
+    assert found["residual"][0]["label_information"] > found["1c2f"][0]["label_information"] + 0.05
+    assert found["residual"][1]["label_information"] < 0.02
+
+
+@pytest.mark.parametrize("channels,widths", [(16, [16, 32, 64]), (32, [32, 64, 64]), (64, [64, 64, 64]), (8, [8, 16, 32])])
+def test_residual_classifier(channels, widths):
+    probe = probes.ResidualClassifier(channels, 7)
+    assert [block.conv2.out_channels for block in probe.blocks] == widths and probe.fc.weight.shape == (7, widths[-1])
+    h, label = torch.randn(5, channels, 4, 4), torch.arange(5)
+    loss, correct = probe.eval().loss_and_correct(h, label)
+    logits = probe.fc(probe.blocks(h).mean((2, 3)))
+    assert loss.item() == pytest.approx(F.cross_entropy(logits, label).item(), rel=1e-5)
+    assert correct == (logits.argmax(1) == label).sum()
+
+
 def test_spread():
     assert probes.spread(16, 8) == [0, 2, 4, 6, 9, 11, 13, 15]
     assert probes.spread(5, 5) == probes.spread(5, 99) == [0, 1, 2, 3, 4]
@@ -392,6 +417,7 @@ def test_runs_that_cannot_be_analyzed(runs, few_images, tmp_path, capsys, name, 
         (["run", "--epochs", 0], "epochs: expected at least 1, got 0"),
         (["run", "--batch-size", 1], "batch_size: expected at least 2, got 1"),
         (["run", "--lr", 0], "lr: expected a positive number, got 0.0"),
+        (["run", "--classifier", "2c9f"], "invalid choice '2c9f' for argument '--classifier'"),
         (["run", "--lr", "inf"], "lr: expected a positive number, got inf"),
     ],
 )

@@ -272,6 +272,7 @@ def table(found: Sequence[dict], settings: ProbeSettings) -> str:
         f"Without any feature: reconstruction loss {known['constant']:.4f} nats a pixel and channel (mean image; "
         f"{known['floor']:.4f} for the image itself, the least there is), H(y) = {known['label_entropy']:.4f} nats = "
         f"{known['label_entropy'] / math.log(2):.4f} bits.",
+        f"Classifier: {settings.classifier}.",
         "I(h, x) and I(h, y) are lower bounds; one below 0 means that the probe did worse than without features.",
         "",
         "| method | runs | block | reconstruction loss, nats | I(h, x) >=, nats a pixel | I(h, y) >=, nats | I(h, y) >=, bits "

@@ -3,7 +3,7 @@
 Three probes a block, each trained to its own loss on the training images and measured on the test images:
 
 - the decoder (`Decoder`): reconstruction loss, in nats a pixel and channel;
-- the auxiliary classifier (`AuxClassifier`, 1c2f): cross entropy of the label, in nats;
+- the classifier (`AuxClassifier`, 1c2f, or the deeper `ResidualClassifier`): cross entropy of the label, in nats;
 - the linear probe: global average pooling, standardisation, one linear layer: accuracy.
 
 What these bound, and with what right, is in docs/analysis.md. The estimators are the paper's (Wang et al. 2021, section 3: a decoder of
@@ -25,12 +25,13 @@ from infopro_fast import ops
 from infopro_fast.data import ImageSet, Split, normalize
 from infopro_fast.data.image_set import epoch_seed
 from infopro_fast.modules import AuxClassifier, Decoder, LocalNetwork
-from infopro_fast.modules.backbones import initialize
+from infopro_fast.modules.backbones import BasicBlock, initialize
 from infopro_fast.modules.heads import GlobalAveragePool
 from infopro_fast.trainer.config import ConfigError
 from infopro_fast.trainer.schedule import one_cycle
 
 PROBES = ("decoder", "classifier", "linear")
+CLASSIFIERS = ("1c2f", "residual")
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class ProbeSettings:
     depths: blocks that are probed, spread evenly, the first and the last among them; more than there are: every block.
     epochs: passes over the training images. batch_size: images a step. lr: Adam's rate, which falls linearly to 0.
     seed: of the probes' first weights, the order of the images, and which of them are held back to choose the epoch.
-    validation: share of the training images that is held back.
+    validation: share of the training images that is held back. classifier: "1c2f", the released auxiliary classifier, or "residual",
+    a deeper one, which finds more (`ResidualClassifier`).
     """
 
     depths: int = 8
@@ -49,6 +51,7 @@ class ProbeSettings:
     lr: float = 1e-2
     seed: int = 0
     validation: float = 0.1
+    classifier: str = "1c2f"
 
     def __post_init__(self):
         for name, least in (("depths", 1), ("epochs", 1), ("batch_size", 2), ("seed", 0)):
@@ -58,6 +61,8 @@ class ProbeSettings:
             raise ConfigError(f"lr: expected a positive number, got {self.lr}")
         if not 0 < self.validation < 1:
             raise ConfigError(f"validation: expected a share between 0 and 1, got {self.validation}")
+        if self.classifier not in CLASSIFIERS:
+            raise ConfigError(f"classifier: expected one of {CLASSIFIERS}, got {self.classifier!r}")
 
 
 DEFAULT = ProbeSettings()
@@ -80,13 +85,44 @@ class LinearProbe(nn.Module):
         return ops.linear_cross_entropy(rows, self.fc.weight, label, bias=self.fc.bias, return_correct=True)
 
 
-class Probes(nn.Module):
-    """The three probes of one block. channels: of its features; the others: of the data set (the images come normalised)."""
+class ResidualClassifier(nn.Module):
+    """Three residual blocks, global average pooling, a linear layer, cross entropy: what a network behind these features might find.
 
-    def __init__(self, channels: int, image_size: int, class_num: int, image_mean: Sequence[float], image_std: Sequence[float]):
+    The first block keeps the width; the others double it and halve the map until there are 64 channels. Features of early blocks hold
+    what no single convolution can read; so probed, a curve of I(h, y) depends less on how far the network has come with its work.
+    """
+
+    def __init__(self, channels: int, class_num: int):
+        super().__init__()
+        blocks, width = [BasicBlock(channels, channels, 1)], channels
+        for _ in range(2):
+            blocks.append(BasicBlock(width, 2 * width, 2) if width < 64 else BasicBlock(width, width, 1))
+            width = 2 * width if width < 64 else width
+        self.blocks, self.pool, self.fc = nn.Sequential(*blocks), GlobalAveragePool(), nn.Linear(width, class_num)
+
+    def loss_and_correct(self, h: torch.Tensor, label: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `LinearProbe.loss_and_correct`."""
+        return ops.linear_cross_entropy(self.pool(self.blocks(h)), self.fc.weight, label, bias=self.fc.bias, return_correct=True)
+
+
+class Probes(nn.Module):
+    """The three probes of one block. channels: of its features. classifier: as in `ProbeSettings`. The images come normalised."""
+
+    def __init__(
+        self,
+        channels: int,
+        image_size: int,
+        class_num: int,
+        image_mean: Sequence[float],
+        image_std: Sequence[float],
+        classifier: str = "1c2f",
+    ):
         super().__init__()
         self.decoder = Decoder(channels, image_size, image_mean=image_mean, image_std=image_std)
-        self.classifier = AuxClassifier(channels, "1c2f", "cross_entropy", class_num)
+        if classifier == "residual":
+            self.classifier = ResidualClassifier(channels, class_num)
+        else:
+            self.classifier = AuxClassifier(channels, classifier, "cross_entropy", class_num)
         self.linear = LinearProbe(channels, class_num)
         initialize(self)
 
@@ -193,7 +229,8 @@ class _Study:
     def _make(self, h: torch.Tensor) -> Probes:
         if h.dim() != 4:
             raise ConfigError(f"expected blocks that give maps (N, C, h, w), got {tuple(h.shape)}")
-        probes = Probes(h.shape[1], self.images.image_size, self.images.num_classes, self.images.mean, self.images.std)
+        of_images = (self.images.image_size, self.images.num_classes, self.images.mean, self.images.std)
+        probes = Probes(h.shape[1], *of_images, self.settings.classifier)
         return probes.to(h.device, h.dtype).to(memory_format=torch.channels_last)
 
     def train_epoch(self, epoch: int) -> None:
