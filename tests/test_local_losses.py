@@ -18,7 +18,7 @@ from infopro_fast.data import fashion_mnist
 from infopro_fast.modules import LOCAL_LOSSES, FeatureDecoder, LocalLoss, Place, Term, backbones
 from infopro_fast.modules.auglocal import aux_depths, sampled_blocks
 from infopro_fast.modules.heads import GlobalAveragePool
-from infopro_fast.modules.local_loss import DEFAULT_LAMBDAS, WEIGHTED
+from infopro_fast.modules.local_loss import INFOPRO_L_LAMBDAS, WEIGHTED
 from infopro_fast.trainer import fit, report
 from infopro_fast.trainer.config import ConfigError, TrainConfig
 from infopro_fast.trainer.parallel import ParallelTrainer, modules_of
@@ -156,7 +156,7 @@ def test_command_line(name, tmp_path, monkeypatch, capsys):
     assert stop.value.code in (0, None), capsys.readouterr().err
     config = report.read_config(run)
     assert (config.local_loss, config.aux_depth, config.lambdas) == (
-        ("auglocal", 2, None) if name == "auglocal" else ("infopro_l", None, DEFAULT_LAMBDAS)
+        ("auglocal", 2, None) if name == "auglocal" else ("infopro_l", None, INFOPRO_L_LAMBDAS)
     )
     terms = {"auglocal": ("auglocal", "auglocal_accuracy"), "infopro_l": ("reconstruction", "softmax", "softmax_accuracy")}[name]
     (last,) = report.read_metrics(run, "epoch")
@@ -207,12 +207,12 @@ def test_infopro_l_reconstructs_the_input_of_the_module():
     assert all(torch.equal(found[n], again[n]) for n in found)
     # The loss is against h: with the module's output held, another target gives another loss, and the image is none.
     loss, (C, H) = net.local_losses[1], (h.shape[1], h.shape[2])
-    assert loss.wants_input and loss.decoder.decoder[-1].out_channels == C and loss.decoder.size == (H, H)
+    assert loss.wants_input and loss.decoder.decoder[-1].num_features == C and loss.decoder.size == (H, H)
     with torch.no_grad():
         out = net.stages[1](h)
         assert next(loss.terms(out, h, LABEL)).loss == found["reconstruction"] != next(loss.terms(out, h + h.roll(1, 2), LABEL)).loss
     first = net.local_losses[0].decoder  # of the first module, the image as the network is given it
-    assert first.decoder[-1].out_channels == 3 and first.size == (16, 16)
+    assert first.decoder[-1].num_features == 3 and first.size == (16, 16)
     contrast = build("contrast")
     found, again = _metrics(contrast, 1, h, IMAGE), _metrics(contrast, 1, h, other)
     assert found["reconstruction"] != again["reconstruction"]  # InfoPro's is the image
@@ -226,14 +226,15 @@ def test_feature_decoder_written_out(size, impl):
     x = F.interpolate(features, (8, 8), mode="bilinear", align_corners=True)
     x = F.conv2d(x, p["decoder.0.weight"], p["decoder.0.bias"], padding=1)
     x = F.batch_norm(x, None, None, p["decoder.1.weight"], p["decoder.1.bias"], training=True).relu()
-    x = F.conv2d(x, p["decoder.3.weight"], p["decoder.3.bias"], padding=1)
+    x = F.conv2d(x, p["decoder.3.weight"], padding=1)
+    x = F.batch_norm(x, None, None, p["decoder.4.weight"], p["decoder.4.bias"], training=True)
     centered = given - given.mean((0, 2, 3), keepdim=True)
-    expected = ((x - given) ** 2).mean() / ((centered**2).mean() + 1e-5)
+    expected = ((x - centered / ((centered**2).mean() + 1e-5).sqrt()) ** 2).mean()
     compare.assert_close(decoder(features, given), expected)
     assert x.shape[1] == 7 and p["decoder.0.weight"].shape[0] == 6  # max(12, 7) / 2
-    with torch.no_grad():  # one that knows the means of the channels alone
-        p["decoder.3.weight"].zero_()
-        p["decoder.3.bias"].copy_(given.mean((0, 2, 3)))
+    assert decoder(features, 100 * given - 5).item() == pytest.approx(expected.item(), rel=1e-5)  # no matter the input's scale
+    with torch.no_grad():  # one that knows nothing
+        p["decoder.4.weight"].zero_()
     assert decoder(features, given).item() == pytest.approx(1, rel=1e-4)
     with pytest.raises(ValueError, match=r"FeatureDecoder: given: expected maps of \(8, 8\), got \(4, 7, 9, 9\)"):
         decoder(features, torch.zeros(4, 7, 9, 9, dtype=torch.float64))
@@ -247,7 +248,7 @@ def test_infopro_l_weights_and_terms_that_do_not_run():
     assert [t.name for t in first.terms(torch.randn(6, 16, 16, 16), IMAGE, LABEL)] == ["reconstruction"]
     assert set(first.trained_parameters()) == set(first.decoder.parameters())
     assert set(second.trained_parameters()) == set(second.aux_classifier.parameters())
-    assert build("infopro_l", 2, lambdas=None).local_losses[0].reconstruction_weight == DEFAULT_LAMBDAS[0]
+    assert build("infopro_l", 2, lambdas=None).local_losses[0].reconstruction_weight == INFOPRO_L_LAMBDAS[0]
 
 
 class PreActivation(nn.Module):
@@ -270,6 +271,18 @@ def test_an_input_that_is_overwritten_is_no_target():
     infopro_fast.trainer.check_finite(trainer(False).step(IMAGE, LABEL))
     with pytest.raises(ValueError, match="wants the module's input, and the module writes into it"):
         trainer(True).step(IMAGE, LABEL)
+
+
+def test_infopro_l_is_stable_at_the_learning_rates_of_the_recipes():
+    """On images that can be reconstructed, with the momentum of the runs: every loss ends below what it began with."""
+    torch.manual_seed(1)
+    image = F.interpolate(torch.randn(32, 3, 4, 4), (16, 16), mode="bilinear")
+    label = torch.arange(32) % 10
+    net = build("infopro_l", 4, lambdas=(5, 1, 5, 1))
+    trainer = infopro_fast.LocalTrainer(net, lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9, nesterov=True))
+    history = [trainer.step(image, label) for _ in range(25)]
+    for k in (1, 2, 3):
+        assert history[-1][f"module{k}/reconstruction"] < 1 < history[0][f"module{k}/reconstruction"], k
 
 
 # ---------------------------------------------------------------------------------------------------------------------

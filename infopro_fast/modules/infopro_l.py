@@ -19,14 +19,16 @@ VARIANCE_EPS = 1e-5  # that of a batch norm
 
 
 class FeatureDecoder(nn.Module):
-    """Resize to the module's input, conv3x3, BatchNorm, ReLU, conv3x3; mean squared error in units of the input's variance.
+    """Resize to the module's input, conv3x3, BatchNorm, ReLU, conv3x3, BatchNorm; mean squared error on the standardised input.
 
     inplanes: channels C of the module's output. planes: channels C' of its input. size: (H, W) of its input.
     widen: factor of the hidden channels, max(12, C'). impl: of `ops.upsample_conv3x3`, which resizes (bilinear, align_corners=True) where
     the module changes the size; the other layers are torch's.
 
-    The variance is that of each channel over the batch, averaged over the channels: a decoder that knows nothing but the mean of every
-    channel has a loss of 1 at every module, whatever the scale of its features, and a weight means the same everywhere.
+    The target is the input less each channel's mean over the batch, over the root of the channels' average variance: a decoder that
+    knows nothing has a loss of 1 at every module, whatever the scale of its features, and a weight means the same everywhere.
+    The last batch norm keeps the output at the scale of the target. Without it the squared error, which unlike the image's cross entropy
+    has no bound, diverged at usual learning rates (SGD with momentum 0.9, lr 0.05, weight 5).
     """
 
     def __init__(self, inplanes: int, planes: int, size: tuple[int, int], widen: float = 1, *, impl: str = "auto"):
@@ -36,7 +38,11 @@ class FeatureDecoder(nn.Module):
             raise ValueError(f"FeatureDecoder: widen: expected at least {1 / max(HIDDEN, planes):.3f} (one hidden channel), got {widen}")
         self.size, self.impl = tuple(size), impl
         self.decoder = nn.Sequential(
-            nn.Conv2d(inplanes, hidden, 3, padding=1), nn.BatchNorm2d(hidden), nn.ReLU(), nn.Conv2d(hidden, planes, 3, padding=1)
+            nn.Conv2d(inplanes, hidden, 3, padding=1),
+            nn.BatchNorm2d(hidden),
+            nn.ReLU(),
+            nn.Conv2d(hidden, planes, 3, padding=1, bias=False),
+            nn.BatchNorm2d(planes),
         )
 
     def forward(self, features: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
@@ -51,8 +57,9 @@ class FeatureDecoder(nn.Module):
         x = self.decoder[1:](x)
         dtype = torch.promote_types(x.dtype, torch.float32)
         target = given.detach().to(dtype)
-        variance = target.var((0, 2, 3), correction=0).mean()
-        return (x.to(dtype) - target).square().mean() / (variance + VARIANCE_EPS)
+        variance, mean = torch.var_mean(target, (0, 2, 3), correction=0, keepdim=True)
+        target = (target - mean) * torch.rsqrt(variance.mean() + VARIANCE_EPS)
+        return (x.to(dtype) - target).square().mean()
 
     def extra_repr(self) -> str:
         return f"size={self.size}, impl={self.impl!r}"

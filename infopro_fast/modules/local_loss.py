@@ -172,14 +172,19 @@ PUBLISHED_SOFTMAX: dict[str, tuple[float, float, float, float]] = {
     "deeplabv3_resnet101": (1.5, 1, 0, 0),
 }
 
-# For what is not published (softmax, infopro_l, other depths and K): ours, between the published ones; reconstruction early, task late.
+# For what is not published (softmax, other depths and K): ours, between the published ones; reconstruction early, task late.
 DEFAULT_LAMBDAS = (5.0, 0.5, 0.5, 1.0)
+
+# Ours: a fifth of these for a reconstruction whose loss goes from 1 to 0, where the cross entropy of images ends near its beginning.
+INFOPRO_L_LAMBDAS = (1.0, 0.5, 0.1, 1.0)
 
 
 def default_lambdas(
     arch: str, modules: int, local_loss: str, *, balanced: bool, image_size: int
 ) -> tuple[float, float, float, float]:
-    """The published weights of this contrast run (image size 96: STL-10, 32: CIFAR-10), else DEFAULT_LAMBDAS."""
+    """The published weights of this contrast run (image size 96: STL-10, 32: CIFAR-10), else DEFAULT_LAMBDAS or INFOPRO_L_LAMBDAS."""
+    if local_loss == "infopro_l":
+        return INFOPRO_L_LAMBDAS
     if local_loss == "softmax" and modules == 2 and arch in PUBLISHED_SOFTMAX:
         return PUBLISHED_SOFTMAX[arch]
     published = PUBLISHED_LAMBDAS.get((arch, image_size, balanced), {}) if local_loss == "contrast" else {}

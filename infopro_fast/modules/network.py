@@ -15,7 +15,7 @@ from . import backbones, split
 from .auglocal import AUX_DEPTH
 from .chain import Joined
 from .families import CIFAR10_MEAN, CIFAR10_STD, PUBLISHED, Family, family  # noqa: F401
-from .local_loss import DEFAULT_LAMBDAS, LOCAL_LOSSES, WEIGHTED, LocalLoss, Place, default_lambdas, interpolate_lambdas
+from .local_loss import LOCAL_LOSSES, WEIGHTED, LocalLoss, Place, default_lambdas, interpolate_lambdas
 from .segmentation import Tap
 
 RECOMPUTE = ("none", "block", "sqrt")
@@ -207,9 +207,8 @@ def build(
         why = "; ".join(f"not after {name}, since {reason}" for name, reason in list(found.reasons.items())[:4])
         raise ValueError(f"build: modules: {found.name} can be cut into {len(units)} at most, got {modules}: {why}")
     if lambdas is None:
-        lambdas = DEFAULT_LAMBDAS
-        if cuts is None:
-            lambdas = default_lambdas(found.name, modules, local_loss, balanced=balanced, image_size=found.image_size[0])
+        name = found.name if cuts is None else ""  # the published weights are of the published splits
+        lambdas = default_lambdas(name, modules, local_loss, balanced=balanced, image_size=found.image_size[0])
     if cuts is None:
         cuts = split.split(found.name, positions, modules, balanced=balanced, image_size=found.image_size[0])
     else:
