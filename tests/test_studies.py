@@ -164,6 +164,13 @@ def test_comparison():
     assert "K = 8: greedy SL 21.00 %, InfoPro, contrast 15.00 %: 6.00 points lower, 7.3 standard errors" in text
 
 
+def test_table_of_weights():
+    results = [result("softmax", 8, (20,), weights=(5.0, 0.0, 0.0, 2.0)), result("softmax", 8, (19,), weights=(5.0, 0.5, 0.5, 1.0))]
+    text = summary.markdown(tables.Study("lambdas"), results)
+    assert text.index("| InfoPro, softmax | 8 | 5, 0.5, 0.5, 1 | 19.00 (one run) |") < text.index("| 5, 0, 0, 2 | 20.00 (one run) |")
+    assert "on the last 1000 training images held out" in text and "[" not in text
+
+
 def test_figures_of_costs(tmp_path):
     cost = {"seconds": 0.1, "saved": 2**20, "peak": 2**21}
     results = [result("e2e", 1, (10, 11), cost), result("greedy", 8, (20, 21), cost), result("greedy", 16, (22, 23), cost)]

@@ -73,6 +73,8 @@ def _curves(results: Sequence[Result]):
             mean = [sum(at) / len(at) for at in zip(*r.curves)]
             panel.plot(epochs, mean, color=COLORS[r.cell.method], linewidth=2, label=NAMES[r.cell.method])
         panel.set(xlabel="epoch", ylabel="test error (%)", title=f"K = {K}", yscale="log")
+        for set_formatter in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
+            set_formatter("{x:g}")
         panel.legend(fontsize=7)
         panel.grid(alpha=0.3, which="both")
     return figure

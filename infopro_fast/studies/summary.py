@@ -137,9 +137,10 @@ def _title(study: Study) -> str:
 
 def _errors(results: Sequence[Result]) -> str:
     if any(r.cell.weights is not None for r in results):
-        lines = ["| weights (reconstruction, task: first, last) | K | error |", "|---|---|---|"]
-        for r in sorted(results, key=lambda r: (r.cell.modules, r.mean)):
-            lines.append(f"| {', '.join(f'{w:g}' for w in r.cell.weights)} | {r.cell.modules} | {_error(r)} |")
+        lines = ["| | K | weights (reconstruction, task: first, last) | error |", "|---|---|---|---|"]
+        for r in sorted(results, key=lambda r: (r.cell.method, r.cell.modules, r.mean)):
+            weights = ", ".join(f"{w:g}" for w in r.cell.weights)
+            lines.append(f"| {NAMES[r.cell.method]} | {r.cell.modules} | {weights} | {_error(r)} |")
         return "\n".join(lines)
     return _grid(results, _error)
 
