@@ -98,6 +98,10 @@ def resized_cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> torch.T
     return F.cross_entropy(F.interpolate(logits, target.shape[-2:], mode="bilinear", align_corners=True), target, ignore_index=255)
 
 
+def norm_relu_pool(x: torch.Tensor, bn: nn.BatchNorm2d) -> torch.Tensor:
+    return F.relu(bn(x)).mean((2, 3))
+
+
 class ReleasedHead(nn.Module):
     """1c2f: conv3x3 - batch norm - ReLU - pool - linear - ReLU - linear, then the contrastive loss or cross entropy."""
 

@@ -6,7 +6,8 @@
 What counts: each tensor that does not fit on the chip is read once for every sweep over the batch that the mathematics force (batch
 norm's statistics force one of their own), outputs are written once, sums of a few numbers are free. Arithmetic is that of the
 cheapest exact form we know, recomputing included, since nothing is kept. Elementwise work (exponentials, resizing weights) is counted
-only where it is named. A kernel cannot be faster than `Floor.seconds`; a measured time is printed as a multiple of it.
+only where it is named: where products of matrices are none, or few. A kernel cannot be faster than `Floor.seconds`; a measured time is
+printed as a multiple of it.
 """
 
 from __future__ import annotations
@@ -50,20 +51,26 @@ def find(name: str) -> Device | None:
 
 @dataclasses.dataclass(frozen=True)
 class Floor:
-    """bytes: to and from memory; macs: multiply-adds, in products of matrices or convolutions."""
+    """bytes: to and from memory; macs: multiply-adds, in products of matrices or convolutions; elementwise: others, always of float32."""
 
     bytes: float
     macs: float
+    elementwise: float = 0
 
     def __add__(self, other: Floor) -> Floor:
-        return Floor(self.bytes + other.bytes, self.macs + other.macs)
+        return Floor(self.bytes + other.bytes, self.macs + other.macs, self.elementwise + other.elementwise)
+
+    def arithmetic_seconds(self, device: Device, precision: str = "float32") -> float:
+        if precision == "float32":  # one kind of units does both
+            return 2 * (self.macs + self.elementwise) / device.float32
+        return max(2 * self.macs / device.rate(precision), 2 * self.elementwise / device.float32)
 
     def seconds(self, device: Device, precision: str = "float32") -> float:
-        """Time of the slower of the two, as if they overlapped perfectly."""
-        return max(self.bytes / device.bandwidth, 2 * self.macs / device.rate(precision))
+        """Time of the slower of memory and arithmetic, as if they overlapped perfectly."""
+        return max(self.bytes / device.bandwidth, self.arithmetic_seconds(device, precision))
 
     def bound(self, device: Device, precision: str = "float32") -> str:
-        return "memory" if self.bytes / device.bandwidth > 2 * self.macs / device.rate(precision) else "arithmetic"
+        return "memory" if self.bytes / device.bandwidth > self.arithmetic_seconds(device, precision) else "arithmetic"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -117,33 +124,58 @@ def linear_backward(s: shapes.LinearShape, size: int = 4) -> Floor:
     return Floor(2 * (s.N + s.C) * s.D * size, 3 * s.N * s.C * s.D)
 
 
-class PoolShape(typing.NamedTuple):
-    """Maps (N, C, h, h)."""
-
-    N: int
-    C: int
-    h: int
-
-
-def pool_forward(s: PoolShape, size: int = 4) -> Floor:
+def pool_forward(s: shapes.PoolShape, size: int = 4) -> Floor:
     """Statistics, then the normalised map's mean."""
     return Floor(2 * s.N * s.C * s.h**2 * size, 0)
 
 
-def pool_backward(s: PoolShape, size: int = 4) -> Floor:
+def pool_backward(s: shapes.PoolShape, size: int = 4) -> Floor:
     return Floor(2 * s.N * s.C * s.h**2 * size, 0)
 
 
-POOL = (PoolShape(1024, 32, 16), PoolShape(1024, 64, 8))
+EXPONENTIAL = 4  # multiply-adds in the time of one: a multiprocessor has 16 units for it, and 64 float32 units on an A100, 128 later
+LABEL = 8  # bytes of an int64
+
+
+def dense_forward(s: shapes.DenseShape, size: int = 4) -> Floor:
+    """Every logit, resized along y (rows as they are) and then along x, once through an exponential."""
+    each = s.C * s.H * (2 * s.w + (2 + EXPONENTIAL) * s.W)
+    return Floor(s.N * (s.C * s.h * s.w * size + s.H * s.W * LABEL), 0, s.N * each)
+
+
+def dense_backward(s: shapes.DenseShape, size: int = 4) -> Floor:
+    """That again, and the transposed resize of every logit's gradient."""
+    again = dense_forward(s, size)
+    transposed = s.C * s.H * (2 * s.w + 2 * s.W)
+    return Floor(again.bytes + s.N * s.C * s.h * s.w * size, 0, again.elementwise + s.N * transposed)
+
+
+def upsample_conv_forward(s: shapes.UpsampleConvShape, size: int = 4) -> Floor:
+    """Nine 1x1 convolutions at the size of x, and the expansion to twice that: K H W (6 + 18 h / H)."""
+    moved = s.N * (s.C * s.h**2 + s.K * (2 * s.h) ** 2) + 9 * s.K * s.C
+    return Floor(moved * size, s.N * 9 * s.K * s.C * s.h**2, s.N * s.K * (2 * s.h) ** 2 * (6 + 9))
+
+
+def upsample_conv_backward(s: shapes.UpsampleConvShape, size: int = 4) -> Floor:
+    """The transposed expansion; the products for the gradients of x and of the weights."""
+    moved = s.N * (2 * s.C * s.h**2 + s.K * (2 * s.h) ** 2) + 18 * s.K * s.C
+    forward = upsample_conv_forward(s, size)
+    return Floor(moved * size, 2 * forward.macs, forward.elementwise)
+
+
 GPU_DECODER = tuple(shape._replace(N=1024) for shape in shapes.DECODER)
 GPU_SUPCON = (shapes.SupConShape(1024), shapes.SupConShape(8192), shapes.SupConShape(65536))
+GPU_DENSE = (*shapes.DENSE, shapes.DENSE_LARGER[1])
+GPU_UPSAMPLE_CONV = (*shapes.UPSAMPLE_CONV, shapes.UPSAMPLE_CONV[0]._replace(N=64))
 GPU_LINEAR = (shapes.LinearShape(1024, 128, 10), shapes.LinearShape(4096, 1024, 10000))
 
 KERNELS: dict[str, tuple[typing.Callable, typing.Callable, tuple]] = {
     "reconstruction_loss": (decoder_forward, decoder_backward, GPU_DECODER),
     "supcon_loss": (supcon_forward, supcon_backward, GPU_SUPCON),
     "linear_cross_entropy": (linear_forward, linear_backward, GPU_LINEAR),
-    "norm_relu_pool": (pool_forward, pool_backward, POOL),
+    "norm_relu_pool": (pool_forward, pool_backward, shapes.POOL),
+    "upsample_cross_entropy": (dense_forward, dense_backward, GPU_DENSE),
+    "upsample_conv3x3": (upsample_conv_forward, upsample_conv_backward, GPU_UPSAMPLE_CONV),
 }
 
 
@@ -173,7 +205,7 @@ def table() -> str:
                     f"{1e6 * found.seconds(device, precision):.1f} {found.bound(device, precision)[0]}"
                     for key, device in DEVICES.items() if key != "H200" for precision in ("float32", "tf32")
                 ]  # fmt: skip
-                cells = (op, label(shape), direction, f"{found.bytes / 1e6:.1f}", f"{found.macs / 1e9:.2f}", *times)
+                cells = (op, label(shape), direction, f"{found.bytes / 1e6:.1f}", f"{(found.macs + found.elementwise) / 1e9:.2f}", *times)
                 lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

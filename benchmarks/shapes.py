@@ -82,6 +82,14 @@ class DenseShape(typing.NamedTuple):
         return 4 * self.N * self.H * self.W
 
 
+class PoolShape(typing.NamedTuple):
+    """Maps (N, C, h, h), each normalised, rectified and averaged."""
+
+    N: int
+    C: int
+    h: int
+
+
 # ResNet-32/110 on CIFAR-10, SVHN: the three stages. STL-10: 96x96, batch 128 in the paper; 32 here for eager's memory.
 DECODER = (DecoderShape(128, 16, 32, 32), DecoderShape(128, 32, 16, 32), DecoderShape(128, 64, 8, 32))
 DECODER_LARGER = (DecoderShape(1024, 64, 8, 32), DecoderShape(32, 16, 96, 96), DecoderShape(32, 32, 48, 96), DecoderShape(32, 64, 24, 96))
@@ -105,6 +113,9 @@ LINEAR_PLOT = tuple(LinearShape(1024, 256, c) for c in (10, 100, 1000, 10000, 30
 DENSE = (DenseShape(2, 19, 64, 128, 512, 1024),)
 DENSE_LARGER = (DenseShape(2, 19, 128, 256, 512, 1024), DenseShape(2, 150, 64, 64, 512, 512))
 DENSE_PLOT = tuple(DenseShape(2, c, 64, 64, 512, 512) for c in (2, 8, 19, 60, 150))
+
+# What a local head of ResNet-32 pools: after its strided convolution, or in the last stage.
+POOL = (PoolShape(1024, 32, 16), PoolShape(1024, 64, 8))
 
 # ResNet-32 at batch 128: modules K, and (lambda_1 of I(h,x), I(h,y) at the first module, the same at the last but one).
 TRAIN_STEP = {1: (0, 0, 0, 0), 4: (6, 0, 1, 2), 16: (5, 0.05, 0.2, 0.5)}

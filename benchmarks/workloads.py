@@ -212,6 +212,23 @@ def dense(method: str, shape: shapes.DenseShape, dtype: torch.dtype = torch.floa
 
 # ---------------------------------------------------------------------------------------------------------------------
 
+POOL_METHODS = ("eager", "channels_last", "compile", "compile channels_last", "compile budget 0", "checkpoint", OURS)
+
+
+def pool(method: str, shape: shapes.PoolShape, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Workload:
+    bn = torch.nn.BatchNorm2d(shape.C).to(device, dtype)
+    x = draw(shape.N, shape.C, shape.h, shape.h, dtype=dtype, device=device)
+    if method.endswith("channels_last"):
+        x = x.to(memory_format=torch.channels_last)
+    x.requires_grad_()
+    calls = compile_methods(baselines.norm_relu_pool) | ours(ops.norm_relu_pool, device)
+    call = calls.get(method, lambda: baselines.norm_relu_pool)()
+    leaves = [x, *bn.parameters()]
+    return Workload(lambda: call(x, bn).square().mean(), leaves, [*leaves, *bn.buffers()])  # the mean stands for what follows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
 OPS = {
     "reconstruction_loss": (decoder, shapes.DecoderShape, DECODER_METHODS),
     "chain_decoder": (chain_decoder, shapes.ChainShape, CHAIN_METHODS),
@@ -219,6 +236,7 @@ OPS = {
     "supcon_loss": (supcon, shapes.SupConShape, SUPCON_METHODS),
     "linear_cross_entropy": (linear, shapes.LinearShape, LINEAR_METHODS),
     "upsample_cross_entropy": (dense, shapes.DenseShape, DENSE_METHODS),
+    "norm_relu_pool": (pool, shapes.PoolShape, POOL_METHODS),
 }
 
 

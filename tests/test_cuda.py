@@ -29,6 +29,10 @@ IN_USE = {
     "linear_cross_entropy": lambda: op_cases.linear_ce(N=1000, D=128, C=10, ignored=3, reduction="mean"),
     "linear_cross_entropy, many classes": lambda: op_cases.linear_ce(N=200, D=128, C=10000, ignored=0, reduction="mean"),
     "norm_relu_pool": lambda: op_cases.norm_pool(N=128, C=32, h=16, w=16),
+    "upsample_cross_entropy": lambda: op_cases.upsample_ce(N=2, C=19, h=16, w=32, H=128, W=256, reduction="mean"),
+    "upsample_conv3x3": lambda: op_cases.up_conv(N=8, C=64, h=16, w=16, H=32, W=32, K=32),
+    "upsample_conv3x3, odd": lambda: op_cases.up_conv(N=3, C=33, h=13, w=29, H=31, W=47, K=19, mode="nearest"),
+    "upsample_conv3x3, smaller": lambda: op_cases.up_conv(N=4, C=24, h=32, w=30, H=17, W=16, K=40, align_corners=True),
 }
 
 

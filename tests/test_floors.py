@@ -49,6 +49,22 @@ def test_products_are_what_torch_counts():
     assert floors.supcon_backward(shapes.SupConShape(N, D)).macs == forward + pairs
 
 
+def test_upsample_conv_is_what_torch_counts():
+    """A 1x1 convolution to nine times the channels in place of a 3x3 one at four times the pixels, and its two gradients."""
+    s = shapes.UpsampleConvShape(2, 5, 4, 3)
+    x, w = torch.randn(2, 5, 4, 4, requires_grad=True), torch.randn(27, 5, 1, 1, requires_grad=True)
+    forward, whole = _macs(lambda: F.conv2d(x, w)), _macs(lambda: F.conv2d(x, w).sum().backward())
+    assert floors.upsample_conv_forward(s).macs == forward
+    assert floors.upsample_conv_backward(s).macs == whole - forward
+    assert floors.upsample_conv_forward(s).elementwise == floors.decoder_z(shapes.DecoderShape(2, 50, 4, 8, 3))[1] * 2
+
+
+def test_tensor_cores_do_products_alone():
+    device = floors.Device("", bandwidth=100.0, float32=10.0, tf32=1000.0, bfloat16=1000.0)
+    found = floors.Floor(bytes=0.0, macs=30.0, elementwise=5.0)
+    assert found.seconds(device) == 7.0 and found.seconds(device, "tf32") == 1.0
+
+
 def test_seconds_are_those_of_the_slower():
     device = floors.Device("", bandwidth=100.0, float32=10.0, tf32=1000.0, bfloat16=1000.0)
     found = floors.Floor(bytes=200.0, macs=30.0)

@@ -73,7 +73,7 @@ MESSAGES = [
     (dict(size=8.0), ValueError, "size: expected one or two positive integers, got 8.0"),
     (dict(mode="bicubic"), ValueError, "mode: expected one of ('bilinear', 'nearest'), got 'bicubic'"),
     (dict(mode="nearest", align_corners=True), ValueError, "align_corners: expected False with mode 'nearest'"),
-    (dict(impl="triton"), ValueError, "impl='triton' cannot run this call: x is on cpu: upsample_conv3x3 has no Triton kernels"),
+    (dict(impl="triton"), ValueError, "impl='triton' cannot run this call: x is on cpu: runs on CUDA tensors; on CPU tensors in"),
 ]
 
 

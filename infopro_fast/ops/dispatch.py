@@ -80,12 +80,15 @@ _CUDA_OPS: set[str] = set()
 _TRITON_OPS: set[str] = set()
 
 
-def define_kernels(schema: str, fake: Callable, *, cuda: bool = False, triton: bool = True) -> dict[str, typing.Any]:
+def define_kernels(
+    schema: str, fake: Callable, *, cuda: bool = False, triton: bool = True, triton_fake: Callable | None = None
+) -> dict[str, typing.Any]:
     """Define one direction of an op, once for each implementation of it, and return the torch ops by implementation.
 
     schema: "<op>_forward(...) -> ..." or "<op>_backward(...) -> ..."; all implementations share it, and ``fake`` too. The compiled
         ones register themselves; Triton's is the function ``forward`` or ``backward`` of ``<op>_triton.py``, imported when first called.
     cuda, triton: whether the op has CUDA C++ kernels, and Triton kernels (never without that file).
+    triton_fake: the fake of the Triton kernels, where they give another dtype.
     """
     name, arguments = schema.split("(", 1)
     op, direction = name.rsplit("_", 1)
@@ -98,7 +101,7 @@ def define_kernels(schema: str, fake: Callable, *, cuda: bool = False, triton: b
     for impl in ("cpu", *(["triton"] if triton else []), *(["cuda"] if cuda else [])):
         full = name + SUFFIX[impl]
         LIBRARY.define(f"{full}({arguments}")
-        torch.library.register_fake(f"infopro_fast::{full}", fake, lib=LIBRARY)
+        torch.library.register_fake(f"infopro_fast::{full}", triton_fake or fake if impl == "triton" else fake, lib=LIBRARY)
         defined[impl] = getattr(torch.ops.infopro_fast, full).default
     for key in () if not triton else ("CUDA", "CPU") if INTERPRETED else ("CUDA",):
         LIBRARY.impl(name + SUFFIX["triton"], _imported_when_called(f"{__package__}.{op}_triton", direction), key)

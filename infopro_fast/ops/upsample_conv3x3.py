@@ -33,7 +33,7 @@ def upsample_conv3x3(
     weight: (K, C, 3, 3). bias: (K,) or None.
     size: (H, W), or one number for both; the map may shrink too.
     mode: "bilinear" or "nearest". align_corners: of bilinear, whether the corners of the two maps coincide.
-    impl: "auto", "reference" or "cpu"; one that is named runs or raises.
+    impl: "auto", "reference", "cpu" or "triton"; one that is named runs or raises.
 
     Returns (N, K, H, W), contiguous, in x's dtype; the arithmetic is float64 if x or weight is, else float32.
     Kept for backward by the kernels: x and weight. A gradient that is not contiguous is copied.
@@ -82,18 +82,23 @@ def _forward_fake(x, weight, bias, H, W, resize):
     return x.new_empty((x.shape[0], weight.shape[0], H, W), dtype=compute_dtype(x, weight))
 
 
+def _forward_fake_triton(x, weight, bias, H, W, resize):
+    return x.new_empty((x.shape[0], weight.shape[0], H, W))  # no pass over the map to round it
+
+
 def _backward_fake(grad, x, weight, resize, needs_x, needs_weight):
     g_weight = x.new_empty(weight.shape if needs_weight else (0,), dtype=compute_dtype(x, weight))
     return torch.empty_like(x) if needs_x else x.new_empty((0,)), g_weight
 
 
 _FORWARD = define_kernels(
-    "upsample_conv3x3_forward(Tensor x, Tensor weight, Tensor? bias, int H, int W, int resize) -> Tensor", _forward_fake, triton=False
+    "upsample_conv3x3_forward(Tensor x, Tensor weight, Tensor? bias, int H, int W, int resize) -> Tensor",
+    _forward_fake,
+    triton_fake=_forward_fake_triton,
 )
 _BACKWARD = define_kernels(
     "upsample_conv3x3_backward(Tensor grad, Tensor x, Tensor weight, int resize, bool needs_x, bool needs_weight) -> (Tensor, Tensor)",
     _backward_fake,
-    triton=False,
 )
 
 
@@ -114,6 +119,6 @@ class _UpsampleConv3x3(torch.autograd.Function):
             g_x, g_weight = _BACKWARD[ctx.impl](grad, x, weight, ctx.resize, needs[0], needs[1])
             found = (
                 g_x if needs[0] else None, g_weight.to(weight.dtype) if needs[1] else None,
-                grad.sum((0, 2, 3)).to(bias.dtype) if needs[2] else None, None, None, None, None,
+                grad.sum((0, 2, 3), dtype=compute_dtype(x, weight)).to(bias.dtype) if needs[2] else None, None, None, None, None,
             )  # fmt: skip
         return first_order(OP, (x, weight, bias, grad), found)
