@@ -20,14 +20,15 @@ from typing import Any
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
 
 
-def in_a_process(target: str, timeout: float = 1800, **kwargs: Any) -> Any:
+def in_a_process(target: str, timeout: float = 1800, malloc: dict[str, str] = MALLOC, **kwargs: Any) -> Any:
     """What the function ``target`` ("package.module:name") returns for ``kwargs``, all of it JSON, in a new process.
 
+    malloc: settings of glibc's; the default ones are for resident sets, and cost time: every map's pages are zeroed anew.
     Raises RuntimeError with the end of its error output if it fails.
     """
     command = [sys.executable, "-m", __spec__.name if __spec__ else __name__, target, json.dumps(kwargs)]
     path = os.pathsep.join([str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = os.environ | MALLOC | {"PYTHONPATH": path}
+    environment = os.environ | malloc | {"PYTHONPATH": path}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
     if done.returncode:
         raise RuntimeError(f"{target} {kwargs}: exit {done.returncode}\n{done.stderr[-4000:]}")

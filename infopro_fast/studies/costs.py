@@ -15,6 +15,8 @@ from infopro_fast.trainer import loop, schedule
 from infopro_fast.trainer.config import TrainConfig
 from infopro_fast.trainer.step import LocalTrainer
 
+from .runner import MALLOC
+
 STEPS = 7  # timed, after two to warm up
 
 
@@ -25,7 +27,7 @@ def measure(config: TrainConfig) -> dict[str, float] | None:
     """
     if config.order != "simultaneous":
         return None
-    return in_a_process("infopro_fast.studies.costs:_measure_here", settings=config.resolved().to_json())
+    return in_a_process("infopro_fast.studies.costs:_measure_here", malloc=MALLOC, settings=config.resolved().to_json())
 
 
 def _measure_here(settings: str) -> dict[str, Any]:
