@@ -56,6 +56,8 @@ def _against_memory(results: Sequence[Result]):
         for r in of_method:
             panel.annotate(str(r.cell.modules), (r.cost["peak"] / 2**20, r.mean), fontsize=7, xytext=(3, 3), textcoords="offset points")
     panel.set(xlabel="MiB at the highest point of a step, beyond model, optimizer and batch", ylabel="test error (%)", xscale="log")
+    for set_formatter in (panel.xaxis.set_major_formatter, panel.xaxis.set_minor_formatter):
+        set_formatter("{x:g}")
     panel.legend(fontsize=8)
     panel.grid(alpha=0.3)
     return figure
