@@ -1,4 +1,4 @@
-"""The command line: `infopro-fast train`, `eval`, `plan`, `memory`, `scale`, `analyze` and `info`.
+"""The command line: `infopro-fast train`, `eval`, `plan`, `memory`, `recipes`, `scale`, `analyze`, `reproduce` and `info`.
 
 The flags of train are the fields of `TrainConfig`.
 
