@@ -42,7 +42,7 @@ def plan_table(plan: Plan) -> str:
 
 def draw_plan(plan: Plan, path: Path) -> None:
     """A bar a module: what is saved, and what its peak has beside it."""
-    figure, axes = _figure((1.8 + 0.55 * max(6, len(plan.modules)), 3.8))
+    figure, axes = new_figure((1.8 + 0.55 * max(6, len(plan.modules)), 3.8))
     x = range(1, len(plan.modules) + 1)
     saved = [min(module.saved, module.peak) / 2**20 for module in plan.modules]
     rest = [module.peak / 2**20 - kept for module, kept in zip(plan.modules, saved)]
@@ -55,7 +55,7 @@ def draw_plan(plan: Plan, path: Path) -> None:
     ratio = 100 * plan.peak / plan.end_to_end["peak"]
     axes.set_title(f"{plan.arch}, K = {len(plan.modules)}, batch {plan.batch_size}: {ratio:.1f} % of E2E")
     axes.legend(fontsize=8)
-    _save(figure, path)
+    save(figure, path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -85,7 +85,7 @@ def comparison_markdown(found: Sequence[Measured]) -> str:
 
 def draw_comparison(found: Sequence[Measured], title: str, path: Path) -> None:
     """Stacked bytes at the step's highest point, the peak the system saw as a mark, and time beside it."""
-    figure, (memory, time) = _figure((12, 1.2 + 0.42 * len(found)), columns=2, ratios=(3, 1))
+    figure, (memory, time) = new_figure((12, 1.2 + 0.42 * len(found)), columns=2, ratios=(3, 1))
     y, names = range(len(found)), [m.way.name for m in found]
     left = [0.0] * len(found)
     for kind, color in KINDS:
@@ -103,7 +103,7 @@ def draw_comparison(found: Sequence[Measured], title: str, path: Path) -> None:
     time.invert_yaxis()
     time.set(xlabel="seconds a step (labels: times E2E)")
     figure.suptitle(title, fontsize=10)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _part(m: Measured, kind: str) -> int:
@@ -126,7 +126,8 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _figure(size: tuple[float, float], columns: int = 1, ratios: Sequence[float] | None = None):
+def new_figure(size: tuple[float, float], columns: int = 1, ratios: Sequence[float] | None = None):
+    """A figure of ``size`` inches and its panel; for ``columns`` above 1 an array of panels, ``ratios`` their widths."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -135,7 +136,8 @@ def _figure(size: tuple[float, float], columns: int = 1, ratios: Sequence[float]
     return figure, figure.subplots(1, columns, width_ratios=ratios)
 
 
-def _save(figure, path: Path) -> None:
+def save(figure, path: Path) -> None:
+    """Write a PNG, whole or not at all."""
     aside = path.with_name(f".aside-{path.name}")
     figure.savefig(aside, format="png", dpi=120)
     os.replace(aside, path)

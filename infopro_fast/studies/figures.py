@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
+
+from infopro_fast.memory.figures import new_figure, save
 
 from .summary import Result
 from .tables import NAMES, Study
@@ -19,17 +20,20 @@ def draw(study: Study, results: Sequence[Result]) -> list[Path]:
     """The figures that the table has; returns their paths."""
     if study.table == "lambdas" or not results:
         return []
-    paths = [_save(_curves(results), study.out / f"{study.table}_curves.png")]
+    drawn = {"curves": _curves(results)}
     if study.table != "fused":
-        paths.append(_save(_against_modules(results), study.out / f"{study.table}_modules.png"))
+        drawn["modules"] = _against_modules(results)
     if any(r.cost for r in results) and study.table != "fused":
-        paths.append(_save(_against_memory(results), study.out / f"{study.table}_memory.png"))
-    return paths
+        drawn["memory"] = _against_memory(results)
+    paths = {study.out / f"{study.table}_{name}.png": figure for name, figure in drawn.items()}
+    for path, figure in paths.items():
+        save(figure, path)
+    return list(paths)
 
 
 def _against_modules(results: Sequence[Result]):
     """Mean test error against K, bars of one standard error; end to end as a line across."""
-    figure, panel = _figure((6, 4.2))
+    figure, panel = new_figure((6, 4.2))
     for method, of_method in _by_method(results).items():
         line = sorted(of_method, key=lambda r: r.cell.modules)
         if line[-1].cell.modules == 1:
@@ -49,7 +53,7 @@ def _against_modules(results: Sequence[Result]):
 
 def _against_memory(results: Sequence[Result]):
     """Mean test error against the bytes at the highest point of a step; a number at each point is K."""
-    figure, panel = _figure((6, 4.2))
+    figure, panel = new_figure((6, 4.2))
     for method, of_method in _by_method(r for r in results if r.cost).items():
         x, y, bars = zip(*((r.cost["peak"] / 2**20, r.mean, r.standard_error) for r in sorted(of_method, key=lambda r: r.cost["peak"])))
         panel.errorbar(x, y, bars, color=COLORS[method], marker="o", capsize=3, label=NAMES[method])
@@ -66,8 +70,8 @@ def _against_memory(results: Sequence[Result]):
 def _curves(results: Sequence[Result]):
     """Test error over the epochs, a thin line a run and a thick one for the mean; a panel for every K."""
     columns = sorted({r.cell.modules for r in results if r.cell.modules > 1}) or [1]
-    figure, panels = _figure((4.2 * len(columns), 3.8), len(columns))
-    for K, panel in zip(columns, panels):
+    figure, panels = new_figure((4.2 * len(columns), 3.8), len(columns))
+    for K, panel in zip(columns, [panels] if len(columns) == 1 else panels):
         for r in (r for r in results if r.cell.modules in (1, K)):
             epochs = range(1, 1 + len(r.curves[0]))
             for curve in r.curves:
@@ -87,22 +91,3 @@ def _by_method(results) -> dict[str, list[Result]]:
     for r in results:
         found.setdefault(r.cell.method, []).append(r)
     return found
-
-
-def _figure(size: tuple[float, float], columns: int | None = None):
-    """A figure, and its panel, or a list of ``columns``."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
-    if columns is None:
-        return figure, figure.subplots()
-    return figure, list(figure.subplots(1, columns, squeeze=False)[0])
-
-
-def _save(figure, path: Path) -> Path:
-    aside = path.with_name(f".aside-{path.name}")
-    figure.savefig(aside, format="png", dpi=120)
-    os.replace(aside, path)
-    return path
