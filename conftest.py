@@ -1,6 +1,14 @@
-"""Plain `pytest` runs tests/, `pytest --benchmark-only` runs benchmarks/; a path on the command line decides for itself."""
+"""Plain `pytest` runs tests/, `pytest --benchmark-only` runs benchmarks/; a path on the command line decides for itself.
+
+`pytest -n N` runs N tests at a time, each with its share of the cores."""
+
+import os
 
 import pytest
+
+# Before torch is imported, here and in the processes that tests start: waiting threads of one test would otherwise hold up another.
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // workers)))
 
 
 def pytest_configure(config):

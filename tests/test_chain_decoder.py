@@ -218,11 +218,11 @@ def test_running_statistics_move_as_in_the_layers_own_forward(momentum, impl):
         compare.assert_same(t, before[name], name)
 
 
-def synced_step(rank: int, sizes: tuple[int, ...], impl: str, store: str, folder: str) -> None:
+def synced_step(rank: int, sizes: tuple[int, ...], impl: str, dtype: torch.dtype, store: str, folder: str) -> None:
     """One process of a data-parallel step: its share of the batch, loss, gradients and statistics, written to ``folder``."""
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=len(sizes))
     torch.set_num_threads(1)
-    decoder, features, image = synced_inputs(sum(sizes))
+    decoder, features, image = (t.to(dtype) for t in synced_inputs(sum(sizes)))
     first = sum(sizes[:rank])
     own = features[first : first + sizes[rank]].clone().requires_grad_()
     loss = reconstruction_loss(own, image[first : first + sizes[rank]], decoder, impl=impl)
@@ -233,19 +233,23 @@ def synced_step(rank: int, sizes: tuple[int, ...], impl: str, store: str, folder
 
 
 def synced_inputs(N: int):
+    """Decoder, features and image: float64, with values that float32 has."""
     decoder = make_chain(5, ((None, 1, 7), (doubled(), 3, 4)), doubled(), norm=nn.SyncBatchNorm)
     generator = torch.Generator().manual_seed(3)
-    features = torch.randn(N, 5, 3, 4, generator=generator, dtype=torch.float64)
-    return decoder, features, torch.rand(N, 3, 12, 16, generator=generator, dtype=torch.float64)
+    features = torch.randn(N, 5, 3, 4, generator=generator)
+    return decoder.float().double(), features.double(), torch.rand(N, 3, 12, 16, generator=generator).double()
 
 
 @pytest.mark.parametrize("sizes", ((2, 3), (4, 0)), ids=str)
 def test_sync_batch_norm_takes_the_statistics_of_all_processes(sizes, impl, tmp_path):
     """As one process with the whole batch and the sum of the losses would; a process may have an empty batch."""
-    processes.start_processes(
-        synced_step, (sizes, impl, str(tmp_path / "store"), str(tmp_path)), nprocs=len(sizes), start_method="spawn"
-    )  # fmt: skip
-    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(len(sizes))]
+    assert_synced(sizes, impl, torch.float64, tmp_path)
+
+
+def assert_synced(sizes: tuple[int, ...], impl: str, dtype: torch.dtype, folder) -> None:
+    arguments = (sizes, impl, dtype, str(folder / "store"), str(folder))
+    processes.start_processes(synced_step, arguments, nprocs=len(sizes), start_method="spawn")
+    found = [torch.load(folder / f"{rank}.pt") for rank in range(len(sizes))]
     decoder, features, image = synced_inputs(sum(sizes))
     features.requires_grad_()
     decoded = decoder(features)
@@ -256,7 +260,7 @@ def test_sync_batch_norm_takes_the_statistics_of_all_processes(sizes, impl, tmp_
         compare.assert_close(found[rank]["loss"], losses[rank], what="loss")
         compare.assert_close(found[rank]["features"], part, scale=features.grad.abs().max().item(), what="features")
         for name, b in decoder.named_buffers():
-            compare.assert_close(found[rank][f"buffer {name}"].double(), b.double(), what=name)
+            compare.assert_close(found[rank][f"buffer {name}"], b.double(), dtype=dtype, what=name)
     for name, p in decoder.named_parameters():
         total = sum(f[name] for f in found)
         compare.assert_close(total, p.grad, scale=max(p.grad.abs().max().item(), decoder[0].weight.grad.abs().max().item()), what=name)

@@ -3,14 +3,14 @@ what is meant for the tensor cores uses them. Needs no GPU."""
 
 from __future__ import annotations
 
-import importlib.util
+from pathlib import Path
 
 import pytest
 
-from infopro_fast.ops import OPS
+from infopro_fast import ops
 from tests import triton_aot
 
-MODULES = [f"{op}_triton" for op in OPS if importlib.util.find_spec(f"infopro_fast.ops.{op}_triton")]
+MODULES = sorted(path.stem for path in Path(ops.__file__).parent.glob("*_triton.py"))
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,9 @@ and the last stage, to 3 channels, makes the loss. Layer by layer, torch keeps z
 map and the rest for backward; here autograd keeps the z and their statistics alone. Neither a nor resize(a) is ever whole, nor are
 the logits: conv(resize(a)) is resize and shift of 1x1 convolutions of a, one product of matrices at the size of a.
 
+On the CPU all of that happens within a stage's kernel (`csrc/chain_decoder.h`), on a GPU chunk by chunk of samples
+(`chain_stage_triton`, `chain_loss_triton`), where the logits exist while a stage runs.
+
 Each stage is an opaque op, in both directions, so that the statistics of a SyncBatchNorm, and the sums its gradient needs, are
 added up across processes between them.
 """
@@ -136,6 +139,22 @@ def _resized(upsample: nn.Upsample, h: int, w: int) -> Resize:
     return Resize(H, W, mode, () if upsample.recompute_scale_factor else factors)
 
 
+def fits(h: int, w: int, H: int, W: int) -> bool:
+    """Whether the fractions of a resize from (h, w) to (H, W) stay below 2^31, which Triton kernels count in."""
+    return max((2 * H + 1) * h, (2 * W + 1) * w) < 2**31
+
+
+def triton_limitation(sizes: tuple[Resize, ...], h: int, w: int) -> str | None:
+    """Why Triton kernels cannot take features of size (h, w) through these resizes, None if they can."""
+    for H, W, mode, factors in sizes:
+        if factors and mode != 0 and (H, W) != (h * factors[0], w * factors[1]):
+            return f"an Upsample by {factors} makes maps of ({h}, {w}) no whole size, which kernels for the CPU alone take"
+        if not fits(h, w, H, W) or H * W >= 2**31:
+            return f"an Upsample of ({h}, {w}) to ({H}, {W}) needs more than 32 bits to count in"
+        h, w = H, W
+    return None
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The opaque ops
 
@@ -175,25 +194,21 @@ _STAGE_FORWARD = define_kernels(
     f"chain_stage_forward(Tensor x, {_NORM}, Tensor weight, Tensor? bias, int H, int W, int mode, float[] factors, bool in_f64) "
     "-> (Tensor z, Tensor statistics)",
     _stage_forward_fake,
-    triton=False,
 )
 _STAGE_BACKWARD = define_kernels(
     "chain_stage_backward(Tensor dy, Tensor z, Tensor z_mean, Tensor z_var, Tensor? z_gamma, float z_eps, Tensor? mean_dy, "
     f"Tensor x, {_NORM}, Tensor weight, int mode, float[] factors, bool needs_x, bool needs_weight) -> (Tensor, Tensor, Tensor)",
     _stage_backward_fake,
-    triton=False,
 )
 _LOSS_FORWARD = define_kernels(
     f"chain_loss_forward(Tensor x, {_NORM}, Tensor weight, Tensor? bias, Tensor image, float[] restore, int mode, float[] factors, "
     "int loss, bool in_f64) -> Tensor",
     _loss_forward_fake,
-    triton=False,
 )
 _LOSS_BACKWARD = define_kernels(
     f"chain_loss_backward(Tensor grad, Tensor x, {_NORM}, Tensor weight, Tensor? bias, Tensor image, float[] restore, int mode, "
     "float[] factors, int loss, bool needs_x, bool needs_weight) -> (Tensor, Tensor, Tensor, Tensor)",
     _loss_backward_fake,
-    triton=False,
 )
 
 

@@ -178,10 +178,11 @@ def _too_old(device: torch.device) -> str | None:
     return None if major >= 8 else f"needs compute capability 8.0 or later, this device has {major}.{minor}"
 
 
-def resolve(op: str, impl: str, tensors: dict[str, torch.Tensor | None], limitation: str | None = None) -> str:
+def resolve(op: str, impl: str, tensors: dict[str, torch.Tensor | None], limitation: str | dict[str, str | None] | None = None) -> str:
     """The implementation that runs this call of ``op``.
 
-    tensors: the tensor arguments by name; limitation: what in this call only the reference can do, or None.
+    tensors: the tensor arguments by name; limitation: what in this call only the reference can do, or by implementation what each cannot,
+        or None.
     Raises ValueError if ``impl`` is unknown or, being named, cannot run this call; TypeError for a dtype no
     implementation takes; ValueError for tensors on different devices.
     """
@@ -199,7 +200,8 @@ def resolve(op: str, impl: str, tensors: dict[str, torch.Tensor | None], limitat
         reason = _missing(op, candidate, first.device)
         if reason is not None and impl != "auto":
             reason = f"{first_name} is on {first.device}: {reason}"
-        reason = reason or _wrong_dtype(given, candidate) or limitation
+        reason = reason or _wrong_dtype(given, candidate)
+        reason = reason or (limitation.get(candidate) if isinstance(limitation, dict) else limitation)
         if reason is None:
             return candidate
     if impl != "auto":

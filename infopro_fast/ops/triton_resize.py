@@ -1,9 +1,9 @@
 """Where a resize takes its samples, as tables that Triton kernels look up: as torch.nn.functional.interpolate places them.
 
 A mode is an index into `chain_decoder.RESIZES`: 0, bilinear with align_corners=True; 1, nearest; 2, bilinear with align_corners=False. A
-bilinear position is an exact fraction, as on the CPU (F.interpolate rounds it in float32); 32 bits hold it while `fits`. Made anew by one
-launch for each pass: kernels that found positions themselves would divide integers more than they add, and a table that is kept would
-have to outlive every CUDA graph.
+bilinear position is an exact fraction, as on the CPU (F.interpolate rounds it in float32); 32 bits hold it while `chain_decoder.fits`.
+Made anew by one launch for each pass: kernels that found positions themselves would divide integers more than they add, and a table that
+is kept would have to outlive every CUDA graph.
 """
 
 from __future__ import annotations
@@ -92,11 +92,6 @@ def _takers_kernel(first, weights, h, w, H, W, COUNT_Y, COUNT_X, MODE: tl.conste
         _axis_takers(first, weights, h, H, COUNT_Y, MODE, BLOCK)
     else:
         _axis_takers(first + h, weights + (COUNT_Y + 4) * h, w, W, COUNT_X, MODE, BLOCK)
-
-
-def fits(h: int, w: int, H: int, W: int) -> bool:
-    """Whether the fractions of a resize from (h, w) to (H, W) stay below 2^31."""
-    return max((2 * H + 1) * h, (2 * W + 1) * w) < 2**31
 
 
 def places(h: int, w: int, H: int, W: int, mode: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,7 +2,7 @@
 
 The convolution mixes channels and gathers nine neighbours; R gathers, too, and gathering commutes with mixing. So channels are mixed where
 there are fewer pixels, by torch.bmm, for as many samples at a time as stay in a GPU's second cache, and a kernel here does the rest. Where
-h w < H W:
+h w < H W (or they are equal, and K < C):
 
     T[tap, k] = sum over c of W[k, c, tap] x[c]                                    bmm
     z[k](Y, X) = b[k] + sum over taps of R(T[tap, k])(Y + dy - 1, X + dx - 1)      _expand_kernel
@@ -36,7 +36,8 @@ import triton
 import triton.language as tl
 
 from . import triton_resize
-from .triton_resize import fits, places, takers
+from .chain_decoder import fits
+from .triton_resize import places, takers
 from .triton_target import Compilation, rounded
 
 MOST = 2**23  # 32 MiB of float32, which the second caches of an H100 and an A100 hold beside the output
@@ -246,17 +247,36 @@ def _from_neighbours_kernel(
 
 def forward(x, weight, bias, H, W, resize):
     """z (N, K, H, W), contiguous, in x's dtype. x is copied where the rows of its maps are not evenly spaced, weight always."""
+    return convolve(x, weight, bias, H, W, resize, x.dtype)
+
+
+def backward(grad, x, weight, resize, needs_x, needs_weight):
+    """Gradients of x (in its dtype and memory format) and weight (K, C, 3, 3), float32; nothing (0,) where not needed."""
+    g_x = torch.empty_like(x) if needs_x else x.new_empty((0,))
+    if grad.numel() == 0 or not (needs_x or needs_weight):
+        return g_x, torch.zeros(weight.shape if needs_weight else (0,), dtype=torch.float32, device=x.device)
+    g_weight = write_gradients(grad.contiguous(), x, weight, resize, g_x if needs_x else None, needs_weight)
+    return g_x, g_weight if needs_weight else g_x.new_empty((0,), dtype=torch.float32)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The convolution. x, and in backward the gradient of z, may be made as they are asked for: they have a shape, a dtype and a device, and
+# give the samples of a slice.
+
+
+def convolve(x, weight, bias, H, W, resize, out_dtype):
+    """z (N, K, H, W), contiguous."""
     (N, C, h, w), K = x.shape, weight.shape[0]
     _check_size(h, w, H, W)
-    out = torch.empty((N, K, H, W), dtype=x.dtype, device=x.device)
+    out = torch.empty((N, K, H, W), dtype=out_dtype, device=x.device)
     if out.numel() == 0:
         return out
     dtype, table = _operand(x, weight), places(h, w, H, W, resize, x.device)
-    if _mixed_first(h, w, H, W):
-        matrix, maps = _by_taps(weight, dtype), x.flatten(2)
+    if _mixed_first(h * w, K, H * W, C):
+        matrix = _by_taps(weight, dtype)
         for start, stop, mixed in _chunks(N, 9 * K * h * w, torch.float32, x.device):
             mixed = mixed.view(-1, 9 * K, h * w)
-            _multiply(_each(matrix, stop - start), maps[start:stop].to(dtype), mixed)
+            _multiply(_each(matrix, stop - start), x[start:stop].flatten(2).to(dtype), mixed)
             _expand(mixed, bias, out[start:stop], h, w, resize, table)
         return out
     matrix = _beside(weight, dtype)
@@ -270,38 +290,28 @@ def forward(x, weight, bias, H, W, resize):
     return out
 
 
-def backward(grad, x, weight, resize, needs_x, needs_weight):
-    """Gradients of x (in its dtype and memory format) and weight (K, C, 3, 3), float32; nothing (0,) where not needed."""
-    (h, w), (H, W) = x.shape[2:], grad.shape[2:]
-    g_x = torch.empty_like(x) if needs_x else x.new_empty((0,))
-    g_weight = torch.zeros(weight.shape if needs_weight else (0,), dtype=torch.float32, device=x.device)
-    if grad.numel() == 0:
-        return g_x, g_weight
-    grad = grad.contiguous()
-    if _mixed_first(h, w, H, W):
-        found = _backward_by_taps(grad, x, weight, resize, g_x if needs_x else None, needs_weight)
-    else:
-        found = _backward_beside(grad, x, weight, resize, g_x if needs_x else None, needs_weight)
-    return g_x, found if needs_weight else g_weight
+def write_gradients(grad, x, weight, resize, g_x, needs_weight):
+    """Writes the gradient of x into g_x, if there is one; gives that of the weight (K, C, 3, 3), float32, or None. No empty maps."""
+    (C, h, w), (K, H, W) = x.shape[1:], grad.shape[1:]
+    by = _backward_by_taps if _mixed_first(h * w, K, H * W, C) else _backward_beside
+    return by(grad, x, weight, resize, g_x, needs_weight)
 
 
 def _backward_by_taps(grad, x, weight, resize, g_x, needs_weight):
-    """Writes g_x, if there is one; gives the gradient of the weight."""
     (N, C, h, w), K, dtype = x.shape, weight.shape[0], _operand(x, weight)
-    matrix, maps = _by_taps(weight, dtype), x.flatten(2)
+    matrix = _by_taps(weight, dtype)
     g_matrix, table = _Sum((9 * K, C), x.device), takers(h, w, *grad.shape[2:], resize, x.device)
     for start, stop, collected in _chunks(N, 9 * K * max(h * w, C), dtype, x.device, 9 * K * h * w):
         collected, count = collected.view(-1, 9 * K, h * w), stop - start
         _collect(grad[start:stop], collected, h, w, resize, table)
         if needs_weight:
-            g_matrix.add(collected, maps[start:stop].to(dtype).transpose(1, 2))
+            g_matrix.add(collected, x[start:stop].flatten(2).to(dtype).transpose(1, 2))
         if g_x is not None:
             _multiply_into_maps(_each(matrix.t(), count), collected, g_x[start:stop])
     return g_matrix.total.view(3, 3, K, C).permute(2, 3, 0, 1).contiguous() if needs_weight else None
 
 
 def _backward_beside(grad, x, weight, resize, g_x, needs_weight):
-    """Likewise."""
     (N, C, h, w), (K, H, W), dtype = x.shape, grad.shape[1:], _operand(x, weight)
     matrix = _beside(weight, dtype)
     g_matrix = _Sum((K, 9 * C), x.device)
@@ -318,6 +328,32 @@ def _backward_beside(grad, x, weight, resize, g_x, needs_weight):
     return g_matrix.total.view(K, 3, 3, C).permute(0, 3, 1, 2).contiguous() if needs_weight else None
 
 
+def pointwise(x, weight, bias):
+    """z (N, K, h, w), float32, of a 1x1 convolution without resize; x and weight as in `convolve`."""
+    (N, C, h, w), K, dtype = x.shape, weight.shape[0], _operand(x, weight)
+    out = torch.empty((N, K, h, w), dtype=torch.float32, device=x.device)
+    matrix = weight.to(dtype).flatten(1)
+    for start, stop in _spans(N, max(K, C) * h * w):
+        z = out[start:stop].view(-1, K, h * w)
+        _multiply(_each(matrix, stop - start), x[start:stop].flatten(2).to(dtype), z)
+        if bias is not None:
+            z += bias[:, None]
+    return out
+
+
+def pointwise_gradients(grad, x, weight, g_x, needs_weight):
+    """As `write_gradients`."""
+    (N, C, h, w), K, dtype = x.shape, weight.shape[0], _operand(x, weight)
+    matrix, g_matrix = weight.to(dtype).flatten(1), _Sum((K, C), x.device)
+    for start, stop in _spans(N, max(K, C) * max(h * w, C)):
+        given = grad[start:stop].flatten(2).to(dtype)
+        if needs_weight:
+            g_matrix.add(given, x[start:stop].flatten(2).to(dtype).transpose(1, 2))
+        if g_x is not None:
+            _multiply_into_maps(_each(matrix.t(), stop - start), given, g_x[start:stop])
+    return g_matrix.total.view(weight.shape) if needs_weight else None
+
+
 def _check_size(h: int, w: int, H: int, W: int) -> None:
     if not fits(h, w, H, W) or max(h * w, H * W) >= 2**31:
         raise ValueError(
@@ -325,9 +361,9 @@ def _check_size(h: int, w: int, H: int, W: int) -> None:
         )
 
 
-def _mixed_first(h: int, w: int, H: int, W: int) -> bool:
-    """Whether channels are mixed at the size of x: where it has fewer pixels."""
-    return h * w < H * W
+def _mixed_first(pixels_x: int, K: int, pixels_z: int, C: int) -> bool:
+    """Whether channels are mixed at the size of x: where it has fewer pixels, or as many, and z has fewer channels."""
+    return (pixels_x, K) < (pixels_z, C)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -355,12 +391,19 @@ def _each(matrix: torch.Tensor, count: int) -> torch.Tensor:
 
 def _chunks(N: int, numbers: int, dtype: torch.dtype, device: torch.device, held: int | None = None):
     """(start, stop, buffer) of the samples that are taken at once, at ``numbers`` a sample, of which the buffer holds ``held``."""
-    count = max(1, min(N, MOST // numbers, MOST_SAMPLES))
+    buffer = None
     held = numbers if held is None else held
-    buffer = torch.empty(count * held, dtype=dtype, device=device)
-    for start in range(0, N, count):
-        stop = min(start + count, N)
+    for start, stop in _spans(N, numbers):
+        if buffer is None:  # of the first, which are the most
+            buffer = torch.empty((stop - start) * held, dtype=dtype, device=device)
         yield start, stop, buffer[: (stop - start) * held]
+
+
+def _spans(N: int, numbers: int) -> typing.Iterator[tuple[int, int]]:
+    """The samples that are taken at once, at ``numbers`` a sample."""
+    count = max(1, min(N, MOST // numbers, MOST_SAMPLES))
+    for start in range(0, N, count):
+        yield start, min(start + count, N)
 
 
 def _multiply(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:

@@ -1,7 +1,8 @@
 """Runs the tests of this folder in Triton's interpreter, which has to be switched on before Triton is imported: in a child process.
 
 A test here calls the public ops with impl="triton" on CPU tensors. In an ordinary run the first of them starts one child with all that
-were selected, and each then passes or fails as it did there. With TRITON_INTERPRET=1 set they run where they are, for a debugger:
+were selected, and each then passes or fails as it did there; with `pytest -n N`, where another process may have the other files, a child
+takes the tests of one file. With TRITON_INTERPRET=1 set they run where they are, for a debugger:
 
     TRITON_INTERPRET=1 python -m pytest tests/interpreted -k supcon
 """
@@ -21,7 +22,7 @@ from infopro_fast.ops import dispatch
 FOLDER = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(os.path.dirname(FOLDER))
 REPORT = "INFOPRO_INTERPRETED_REPORT"  # the file that the child writes one JSON line a test to
-OUTCOMES = pytest.StashKey[dict]()
+OUTCOMES = pytest.StashKey[dict]()  # by folder or file: what its child found
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -31,10 +32,11 @@ def pytest_pyfunc_call(pyfuncitem):
         return None
     if pyfuncitem.config.getoption("--reference-only"):
         pytest.skip("--reference-only")
-    stash = pyfuncitem.session.stash
-    if OUTCOMES not in stash:
-        stash[OUTCOMES] = _run_in_a_child([item.nodeid for item in pyfuncitem.session.items if str(item.path).startswith(FOLDER)])
-    outcome, text = stash[OUTCOMES].get(pyfuncitem.nodeid, ("failed", stash[OUTCOMES]["output"]))
+    found = pyfuncitem.session.stash.setdefault(OUTCOMES, {})
+    together = str(pyfuncitem.path) if "PYTEST_XDIST_WORKER" in os.environ else FOLDER
+    if together not in found:
+        found[together] = _run_in_a_child([item.nodeid for item in pyfuncitem.session.items if str(item.path).startswith(together)])
+    outcome, text = found[together].get(pyfuncitem.nodeid, ("failed", found[together]["output"]))
     if outcome == "skipped":
         pytest.skip(text)
     if outcome == "failed":

@@ -1,4 +1,4 @@
-"""What every op promises (tests/test_contract.py), of its Triton kernels: one case an op."""
+"""What every op promises (tests/test_contract.py), of its Triton kernels: one case an op, and one of a form that has kernels of its own."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from infopro_fast.ops import dispatch
 from tests import compare
-from tests.op_cases import SMALL, check, gradients, upstream
+from tests.op_cases import FORMS, SMALL, check, gradients, upstream
 
-OPS = pytest.mark.parametrize("op", sorted(dispatch._TRITON_OPS & set(SMALL)))
+OPS = pytest.mark.parametrize("op", sorted(form for form in FORMS if form.split(",")[0] in dispatch._TRITON_OPS))
+PARTS = {"reconstruction_loss, chain": ("chain_stage", "chain_loss")}  # opaque ops that do not have the op's name
 
 
 def results(op, inputs):
-    loss = SMALL[op]().function("triton")(inputs)
+    loss = FORMS[op]().function("triton")(inputs)
     return {"loss": loss.detach()} | gradients(loss, inputs)
 
 
@@ -29,21 +30,22 @@ def raw_calls(op):
             return func(*args, **(kwargs or {}))
 
     with Record():
-        results(op, SMALL[op]().inputs(torch.float32))
+        results(op, FORMS[op]().inputs(torch.float32))
     return calls
 
 
 @OPS
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
 def test_loss_and_gradients(op, dtype):
-    check(SMALL[op](), "triton", dtype)
+    check(FORMS[op](), "triton", dtype)
 
 
 @OPS
 def test_opaque_ops(op):
     """They are the Triton ones, pass opcheck, and give nobody else's memory."""
     calls = raw_calls(op)
-    assert [f.overloadpacket.__name__ for f, _ in calls] == [f"{op}_forward_triton", f"{op}_backward_triton"]
+    names = {f"{part}_{direction}_triton" for part in PARTS.get(op, (op,)) for direction in ("forward", "backward")}
+    assert {f.overloadpacket.__name__ for f, _ in calls} == names and (op in PARTS or len(calls) == 2)
     for overload, args in calls:
         torch.library.opcheck(overload, args)
         before = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
@@ -57,8 +59,8 @@ def test_opaque_ops(op):
 
 @OPS
 def test_autocast_changes_nothing(op):
-    expected = results(op, SMALL[op]().inputs(torch.float32))
-    inputs = SMALL[op]().inputs(torch.float32)
+    expected = results(op, FORMS[op]().inputs(torch.float32))
+    inputs = FORMS[op]().inputs(torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = results(op, inputs)
     for name, t in found.items():
@@ -67,8 +69,8 @@ def test_autocast_changes_nothing(op):
 
 @OPS
 def test_twice_through_one_graph(op):
-    inputs = SMALL[op]().inputs(torch.float32)
-    loss = SMALL[op]().function("triton")(inputs)
+    inputs = FORMS[op]().inputs(torch.float32)
+    loss = FORMS[op]().function("triton")(inputs)
     first = gradients(loss, inputs, retain_graph=True)
     for name, g in gradients(loss, inputs).items():
         compare.assert_same(g, first[name], name)
@@ -76,8 +78,8 @@ def test_twice_through_one_graph(op):
 
 @OPS
 def test_the_upstream_gradient_may_be_a_view(op):
-    inputs = SMALL[op]().inputs(torch.float32)
-    loss = SMALL[op]().function("triton")(inputs)
+    inputs = FORMS[op]().inputs(torch.float32)
+    loss = FORMS[op]().function("triton")(inputs)
     grad = upstream(loss)
     expected = gradients(loss, inputs, grad, retain_graph=True)
     strided = torch.stack((grad, grad + 1), -1)[..., 0]
@@ -87,7 +89,7 @@ def test_the_upstream_gradient_may_be_a_view(op):
 
 @OPS
 def test_one_gradient_at_a_time(op):
-    case = SMALL[op]()
+    case = FORMS[op]()
     everything = results(op, case.inputs(torch.float32))
     for name in case.differentiable:
         alone = results(op, case.inputs(torch.float32, grad=(name,)))
@@ -97,9 +99,9 @@ def test_one_gradient_at_a_time(op):
 
 @OPS
 def test_no_second_derivative(op):
-    inputs = SMALL[op]().inputs(torch.float32)
-    found = gradients(SMALL[op]().function("triton")(inputs), inputs, create_graph=True)
-    with pytest.raises(RuntimeError, match=f"{op}: the kernels have no second derivative"):
+    inputs = FORMS[op]().inputs(torch.float32)
+    found = gradients(FORMS[op]().function("triton")(inputs), inputs, create_graph=True)
+    with pytest.raises(RuntimeError, match=f"{op.split(',')[0]}: the kernels have no second derivative"):
         next(iter(found.values())).sum().backward()
 
 
@@ -112,7 +114,7 @@ class _Items(TorchDispatchMode):
 
 @OPS
 def test_no_value_is_read_back_to_the_host(op):
-    inputs, call = SMALL[op]().inputs(torch.float32), SMALL[op]().function("triton")
+    inputs, call = FORMS[op]().inputs(torch.float32), FORMS[op]().function("triton")
     grad = upstream(call(inputs))
     with _Items():
         gradients(call(inputs), inputs, grad)
@@ -121,10 +123,10 @@ def test_no_value_is_read_back_to_the_host(op):
 @OPS
 def test_captured_by_a_compiler(op):
     torch._dynamo.reset()
-    call = SMALL[op]().function("triton")
-    if op in ("reconstruction_loss", "norm_relu_pool"):
+    call = FORMS[op]().function("triton")
+    if op.startswith("reconstruction_loss") or op == "norm_relu_pool":
         pytest.skip("its case swaps parameters, which no tracer follows: tests/test_compile.py has the other implementations")
-    inputs = SMALL[op]().inputs(torch.float32)
+    inputs = FORMS[op]().inputs(torch.float32)
     expected = results(op, inputs)
     loss = torch.compile(call, fullgraph=True, backend="aot_eager")(inputs)
     found = {"loss": loss.detach()} | gradients(loss, inputs)
@@ -133,4 +135,4 @@ def test_captured_by_a_compiler(op):
 
 
 def test_every_op_with_triton_kernels_has_a_case_here():
-    assert dispatch._TRITON_OPS <= set(SMALL)
+    assert dispatch._TRITON_OPS <= set(SMALL).union(*PARTS.values())

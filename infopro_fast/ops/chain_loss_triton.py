@@ -1,0 +1,121 @@
+"""Triton kernels of the last stage of a chain decoder (`chain_decoder`): the convolution to 3 channels, and the loss of its logits.
+
+    s = conv3x3(resize(a)) + bias          (N, 3, H, W), float32, transient       `chain_stage_triton`
+    loss = mean of the loss of a pixel     _loss_kernel, a partial sum a program, added up in float64
+    ds                                     _gradient_kernel, in place of s
+
+Forward and backward find s each. Of the size of the image there is nothing else: bytes a sample, 12 H W for s, written and read, and the
+image's own, which is restored and clamped on the way; then a stage's.
+"""
+
+from __future__ import annotations
+
+import typing
+
+import torch
+import triton
+import triton.language as tl
+
+from . import chain_stage_triton as stage
+from .reconstruction_loss_triton import _pixel, _target
+from .triton_target import Compilation
+
+BLOCK = 1024  # pixels of a plane that a program takes
+
+
+@triton.jit
+def _pixels(
+    s, image, W, HW, stride_n, stride_o, stride_y, stride_x, m0, m1, m2, d0, d1, d2, RESTORE: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """This program's logits and targets, a block of one of the 3 N planes; where they are, and which of them there are."""
+    blocks = tl.cdiv(HW, BLOCK)
+    plane, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    n, o = (plane // 3).to(tl.int64), plane % 3
+    pixel = block * BLOCK + tl.arange(0, BLOCK)
+    inside = pixel < HW
+    mean = tl.where(o == 0, m0, tl.where(o == 1, m1, m2))
+    deviation = tl.where(o == 0, d0, tl.where(o == 1, d1, d2))
+    at = n * stride_n + o.to(tl.int64) * stride_o + (pixel // W).to(tl.int64) * stride_y + (pixel % W).to(tl.int64) * stride_x
+    target = _target(image, at, inside, mean, deviation, RESTORE)
+    place = plane.to(tl.int64) * HW + pixel
+    return tl.load(s + place, mask=inside, other=0.0), target, place, inside
+
+
+@triton.jit
+def _loss_kernel(
+    s, image, partial, W, HW, stride_n, stride_o, stride_y, stride_x, m0, m1, m2, d0, d1, d2,
+    RESTORE: tl.constexpr, LOSS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    logit, target, place, inside = _pixels(
+        s, image, W, HW, stride_n, stride_o, stride_y, stride_x, m0, m1, m2, d0, d1, d2, RESTORE, BLOCK
+    )  # fmt: skip
+    loss, slope = _pixel(logit, target, LOSS)
+    tl.store(partial + tl.program_id(0), tl.sum(tl.where(inside, loss, 0.0)))
+
+
+@triton.jit
+def _gradient_kernel(
+    s, image, grad, weight, W, HW, stride_n, stride_o, stride_y, stride_x, m0, m1, m2, d0, d1, d2,
+    RESTORE: tl.constexpr, LOSS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """s becomes grad * weight * d loss / d s."""
+    logit, target, place, inside = _pixels(
+        s, image, W, HW, stride_n, stride_o, stride_y, stride_x, m0, m1, m2, d0, d1, d2, RESTORE, BLOCK
+    )  # fmt: skip
+    loss, slope = _pixel(logit, target, LOSS)
+    tl.store(s + place, slope * (tl.load(grad).to(tl.float32) * weight), mask=inside)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Launchers: the arguments of the ops' schemas
+
+
+def _logits(x, norm, weight, bias, image, mode) -> torch.Tensor:
+    return stage.convolve(x if norm is None else stage.Activation(x, norm), weight, bias, *image.shape[2:], mode)
+
+
+def _common(s: torch.Tensor, image: torch.Tensor, restore: list[float], loss: int) -> tuple[tuple[int], tuple, tuple]:
+    """Grid, sizes and strides, and what is compiled in."""
+    N, _, H, W = s.shape
+    sizes = (W, H * W, *image.stride(), *(restore or [0.0] * 6))
+    return (3 * N * triton.cdiv(H * W, BLOCK),), sizes, (bool(restore), loss, BLOCK)
+
+
+def forward(x, mean, var, gamma, beta, eps, weight, bias, image, restore, mode, factors, loss, in_f64):
+    """`chain_loss_forward`: the mean loss, 0-d float32; 0 of an empty batch."""
+    if x.shape[0] == 0:
+        return x.new_zeros((), dtype=torch.float32)
+    s = _logits(x, stage.norm_of(mean, var, gamma, beta, eps), weight, bias, image, mode)
+    grid, sizes, compiled = _common(s, image, restore, loss)
+    partial = torch.empty(grid, dtype=torch.float32, device=s.device)
+    _loss_kernel[grid](s, image, partial, *sizes, *compiled)
+    return (partial.sum(dtype=torch.float64) / s.numel()).float()
+
+
+def backward(grad, x, mean, var, gamma, beta, eps, weight, bias, image, restore, mode, factors, loss, needs_x, needs_weight):
+    """`chain_loss_backward`: as `chain_stage_backward`, and the bias's gradient (3,)."""
+    norm = stage.norm_of(mean, var, gamma, beta, eps)
+    if x.shape[0] == 0:
+        s = x.new_empty((0, 3, *image.shape[2:]), dtype=torch.float32)
+    else:
+        s = _logits(x, norm, weight, bias, image, mode)
+        grid, sizes, compiled = _common(s, image, restore, loss)
+        _gradient_kernel[grid](s, image, grad, 1.0 / s.numel(), *sizes, *compiled)
+    return *stage.through(s, x, norm, weight, mode, needs_x, needs_weight), s.sum((0, 2, 3))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is compiled, for tests that compile it ahead of time
+
+
+def configurations(cc: int) -> typing.Iterator[Compilation]:
+    """Both kernels with every loss, an image of each dtype, contiguous and channels_last; of one pixel."""
+    cases = [("fp32", 0, True, {"stride_x": 1}), ("bf16", 1, True, {"stride_o": 1}), ("fp16", 2, False, {"W": 1, "HW": 1, "stride_x": 1})]
+    for dtype, loss, restore, fixed in cases:
+        for kernel in (_loss_kernel, _gradient_kernel):
+            constexprs = {"RESTORE": restore, "LOSS": loss, "BLOCK": BLOCK} | fixed
+            names = [name for name in kernel.arg_names if name not in constexprs]
+            floats = dict.fromkeys(("weight", "m0", "m1", "m2", "d0", "d1", "d2"), "fp32")
+            types = {"s": "*fp32", "grad": "*fp32", "partial": "*fp32", "image": f"*{dtype}"} | floats
+            signature = {name: types.get(name, "i32") for name in names} | dict.fromkeys(constexprs, "constexpr")
+            yield Compilation(kernel, signature, constexprs, 4, 3, False, tuple(name for name in names if name not in floats))

@@ -1,0 +1,85 @@
+"""The Triton kernels of `reconstruction_loss` with chain decoders: released values, every form of layer and size, chunks, processes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from infopro_fast.ops import reconstruction_loss
+from tests import compare, op_cases, test_chain_decoder
+from tests.op_cases import chain, check, gradients
+from tests.test_chain_decoder import FORMS, GOLDEN
+
+NO_WHOLE_SIZE = ("factors of no whole size", "factors of no whole size, nearest", "a factor that keeps the size")
+
+
+@pytest.mark.parametrize("case", GOLDEN, ids=lambda case: case["kind"])
+def test_released_values(case):
+    test_chain_decoder.assert_released(case, "triton", torch.float32)
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form not in NO_WHOLE_SIZE])
+def test_forms(form):
+    check(chain(**FORMS[form]), "triton", torch.float32)
+
+
+@pytest.mark.parametrize("form", ("four stages", "shrinks", "1x1 resized"))
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_sixteen_bits(form, dtype):
+    check(chain(**FORMS[form]), "triton", dtype)
+
+
+@pytest.mark.parametrize("layout", ("channels_last", "transposed", "slice", "step"))
+def test_layouts(layout):
+    case = chain(stages=((None, 1, 6), (test_chain_decoder.doubled(), 3, 4)))
+    inputs = {k: op_cases.relayout(t, layout)[0] for k, t in case.inputs(torch.float32).items()}
+    check(case, "triton", torch.float32, inputs)
+
+
+@pytest.mark.parametrize("form", ("no bias", "shrinks"))
+def test_in_chunks_of_samples(form, monkeypatch):
+    from infopro_fast.ops import upsample_conv3x3_triton as module
+
+    spans, asked = module._spans, []
+    monkeypatch.setattr(module, "MOST", 200)
+    monkeypatch.setattr(module, "_spans", lambda N, numbers: asked.append(found := list(spans(N, numbers))) or found)
+    check(chain(N=3, **FORMS[form]), "triton", torch.float32)
+    assert max(map(len, asked)) == 3
+
+
+def test_several_blocks_of_a_map():
+    check(chain(N=1, C=2, h=5, w=210, stages=((None, 1, 2),), size=(5, 210)), "triton", torch.float32)
+
+
+def test_same_bits_twice():
+    case = chain()
+    first, second = (gradients(case.function("triton")(t), t) for t in (case.inputs(torch.float32), case.inputs(torch.float32)))
+    for name, t in first.items():
+        compare.assert_same(second[name], t, name)
+
+
+@pytest.mark.parametrize("N", (0, 1))
+def test_few_samples(N):
+    case = chain(N=N, training=False)
+    inputs = case.inputs(torch.float32)
+    found = gradients(case.function("triton")(inputs), inputs)
+    assert all(torch.isfinite(t).all() for t in found.values()) and (N > 0 or not any(t.any() for t in found.values()))
+
+
+def test_a_nan_is_not_hidden():
+    decoder = nn.Sequential(nn.Conv2d(2, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 3, padding=1), nn.Sigmoid()).eval()
+    features = torch.full((2, 2, 3, 3), torch.nan)
+    assert reconstruction_loss(features, torch.rand(2, 3, 3, 3), decoder, impl="triton").isnan()
+
+
+@pytest.mark.parametrize("sizes", ((2, 3), (4, 0)), ids=str)
+def test_sync_batch_norm_takes_the_statistics_of_all_processes(sizes, tmp_path):
+    test_chain_decoder.assert_synced(sizes, "triton", torch.float32, tmp_path)
+
+
+@pytest.mark.parametrize("form", NO_WHOLE_SIZE)
+def test_factors_of_no_whole_size_are_refused(form):
+    case = chain(**FORMS[form])
+    with pytest.raises(ValueError, match=r"impl='triton' cannot run this call: an Upsample by \(.*\) makes maps of .* no whole size"):
+        case.function("triton")(case.inputs(torch.float32))
