@@ -163,7 +163,31 @@ def upsample_conv_backward(s: shapes.UpsampleConvShape, size: int = 4) -> Floor:
     return Floor(moved * size, 2 * forward.macs, forward.elementwise)
 
 
+def _chain_parts(s: shapes.ChainShape) -> tuple[int, float, list[Floor]]:
+    """Of the released ImageNet decoder: numbers of the hidden maps z, the 1x1 convolution's multiply-adds, and the three others' floors."""
+    convolutions = [shapes.UpsampleConvShape(s.N, C, side, K) for C, side, K in ((128, s.h, 32), (32, 2 * s.h, 12), (12, 4 * s.h, 3))]
+    hidden = s.N * (128 * s.h**2 + 32 * (2 * s.h) ** 2 + 12 * (4 * s.h) ** 2)
+    return hidden, s.N * 128 * s.C * s.h**2, [upsample_conv_forward(c) for c in convolutions]
+
+
+def chain_forward(s: shapes.ChainShape, size: int = 4) -> Floor:
+    """Each z is written, and read once its statistics are known; the logits stay on the chip."""
+    hidden, first, others = _chain_parts(s)
+    moved = s.N * (s.C * s.h**2 + 3 * (8 * s.h) ** 2)
+    return Floor(moved * size + 8 * hidden, first + sum(f.macs for f in others), sum(f.elementwise for f in others))
+
+
+def chain_backward(s: shapes.ChainShape, size: int = 4) -> Floor:
+    """The logits again. Each z is read for its ReLU, with what goes into the next weight's gradient, and for its batch norm, once the
+    sums of dy are known; dy is written by the first and read by the second."""
+    hidden, first, others = _chain_parts(s)
+    moved = s.N * (2 * s.C * s.h**2 + 3 * (8 * s.h) ** 2)
+    products, expansions = 2 * (first + sum(f.macs for f in others)), sum(f.elementwise for f in others)
+    return Floor(moved * size + 16 * hidden, products + others[-1].macs, expansions + others[-1].elementwise)
+
+
 GPU_DECODER = tuple(shape._replace(N=1024) for shape in shapes.DECODER)
+GPU_CHAIN = tuple(shape._replace(N=64) for shape in shapes.CHAIN)
 GPU_SUPCON = (shapes.SupConShape(1024), shapes.SupConShape(8192), shapes.SupConShape(65536))
 GPU_DENSE = (*shapes.DENSE, shapes.DENSE_LARGER[1])
 GPU_UPSAMPLE_CONV = (*shapes.UPSAMPLE_CONV, shapes.UPSAMPLE_CONV[0]._replace(N=64))
@@ -171,6 +195,7 @@ GPU_LINEAR = (shapes.LinearShape(1024, 128, 10), shapes.LinearShape(4096, 1024, 
 
 KERNELS: dict[str, tuple[typing.Callable, typing.Callable, tuple]] = {
     "reconstruction_loss": (decoder_forward, decoder_backward, GPU_DECODER),
+    "chain_decoder": (chain_forward, chain_backward, GPU_CHAIN),
     "supcon_loss": (supcon_forward, supcon_backward, GPU_SUPCON),
     "linear_cross_entropy": (linear_forward, linear_backward, GPU_LINEAR),
     "norm_relu_pool": (pool_forward, pool_backward, shapes.POOL),

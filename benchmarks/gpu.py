@@ -26,18 +26,19 @@ from benchmarks.device import provenance
 from benchmarks.table import size
 
 RESULTS = pathlib.Path(__file__).parent / "results"
-OPS = ("reconstruction_loss", "supcon_loss", "linear_cross_entropy", "upsample_cross_entropy", "upsample_conv3x3", "norm_relu_pool")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 OURS = (workloads.OURS, workloads.TRITON)
 METHODS = {
     "reconstruction_loss": ("eager", "channels_last", "compile", "compile channels_last", "compile max-autotune", "checkpoint",
                             *OURS, workloads.CUDA),
+    "chain_decoder": ("eager", "channels_last", "compile", "compile channels_last", "checkpoint", *OURS),
     "supcon_loss": ("eager", "eager short", "compile", "compile max-autotune", "checkpoint", *OURS),
     "linear_cross_entropy": ("eager", "compile", "compile max-autotune", "checkpoint", "Liger", "cut-cross-entropy", *OURS),
     "upsample_cross_entropy": ("eager", "channels_last", "compile", "checkpoint", *OURS),
     "upsample_conv3x3": ("eager", "channels_last", "compile", "compile channels_last", "checkpoint", *OURS),
     "norm_relu_pool": ("eager", "channels_last", "compile", "checkpoint", *OURS),
 }
+OPS = tuple(METHODS)
 
 
 @dataclasses.dataclass
@@ -177,7 +178,8 @@ def op_shapes(op: str, small: bool) -> list:
     if not small:
         return list(floors.KERNELS[op][2])
     return {
-        "reconstruction_loss": [shapes.DecoderShape(2, 8, 8, 16)], "supcon_loss": [shapes.SupConShape(48)],
+        "reconstruction_loss": [shapes.DecoderShape(2, 8, 8, 16)], "chain_decoder": [shapes.ChainShape(1, 8, 2)],
+        "supcon_loss": [shapes.SupConShape(48)],
         "linear_cross_entropy": [shapes.LinearShape(32, 16, 10)], "upsample_cross_entropy": [shapes.DenseShape(1, 5, 4, 8, 16, 32)],
         "upsample_conv3x3": [shapes.UpsampleConvShape(2, 8, 4, 6)], "norm_relu_pool": [shapes.PoolShape(4, 8, 4)],
     }[op]  # fmt: skip

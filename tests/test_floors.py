@@ -49,6 +49,19 @@ def test_products_are_what_torch_counts():
     assert floors.supcon_backward(shapes.SupConShape(N, D)).macs == forward + pairs
 
 
+def test_chain_decoder_is_what_torch_counts():
+    """Every 3x3 convolution behind a doubling as a 1x1 one to nine times the channels in front of it; the logits once more in backward."""
+    s = shapes.ChainShape(2, 7, 3)
+    layers = [(7, 128, 3), (128, 9 * 32, 3), (32, 9 * 12, 6), (12, 9 * 3, 12)]
+    calls = [
+        (torch.randn(2, C, side, side, requires_grad=True), torch.randn(K, C, 1, 1, requires_grad=True)) for C, K, side in layers
+    ]  # fmt: skip
+    forward = [_macs(lambda x=x, w=w: F.conv2d(x, w)) for x, w in calls]
+    whole = [_macs(lambda x=x, w=w: F.conv2d(x, w).sum().backward()) for x, w in calls]
+    assert floors.chain_forward(s).macs == sum(forward)
+    assert floors.chain_backward(s).macs == sum(whole) - sum(forward) + forward[-1]
+
+
 def test_upsample_conv_is_what_torch_counts():
     """A 1x1 convolution to nine times the channels in place of a 3x3 one at four times the pixels, and its two gradients."""
     s = shapes.UpsampleConvShape(2, 5, 4, 3)
