@@ -236,8 +236,8 @@ def test_accounted_peak_is_the_systems(way, cpu):
 
 
 def test_a_failing_process_is_told():
-    with pytest.raises(RuntimeError, match="infopro_fast.memory.compare:_measure_here .*nonsense(.|\n)*arch: expected one of"):
+    with pytest.raises(RuntimeError, match="infopro_fast.memory.compare:_bytes_here .*nonsense(.|\n)*arch: expected one of"):
         resident.in_a_process(
-            "infopro_fast.memory.compare:_measure_here", way=dict(modules=1), arch="nonsense", batch_size=1, image_size=32, rounds=1,
+            "infopro_fast.memory.compare:_bytes_here", way=dict(modules=1), arch="nonsense", batch_size=1, image_size=32,
             device="cpu", threads=1,
         )  # fmt: skip

@@ -9,13 +9,11 @@ from typing import Any
 
 import torch
 
-from infopro_fast.memory.resident import in_a_process
+from infopro_fast.memory.resident import KEEPING, in_a_process
 from infopro_fast.memory.step import measure_step
 from infopro_fast.trainer import loop, schedule
 from infopro_fast.trainer.config import TrainConfig
 from infopro_fast.trainer.step import LocalTrainer
-
-from .runner import MALLOC
 
 STEPS = 7  # timed, after two to warm up
 
@@ -27,7 +25,7 @@ def measure(config: TrainConfig) -> dict[str, float] | None:
     """
     if config.order != "simultaneous":
         return None
-    return in_a_process("infopro_fast.studies.costs:_measure_here", malloc=MALLOC, settings=config.resolved().to_json())
+    return in_a_process("infopro_fast.studies.costs:_measure_here", malloc=KEEPING, settings=config.resolved().to_json())
 
 
 def _measure_here(settings: str) -> dict[str, Any]:

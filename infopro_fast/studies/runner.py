@@ -14,14 +14,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from infopro_fast.memory.resident import KEEPING
 from infopro_fast.trainer import report
 from infopro_fast.trainer.config import TrainConfig
 
 from .tables import Job, same_run
 
 POLL_SECONDS = 0.5
-# Without these, glibc hands a map's pages back to the system after every use and gets them zeroed again: a third of a step's time.
-MALLOC = {"MALLOC_TRIM_THRESHOLD_": str(1 << 32), "MALLOC_MMAP_THRESHOLD_": str(1 << 32)}
 
 
 class StudyError(RuntimeError):
@@ -91,7 +90,7 @@ def _start(job: Job) -> subprocess.Popen:
     command = [sys.executable, "-m", "infopro_fast", "train", *(["--resume", str(job.folder)] if begun else flags(job.config))]
     with open(_log(job), "ab") as log:
         return subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env={**MALLOC, **os.environ}, start_new_session=True
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env={**KEEPING, **os.environ}, start_new_session=True
         )
 
 
