@@ -503,3 +503,20 @@ def test_available_names_every_implementation(case):
 def test_available_of_an_unknown_op():
     with pytest.raises(ValueError, match="available: op: expected one of .*supcon_loss.* got 'softmax'"):
         ops.available("softmax", "cpu")
+
+
+def test_a_batch_norm_with_a_weight_alone(impl):
+    """nn.BatchNorm2d(bias=False): as with a bias of 0."""
+    x, image = torch.rand(3, 4, 5, 5, dtype=torch.float64), torch.rand(3, 3, 5, 5, dtype=torch.float64)
+    calls = {
+        "decoder": (op_cases.make_decoder(4, 6), 1), "chain": (op_cases.make_chain(4, ((None, 1, 6),), torch.nn.Upsample((5, 5))), 1),
+        "pool": (torch.nn.BatchNorm2d(4).double(), None),
+    }  # fmt: skip
+    for name, (layers, place) in calls.items():
+        norm, found = layers if place is None else layers[place], []
+        for bias in (torch.nn.Parameter(torch.zeros_like(norm.weight)), None):
+            norm.bias = bias
+            out = ops.norm_relu_pool(x, norm, impl=impl).sum() if place is None else ops.reconstruction_loss(x, image, layers, impl=impl)
+            found.append((out, *torch.autograd.grad(out, [p for p in layers.parameters() if p is not bias])))
+        for a, b in zip(*found, strict=True):
+            compare.assert_same(a, b, name)

@@ -70,6 +70,28 @@ def test_auto_on_cuda_takes_the_compiled_kernels_then_triton(on_cuda, monkeypatc
     assert dispatch.resolve("supcon_loss", "auto", tensors(on_cuda)) == "triton"  # it has no compiled ones
 
 
+def chain_call(impl: str, up: torch.nn.Upsample):
+    """A chain decoder, all of it on the device of fake tensors."""
+    nn = torch.nn
+    with torch.device("cuda"):
+        decoder = nn.Sequential(nn.Conv2d(2, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), up, nn.Conv2d(4, 3, 3, padding=1), nn.Sigmoid())
+    image = torch.empty(2, 3, *(int(4 * f) for f in up.scale_factor), device="cuda")
+    with _Calls() as calls:
+        ops.reconstruction_loss(torch.empty(2, 2, 4, 4, device="cuda"), image, decoder, impl=impl)
+    return calls.names
+
+
+def test_auto_on_cuda_takes_triton_for_chain_decoders(on_cuda, monkeypatch):
+    monkeypatch.setattr(dispatch, "_CUDA_KERNELS_MISSING", None)  # which they have not
+    doubled, odd = torch.nn.Upsample(scale_factor=(2, 2)), torch.nn.Upsample(scale_factor=(1.6, 1.6))
+    assert chain_call("auto", doubled) == ["chain_stage_forward_triton", "chain_loss_forward_triton"]
+    with pytest.raises(ValueError, match="impl='cuda' cannot run this call: this decoder is no Conv2d 3x3"):
+        chain_call("cuda", doubled)
+    dispatch._warn_slow.cache_clear()
+    with pytest.warns(UserWarning, match="impl='auto' takes the slow reference: an Upsample by .* no whole size"):
+        assert chain_call("auto", odd) == []
+
+
 def test_auto_on_cuda_runs_the_triton_op(on_cuda):
     with _Calls() as calls:
         loss = ops.supcon_loss(torch.empty(6, 4, device="cuda", requires_grad=True), torch.zeros(6, dtype=torch.long, device="cuda"))
@@ -96,7 +118,7 @@ def test_a_named_implementation_that_cannot_run_on_cuda(impl, words, on_cuda):
 
 
 @pytest.mark.skipif(dispatch.INTERPRETED, reason="Triton interprets its kernels on CPU tensors here")
-@pytest.mark.parametrize("op", sorted(dispatch._TRITON_OPS))
+@pytest.mark.parametrize("op", sorted(dispatch._TRITON_OPS & set(SMALL)))
 def test_triton_on_cpu_tensors_says_what_it_takes(op):
     inputs = SMALL[op]().inputs(torch.float32)
     words = r"\S+ is on cpu: runs on CUDA tensors; on CPU tensors in Triton's interpreter alone, if TRITON_INTERPRET=1"

@@ -12,6 +12,11 @@ def uses_batch_statistics(norm: nn.BatchNorm2d) -> bool:
     return norm.training or norm.running_mean is None
 
 
+def affine(norm: nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
+    """Weight and bias; the bias is 0 where the layer has a weight alone (bias=False)."""
+    return norm.weight, torch.zeros_like(norm.weight) if norm.weight is not None and norm.bias is None else norm.bias
+
+
 @torch.no_grad()
 def update_running_statistics(norm: nn.BatchNorm2d, mean: torch.Tensor, var: torch.Tensor, count: int | torch.Tensor) -> None:
     """Move the running statistics as nn.BatchNorm2d does: mean and biased var (C,) of ``count`` > 1 values a channel."""
@@ -35,7 +40,8 @@ def batch_norm_ref(x: torch.Tensor, norm: nn.BatchNorm2d) -> torch.Tensor:
         mean, var = norm.running_mean.to(x.dtype), norm.running_var.to(x.dtype)
     shape = (1, -1, 1, 1)
     x = (x - mean.view(shape)) * torch.rsqrt(var + norm.eps).view(shape)
-    return x if norm.weight is None else x * norm.weight.to(x.dtype).view(shape) + norm.bias.to(x.dtype).view(shape)
+    weight, bias = affine(norm)
+    return x if weight is None else x * weight.to(x.dtype).view(shape) + bias.to(x.dtype).view(shape)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

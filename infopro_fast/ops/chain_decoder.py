@@ -24,7 +24,7 @@ import typing
 import torch
 from torch import nn
 
-from .batch_norm import merged_statistics, summed_across, sync_group, update_running_statistics, uses_batch_statistics
+from .batch_norm import affine, merged_statistics, summed_across, sync_group, update_running_statistics, uses_batch_statistics
 from .dispatch import compute_dtype, define_kernels, first_order
 
 OP = "reconstruction_loss"
@@ -334,7 +334,7 @@ def chain_loss(features, image, stages, interpolate_mode, loss, restore, impl) -
     parameters = []
     for _, conv, norm in stages:
         running = [] if norm is None or uses_batch_statistics(norm) else [norm.running_mean, norm.running_var]
-        own = [conv.weight, conv.bias, *([] if norm is None else [norm.weight, norm.bias]), *running]
+        own = [conv.weight, conv.bias, *([] if norm is None else affine(norm)), *running]
         parameters += own + [None] * (PER_STAGE - len(own))
     plan = (sizes, tuple(n.eps for n in hidden), tuple(map(uses_batch_statistics, hidden)), tuple(groups), tuple(restore), loss, impl)
     value, *moved = _ChainLoss.apply(plan, features, image, *parameters)

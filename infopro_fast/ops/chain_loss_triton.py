@@ -4,8 +4,9 @@
     loss = mean of the loss of a pixel     _loss_kernel, a partial sum a program, added up in float64
     ds                                     _gradient_kernel, in place of s
 
-Forward and backward find s each. Of the size of the image there is nothing else: bytes a sample, 12 H W for s, written and read, and the
-image's own, which is restored and clamped on the way; then a stage's.
+Forward and backward find s each. Of the size of the image there is nothing else: bytes a sample, 24 H W for s, written and read, in
+backward 60 H W, since the sums of ds and the convolution's gradients read it again, and the image's own, which is restored and clamped on
+the way; then a stage's.
 """
 
 from __future__ import annotations

@@ -6,11 +6,13 @@
     da = conv^T(resize^T(dz)), dW                               as z
     dy_prev = da where a > 0; its sum, and that times x         _rectify_kernel, in place of da
 
-Chunks of samples that stay in a GPU's second cache go through all of it, so that neither a, dz nor resize(a) is ever whole in memory.
-Bytes a sample beside what `upsample_conv3x3_triton` counts: 8 C h w for a, and in backward 12 K H W for dz and 16 C h w for a and dy.
+a, dz and the convolution's own maps are made for as many samples at a time as stay in a GPU's second cache, so that none of them is ever
+whole in memory; z's statistics and the last line are passes over the whole batch. Bytes a sample beside what `upsample_conv3x3_triton`
+counts: 8 C h w for a and 4 K H W for the statistics; in backward 12 K H W for dz, 8 C h w for a and 12 C h w for dy.
 
-Transient: a chunk of a, of dz and of the taps, up to 32 MiB each or those of a sample. z and the gradients are float32; products are of
-float32 numbers, in TF32 where torch allows that for matmuls. Deterministic: sums are of fixed blocks, added up in one order.
+Transient: a chunk of a, of dz and of the taps, up to 32 MiB each or those of a sample. z is float32, and so is all arithmetic but for a
+product of features and weights that both have the same 16 bits, which float32 holds exactly, too; in TF32 where torch allows that for
+matmuls. Deterministic: sums are of fixed blocks, added up in one order.
 """
 
 from __future__ import annotations
@@ -196,16 +198,15 @@ def gradients(
     (h, w), (H, W), side = x.shape[2:], grad.shape[2:], weight.shape[-1]
     like = x.z if isinstance(x, Activation) else x
     g_x = torch.empty_like(like) if needs_x else like.new_empty((0,))
-    nothing = torch.zeros(weight.shape if needs_weight else (0,), dtype=torch.float32, device=like.device)
-    if grad.numel() == 0:
-        return g_x, nothing
-    into = g_x if needs_x else None
+    if grad.numel() == 0 or not (needs_x or needs_weight):
+        return g_x, torch.zeros(weight.shape if needs_weight else (0,), dtype=torch.float32, device=like.device)
+    into, weight = g_x if needs_x else None, weight.float()  # products of float32 numbers: the gradient of a mean underflows in float16
     if side == 1 and (h, w) == (H, W):
         found = conv3x3.pointwise_gradients(grad, x, weight, into, needs_weight)
     else:
         found = conv3x3.write_gradients(grad, x, _three_by_three(weight), _resize(h, w, H, W, mode), into, needs_weight)
         found = found[:, :, 1:2, 1:2].contiguous() if found is not None and side == 1 else found
-    return g_x, found if needs_weight else nothing
+    return g_x, found if needs_weight else like.new_empty((0,), dtype=torch.float32)
 
 
 def _three_by_three(weight: torch.Tensor) -> torch.Tensor:

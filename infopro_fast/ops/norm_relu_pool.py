@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from .batch_norm import batch_norm_ref, update_running_statistics, uses_batch_statistics
+from .batch_norm import affine, batch_norm_ref, update_running_statistics, uses_batch_statistics
 from .dispatch import compute_dtype, define_kernels, first_order, no_autocast, resolve
 
 OP = "norm_relu_pool"
@@ -36,7 +36,7 @@ def norm_relu_pool(x: torch.Tensor, bn: nn.BatchNorm2d, *, impl: str = "auto") -
         return norm_relu_pool_ref(x, bn)
     batch_statistics = uses_batch_statistics(bn)
     running = (None, None) if batch_statistics else (bn.running_mean, bn.running_var)
-    pooled, mean, var = _NormReluPool.apply(x, bn.weight, bn.bias, *running, bn.eps, chosen)
+    pooled, mean, var = _NormReluPool.apply(x, *affine(bn), *running, bn.eps, chosen)
     if batch_statistics and x.shape[0]:
         update_running_statistics(bn, mean, var, x.numel() // x.shape[1])
     return pooled.to(x.dtype)

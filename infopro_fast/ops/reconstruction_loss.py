@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .batch_norm import batch_norm_ref, sync_group, update_running_statistics, uses_batch_statistics
+from .batch_norm import affine, batch_norm_ref, sync_group, update_running_statistics, uses_batch_statistics
 from .chain_decoder import ChainStage, chain_loss, check_counts, decoder_stages, resizes, triton_limitation
 from .dispatch import compute_dtype, define_kernels, first_order, no_autocast, resolve
 
@@ -251,7 +251,7 @@ def _fused(features, image, stage, interpolate_mode, loss, image_mean, image_std
     batch_statistics = uses_batch_statistics(norm)
     running = (None, None) if batch_statistics else (norm.running_mean, norm.running_var)
     options = (_restore(image_mean, image_std), norm.eps, MODES.index(interpolate_mode), LOSSES.index(loss))
-    given = (features, image, conv1.weight, conv1.bias, norm.weight, norm.bias, conv2.weight, conv2.bias)
+    given = (features, image, conv1.weight, conv1.bias, *affine(norm), conv2.weight, conv2.bias)
     # Inside, ctx.needs_input_grad tells of requires_grad alone, under no_grad too.
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in given if t is not None)
     value, mean, var = _ReconstructionLoss.apply(*given, *running, options, impl, needs_grad)

@@ -274,19 +274,16 @@ def convolve(x, weight, bias, H, W, resize, out_dtype):
     dtype, table = _operand(x, weight), places(h, w, H, W, resize, x.device)
     if _mixed_first(h * w, K, H * W, C):
         matrix = _by_taps(weight, dtype)
-        for start, stop, mixed in _chunks(N, 9 * K * h * w, torch.float32, x.device):
+        for start, stop, mixed in _chunks(N, max(9 * K, C) * h * w, torch.float32, x.device, 9 * K * h * w):
             mixed = mixed.view(-1, 9 * K, h * w)
             _multiply(_each(matrix, stop - start), x[start:stop].flatten(2).to(dtype), mixed)
             _expand(mixed, bias, out[start:stop], h, w, resize, table)
         return out
     matrix = _beside(weight, dtype)
-    for start, stop, found in _chunks(N, 9 * C * H * W, dtype, x.device):
+    for start, stop, found in _chunks(N, max(9 * C * H * W, K * H * W, C * h * w), dtype, x.device, 9 * C * H * W):
         neighbours = found.view(-1, 9 * C, H * W)
         _neighbours(x[start:stop], neighbours, H, W, resize, table)
-        z = torch.empty((stop - start, K, H * W), dtype=torch.float32, device=x.device)
-        _multiply(_each(matrix, stop - start), neighbours, z)
-        to = out[start:stop].view(-1, K, H * W)
-        to.copy_(z) if bias is None else torch.add(z, bias[:, None], out=to)
+        _multiply_and_add(_each(matrix, stop - start), neighbours, bias, out[start:stop].view(-1, K, H * W))
     return out
 
 
@@ -298,10 +295,11 @@ def write_gradients(grad, x, weight, resize, g_x, needs_weight):
 
 
 def _backward_by_taps(grad, x, weight, resize, g_x, needs_weight):
-    (N, C, h, w), K, dtype = x.shape, weight.shape[0], _operand(x, weight)
+    (N, C, h, w), (K, H, W), dtype = x.shape, grad.shape[1:], _operand(x, weight)
     matrix = _by_taps(weight, dtype)
-    g_matrix, table = _Sum((9 * K, C), x.device), takers(h, w, *grad.shape[2:], resize, x.device)
-    for start, stop, collected in _chunks(N, 9 * K * max(h * w, C), dtype, x.device, 9 * K * h * w):
+    g_matrix, table = _Sum((9 * K, C), x.device), takers(h, w, H, W, resize, x.device)
+    numbers = max(9 * K * max(h * w, C), K * H * W, C * h * w)  # the taps or what they add to the weight's gradient; dz; x
+    for start, stop, collected in _chunks(N, numbers, dtype, x.device, 9 * K * h * w):
         collected, count = collected.view(-1, 9 * K, h * w), stop - start
         _collect(grad[start:stop], collected, h, w, resize, table)
         if needs_weight:
@@ -317,7 +315,8 @@ def _backward_beside(grad, x, weight, resize, g_x, needs_weight):
     g_matrix = _Sum((K, 9 * C), x.device)
     places_of = places(h, w, H, W, resize, x.device) if needs_weight else None
     takers_of = takers(h, w, H, W, resize, x.device) if g_x is not None else None
-    for start, stop, buffer in _chunks(N, 9 * C * max(H * W, K), dtype, x.device, 9 * C * H * W):
+    numbers = max(9 * C * max(H * W, K), K * H * W, C * h * w)
+    for start, stop, buffer in _chunks(N, numbers, dtype, x.device, 9 * C * H * W):
         buffer, given = buffer.view(-1, 9 * C, H * W), grad[start:stop].view(-1, K, H * W).to(dtype)
         if needs_weight:
             _neighbours(x[start:stop], buffer, H, W, resize, places_of)
@@ -334,10 +333,7 @@ def pointwise(x, weight, bias):
     out = torch.empty((N, K, h, w), dtype=torch.float32, device=x.device)
     matrix = weight.to(dtype).flatten(1)
     for start, stop in _spans(N, max(K, C) * h * w):
-        z = out[start:stop].view(-1, K, h * w)
-        _multiply(_each(matrix, stop - start), x[start:stop].flatten(2).to(dtype), z)
-        if bias is not None:
-            z += bias[:, None]
+        _multiply_and_add(_each(matrix, stop - start), x[start:stop].flatten(2).to(dtype), bias, out[start:stop].view(-1, K, h * w))
     return out
 
 
@@ -420,6 +416,16 @@ def _multiply(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
         found = torch.empty(out.shape, dtype=a.dtype, device=a.device)
         torch.bmm(a, b, out=found)
         out.copy_(found)
+
+
+def _multiply_and_add(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+    """out (n, K, pixels) = a @ b + bias, rounded once."""
+    z = out if out.dtype == torch.float32 else torch.empty(out.shape, dtype=torch.float32, device=out.device)
+    _multiply(a, b, z)
+    if bias is not None:
+        torch.add(z, bias[:, None], out=out)
+    elif z is not out:
+        out.copy_(z)
 
 
 def _multiply_into_maps(a: torch.Tensor, b: torch.Tensor, maps: torch.Tensor) -> None:

@@ -30,6 +30,32 @@ def test_sixteen_bits(form, dtype):
     check(chain(**FORMS[form]), "triton", dtype)
 
 
+def test_features_of_16_bits_and_parameters_of_32():
+    """As under autocast."""
+    case = chain()
+    inputs = case.inputs(torch.float32)
+    inputs["features"] = inputs["features"].detach().bfloat16().requires_grad_()
+    exact = op_cases.widened(inputs)
+    found, wanted = gradients(case.function("triton")(inputs), inputs), gradients(case.plain(exact), exact)
+    for name, g in found.items():
+        assert g.dtype == inputs[name].dtype
+        scale = wanted[case.zero.get(name, name)].abs().max().item()
+        compare.assert_close(g, wanted[name], scale=scale, what=name)
+
+
+def test_small_gradients_of_float16_keep_their_digits():
+    """They are of a mean over a batch's pixels: smaller than float16 holds before they are summed up."""
+    case = chain(stages=((None, 1, 6),))
+    found = {}
+    for dtype in (torch.float16, torch.float32):
+        inputs = op_cases.copies(case.inputs(torch.float16), dtype)
+        loss = case.function("triton")(inputs)
+        found[dtype] = gradients(loss, inputs, torch.full_like(loss, 1e-4))
+    for name in ("decoder.0.weight", "decoder.1.weight"):
+        off = found[torch.float16][name].float() - found[torch.float32][name]
+        assert off.abs().max() < 2**-24, name  # float16's smallest step
+
+
 @pytest.mark.parametrize("layout", ("channels_last", "transposed", "slice", "step"))
 def test_layouts(layout):
     case = chain(stages=((None, 1, 6), (test_chain_decoder.doubled(), 3, 4)))
@@ -83,3 +109,11 @@ def test_factors_of_no_whole_size_are_refused(form):
     case = chain(**FORMS[form])
     with pytest.raises(ValueError, match=r"impl='triton' cannot run this call: an Upsample by \(.*\) makes maps of .* no whole size"):
         case.function("triton")(case.inputs(torch.float32))
+
+
+def test_a_batch_norm_with_a_weight_alone():
+    decoder = op_cases.make_chain(2, ((None, 1, 4),), nn.Upsample((4, 4))).float()
+    features, image = torch.rand(2, 2, 3, 3), torch.rand(2, 3, 4, 4)
+    decoder[1].bias = None
+    loss = reconstruction_loss(features, image, decoder, impl="triton")
+    compare.assert_close(loss, reconstruction_loss(features.double(), image.double(), decoder, impl="reference"))
