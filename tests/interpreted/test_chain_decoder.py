@@ -74,6 +74,22 @@ def test_in_chunks_of_samples(form, monkeypatch):
     assert max(map(len, asked)) == 3
 
 
+def test_what_is_made_for_a_chunk_is_no_larger_than_it_may_be(monkeypatch):
+    """Normalised maps and their gradients, which may have more numbers than the taps between them."""
+    from infopro_fast.ops import chain_stage_triton as stage
+    from infopro_fast.ops import upsample_conv3x3_triton as module
+
+    made = []
+    for kind in (stage.Activation, stage._NormalisedGradient):
+        make = kind.__getitem__
+        monkeypatch.setattr(kind, "__getitem__", lambda self, samples, make=make: made.append(found := make(self, samples)) or found)
+    monkeypatch.setattr(module, "MOST", 1300)
+    up = test_chain_decoder.resized(16, 16)
+    check(chain(N=4, C=3, h=4, w=4, stages=((None, 1, 40), (up, 3, 2)), last=up), "triton", torch.float32)
+    assert max(t.shape[0] for t in made) == 2  # of 640 numbers, between which and the next map the taps have 288
+    assert all(t.numel() <= 1300 for t in made)
+
+
 def test_several_blocks_of_a_map():
     check(chain(N=1, C=2, h=5, w=210, stages=((None, 1, 2),), size=(5, 210)), "triton", torch.float32)
 
