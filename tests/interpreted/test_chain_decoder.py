@@ -12,6 +12,7 @@ from tests.op_cases import chain, check, gradients
 from tests.test_chain_decoder import FORMS, GOLDEN
 
 NO_WHOLE_SIZE = ("factors of no whole size", "factors of no whole size, nearest", "a factor that keeps the size")
+NOTHING_NEW = ("wide", "no Upsample, nearest", "SyncBatchNorm, eval")  # to these kernels, and the interpreter is slow
 
 
 @pytest.mark.parametrize("case", GOLDEN, ids=lambda case: case["kind"])
@@ -19,12 +20,12 @@ def test_released_values(case):
     test_chain_decoder.assert_released(case, "triton", torch.float32)
 
 
-@pytest.mark.parametrize("form", [form for form in FORMS if form not in NO_WHOLE_SIZE])
+@pytest.mark.parametrize("form", [form for form in FORMS if form not in (*NO_WHOLE_SIZE, *NOTHING_NEW)])
 def test_forms(form):
     check(chain(**FORMS[form]), "triton", torch.float32)
 
 
-@pytest.mark.parametrize("form", ("four stages", "shrinks", "1x1 resized"))
+@pytest.mark.parametrize("form", ("shrinks", "1x1 resized"))
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 def test_sixteen_bits(form, dtype):
     check(chain(**FORMS[form]), "triton", dtype)
