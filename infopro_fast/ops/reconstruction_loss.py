@@ -76,7 +76,7 @@ def reconstruction_loss(
     stage = single_stage(stages)
     tensors = {"features": features, "image": image} | {f"decoder.{n}": p for n, p in decoder.named_parameters()}
     limitation = "image requires grad, which the reference alone supports" if image.requires_grad else None
-    if stage is None and limitation is None:
+    if stage is None and limitation is None and (impl in ("triton", "cuda") or features.device.type == "cuda"):
         sizes = resizes(stages, features, image, interpolate_mode)
         limitation = {"cuda": NO_CUDA_CHAIN, "triton": triton_limitation(sizes, *features.shape[2:])}
     chosen = resolve(OP, impl, tensors, limitation)
