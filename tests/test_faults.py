@@ -4,12 +4,15 @@ import os
 import re
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import safetensors.torch
+import torch.distributed as dist
 
-from infopro_fast.trainer import checkpoint, report
+from infopro_fast.trainer import checkpoint, report, watch
 from infopro_fast.trainer.watch import cause_of, is_of_communication
 from tests.test_distributed import ROOT, drive, lines, same
 
@@ -109,3 +112,31 @@ def test_causes():
     assert cause_of(ValueError("one\ntwo")) == "ValueError: one"
     assert is_of_communication(RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1"))
     assert not is_of_communication(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
+def test_a_failure_is_said_by_the_thread_that_met_it(monkeypatch):
+    """However long the main thread takes to leave everything behind; one that does not get away is ended, and it is said all the same."""
+    ended = []
+    monkeypatch.setattr(watch, "TICK", 0.02)
+    monkeypatch.setattr(watch, "_end", ended.append)
+    one = watch.Watch(dist.HashStore(), 0, 1, "rank 0", lambda: "no run was begun", 4)
+    one.start()
+    message = one.fail("ValueError: no")
+    assert message == "rank 0, at the start: ValueError: no; all processes stop; no run was begun"
+    time.sleep(10 * watch.TICK)
+    assert ended == []
+    one._thread.join(20)
+    assert ended == [message]
+
+
+def test_a_failure_of_another_process_ends_this_one_without_a_word(monkeypatch):
+    ended, there = [], threading.Event()
+    monkeypatch.setattr(watch, "TICK", 0.02)
+    monkeypatch.setattr(watch, "_end", lambda message: (ended.append(message), there.set(), one._closing.set()))
+    store = dist.HashStore()
+    one, other = (watch.Watch(store, rank, 2, f"rank {rank}", lambda: "", 4) for rank in range(2))
+    other._tell(0)
+    one.start()
+    assert other.fail("killed") is not None
+    assert there.wait(20) and ended == [""]
+    assert one.fail("also") is None

@@ -181,7 +181,8 @@ def _sigterm_noted(watch: Watch) -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if not watch.failed:  # then it has still to be said
+            signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

@@ -26,6 +26,7 @@ import torch.distributed as dist
 TICK = 1.0  # seconds between two looks
 SILENCE = 8  # ticks without a sign of life
 SLOW = 30  # times the patience that places outside the modules (start, evaluation, checkpoint) are given
+LEAVING = 30  # ticks that a process that failed has to say so and end
 FAILURE, CLEAN = "failure", "clean"
 
 
@@ -52,6 +53,8 @@ class Watch:
         self.keeps_store = keeps_store
         self.stops = False  # this process was asked to stop by a signal
         self._closing = threading.Event()
+        self._speaking = threading.Lock()  # held from a look at the store until what it means for this process is said
+        self._failure: str | None = None  # of the main thread, which says it when it has left everything behind
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._beats: dict[int, dict[str, Any]] = {}
         self._silent = dict.fromkeys(range(size), 0)
@@ -60,6 +63,11 @@ class Watch:
     def stop_asked(self) -> bool:
         """Whether this process or another one was asked to stop."""
         return self.stops or any(beat["stops"] for beat in self._beats.values())
+
+    @property
+    def failed(self) -> bool:
+        """Whether this process was the first to fail, by an exception."""
+        return self._failure is not None
 
     def start(self) -> None:
         """Begin, with a first sign of life of every process at hand: one that dies before the second is known all the same."""
@@ -93,16 +101,15 @@ class Watch:
 
     def fail(self, cause: str) -> str | None:
         """Make a failure known. Returns the message for people, or None if another failure was known before."""
-        message = self._claim(f"{self.title}, {self._place}: {cause}")
+        with self._speaking:  # where the thread knows of another failure, it ends this process before it lets go
+            message = self._failure = self._claim(f"{self.title}, {self._place}: {cause}")
         if self.keeps_store:
             time.sleep(3 * TICK)  # the others read it there
         return message
 
     def diagnose(self, error: BaseException, ticks: int = SILENCE + 4) -> str | None:
         """As `fail`, of an ``error`` in talking to others: the thread is given time to find out which of them is to blame."""
-        for _ in range(round(ticks * TICK / 0.25)):
-            if self._closing.wait(0.25):
-                break  # the thread has found it
+        time.sleep(ticks * TICK)  # it ends this process when it has found it
         return self.fail(_first_line(error))
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -112,16 +119,20 @@ class Watch:
         tick = 0
         while not self._closing.wait(TICK):
             tick += 1
-            try:
-                self._tell(tick)
-                message = self._look(tick)
-            except RuntimeError as error:  # whoever keeps the store is gone, and with it a process or the launcher
-                if self._closing.is_set():
-                    return
-                message = self._without_store(error)
-            if message is not None:
-                self._closing.set()
-                _end(message)
+            with self._speaking:
+                if self._failure is not None:
+                    break
+                try:
+                    self._tell(tick)
+                    message = self._look(tick)
+                except RuntimeError as error:  # whoever keeps the store is gone, and with it a process or the launcher
+                    if self._closing.is_set():
+                        return
+                    message = self._without_store(error)
+                if message is not None:
+                    _end(message)
+        if not self._closing.wait(LEAVING * TICK):
+            _end(self._failure)
 
     def _without_store(self, error: RuntimeError) -> str:
         """What to say when it is gone: as a rule the process that kept it, rank 0, was killed."""
@@ -192,7 +203,7 @@ def _process_state(pid: int) -> str | None:
     return {"Z": "gone", "X": "gone", "T": "stopped", "t": "stopped"}.get(state, "there")
 
 
-def _end(message: str) -> None:
+def _end(message: str | None) -> None:
     """Leave at once, even if the main thread waits in a collective for one that will not come."""
     if message:
         print(f"infopro-fast: error: {message}", file=sys.stderr, flush=True)
