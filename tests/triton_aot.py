@@ -18,7 +18,8 @@ CAPABILITIES = (80, 90, 100, 120)
 # Shared memory that one block may have, in bytes.
 SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 
-# Instructions of the tensor cores in SASS, on whatever architecture.
+# Instructions of the tensor cores in PTX and in SASS, on whatever architecture.
+PTX_TENSOR_CORES = re.compile(r"\b(wmma|mma|wgmma|tcgen05)\.")
 TENSOR_CORES = re.compile(r"\b(HMMA|HGMMA|QGMMA|UTCHMMA|UTCQMMA|IMMA|DMMA)\b")
 
 
@@ -34,8 +35,9 @@ class Statistics:
     meant_for_tensor_cores: bool
 
 
-def processes(count: int = 2) -> concurrent.futures.ProcessPoolExecutor:
-    """Processes to compile in: fresh ones, since Triton does not compile where it interprets."""
+def processes() -> concurrent.futures.ProcessPoolExecutor:
+    """Processes to compile in: fresh ones, since Triton does not compile where it interprets. With `pytest -n N` one of them each."""
+    count = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
     return concurrent.futures.ProcessPoolExecutor(count, multiprocessing.get_context("spawn"))
 
 
@@ -75,14 +77,18 @@ def _compile_one(module: str, cc: int, index: int) -> Statistics:
 
 def _statistics(name: str, compiled, log: str, meant: bool) -> Statistics:
     """log: what ptxas said; the object alone does not tell spills from other local memory."""
-    import triton.backends.nvidia
-
-    tools = os.path.join(os.path.dirname(triton.backends.nvidia.__file__), "bin")
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        ran = subprocess.run([os.path.join(tools, "nvdisasm"), file.name], capture_output=True, text=True, check=True)
     spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)  # of each function
     registers = int(re.search(r"Used (\d+) registers", log)[1])
-    uses = bool(TENSOR_CORES.search(ran.stdout))
+    # What PTX does not ask for is not in SASS either, and to disassemble takes as long as to compile.
+    uses = bool(PTX_TENSOR_CORES.search(compiled.asm["ptx"])) and bool(TENSOR_CORES.search(_disassembled(compiled.asm["cubin"])))
     return Statistics(name, registers, sum(int(n) for function in spills for n in function), compiled.metadata.shared, uses, meant)
+
+
+def _disassembled(cubin: bytes) -> str:
+    import triton.backends.nvidia
+
+    tool = os.path.join(os.path.dirname(triton.backends.nvidia.__file__), "bin", "nvdisasm")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([tool, "-c", "-ndf", file.name], capture_output=True, text=True, check=True).stdout

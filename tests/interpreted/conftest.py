@@ -1,8 +1,8 @@
 """Runs the tests of this folder in Triton's interpreter, which has to be switched on before Triton is imported: in a child process.
 
-A test here calls the public ops with impl="triton" on CPU tensors. In an ordinary run the first of them starts one child with all that
-were selected, and each then passes or fails as it did there; with `pytest -n N`, where another process may have the other files, a child
-takes the tests of one file. With TRITON_INTERPRET=1 set they run where they are, for a debugger:
+A test here calls the public ops with impl="triton" on CPU tensors. In an ordinary run a child collects this folder too and then runs
+those tests that it is asked for, one by one; each passes or fails here as it did there. With `pytest -n N` every worker has a child.
+With TRITON_INTERPRET=1 set the tests run where they are, for a debugger:
 
     TRITON_INTERPRET=1 python -m pytest tests/interpreted -k supcon
 """
@@ -21,8 +21,46 @@ from infopro_fast.ops import dispatch
 
 FOLDER = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(os.path.dirname(FOLDER))
-REPORT = "INFOPRO_INTERPRETED_REPORT"  # the file that the child writes one JSON line a test to
-OUTCOMES = pytest.StashKey[dict]()  # by folder or file: what its child found
+PIPES = "INFOPRO_INTERPRETED_PIPES"  # of a child: descriptors that it reads ids of tests from, and writes how they ended to
+CHILD = pytest.StashKey["Child"]()
+
+
+class Child:
+    """A pytest that runs one test at a time, in the interpreter."""
+
+    def __init__(self) -> None:
+        self._printed = tempfile.TemporaryFile("w+")
+        theirs, requests = os.pipe()
+        answers, theirs_too = os.pipe()
+        environment = os.environ | {"TRITON_INTERPRET": "1", PIPES: f"{theirs} {theirs_too}", "PYTEST_ADDOPTS": ""}
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--rootdir={ROOT}", FOLDER]
+        self._process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=self._printed, stderr=subprocess.STDOUT, pass_fds=(theirs, theirs_too)
+        )
+        os.close(theirs)
+        os.close(theirs_too)
+        self._requests, self._answers = requests, os.fdopen(answers)
+
+    def run(self, nodeid: str) -> tuple[str, str]:
+        """How the test ended, and the text of it. EOFError with what the child printed last if it ended without an answer."""
+        try:
+            os.write(self._requests, f"{nodeid}\n".encode())
+            answer = self._answers.readline()
+        except BrokenPipeError:
+            answer = ""
+        if not answer:
+            code = self._process.wait()
+            self._printed.seek(0)
+            raise EOFError(f"the child ended with status {code}\n{self._printed.read()[-6000:]}")
+        outcome, text = json.loads(answer)
+        return outcome, text
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        os.close(self._requests)
+        self._answers.close()
+        self._printed.close()
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -32,11 +70,17 @@ def pytest_pyfunc_call(pyfuncitem):
         return None
     if pyfuncitem.config.getoption("--reference-only"):
         pytest.skip("--reference-only")
-    found = pyfuncitem.session.stash.setdefault(OUTCOMES, {})
-    together = str(pyfuncitem.path) if "PYTEST_XDIST_WORKER" in os.environ else FOLDER
-    if together not in found:
-        found[together] = _run_in_a_child([item.nodeid for item in pyfuncitem.session.items if str(item.path).startswith(together)])
-    outcome, text = found[together].get(pyfuncitem.nodeid, ("failed", found[together]["output"]))
+    stash = pyfuncitem.config.stash
+    if CHILD not in stash:
+        stash[CHILD] = Child()
+    try:
+        outcome, text = stash[CHILD].run(pyfuncitem.nodeid)
+    except BaseException as error:  # a time limit, too: what it answers next would be taken for the next test's
+        stash[CHILD].end()
+        del stash[CHILD]
+        if not isinstance(error, EOFError):
+            raise
+        outcome, text = "failed", str(error)
     if outcome == "skipped":
         pytest.skip(text)
     if outcome == "failed":
@@ -44,25 +88,43 @@ def pytest_pyfunc_call(pyfuncitem):
     return True
 
 
-def _run_in_a_child(nodeids: list[str]) -> dict:
-    """{nodeid: (outcome, text)}, and under "output" what the child printed last, for a test it never came to."""
-    with tempfile.TemporaryDirectory() as folder:
-        report, selection = os.path.join(folder, "report"), os.path.join(folder, "selection")
-        with open(selection, "w") as file:
-            file.write("\n".join(nodeids))
-        environment = os.environ | {"TRITON_INTERPRET": "1", REPORT: report}
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--rootdir={ROOT}", f"@{selection}"]
-        child = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-        outcomes = {"output": f"not run: the child ended with status {child.returncode}\n{child.stdout[-3000:]}\n{child.stderr[-3000:]}"}
-        if os.path.exists(report):
-            with open(report) as file:
-                outcomes |= {nodeid: (outcome, text) for nodeid, outcome, text in map(json.loads, file)}
-        return outcomes
+def pytest_unconfigure(config):
+    if CHILD in config.stash:
+        config.stash[CHILD].end()
 
 
-def pytest_runtest_logreport(report):
-    """In the child: one line a test, on how its call ended, or what came before it when that failed."""
-    if REPORT in os.environ and (report.when == "call" or report.outcome != "passed"):
-        text = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longreprtext
-        with open(os.environ[REPORT], "a") as file:
-            file.write(json.dumps((report.nodeid, report.outcome, text)) + "\n")
+# ---------------------------------------------------------------------------------------------------------------------
+# The child
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session):
+    """In the child: the tests that are asked for, one at a time."""
+    if PIPES not in os.environ:
+        return None
+    requests, answers = map(int, os.environ[PIPES].split())
+    items, reports = {item.nodeid: item for item in session.items}, Reports()
+    session.config.pluginmanager.register(reports)
+    with os.fdopen(requests) as asked, os.fdopen(answers, "w") as told:
+        for line in asked:
+            item = items[line.rstrip("\n")]
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=None)
+            told.write(json.dumps(reports.outcome()) + "\n")
+            told.flush()
+    return True
+
+
+class Reports:
+    """Of one test: its set-up, call and teardown."""
+
+    def __init__(self) -> None:
+        self._found: list[pytest.TestReport] = []
+
+    def pytest_runtest_logreport(self, report):
+        self._found.append(report)
+
+    def outcome(self) -> tuple[str, str]:
+        """That of the first part which did not pass, and its text."""
+        worst = next((report for report in self._found if report.outcome != "passed"), self._found[-1])
+        self._found.clear()
+        return worst.outcome, worst.longrepr[2] if isinstance(worst.longrepr, tuple) else worst.longreprtext
