@@ -14,6 +14,8 @@ from infopro_fast.trainer.config import ConfigError, TrainConfig
 from infopro_fast.trainer.processes import layout
 from tests.compare import assert_close
 
+pytestmark = pytest.mark.xdist_group("distributed")
+
 ROOT = Path(__file__).parent.parent
 
 

@@ -16,6 +16,8 @@ from infopro_fast.trainer import checkpoint, report, watch
 from infopro_fast.trainer.watch import cause_of, is_of_communication
 from tests.test_distributed import ROOT, drive, lines, same
 
+pytestmark = pytest.mark.xdist_group("faults")
+
 PIPELINE = {0: r"rank 0 \(module 1 of 3\)", 1: r"rank 1 \(modules 2-3 of 3\)"}
 CAUSES = {
     "killed": r"killed \(process \d+ is gone\)",

@@ -13,6 +13,8 @@ import torch
 from infopro_fast.trainer import checkpoint
 from tests.kill_driver import MOMENTS
 
+pytestmark = pytest.mark.xdist_group("kill")
+
 KILLED = [moment for moment in MOMENTS if moment != "never"]
 
 

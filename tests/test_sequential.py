@@ -20,6 +20,8 @@ from tests import tiny_run
 from tests.process_tasks import MOMENTS
 from tests.test_distributed import drive, lines, same
 
+pytestmark = pytest.mark.xdist_group("sequential")
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):

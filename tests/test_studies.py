@@ -19,6 +19,8 @@ from infopro_fast.studies.reproduce import reproduce
 from infopro_fast.trainer import report
 from infopro_fast.trainer.config import ConfigError, TrainConfig
 
+pytestmark = pytest.mark.xdist_group("studies")
+
 SMALL = dict(scale="tiny", arch="resnet20", methods=("e2e", "greedy"), modules=(2,), seeds=1, epochs=1, measure=False)
 
 
