@@ -10,8 +10,11 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from infopro_fast import build
 from infopro_fast.data import fashion_mnist
-from infopro_fast.trainer import evaluate_run, feature_cache, fit, report
+from infopro_fast.memory import LiveBytes, measure_step
+from infopro_fast.memory.live import OPTIMIZER
+from infopro_fast.trainer import LocalTrainer, evaluate_run, feature_cache, fit, report, schedule
 from infopro_fast.trainer.config import ConfigError, TrainConfig
 from infopro_fast.trainer.feature_cache import CacheFile, Features
 from infopro_fast.trainer.parallel import ParallelTrainer
@@ -98,6 +101,35 @@ def test_one_module_is_in_memory(tmp_path, monkeypatch):
     assert [first for first, _, _ in found] == [0, 1, 2]
     for _, alive, own in found:
         assert alive == own and own
+
+
+def test_the_peak_of_a_step_is_that_of_the_largest_module(tmp_path, monkeypatch):
+    """Bytes alive in a step of each module: what it takes among the others, and nothing of theirs."""
+    monkeypatch.setattr(fashion_mnist, "load", tiny_run.load)
+    step, found = ParallelTrainer.step, {}
+
+    def patched(self, image, label):
+        if self.first:
+            self.incoming = self.incoming.clone()  # of the file's mapping, which is of all batches, what this one has
+        live = LiveBytes([*self.net.parameters(), *self.net.buffers(), image, label])
+        state = [t for optimizer in self.optimizers for entry in optimizer.state.values() for t in entry.values()]
+        live.hold(OPTIMIZER, state)
+        with live, live.watch_gradients(self.net.parameters()):
+            metrics = step(self, image, label)
+        if state:  # a step that makes it is higher
+            found[self.first], given[self.first] = live.peak._replace(optimizer=0), (image, label)
+        return metrics
+
+    given = {}
+    monkeypatch.setattr(ParallelTrainer, "step", patched)
+    config = tiny_run.config(tmp_path / "run", order="sequential", epochs=1, warmup=0)
+    fit(config)
+    net = build("resnet20", 3, lambdas=config.lambdas, image_size=32)
+    among_others = measure_step(LocalTrainer(net, schedule.released_sgd(0.05)), *given[0])
+    assert found.keys() == {0, 1, 2}
+    for k, module in enumerate(among_others.modules):
+        less = module.peak.transient - found[k].transient
+        assert found[k] == module.peak._replace(transient=found[k].transient) and 0 <= less <= 8 * k, k  # the others' losses
 
 
 def test_disk_without_room(tmp_path, monkeypatch):

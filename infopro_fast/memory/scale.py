@@ -67,7 +67,8 @@ class Work:
 class Network:
     """Measured for a batch of ``batch_size``. local: its modules, auxiliary nets included; plain: its blocks, trained end to end.
 
-    carried: bytes that a pipeline of local modules sends on beside features: image and label.
+    carried: bytes that a pipeline of local modules sends on beside features: image and label. cuts: where its modules end but the
+    last one, as `build` takes them.
     """
 
     arch: str
@@ -75,6 +76,7 @@ class Network:
     local: tuple[Work, ...]
     plain: tuple[Work, ...]
     carried: int
+    cuts: tuple[tuple[int, int], ...] = ()
 
 
 def measure(arch: str, modules: int, batch_size: int, *, speedup: float = 1.0) -> Network:
@@ -86,11 +88,11 @@ def measure(arch: str, modules: int, batch_size: int, *, speedup: float = 1.0) -
         bytes_of = measure_chain(net, *chains.batch(arch, batch_size, size, real=False))
     image, label = chains.batch(arch, batch_size, size, real=True)
     times = measure_chain(chains.chain(arch, size, losses), image, label, timed=True)
-    return network(arch, modules, batch_size, times, bytes_of, image.nbytes + label.nbytes, speedup)
+    return _network(arch, modules, batch_size, times, bytes_of, image.nbytes + label.nbytes, net.positions, speedup)
 
 
-def network(
-    arch: str, modules: int, batch_size: int, times: ChainCosts, bytes_of: ChainCosts, carried: int, speedup: float = 1.0
+def _network(
+    arch: str, modules: int, batch_size: int, times: ChainCosts, bytes_of: ChainCosts, carried: int, positions, speedup: float
 ) -> Network:
     """From the costs of a network's blocks (`measure_chain`), those that were timed and those whose bytes are exact."""
     n = len(times)
@@ -109,7 +111,7 @@ def network(
         last = i == n - 1
         seconds = block.seconds + (times.losses[i].seconds if last else 0.0)
         plain.append(Work(seconds / speedup, gradients(i, i, last), bytes_of.blocks[i].output))
-    return Network(arch, batch_size, local, tuple(plain), carried)
+    return Network(arch, batch_size, local, tuple(plain), carried, tuple(positions[end] for end in ends[:-1]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

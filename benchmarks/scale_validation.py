@@ -1,0 +1,186 @@
+"""What `infopro-fast scale` predicts against what runs of two and of four processes on this machine do.
+
+    python -m benchmarks.scale_validation            writes benchmarks/results/scale_validation.json and prints a table
+
+ResNet-32, K = 4, batch 128 a replica, the images of the package, a thread a process, gloo. A core is a GPU of the model. Blocks are timed
+on every core at once, since cores share caches and memory as GPUs do not; processes beyond the cores each have their share of one. The
+link is measured between two processes. Runs are `infopro-fast train` under torchrun with the cuts that were predicted for, two epochs;
+the first warms up, the second's images a second count, no evaluation in them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from infopro_fast.memory import figures, scale
+
+from .device import provenance
+
+RESULT = Path(__file__).parent / "results" / "scale_validation.json"
+ARCH, MODULES, BATCH = "resnet32", 4, 128
+BAR = 0.2  # of the prediction
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """name: in `scale.LAYOUTS`' words. pipeline: modules of every stage, empty for data parallelism."""
+
+    name: str
+    processes: int
+    pipeline: tuple[int, ...] = ()
+
+    @property
+    def replicas(self) -> int:
+        return self.processes // max(1, len(self.pipeline))
+
+    def predicted(self, net: scale.Network, cluster: scale.Cluster) -> float:
+        """Images a second."""
+        if not self.pipeline:
+            seconds = scale.local_step_seconds(net.local, self.processes, cluster.link(self.processes))
+        else:
+            seconds = scale.local_pipeline_seconds(net, len(self.pipeline), self.replicas, cluster)
+        return self.replicas * net.batch_size / seconds
+
+    def words(self) -> list[str]:
+        if not self.pipeline:
+            return ["--parallel", "data"]
+        return ["--parallel", "pipeline", "--pipeline-modules", *map(str, self.pipeline)]
+
+
+def layouts(net: scale.Network) -> list[Layout]:
+    halves = tuple(len(run) for run in scale.stages_of(net.local, 2))
+    of_two = [Layout("data", 2), Layout("pipeline", 2, halves)]
+    return [*of_two, Layout("data", 4), Layout("pipeline", 4, (1,) * MODULES), Layout("mixed", 4, halves)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measured: blocks, the link
+
+
+def _measured(_: int) -> scale.Network:
+    torch.set_num_threads(1)
+    return scale.measure(ARCH, MODULES, BATCH)
+
+
+def measured(cores: int) -> scale.Network:
+    """The blocks' times, the mean of all cores', each timing them at the same time."""
+    with multiprocessing.get_context("spawn").Pool(cores) as pool:
+        nets = pool.map(_measured, range(cores), chunksize=1)
+    first = nets[0]
+
+    def mean(pick: Callable[[scale.Network], tuple[scale.Work, ...]]) -> tuple[scale.Work, ...]:
+        return tuple(dataclasses.replace(works[0], seconds=sum(w.seconds for w in works) / cores) for works in zip(*map(pick, nets)))
+
+    same = [net for net in nets if net.cuts == first.cuts]
+    if len(same) < cores:  # times on the edge between two cuts: those of the first core
+        nets = [first] * cores
+    return dataclasses.replace(first, local=mean(lambda net: net.local), plain=mean(lambda net: net.plain))
+
+
+def slower(net: scale.Network, times: float) -> scale.Network:
+    def of(works: tuple[scale.Work, ...]) -> tuple[scale.Work, ...]:
+        return tuple(dataclasses.replace(work, seconds=work.seconds * times) for work in works)
+
+    return dataclasses.replace(net, local=of(net.local), plain=of(net.plain))
+
+
+def _exchange(rank: int, port: int, answer) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    seconds = {}
+    for count in (1, 2**22):
+        t = torch.zeros(count, dtype=torch.float64)
+        taken = []
+        for _ in range(30):
+            dist.barrier()
+            start = time.perf_counter()
+            for turn in range(2):  # there and back
+                (dist.send if rank == turn else dist.recv)(t, 1 - rank)
+            taken.append((time.perf_counter() - start) / 2)
+        seconds[count * 8] = sorted(taken)[len(taken) // 2]
+    if rank == 0:
+        answer.put(seconds)
+    dist.destroy_process_group()
+
+
+def measured_link() -> scale.Link:
+    """Between two processes of this machine."""
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    answer = context.Queue()
+    processes = [context.Process(target=_exchange, args=(rank, port, answer)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    (_, latency), (count, seconds) = sorted(answer.get(timeout=120).items())
+    for process in processes:
+        process.join()
+    return scale.Link(count / (seconds - latency), latency)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Run
+
+
+def run(layout: Layout, net: scale.Network, epochs: int) -> float:
+    """Images a second of the last epoch."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "run"
+        cuts = [str(number) for cut in net.cuts for number in cut]
+        command = [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(layout.processes), "-m", "infopro_fast",
+            "train", "--arch", ARCH, "--modules", str(MODULES), "--cuts", *cuts, "--batch-size", str(layout.replicas * BATCH),
+            "--threads", "1", "--epochs", str(epochs), "--warmup", "0", "--out", str(out), *layout.words(),
+        ]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        if done.returncode:
+            raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
+        records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        return [r["images_per_second"] for r in records if r["kind"] == "epoch"][-1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--epochs", type=int, default=2, help="of every run; the last one counts")
+    parser.add_argument("--out", type=Path, default=RESULT)
+    options = parser.parse_args()
+    cores = os.cpu_count()
+    net, link = measured(cores), measured_link()
+    cluster = scale.Cluster(cores, link, link)
+    rows = []
+    for layout in layouts(net):
+        predicted = layout.predicted(slower(net, max(1.0, layout.processes / cores)), cluster)
+        got = run(layout, net, options.epochs)
+        rows.append({"layout": layout.name, "processes": layout.processes, "predicted": predicted, "measured": got})
+        print(rows[-1], flush=True)
+    content = {**provenance(), "threads": 1, "network": dataclasses.asdict(net), "link": dataclasses.asdict(link), "layouts": rows}
+    options.out.write_text(json.dumps(content, indent=1) + "\n")
+    head = ["layout", "processes", "predicted, images/s", "measured", "measured / predicted", f"within {BAR:.0%}"]
+    print(figures.aligned([head, *map(_row, rows)]))
+
+
+def _row(row: dict) -> list[str]:
+    ratio = row["measured"] / row["predicted"]
+    holds = "yes" if abs(ratio - 1) <= BAR else "NO"
+    return [row["layout"], str(row["processes"]), f"{row['predicted']:.0f}", f"{row['measured']:.0f}", f"{ratio:.3g}", holds]
+
+
+if __name__ == "__main__":
+    main()
