@@ -20,7 +20,7 @@ BLOCK = 256
 
 
 @triton.jit
-def _taps(p, IN, OUT, MODE: tl.constexpr):
+def taps(p, IN, OUT, MODE: tl.constexpr):
     """Output positions p, inside 0..OUT: the source positions below and above, and the weight of the second."""
     if MODE == 1:
         scale = tl.div_rn(tl.cast(IN, tl.float32), tl.cast(OUT, tl.float32))  # rounded as F.interpolate's is, whatever the dtype
@@ -53,7 +53,7 @@ def _first(k, IN, OUT, MODE: tl.constexpr):
 def _axis_places(low, weights, total, offset, IN, OUT, MODE: tl.constexpr, BLOCK: tl.constexpr):
     e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     p = e - 1
-    below, above, weight = _taps(tl.minimum(tl.maximum(p, 0), OUT - 1), IN, OUT, MODE)
+    below, above, weight = taps(tl.minimum(tl.maximum(p, 0), OUT - 1), IN, OUT, MODE)
     inside = (p >= 0) & (p < OUT)
     at = offset + e
     tl.store(low + at, below, mask=e < OUT + 2)
@@ -63,7 +63,7 @@ def _axis_places(low, weights, total, offset, IN, OUT, MODE: tl.constexpr, BLOCK
 
 @triton.jit
 def _places_kernel(low, weights, h, w, H, W, MODE: tl.constexpr, BLOCK: tl.constexpr):
-    """Of rows and of columns, for each output position from -1 on to one past the last: `_taps`, weights 0 outside."""
+    """Of rows and of columns, for each output position from -1 on to one past the last: `taps`, weights 0 outside."""
     total = H + W + 4
     if tl.program_id(1) == 0:
         _axis_places(low, weights, total, 0, h, H, MODE, BLOCK)
@@ -78,7 +78,7 @@ def _axis_takers(first, weights, IN, OUT, COUNT, MODE: tl.constexpr, BLOCK: tl.c
     begin = _first(k, IN, OUT, MODE)
     step = e // IN - 2
     p = begin + step
-    below, above, weight = _taps(tl.minimum(tl.maximum(p, 0), OUT - 1), IN, OUT, MODE)
+    below, above, weight = taps(tl.minimum(tl.maximum(p, 0), OUT - 1), IN, OUT, MODE)
     share = tl.where(below == k, 1.0 - weight, 0.0) + tl.where(above == k, weight, 0.0)
     kept = (step >= 0) & (step < COUNT) & (p < OUT)
     tl.store(weights + e, tl.where(kept, share, 0.0), mask=e < (COUNT + 4) * IN)

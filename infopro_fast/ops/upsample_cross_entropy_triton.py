@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .triton_resize import taps
 from .triton_target import Compilation, capability, dot_precision, rounded
 
 MEAN, SUM, NONE = range(3)  # linear_cross_entropy.REDUCTIONS
@@ -27,20 +28,6 @@ KEEP_LSE = 1  # in upsample_cross_entropy.KEEP
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Kernels
-
-
-@triton.jit
-def _taps(p, IN, OUT, ALIGN_CORNERS: tl.constexpr):
-    """Output positions p of a resize from IN to OUT: the source positions below and above, and the weight of the second."""
-    if ALIGN_CORNERS:
-        unit = tl.maximum(OUT - 1, 1)
-        position = p * (IN - 1)
-    else:
-        unit = 2 * OUT
-        position = tl.maximum((2 * p + 1) * IN - OUT, 0)
-    low = tl.minimum(position // unit, IN - 1)
-    weight = (position - low * unit).to(tl.float32) / tl.cast(unit, tl.float32)
-    return low, tl.minimum(low + 1, IN - 1), weight
 
 
 @triton.jit
@@ -92,8 +79,8 @@ def _forward_kernel(
     """Losses and l of BLOCK_P pixels; their sum, and that of their targets' weights, in ``partial`` (programs, 2)."""
     X, Y, n = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P), tl.program_id(1), tl.program_id(2).to(tl.int64)
     label, kept = _labels(target + n * target_stride_n + Y.to(tl.int64) * target_stride_y, X, W, C, target_stride_x, ignore_index)
-    y_low, y_high, weight_y = _taps(Y, h, H, ALIGN_CORNERS)
-    x_low, x_high, weight_x = _taps(tl.minimum(X, W - 1), w, W, ALIGN_CORNERS)
+    y_low, y_high, weight_y = taps(Y, h, H, 0 if ALIGN_CORNERS else 2)
+    x_low, x_high, weight_x = taps(tl.minimum(X, W - 1), w, W, 0 if ALIGN_CORNERS else 2)
     rows_low, rows_high = logits + n * stride_n + y_low.to(tl.int64) * stride_y, logits + n * stride_n + y_high.to(tl.int64) * stride_y
     top = tl.full((BLOCK_P,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_P,), tl.float32)
@@ -185,11 +172,11 @@ def _backward_kernel(
     gradient = tl.zeros((BLOCK_C, BLOCK_W), tl.float32)
     for start in range(_first(first_column - 1, w, W, ALIGN_CORNERS), last_X, BLOCK_P):
         X = start + tl.arange(0, BLOCK_P)
-        x_low, x_high, weight_x = _taps(tl.minimum(X, W - 1), w, W, ALIGN_CORNERS)
+        x_low, x_high, weight_x = taps(tl.minimum(X, W - 1), w, W, 0 if ALIGN_CORNERS else 2)
         inside = (classes < C)[:, None] & (X < last_X)[None, :]
         pixels = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
         for Y in range(first_Y, last_Y):
-            y_low, y_high, weight_y = _taps(Y, h, H, ALIGN_CORNERS)
+            y_low, y_high, weight_y = taps(Y, h, H, 0 if ALIGN_CORNERS else 2)
             row = tl.cast(Y, tl.int64)
             label, kept = _labels(target + n * target_stride_n + row * target_stride_y, X, last_X, C, target_stride_x, ignore_index)
             rows = logits + n * stride_n

@@ -3,6 +3,9 @@
 A checkpoint is a folder of three files: `tensors.safetensors`, `state.json` (everything else, with the tensors' names in
 their places) and `SHA256SUMS`, which `sha256sum -c` reads. It is written aside, flushed to the disk, and renamed: whenever
 the process or the machine dies, what has the name of a checkpoint is a whole one. The last two are kept.
+
+A run of many processes writes the same: the last process of a pipeline is sent the modules of the others. torch.distributed.checkpoint
+is not used: it keeps what is not a tensor, and the names of what is, in a pickle, and to load a pickle is to run code.
 """
 
 from __future__ import annotations
