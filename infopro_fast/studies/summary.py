@@ -183,6 +183,8 @@ def write(study: Study, results: Sequence[Result]) -> list[Path]:
         for r in results
     ]  # fmt: skip
     settings = json.loads(jobs(study)[0].config.resolved().to_json())
+    for name in ("out", "data_root", "seed"):  # not of the study: folders of a machine, what a run is told apart by
+        del settings[name]
     about = {"table": study.table, "scale": study.scale, "settings": settings, "where": where}
     content = {**about, "cells": rows, "compared": compare(results)}
     replace_file(paths[0], markdown(study, results).encode())
