@@ -2,7 +2,7 @@
 
     python -m benchmarks.scale_validation            writes benchmarks/results/scale_validation.json and prints a table
 
-ResNet-32, K = 4, batch 128 a replica, the images of the package, a thread a process, gloo. A core is a GPU of the model. Blocks are timed
+ResNet-32, K = 4, batch 128 a replica, the images of the package, a thread a process, gloo. A core is a GPU of the model. Modules are timed
 on every core at once, since cores share caches and memory as GPUs do not; processes beyond the cores each have their share of one. The
 link is measured between two processes. Runs are `infopro-fast train` under torchrun with the cuts that were predicted for, two epochs;
 the first warms up, the second's images a second count, no evaluation in them.
@@ -15,11 +15,12 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import socket
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -76,25 +77,17 @@ def _measured(_: int) -> scale.Network:
 
 
 def measured(cores: int) -> scale.Network:
-    """The blocks' times, the mean of all cores', each timing them at the same time."""
+    """The modules' times, each core timing at the same time: the mean of those that find the first one's cuts."""
     with multiprocessing.get_context("spawn").Pool(cores) as pool:
         nets = pool.map(_measured, range(cores), chunksize=1)
     first = nets[0]
-
-    def mean(pick: Callable[[scale.Network], tuple[scale.Work, ...]]) -> tuple[scale.Work, ...]:
-        return tuple(dataclasses.replace(works[0], seconds=sum(w.seconds for w in works) / cores) for works in zip(*map(pick, nets)))
-
-    same = [net for net in nets if net.cuts == first.cuts]
-    if len(same) < cores:  # times on the edge between two cuts: those of the first core
-        nets = [first] * cores
-    return dataclasses.replace(first, local=mean(lambda net: net.local), plain=mean(lambda net: net.plain))
+    works = zip(*(net.local for net in nets if net.cuts == first.cuts))
+    mean = tuple(dataclasses.replace(same[0], seconds=statistics.mean(work.seconds for work in same)) for same in works)
+    return dataclasses.replace(first, local=mean)
 
 
 def slower(net: scale.Network, times: float) -> scale.Network:
-    def of(works: tuple[scale.Work, ...]) -> tuple[scale.Work, ...]:
-        return tuple(dataclasses.replace(work, seconds=work.seconds * times) for work in works)
-
-    return dataclasses.replace(net, local=of(net.local), plain=of(net.plain))
+    return dataclasses.replace(net, local=tuple(dataclasses.replace(work, seconds=work.seconds * times) for work in net.local))
 
 
 def _exchange(rank: int, port: int, answer) -> None:
@@ -111,7 +104,7 @@ def _exchange(rank: int, port: int, answer) -> None:
             for turn in range(2):  # there and back
                 (dist.send if rank == turn else dist.recv)(t, 1 - rank)
             taken.append((time.perf_counter() - start) / 2)
-        seconds[count * 8] = sorted(taken)[len(taken) // 2]
+        seconds[t.nbytes] = statistics.median(taken)
     if rank == 0:
         answer.put(seconds)
     dist.destroy_process_group()
@@ -119,8 +112,6 @@ def _exchange(rank: int, port: int, answer) -> None:
 
 def measured_link() -> scale.Link:
     """Between two processes of this machine."""
-    import socket
-
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]

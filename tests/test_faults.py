@@ -22,7 +22,7 @@ PIPELINE = {0: r"rank 0 \(module 1 of 3\)", 1: r"rank 1 \(modules 2-3 of 3\)"}
 CAUSES = {
     "killed": r"killed \(process \d+ is gone\)",
     "stopped": r"stalled \(process \d+ is stopped\)",
-    "stands_still": r"in module 1, epoch 2, step 2 of 4: stalled \(no progress for 4 s\)",
+    "stands_still": r"in module 1, epoch 2, step 2 of 4: stalled \(no progress for [4-9] s\)",  # 4, or more if seen late
     "out_of_memory": r"in module \d, epoch 2, step 2 of 4: out of memory",
     "not_finite": r"module \d, reconstruction loss: nan; training stopped, the last checkpoint before it, .*epoch0001-batch000000, is kept",
     "disk_full": r"writing a checkpoint, .*: OSError: .*File too large",

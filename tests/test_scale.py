@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from infopro_fast import cli
+from infopro_fast import build, cli
 from infopro_fast.memory import scale
 from infopro_fast.memory.scale import Cluster, Link, Network, Work
 
@@ -84,6 +84,7 @@ def test_command(tmp_path, capsys):
     (network,) = json.loads((tmp_path / "s.json").read_text())["networks"]
     assert len(network["network"]["local"]) == 3 and network["network"]["carried"] == 2 * (3 * 32 * 32 * 4 + 8)
     assert [work["output"] for work in network["network"]["local"]][-1] == 2 * 64 * 8 * 8 * 4
+    assert len(build("resnet20", 3, cuts=[tuple(cut) for cut in network["network"]["cuts"]]).stages) == 3
     assert {p["gpus"] for p in network["predictions"]} == {1, 4}
 
 

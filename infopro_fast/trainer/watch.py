@@ -66,7 +66,7 @@ class Watch:
 
     @property
     def failed(self) -> bool:
-        """Whether this process was the first to fail, by an exception."""
+        """Whether this process has a failure of its own to say, which no other process had before it."""
         return self._failure is not None
 
     def start(self) -> None:

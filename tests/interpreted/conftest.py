@@ -99,7 +99,7 @@ def pytest_unconfigure(config):
 
 
 def pytest_configure(config):
-    """In the child: no check of integer overflow, a third of its time: without TRITON_DEBUG what it finds is thrown away."""
+    """In the child: no check of integer overflow, a third of its time: without debug in the interpreter's options its finds are ignored."""
     if PIPES in os.environ:
         from triton.runtime.interpreter import interpreter_builder
 
