@@ -11,22 +11,24 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint as run_checkpointed
 
-from . import backbones, split
+from . import backbones, norm_recompute, split
 from .auglocal import AUX_DEPTH
 from .chain import Joined
 from .families import CIFAR10_MEAN, CIFAR10_STD, PUBLISHED, Family, family  # noqa: F401
 from .local_loss import LOCAL_LOSSES, WEIGHTED, LocalLoss, Place, default_lambdas, interpolate_lambdas
 from .segmentation import Tap
 
-RECOMPUTE = ("none", "block", "sqrt")
+RECOMPUTE = ("none", "norm", "block", "sqrt")
 
 
 class Stage(nn.Sequential):
     """The blocks of one local module.
 
-    recompute: "none"; "block": keep only each block's input for backward and run the block again there; "sqrt": the same for
-    segments of about sqrt(blocks) blocks (Chen et al. 2016), fewer inputs for a larger segment. Batch norms' running statistics
-    move once a step, in the first forward. Gradients are those of "none" bit for bit, where torch's kernels repeat theirs.
+    recompute: "none"; "norm": where a convolution follows BatchNorm and ReLU inside a block, keep the map before the norm alone and
+    norm it again in backward (`norm_recompute`); "block": keep only each block's input for backward and run the block again there;
+    "sqrt": the same for segments of about sqrt(blocks) blocks (Chen et al. 2016), fewer inputs for a larger segment. Batch norms'
+    running statistics move once a step, in the first forward. Gradients are those of "none" bit for bit, where torch's kernels
+    repeat theirs.
     random: blocks may draw random numbers (dropout), which a second forward has to draw again.
     """
 
@@ -50,6 +52,10 @@ class Stage(nn.Sequential):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.recompute == "none" or not (self.training and torch.is_grad_enabled()):
             return super().forward(x)
+        if self.recompute == "norm":
+            for block in self:
+                x = norm_recompute.run_block(block, x)
+            return x
         for segment in self.segments():
             if isinstance(segment, Tap):  # keeps nothing, and must not run twice
                 x = segment(x)
@@ -188,8 +194,10 @@ def build(
         for greedy "0c1f". The others have `ChainDecoder` and `StridedHead` or `DenseHead`.
     aux_depth: blocks of the first module's auxiliary network of auglocal, later ones have fewer (`auglocal.aux_depths`); None: 3.
     label_smoothing: of every cross entropy.
-    recompute: "none"; "block": keep each residual block's input alone and run the block again in backward (gradient
-        checkpointing inside every module); "sqrt": the same for segments of sqrt(blocks) blocks (Chen et al. 2016).
+    recompute: "none"; "norm": keep no map between a BatchNorm and the convolution behind it, and norm again in backward (residual
+        and dense blocks; a pass over memory, no arithmetic worth counting); "block": keep each residual block's input alone and run
+        the block again in backward (gradient checkpointing inside every module); "sqrt": the same for segments of sqrt(blocks)
+        blocks (Chen et al. 2016).
     impl: implementation of the losses, as in the ops.
 
     Raises ValueError naming the argument for unknown names, splits that do not exist, arguments that contradict each other, and
@@ -267,6 +275,9 @@ def _check(found: Family, local_loss, lambdas, modules, net_config, widen, recom
         raise ValueError(f"build: net_config: local_loss={local_loss!r} has no such head, got {net_config!r}")
     if recompute not in RECOMPUTE:
         raise ValueError(f"build: recompute: expected one of {RECOMPUTE}, got {recompute!r}")
+    if recompute == "norm" and not any(norm_recompute.has_chain(unit.block) for unit in found.units):
+        raise ValueError(f"build: recompute='norm' knows the blocks of ResNets and DenseNets, and {found.name} has none of them: "
+                         "expected 'none', 'block' or 'sqrt'")
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"build: label_smoothing: expected a number in [0, 1), got {label_smoothing}")
     if not found.cifar and (net_config is not None or widen != 1):

@@ -18,8 +18,9 @@ from infopro_fast.trainer import report
 from infopro_fast.trainer.checkpoint import replace_file
 
 from . import costs
+from .known import Known, Run, settings_of_a_cell
 from .runner import finished
-from .tables import NAMES, Cell, Job, Study, cells, jobs, published
+from .tables import NAMES, Cell, Job, Study, cells, config, jobs, published
 
 INFOPRO = ("softmax", "contrast")
 PAPER = (
@@ -55,26 +56,33 @@ class Result:
         return self.deviation / math.sqrt(len(self.errors))
 
 
-def collect(study: Study) -> list[Result]:
-    """The cells that have a finished run, with what a step costs: measured where the study asks for it and it is not known yet."""
+def collect(study: Study, known: Known) -> list[Result]:
+    """The cells that have a finished run, here or known, with what a step costs: measured here where the study asks for it and it is
+    not measured yet, else known."""
     found = []
-    by_cell: dict[Cell, list[Job]] = {cell: [] for cell in cells(study)}
+    by_cell: dict[Cell, list[tuple[Job, Run]]] = {cell: [] for cell in cells(study)}
     for job in jobs(study):
-        if finished(job):
-            by_cell[job.cell].append(job)
-    known = _Known(study.out / "costs.json")
+        run = known.runs.get((job.cell, job.seed)) or (_run(job) if finished(job) else None)
+        if run is not None:
+            by_cell[job.cell].append((job, run))
+    measured = _Costs(study.out / "costs.json")
     for cell, done in by_cell.items():
         if not done:
             continue
-        epochs = [report.read_metrics(job.folder, "epoch") for job in done]
-        curves = tuple(tuple(100 - 100 * epoch["test"]["accuracy"] for epoch in one) for one in epochs)
-        cost = known.get(done[0], measure=study.measure)
-        ends, losses = tuple(curve[-1] for curve in curves), tuple(one[-1]["test"]["loss"] for one in epochs)
-        found.append(Result(cell, tuple(job.seed for job in done), ends, losses, curves, cost, published(study, cell)))
+        runs = [run for _, run in done]
+        cost = measured.get(done[0][0], measure=study.measure) or known.costs.get(cell)
+        ends, losses = tuple(run.curve[-1] for run in runs), tuple(run.cross_entropy for run in runs)
+        seeds, curves = tuple(job.seed for job, _ in done), tuple(run.curve for run in runs)
+        found.append(Result(cell, seeds, ends, losses, curves, cost, published(study, cell)))
     return found
 
 
-class _Known:
+def _run(job: Job) -> Run:
+    epochs = report.read_metrics(job.folder, "epoch")
+    return Run(tuple(100 - 100 * epoch["test"]["accuracy"] for epoch in epochs), epochs[-1]["test"]["loss"])
+
+
+class _Costs:
     """costs.json: measured once, kept."""
 
     def __init__(self, path: Path):
@@ -83,6 +91,7 @@ class _Known:
     def get(self, job: Job, measure: bool) -> dict[str, float] | None:
         key = costs.key(job.config)
         if key not in self.content and measure:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             self.content[key] = costs.measure(job.config)
             replace_file(self.path, (json.dumps(self.content, indent=1) + "\n").encode())
         return self.content.get(key)
@@ -166,7 +175,7 @@ def _grid(results: Sequence[Result], text) -> str:
     return "\n".join([*head, *(f"| {NAMES[m]} |" + "".join(f" {by.get((m, K), '')} |" for K in columns) for m in methods)])
 
 
-def write(study: Study, results: Sequence[Result]) -> list[Path]:
+def write(study: Study, results: Sequence[Result], known: Known) -> list[Path]:
     """The table as Markdown and JSON, each whole or not at all, and the figures; returns the paths."""
     from . import figures
 
@@ -178,7 +187,8 @@ def write(study: Study, results: Sequence[Result]) -> list[Path]:
         "jobs": study.jobs, "threads": study.threads, "torch": torch.__version__, "infopro_fast": facts["versions"]["infopro_fast"],
     }  # fmt: skip
     rows = [
-        {"method": r.cell.method, "modules": r.cell.modules, "weights": r.cell.weights, "seeds": r.seeds, "errors": r.errors,
+        {"method": r.cell.method, "modules": r.cell.modules, "weights": r.cell.weights,
+         "settings": settings_of_a_cell(config(study, r.cell, study.first_seed)), "seeds": r.seeds, "errors": r.errors,
          "cross_entropies": r.cross_entropies, "curves": r.curves, "cost": r.cost, "paper": r.paper}
         for r in results
     ]  # fmt: skip
@@ -186,7 +196,7 @@ def write(study: Study, results: Sequence[Result]) -> list[Path]:
     for name in ("out", "data_root", "seed"):  # not of the study: folders of a machine, what a run is told apart by
         del settings[name]
     about = {"table": study.table, "scale": study.scale, "settings": settings, "where": where}
-    content = {**about, "cells": rows, "compared": compare(results)}
+    content = {**about, "known": known.sources, "cells": rows, "compared": compare(results)}
     replace_file(paths[0], markdown(study, results).encode())
     replace_file(paths[1], (json.dumps(content, indent=1) + "\n").encode())
     return paths + figures.draw(study, results)

@@ -32,6 +32,7 @@ SCALES: dict[str, dict[str, Any]] = {
 # published contrastive ones of K = 8 and 16, reconstruction alone early, and little of it.
 CANDIDATES = ((5.0, 0.5, 0.5, 1.0), (5.0, 0.0, 0.0, 2.0), (5.0, 0.05, 0.2, 0.5), (1.0, 0.2, 0.1, 1.0))
 HOLD_OUT = 1000  # training images that the search for weights tests on
+FREE = ("out", "threads", "device", "data_root", "checkpoint_minutes", "log_every", "workers")  # settings that change no result
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,8 @@ class Study:
     """Train what is missing; otherwise only write the tables and figures of the runs that are there."""
     measure: bool = True
     """Measure time and memory of a step of each cell, when nothing else runs."""
+    known: tuple[Path, ...] = ()
+    """Tables (JSON) of earlier studies with the same settings, from any machine: their runs are taken from there and not trained."""
     out: Path = Path("reproduction")
     """Folder of the runs, the table (Markdown, JSON) and the figures."""
 
@@ -191,6 +194,5 @@ def published(study: Study, cell: Cell) -> tuple[float, float] | None:
 def same_run(wanted: TrainConfig, there: TrainConfig) -> Sequence[str]:
     """Names of the settings in which a run that is there differs from the one wanted, but for those that change no result."""
     ours, theirs = wanted.resolved(), there
-    free = ("out", "threads", "device", "data_root", "checkpoint_minutes", "log_every", "workers")
     names = (field.name for field in dataclasses.fields(TrainConfig))
-    return [name for name in names if name not in free and getattr(ours, name) != getattr(theirs, name)]
+    return [name for name in names if name not in FREE and getattr(ours, name) != getattr(theirs, name)]

@@ -1,0 +1,97 @@
+"""Runs that an earlier study trained, on this machine or another, read from its table (JSON) instead of being trained again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from infopro_fast.trainer.config import TrainConfig
+
+from .runner import StudyError
+from .tables import FREE, Cell, Study, config, jobs
+
+OF_A_CELL = ("modules", "local_loss", "lambdas", "balanced", "recompute", "order", "impl", "hold_out", "seed")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a table needs of a run. curve: test error (%) after every epoch; cross_entropy: on the test images, after the last."""
+
+    curve: tuple[float, ...]
+    cross_entropy: float
+
+
+@dataclass(frozen=True)
+class Known:
+    """Runs by (cell, seed), costs of a step by cell, and where each file's came from, as the JSON of a table says it."""
+
+    runs: dict[tuple[Cell, int], Run]
+    costs: dict[Cell, dict[str, float]]
+    sources: list[dict[str, Any]]
+
+
+def settings_of_a_cell(found: TrainConfig) -> dict[str, Any]:
+    """In what one cell of a table differs from another, as JSON has it."""
+    content = json.loads(found.resolved().to_json())
+    return {name: content[name] for name in OF_A_CELL if name != "seed"}
+
+
+def read(study: Study) -> Known:
+    """The runs of ``study.known`` that are cells of ``study``; a cell and seed that two files have is the first one's.
+
+    Raises StudyError for a file that is no table, and one whose runs were trained with other settings.
+    """
+    found = Known({}, {}, [])
+    wanted = {(job.cell, job.seed) for job in jobs(study)}
+    for path in study.known:
+        content = _content(path)
+        _check_same(path, study, content["settings"])
+        taken = []
+        for row in content["cells"]:
+            cell = Cell(row["method"], row["modules"], None if row["weights"] is None else tuple(row["weights"]))
+            ours = [(i, seed) for i, seed in enumerate(row["seeds"]) if (cell, seed) in wanted and (cell, seed) not in found.runs]
+            if not ours:
+                continue
+            _check_cell(path, study, cell, row["settings"])
+            found.runs.update({(cell, seed): Run(tuple(row["curves"][i]), row["cross_entropies"][i]) for i, seed in ours})
+            if row["cost"] is not None:
+                found.costs.setdefault(cell, row["cost"])
+            taken.append({"method": cell.method, "modules": cell.modules, "seeds": [seed for _, seed in ours]})
+        found.sources.append({"where": content["where"], "cells": taken})
+    return found
+
+
+def _content(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+        missing = {"settings", "where", "cells"} - content.keys()
+    except (OSError, ValueError, AttributeError) as error:
+        raise StudyError(f"known: {path}: not the JSON of a table ({error})") from error
+    if missing:
+        raise StudyError(f"known: {path}: not the JSON of a table, which has {', '.join(sorted(missing))}")
+    return content
+
+
+def _check_same(path: Path, study: Study, theirs: dict[str, Any]) -> None:
+    """What all cells have in common: images, network, epochs, optimizer."""
+    ours = json.loads(jobs(study)[0].config.resolved().to_json())
+    _refuse(path, "", {name: ours[name] for name in _names() if name in theirs and name not in OF_A_CELL}, theirs)
+
+
+def _check_cell(path: Path, study: Study, cell: Cell, theirs: dict[str, Any]) -> None:
+    _refuse(path, f"{cell.name}: ", settings_of_a_cell(config(study, cell, study.first_seed)), theirs)
+
+
+def _refuse(path: Path, of: str, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    different = [name for name, value in ours.items() if theirs.get(name) != value]
+    if different:
+        values = ", ".join(f"{name}: expected {ours[name]}, got {theirs.get(name)}" for name in different)
+        raise StudyError(f"known: {path}: {of}runs with other settings ({values})")
+
+
+def _names() -> Sequence[str]:
+    return [field.name for field in dataclasses.fields(TrainConfig) if field.name not in FREE]
