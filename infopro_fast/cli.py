@@ -80,8 +80,8 @@ class MakePlan:
     """Bytes for everything, like 4GiB: parameters, momentum, batch, gradients and the highest point of a step."""
     grow: Literal["batch", "image"] | None = None
     """With budget and modules: what to find the largest of. Default: batch, unless a batch size is given."""
-    recompute: Literal["none", "block"] = "none"
-    """Run each residual block again in backward."""
+    recompute: Literal["none", "norm", "block"] = "none"
+    """Make again in backward what a norm gives a convolution, or whole residual blocks."""
     losses: Literal["ours", "released"] | None = None
     """Whose bytes: the kernels', or the released code's in plain torch. Default: ours where there is a choice."""
     objective: Literal["peak", "saved", "time"] = "peak"

@@ -188,7 +188,7 @@ def test_errors(kwargs, message):
 
 
 @pytest.mark.parametrize("modules", [1, 3])
-@pytest.mark.parametrize("recompute", ["block", "sqrt"])
+@pytest.mark.parametrize("recompute", ["norm", "block", "sqrt"])
 def test_recompute_changes_no_bit(modules, recompute):
     """Same losses, gradients (the momentum of one step), weights, statistics: these move once a step, not again in the second forward."""
     states = []

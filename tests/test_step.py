@@ -141,7 +141,7 @@ def test_loss_and_count_are_the_networks_own():
     assert metrics["correct"].item() == (logits.argmax(1) == LABEL).sum().item()
 
 
-@pytest.mark.parametrize("recompute, chosen", [("none", "auto"), ("none", "reference"), ("block", "auto")])
+@pytest.mark.parametrize("recompute, chosen", [("none", "auto"), ("none", "reference"), ("norm", "auto"), ("block", "auto")])
 def test_the_lean_step_is_the_plain_one_bit_for_bit(recompute, chosen):
     """The plain one: one loss a module, one backward through it and the module, one optimizer over everything when all are done."""
     torch.manual_seed(0)

@@ -14,7 +14,7 @@ import time
 import pytest
 import tyro
 
-from infopro_fast.studies import costs, figures, runner, summary, tables
+from infopro_fast.studies import costs, figures, known, runner, summary, tables
 from infopro_fast.studies.reproduce import reproduce
 from infopro_fast.trainer import report
 from infopro_fast.trainer.config import ConfigError, TrainConfig
@@ -210,3 +210,57 @@ def test_impossible_cells_are_found_before_training(tmp_path):
         with pytest.raises(ConfigError, match=message):
             reproduce(tables.Study(table, methods=("e2e",), out=tmp_path))
     assert not any(os.scandir(tmp_path))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs of earlier studies
+
+
+def test_known_runs_are_not_trained_again(study, tmp_path, monkeypatch):
+    """A table from elsewhere has end to end; only greedy is trained here; the joined table has both and says where they came from."""
+    elsewhere = dataclasses.replace(study, methods=("e2e",), train=False)
+    there = summary.collect(elsewhere, known.read(elsewhere))
+    (path,) = [p for p in summary.write(dataclasses.replace(elsewhere, out=tmp_path / "there"), there, known.read(elsewhere)) if p.suffix == ".json"]
+    asked = []
+    monkeypatch.setattr(runner, "run_all", lambda jobs, at_a_time: asked.extend(job.cell.name for job in jobs))
+    joined = dataclasses.replace(study, known=(path,), out=tmp_path / "here")
+    reproduce(joined)
+    assert asked == ["greedy-k2"]
+    ours = json.loads((study.out / "table2.json").read_text())
+    content = json.loads((tmp_path / "here/table2.json").read_text())
+    assert content["cells"] == [cell for cell in ours["cells"] if cell["method"] == "e2e"]
+    (source,) = content["known"]
+    assert source["cells"] == [{"method": "e2e", "modules": 1, "seeds": [0]}] and source["where"] == ours["where"]
+
+
+def test_known_seeds_join_new_ones(study, tmp_path, monkeypatch):
+    """Seed 0 is known, seed 1 has just been trained: one cell of both."""
+    two = dataclasses.replace(study, seeds=2, methods=("e2e",), known=(study.out / "table2.json",), out=tmp_path)
+    monkeypatch.setattr(runner, "run_all", lambda jobs, at_a_time: None)
+    monkeypatch.setattr(summary, "finished", lambda job: True)
+    epochs = [{"epoch": 1, "test": {"accuracy": 0.5, "loss": 1.25}}]
+    monkeypatch.setattr(summary.report, "read_metrics", lambda folder, kind: epochs if "seed1" in folder.name else pytest.fail(str(folder)))
+    reproduce(two)
+    (cell,) = json.loads((tmp_path / "table2.json").read_text())["cells"]
+    assert cell["seeds"] == [0, 1] and cell["errors"][1] == 50 and cell["cross_entropies"][1] == 1.25
+
+
+def test_known_tables_of_other_settings_are_an_error(study, tmp_path):
+    path = study.out / "table2.json"
+    for settings, message in (
+        (dict(epochs=2), r"table2.json: runs with other settings \(epochs: expected 2, got 1, warmup: expected 1, got 0\)"),
+        (dict(arch="resnet32"), "arch: expected resnet32, got resnet20"),
+    ):
+        with pytest.raises(runner.StudyError, match=message):
+            reproduce(dataclasses.replace(study, known=(path,), out=tmp_path, **settings))
+    content = json.loads(path.read_text())
+    content["cells"][1]["settings"]["local_loss"] = "dgl"
+    (tmp_path / "other.json").write_text(json.dumps(content))
+    with pytest.raises(runner.StudyError, match=r"other.json: greedy-k2: .*local_loss: expected greedy, got dgl"):
+        reproduce(dataclasses.replace(study, known=(tmp_path / "other.json",), out=tmp_path))
+    for text in ("{", "[]", "{}", "3"):
+        (tmp_path / "none.json").write_text(text)
+        with pytest.raises(runner.StudyError, match="none.json: not the JSON of a table"):
+            reproduce(dataclasses.replace(study, known=(tmp_path / "none.json",), out=tmp_path))
+    with pytest.raises(runner.StudyError, match="absent.json: not the JSON of a table"):
+        reproduce(dataclasses.replace(study, known=(tmp_path / "absent.json",), out=tmp_path))

@@ -30,8 +30,11 @@ def published_size(arch: str) -> tuple[int, int]:
     return (224, 224) if arch in IMAGENET else (512, 1024) if arch in CITYSCAPES else (32, 32)
 
 
-def chain(arch: str, size: tuple[int, int], losses: str) -> LocalNetwork:
-    """A network for `costs.measure_chain`; ``positions`` names its blocks. Raises PlanError for what there is none for."""
+def chain(arch: str, size: tuple[int, int], losses: str, recompute: str = "none") -> LocalNetwork:
+    """A network for `costs.measure_chain`; ``positions`` names its blocks. Raises PlanError for what there is none for.
+
+    recompute: "norm", or anything else, which is added up from what blocks keep without (`ChainCosts`).
+    """
     if arch not in ARCHS:
         raise PlanError(f"plan: arch: expected one of {ARCHS}, got {arch!r}")
     if arch in backbones.BLOCKS:
@@ -44,6 +47,8 @@ def chain(arch: str, size: tuple[int, int], losses: str) -> LocalNetwork:
         if losses != "released":
             raise PlanError(f"plan: losses: {arch} has the released ones alone")
         positions, net = (_imagenet if arch in IMAGENET else _cityscapes)(arch)
+    for stage in net.stages:
+        stage.recompute = "norm" if recompute == "norm" else "none"
     net.positions = positions
     return net
 

@@ -47,11 +47,13 @@ class Way:
     def name(self) -> str:
         if self.modules > 1:
             who = "released" if self.losses == "released" else "ours"
-            again = {"none": "", "block": " + recompute", "sqrt": " + recompute sqrt"}[self.recompute]
+            again = {"none": "", "norm": " + norms rebuilt", "block": " + recompute", "sqrt": " + recompute sqrt"}[self.recompute]
             return f"{who} K={self.modules}{again}"
         if self.budget is not None:
             return f"E2E compiled, budget {self.budget:g}"
-        return {"none": "E2E", "block": "E2E checkpoint/block", "sqrt": "E2E checkpoint/sqrt"}[self.recompute]
+        return {"none": "E2E", "norm": "E2E + norms rebuilt", "block": "E2E checkpoint/block", "sqrt": "E2E checkpoint/sqrt"}[
+            self.recompute
+        ]
 
 
 @dataclass(frozen=True)
@@ -74,10 +76,10 @@ class Measured:
 
 
 def ways(modules: list[int], budgets: list[float]) -> list[Way]:
-    """End to end, plain, checkpointed and compiled; then for each K the released losses, ours, and ours with recompute."""
-    found = [Way(), Way(recompute="block"), Way(recompute="sqrt"), *(Way(budget=b) for b in budgets)]
+    """End to end, plain, checkpointed and compiled; then for each K the released losses, ours, and ours with norms or blocks run again."""
+    found = [Way(), Way(recompute="norm"), Way(recompute="block"), Way(recompute="sqrt"), *(Way(budget=b) for b in budgets)]
     for K in modules:
-        found += [Way(K, losses="released", planned=False), Way(K), Way(K, "block")]
+        found += [Way(K, losses="released", planned=False), Way(K), Way(K, "norm"), Way(K, "block")]
     return found
 
 

@@ -24,6 +24,7 @@ class BlockCost(typing.NamedTuple):
 
     inner: kept for backward, neither input nor output. output: of its output map. forward: highest point of its forward.
     backward: how far its backward rises above what is alive when it starts (inner, output, the gradient of the output).
+    backward_last: the same where the output stays alive until the end, as a module's own output does.
     parameters: of its parameters, and of their gradients.
     """
 
@@ -31,6 +32,7 @@ class BlockCost(typing.NamedTuple):
     output: int
     forward: int
     backward: int
+    backward_last: int
     parameters: int
     seconds: float = 0.0
 
@@ -48,7 +50,7 @@ class ChainCosts:
     """Costs of all contiguous modules of a network whose every block is a module of its own.
 
     blocks: in order. losses: of a module that ends with each block, the last being the network's own; None where none can end.
-    image: bytes of the network's input. recompute: "none" or "block".
+    image: bytes of the network's input. recompute: "block", or "none" for costs as they were measured ("norm" among them).
     """
 
     def __init__(self, blocks: Sequence[BlockCost], losses: Sequence[LossCost | None], image: int, recompute: str = "none"):
@@ -88,8 +90,11 @@ class ChainCosts:
             before -= kept[i]
             alive = before + gradients + block.output  # the gradient of its output
             again = 0 if self.recompute == "none" else alive + result + block.forward
-            own = block.inner + block.output + (0 if last and self.recompute == "none" else result)
-            found = max(found, alive + own + block.backward, again)
+            if last and self.recompute == "none":
+                rise = block.inner + block.output + block.backward_last
+            else:
+                rise = block.inner + block.output + result + block.backward
+            found = max(found, alive + rise, again)
             gradients += block.parameters
         return found
 
@@ -122,7 +127,7 @@ def measure_chain(
         if key not in known:
             known[key] = None if isinstance(local_loss, NoCut) else _measure_loss(local_loss, h, *batch, timed=timed)
         losses.append(known[key])
-    return ChainCosts(blocks, losses, nbytes([image]), recompute)
+    return ChainCosts(blocks, losses, nbytes([image]), "block" if recompute == "block" else "none")
 
 
 class NoCut(LocalLoss):
@@ -132,23 +137,33 @@ class NoCut(LocalLoss):
 def _measure_block(stage: Stage, x: torch.Tensor, first: bool, timed: bool) -> tuple[BlockCost, torch.Tensor]:
     x = x.detach().requires_grad_(not first)
     parameters = [p for p in stage.parameters() if p.requires_grad]
+    kept, forward, backward, result = _block_bytes(stage, x, parameters, outlived=False)
+    *_, backward_last, _ = _block_bytes(stage, x, parameters, outlived=True)
+    output = result.untyped_storage().nbytes()
+    seconds = _seconds(lambda: _run_block(stage, x, result, parameters)) if timed else 0.0
+    return BlockCost(kept - output, output, forward, backward, backward_last, nbytes(parameters), seconds), result
+
+
+def _block_bytes(
+    stage: Stage, x: torch.Tensor, parameters: Sequence[torch.Tensor], outlived: bool
+) -> tuple[int, int, int, torch.Tensor]:  # fmt: skip
+    """Kept with the output, highest in forward, rise in backward; a tensor like the output, which stays alive if ``outlived``."""
     live = LiveBytes([*stage.parameters(), *stage.buffers(), x])
     with live:
         out = stage(x)
         forward, result = live.peak.total, torch.empty_like(out, requires_grad=False)
-        shape = result.untyped_storage().nbytes()
-        kept = live.now.total - shape  # the output among it
+        kept = live.now.total - result.untyped_storage().nbytes()
         live.hold("loaded", [result])
         grad = [torch.empty_like(result)]
         target = _GradientOf.apply(out, grad)
+        alive = out.detach() if outlived else None
         del out
         before = live.now.total
         live.reset()
-        given = torch.autograd.grad(target, [*parameters, *([] if first else [x])])
+        torch.autograd.grad(target, [*parameters, *([x] if x.requires_grad else [])])
         backward = max(0, live.peak.total - before)
-    del given, target
-    seconds = _seconds(lambda: _run_block(stage, x, result, parameters)) if timed else 0.0
-    return BlockCost(kept - shape, shape, forward, backward, nbytes(parameters), seconds), result
+        del alive
+    return kept, forward, backward, result
 
 
 def _run_block(stage, x, grad, parameters):

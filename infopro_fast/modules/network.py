@@ -276,8 +276,10 @@ def _check(found: Family, local_loss, lambdas, modules, net_config, widen, recom
     if recompute not in RECOMPUTE:
         raise ValueError(f"build: recompute: expected one of {RECOMPUTE}, got {recompute!r}")
     if recompute == "norm" and not any(norm_recompute.has_chain(unit.block) for unit in found.units):
-        raise ValueError(f"build: recompute='norm' knows the blocks of ResNets and DenseNets, and {found.name} has none of them: "
-                         "expected 'none', 'block' or 'sqrt'")
+        raise ValueError(
+            f"build: recompute='norm' knows the blocks of ResNets and DenseNets, and {found.name} has none of them: "
+            "expected 'none', 'block' or 'sqrt'"
+        )
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"build: label_smoothing: expected a number in [0, 1), got {label_smoothing}")
     if not found.cifar and (net_config is not None or widen != 1):

@@ -84,7 +84,7 @@ class _NormReluConv(torch.autograd.Function):
         )  # fmt: skip
         if not need_norm:
             return None, None, None, grad_weight, grad_bias, None, None, None
-        through = aten.threshold_backward(through, y, 0)
+        aten.threshold_backward.grad_input(through, y, 0, grad_input=through)  # in place: no map more than autograd's own backward
         del y
         need = [need_x, need_gamma, need_beta]
         found = aten.native_batch_norm_backward(

@@ -131,8 +131,8 @@ class TrainConfig:
     """Width of the auxiliary classifier's hidden layer and of the contrastive features."""
     aux_depth: int | None = None
     """Blocks of the first module's auxiliary network of auglocal; later modules have fewer. Default: 3."""
-    recompute: Literal["none", "block", "sqrt"] = "none"
-    """Run parts of a module again in backward, keeping only their inputs: each residual block, or sqrt(blocks) of them at once."""
+    recompute: Literal["none", "norm", "block", "sqrt"] = "none"
+    """Make again in backward: what norms give convolutions, each residual block, or sqrt(blocks) of them at once."""
 
     epochs: int | None = None
     """Passes over the training images. Default, like the settings down to nesterov: the recipe of the data set."""
@@ -334,7 +334,7 @@ def _check_choices(c: TrainConfig) -> None:
         ("arch", (None, *ARCHS)),
         ("local_loss", (None, "contrast", "softmax", "greedy", "dgl", "infopro_l", "auglocal", "none")),
         ("net_config", (None, "0c1f", "0c2f", "1c1f", "1c2f", "1c3f", "2c2f")),
-        ("recompute", ("none", "block", "sqrt")),
+        ("recompute", ("none", "norm", "block", "sqrt")),
         ("optimizer_state", ("float32", "bfloat16", "8bit")),
         ("schedule", (None, "cosine", "step", "one_cycle", "half_cosine", "poly")),
         ("dtype", ("float32", "float64")),
@@ -410,6 +410,10 @@ def _check_parallel(c: TrainConfig) -> None:
     for name, default in of_processes.items():
         if c.parallel == "none" and getattr(c, name) != default:
             raise ConfigError(f"{name}: expected parallel data or pipeline, got parallel none")
+    if c.sync_batch_norm and c.recompute == "norm":
+        raise ConfigError(
+            "sync_batch_norm and recompute norm: expected recompute none, block or sqrt, whose norms ask other processes once"
+        )
     if c.parallel != "none" and c.cuda_graph:
         raise ConfigError(f"parallel {c.parallel} and cuda_graph: steps that talk to other processes are not captured")
     if c.pipeline_modules is not None and (
