@@ -87,7 +87,11 @@ def fake_step(batch_size: int = 4, image_size: int = 32, released_losses: bool =
         return memory.measure_step(trainer, *memory.fake_batch(batch_size, image_size))
 
 
-@pytest.mark.parametrize("settings", [dict(modules=3, lambdas=(1, 1, 1, 1)), dict(modules=2, recompute="norm"), dict(modules=2, recompute="block")], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [dict(modules=3, lambdas=(1, 1, 1, 1)), dict(modules=2, recompute="norm"), dict(modules=2, recompute="block")],
+    ids=str,
+)
 def test_without_running_the_same_bytes_as_running(settings, cpu):
     torch.manual_seed(0)
     net = infopro_fast.build("resnet20", **settings)
