@@ -284,7 +284,7 @@ def test_bytes_for_people():
 
 def test_table_of_a_comparison():
     """Of compiled code only what autograd and the system see is known."""
-    base = comparing.Measured(comparing.Way(), 100, 90, 1000, memory.Bytes(0, 0, 900, 100), 1100, 2.0)
+    base = comparing.Measured(comparing.Way(), 100, 90, 1000, memory.Bytes(0, 0, 900, 100), 1100, 2.0, 2.0)
     compiled = dataclasses.replace(base, way=comparing.Way(budget=0.5), saved=500, peak=None, resident=550, seconds=1.0)
     rows = figures.comparison_rows([base, compiled])
     assert rows[1][:5] == ["E2E compiled, budget 0.5", "500 B", "50.0 %", "?", "?"]

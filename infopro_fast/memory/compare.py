@@ -1,7 +1,8 @@
 """Ways to train the same network, side by side: bytes by what they are for, the peak the system sees, and time.
 
 Each way is measured on the CPU or a GPU, in two processes of its own: one for bytes, whose peak the system sees because nothing that is
-freed stays in the heap, and one for times, where all of it does.
+freed stays in the heap, and one for times, where all of it does. There its steps alternate with end-to-end ones: a machine's speed
+drifts by more than ways differ.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class Measured:
     """What a way takes. peak: `Bytes` at the step's highest point, or None where compiled code hides it; saved: most kept by autograd.
 
     resident: peak beyond the loaded model, its optimizer's state and the batch, as the system (or a GPU's allocator) sees it.
-    parameters, optimizer: there all the time. seconds: a step, median.
+    parameters, optimizer: there all the time. seconds: a step, median; end_to_end: of steps end to end between those.
     """
 
     way: Way
@@ -71,6 +72,7 @@ class Measured:
     peak: Bytes | None
     resident: int
     seconds: float
+    end_to_end: float
     device: str = "cpu"
     threads: int = 0
 
@@ -84,11 +86,12 @@ def ways(modules: list[int], budgets: list[float]) -> list[Way]:
 
 
 def measure(way: Way, arch: str, batch_size: int, image_size: int, *, rounds: int = 5, device: str = "cpu", threads: int | None = None):
-    """`Measured`. rounds: timed steps."""
+    """`Measured`. rounds: timed steps of this way and of end to end."""
     threads = threads or torch.get_num_threads()
     case = dict(way=asdict(way), arch=arch, batch_size=batch_size, image_size=image_size, device=device, threads=threads)
     found = in_a_process("infopro_fast.memory.compare:_bytes_here", **case)
-    found["seconds"] = in_a_process("infopro_fast.memory.compare:_seconds_here", malloc=KEEPING, rounds=rounds, **case)
+    times = in_a_process("infopro_fast.memory.compare:_seconds_here", malloc=KEEPING, rounds=rounds, **case)
+    found["seconds"], found["end_to_end"] = times
     return Measured(way, **{**found, "peak": Bytes(*found["peak"]) if found["peak"] else None}, device=device, threads=threads)
 
 
@@ -155,10 +158,13 @@ def _start(way: dict, arch: str, batch_size: int, image_size: int, device: str, 
     return trainer, image, label, step
 
 
-def _seconds_here(rounds: int, device: str, **case) -> float:
-    *_, step = _start(device=device, **case)
-    _seconds(step, torch.device(device))  # the heap has grown by now
-    return statistics.median(_seconds(step, torch.device(device)) for _ in range(rounds))
+def _seconds_here(way: dict, rounds: int, device: str, **case) -> list[float]:
+    """Of a step this way and of one end to end."""
+    steps = [_start(each, device=device, **case)[-1] for each in (way, asdict(Way()))]
+    for step in steps:
+        _seconds(step, torch.device(device))  # the heap has grown by now
+    taken = [[_seconds(step, torch.device(device)) for step in steps] for _ in range(rounds)]
+    return [statistics.median(times) for times in zip(*taken)]
 
 
 def _bytes_here(way: dict, device: str, **case) -> dict[str, Any]:
