@@ -42,16 +42,15 @@ def _alone(*words):
 # Data parallel
 
 
-def _train(rank: int, size: int, loss: str, counts: list[int], steps: int, sync: bool, out: Path) -> None:
+def _train(rank: int, size: int, loss: str, counts: list[int], steps: int, dtype: torch.dtype, out: Path) -> None:
     """Steps on batches of ``counts`` images, by ``size`` processes, from the same weights."""
     if size > 1:
         dist.init_process_group("gloo")
     torch.manual_seed(0)
-    net = build("resnet20", 3, loss, lambdas=(1, 0.5, 0.5, 1), image_size=16).double()
+    net = build("resnet20", 3, loss, lambdas=(1, 0.5, 0.5, 1), image_size=16).to(dtype)
     sgd = schedule.released_sgd(0.05)
     if size > 1:
-        if sync:
-            modules.convert_sync_batch_norm(net)
+        modules.convert_sync_batch_norm(net)
         trainer = ParallelTrainer(net, sgd, group=dist.group.WORLD, global_contrast=loss == "contrast")
         calls = _counted_reductions()
     else:
@@ -60,7 +59,7 @@ def _train(rank: int, size: int, loss: str, counts: list[int], steps: int, sync:
     losses = []
     for step in range(steps):
         count = counts[step % len(counts)]
-        image, label = torch.randn(count, 3, 16, 16, generator=generator).double(), torch.randint(10, (count,), generator=generator)
+        image, label = torch.randn(count, 3, 16, 16, generator=generator).to(dtype), torch.randint(10, (count,), generator=generator)
         own = part_of(0, count, rank, size)
         metrics = trainer.step(image[own], label[own], *([count] if size > 1 else []))
         losses.append({name: value.item() for name, value in metrics.items()})
@@ -86,16 +85,20 @@ def _counted_reductions() -> list[int]:
     return calls
 
 
-def _both(folder: Path, loss: str, counts: list[int], steps: int) -> dict:
+def _both(folder: Path, loss: str, counts: list[int], steps: int, dtype: torch.dtype = torch.float64) -> dict:
     found = {}
     for size in (1, 2):
-        found[size] = Group(size, lambda rank, size=size: _train(rank, size, loss, counts, steps, True, folder), folder)
+        found[size] = Group(size, lambda rank, size=size: _train(rank, size, loss, counts, steps, dtype, folder), folder)
         found[size] = {"codes": found[size].wait(), "errors": found[size].errors()}
     return found
 
 
 def equal_contrast(folder: Path) -> dict:
     return _both(folder, "contrast", [128], 20)
+
+
+def equal_float32(folder: Path) -> dict:
+    return _both(folder, "contrast", [128], 20, torch.float32)
 
 
 def equal_softmax_uneven(folder: Path) -> dict:
