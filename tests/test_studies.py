@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -212,6 +215,58 @@ def test_impossible_cells_are_found_before_training(tmp_path):
     assert not any(os.scandir(tmp_path))
 
 
+def test_modules_trained_in_turn(tmp_path, monkeypatch):
+    """An asynchronous cell, in a terminal: stopped between its two modules it goes on; its curve is that of the last module's epochs."""
+    study = tables.Study("table2", out=tmp_path, **{**SMALL, "methods": ("async",)})
+    (job,) = tables.jobs(study)
+    statuses, real = [], runner._status
+    monkeypatch.setattr(runner, "_status", lambda job: statuses.append(real(job)) or statuses[-1])
+    monkeypatch.setattr(runner, "_progress", _bars_without_a_terminal)
+    monkeypatch.setattr(runner, "POLL_SECONDS", 0.02)
+    runs = runner.subprocess.Popen
+    started = []
+    monkeypatch.setattr(runner.subprocess, "Popen", lambda command, **options: started.append(runs(command, **options)) or started[-1])
+
+    def stopped_between(status: str):
+        if "module 1/2" in status and len(started) == 1 and (job.folder / "trained" / "module001").is_dir():
+            started[0].kill()
+            started[0].wait()
+            shutil.rmtree(job.folder / "checkpoints")  # as the trainer leaves it while the first module's outputs are cached
+            (job.folder / "checkpoints").mkdir()
+
+    monkeypatch.setattr(_Watched, "seen", staticmethod(stopped_between))
+    with pytest.raises(runner.StudyError, match="1 of 1 runs failed"):
+        reproduce(study)
+    reproduce(study)
+    assert len(started) == 2 and any(status.startswith("module 1/2, epoch 1/1") for status in statuses)
+    assert "test accuracy" in real(job) and real(job).startswith("module 2/2, epoch 1/1")
+    (cell,) = json.loads((tmp_path / "table2.json").read_text())["cells"]
+    assert cell["method"] == "async" and len(cell["curves"][0]) == 1
+    records = report.read_metrics(job.folder, "epoch")
+    assert [(r["module"], r["test"] is None) for r in records] == [(1, True), (2, False)]
+
+
+class _Watched:
+    @staticmethod
+    def seen(status: str) -> None: ...
+
+
+@contextlib.contextmanager
+def _bars_without_a_terminal(total: int, done: int):
+    """The bars of a terminal, drawn into nothing."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    class Bars(runner._Bars):
+        def update(self, job):
+            super().update(job)
+            if report.read_metrics(job.folder, "epoch"):
+                _Watched.seen(runner._status(job))
+
+    with Progress(console=Console(file=io.StringIO(), force_terminal=True)) as bars:
+        yield Bars(total, done, bars)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Runs of earlier studies
 
@@ -239,7 +294,7 @@ def test_known_seeds_join_new_ones(study, tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "run_all", lambda jobs, at_a_time: None)
     monkeypatch.setattr(summary, "finished", lambda job: True)
     epochs = [{"epoch": 1, "test": {"accuracy": 0.5, "loss": 1.25}}]
-    monkeypatch.setattr(summary.report, "read_metrics", lambda folder, kind: epochs if "seed1" in folder.name else pytest.fail(str(folder)))
+    monkeypatch.setattr(summary, "tested_epochs", lambda job: epochs if job.seed == 1 else pytest.fail(job.folder.name))
     reproduce(two)
     (cell,) = json.loads((tmp_path / "table2.json").read_text())["cells"]
     assert cell["seeds"] == [0, 1] and cell["errors"][1] == 50 and cell["cross_entropies"][1] == 1.25

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from infopro_fast.memory.resident import KEEPING
-from infopro_fast.trainer import report
+from infopro_fast.trainer import report, sequential
 from infopro_fast.trainer.config import TrainConfig
 
 from .tables import Job, same_run
@@ -51,8 +51,13 @@ def finished(job: Job) -> bool:
     if different:
         values = ", ".join(f"{name} {getattr(there, name)}" for name in different)
         raise StudyError(f"{job.folder} holds a run with other settings ({values}): give another folder as out, or delete it")
-    epochs = report.read_metrics(job.folder, "epoch")
+    epochs = tested_epochs(job)
     return bool(epochs) and epochs[-1]["epoch"] == there.epochs and (job.folder / report.WEIGHTS).is_file()
+
+
+def tested_epochs(job: Job) -> list[dict[str, Any]]:
+    """Records of the epochs after which the network was tested: all, or where modules are trained in turn those of the last."""
+    return [epoch for epoch in report.read_metrics(job.folder, "epoch") if epoch["test"] is not None]
 
 
 def run_all(jobs: Sequence[Job], at_a_time: int) -> None:
@@ -95,9 +100,9 @@ def _start(job: Job) -> subprocess.Popen:
 
 
 def _remove_if_nothing_ran(folder: Path) -> None:
-    """A run that was killed before its first checkpoint cannot be continued, and holds nothing."""
-    checkpoints = folder / report.CHECKPOINTS
-    if (folder / report.CONFIG).is_file() and not (checkpoints.is_dir() and any(checkpoints.iterdir())):
+    """A run that was killed before its first checkpoint, and its first trained module, cannot be continued, and holds nothing."""
+    kept = (folder / report.CHECKPOINTS, folder / sequential.TRAINED)
+    if (folder / report.CONFIG).is_file() and not any(path.is_dir() and any(path.iterdir()) for path in kept):
         shutil.rmtree(folder)
 
 
@@ -133,7 +138,10 @@ def _status(job: Job) -> str:
     epochs = report.read_metrics(job.folder, "epoch")
     if not epochs:
         return "begun"
-    return f"epoch {epochs[-1]['epoch']}/{job.config.epochs}, test accuracy {100 * epochs[-1]['test']['accuracy']:.2f} %"
+    last = epochs[-1]
+    of_module = f"module {last['module']}/{job.config.modules}, " if job.config.order == "sequential" else ""
+    tested = "" if last["test"] is None else f", test accuracy {100 * last['test']['accuracy']:.2f} %"
+    return f"{of_module}epoch {last['epoch']}/{job.config.epochs}{tested}"
 
 
 class _Lines:
@@ -161,7 +169,8 @@ class _Bars(_Lines):
 
     def update(self, job: Job) -> None:
         if job not in self.lines:
-            self.lines[job] = self.bars.add_task(job.folder.name, total=job.config.resolved().epochs, status="")
+            turns = job.config.modules if job.config.order == "sequential" else 1
+            self.lines[job] = self.bars.add_task(job.folder.name, total=turns * job.config.resolved().epochs, status="")
         epochs = report.read_metrics(job.folder, "epoch")
         self.bars.update(self.lines[job], completed=len(epochs), status=_status(job))
 

@@ -14,12 +14,11 @@ from typing import Any
 import torch
 
 from infopro_fast import info
-from infopro_fast.trainer import report
 from infopro_fast.trainer.checkpoint import replace_file
 
 from . import costs
 from .known import Known, Run, settings_of_a_cell
-from .runner import finished
+from .runner import finished, tested_epochs
 from .tables import NAMES, Cell, Job, Study, cells, config, jobs, published
 
 INFOPRO = ("softmax", "contrast")
@@ -78,7 +77,7 @@ def collect(study: Study, known: Known) -> list[Result]:
 
 
 def _run(job: Job) -> Run:
-    epochs = report.read_metrics(job.folder, "epoch")
+    epochs = tested_epochs(job)
     return Run(tuple(100 - 100 * epoch["test"]["accuracy"] for epoch in epochs), epochs[-1]["test"]["loss"])
 
 
