@@ -6,12 +6,11 @@ import functools
 import importlib.metadata
 import os
 import platform
-import subprocess
 
 import torch
 
 import infopro_fast
-from infopro_fast import ops
+from infopro_fast import info, ops
 
 
 @functools.cache
@@ -21,7 +20,8 @@ def provenance(device: str = "cpu") -> dict[str, str | int]:
     if device == "cuda":
         where = {"device": torch.cuda.get_device_name(), "threads": 0, "isa": f"CUDA {torch.version.cuda}, Triton {_triton()}"}
     return where | {
-        "torch": torch.__version__, "python": platform.python_version(), "infopro_fast": infopro_fast.__version__, "commit": commit(),
+        "torch": torch.__version__, "python": platform.python_version(), "infopro_fast": infopro_fast.__version__,
+        "commit": info.commit() or "unknown",
     }  # fmt: skip
 
 
@@ -39,17 +39,3 @@ def processor() -> str:
     except (OSError, StopIteration):
         name = platform.processor() or platform.machine()
     return f"{name}, {os.cpu_count()} CPUs"
-
-
-def commit() -> str:
-    """Short hash of the checkout, with + where the package or the kernels differ from it."""
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-
-    def git(*args: str) -> str:
-        return subprocess.run(["git", *args], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", "infopro_fast", "csrc")
-        return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import os
 import platform
 import re
+import subprocess
 
 import torch
 
@@ -19,7 +21,7 @@ BUILD_RECORD = os.path.join(os.path.dirname(os.path.abspath(__file__)), "_build.
 def collect() -> dict:
     """The facts of `report`, JSON-serialisable.
 
-    versions: {"infopro_fast", "python", "torch", "triton" (None where it is not installed)}
+    versions: {"infopro_fast", "commit" (`commit`, None outside a checkout), "python", "torch", "triton" (None where it is not installed)}
     cpu: {"model", "isa" (instruction set of the kernels, None where they are not loaded), "threads"}
     cuda: {"device" (name, or None), "capability" (e.g. "9.0", or None), "reason" (why there is no device, or None)}
     build: the record written by setup.py, or None where nothing was built
@@ -29,6 +31,7 @@ def collect() -> dict:
     return {
         "versions": {
             "infopro_fast": infopro_fast.__version__,
+            "commit": commit(),
             "python": platform.python_version(),
             "torch": torch.__version__,
             "triton": _version("triton"),
@@ -52,6 +55,23 @@ def report() -> str:
     return "\n".join(lines)
 
 
+@functools.cache
+def commit() -> str | None:
+    """Short hash of the checkout the package lies in, with + where package or kernels differ from it; None where it lies in none."""
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+    def git(*args: str) -> str:
+        return subprocess.run(["git", *args], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        if os.path.realpath(git("rev-parse", "--show-toplevel")) != os.path.realpath(root):  # installed inside another project's
+            return None
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "infopro_fast", "csrc")
+        return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
 def build_record() -> dict | None:
     """What setup.py wrote beside the kernels: torch and compiler used, CUDA kernels or the reason why there are none."""
     try:
@@ -63,7 +83,7 @@ def build_record() -> dict | None:
 
 def _summary(facts: dict):
     versions, cpu, cuda, build = facts["versions"], facts["cpu"], facts["cuda"], facts["build"]
-    yield "infopro_fast", versions["infopro_fast"]
+    yield "infopro_fast", versions["infopro_fast"] + (f" ({versions['commit']})" if versions["commit"] else "")
     yield "python", versions["python"]
     yield "torch", versions["torch"]
     yield "triton", versions["triton"] or "not installed"

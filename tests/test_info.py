@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import re
+import subprocess
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ def test_collect_is_json_and_true():
     assert facts["versions"]["infopro_fast"] == infopro_fast.__version__
     assert facts["versions"]["python"] == platform.python_version()
     assert facts["versions"]["torch"] == torch.__version__
+    assert facts["versions"]["commit"] is None or re.fullmatch(r"[0-9a-f]{7,}\+?", facts["versions"]["commit"])
     assert facts["cpu"]["threads"] == torch.get_num_threads()
     assert facts["cpu"]["isa"] == ops.cpu_isa()
     assert (facts["cuda"]["device"] is None) == (not torch.cuda.is_available())
@@ -73,3 +75,28 @@ def test_missing_build_record_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(info, "BUILD_RECORD", str(tmp_path / "_build.json"))
     assert info.collect()["build"] is None
     assert f"no _build.json in {tmp_path}: nothing was built there" in info.report()
+
+
+def test_the_commit_is_of_the_package_own_checkout(tmp_path, monkeypatch):
+    """Hash, + for what differs from it, nothing for a package that merely lies inside another project's checkout."""
+
+    def git(*args):
+        who = ("-c", "user.name=a", "-c", "user.email=a@b")
+        return subprocess.run(["git", *who, *args], cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
+
+    package = tmp_path / "infopro_fast"
+    package.mkdir()
+    (package / "x.py").write_text("1")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "first")
+    monkeypatch.setattr(info, "__file__", str(package / "info.py"))
+    find = info.commit.__wrapped__
+    assert find() == git("rev-parse", "--short", "HEAD")
+    (package / "x.py").write_text("2")
+    assert find() == git("rev-parse", "--short", "HEAD") + "+"
+    (tmp_path / "lib/infopro_fast").mkdir(parents=True)
+    monkeypatch.setattr(info, "__file__", str(tmp_path / "lib/infopro_fast/info.py"))
+    assert find() is None
+    monkeypatch.setenv("PATH", "")
+    assert find() is None

@@ -100,7 +100,7 @@ def write(found: list[Measured], arch: str, batch_size: int, image_size: int, fo
     folder.mkdir(parents=True, exist_ok=True)
     facts = info.collect()
     device = facts["cuda"]["device"] if found[0].device != "cpu" else facts["cpu"]["model"]
-    where = f"{device}, {found[0].threads} threads, torch {facts['versions']['torch']}, infopro_fast {facts['versions']['infopro_fast']}"
+    where = f"{device}, {found[0].threads} threads, torch {facts['versions']['torch']}, infopro_fast {_version(facts)}"
     title = f"{arch}, images {image_size}x{image_size}, batch {batch_size}, float32: {where}"
     note = "Saved: the most autograd keeps at any time of a step. Gradients and transient: beside it, at the step's highest point."
     rows = [{**asdict(m), "name": m.way.name, "peak": m.peak and m.peak._asdict()} for m in found]
@@ -109,6 +109,11 @@ def write(found: list[Measured], arch: str, batch_size: int, image_size: int, fo
     replace_file(paths[1], (json.dumps({"where": where, "arch": arch, "batch_size": batch_size, "rows": rows}, indent=1) + "\n").encode())
     figures.draw_comparison(found, title, paths[2])
     return paths
+
+
+def _version(facts: dict[str, Any]) -> str:
+    version, commit = facts["versions"]["infopro_fast"], facts["versions"]["commit"]
+    return version if commit is None else f"{version} ({commit})"
 
 
 def trainer_of(way: Way, arch: str, batch_size: int, image_size: int, device: str = "cpu") -> LocalTrainer:

@@ -14,9 +14,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from infopro_fast import info
 from infopro_fast.plan import PlanError
+from infopro_fast.trainer.checkpoint import replace_file
 
-from . import chains, fake
+from . import chains, fake, figures
 from .costs import ChainCosts, measure_chain
 from .planner import best_cuts
 
@@ -224,13 +226,9 @@ def table(net: Network, found: Sequence[Prediction]) -> str:
 
 
 def write(nets: Sequence[Network], found: Sequence[Sequence[Prediction]], cluster: Cluster, out: Path) -> tuple[Path, Path]:
-    """``out`` as PNG, a panel a network, and all numbers beside it as JSON."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.5 * len(nets), 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    for panel, net, predictions in zip(figure.subplots(1, len(nets), squeeze=False)[0], nets, found):
+    """``out`` as PNG, a panel a network, and all numbers beside it as JSON, each whole or not at all."""
+    figure, panels = figures.new_figure((5.5 * len(nets), 4.2), columns=len(nets))
+    for panel, net, predictions in zip(panels if len(nets) > 1 else [panels], nets, found):
         for i, name in enumerate(LAYOUTS):
             points = [(p.gpus, p.images_per_second) for p in predictions if p.layout == name]
             style = "--" if "end to end" in name else "-"
@@ -242,10 +240,13 @@ def write(nets: Sequence[Network], found: Sequence[Sequence[Prediction]], cluste
         panel.legend(fontsize=8)
     png, numbers = out.with_suffix(".png"), out.with_suffix(".json")
     png.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(png, dpi=120)
+    figures.save(figure, png)
     content = [
         {"network": dataclasses.asdict(net), "predictions": [dataclasses.asdict(p) for p in predictions]}
         for net, predictions in zip(nets, found)
     ]
-    numbers.write_text(json.dumps({"cluster": dataclasses.asdict(cluster), "networks": content}, indent=1) + "\n")
+    facts = info.collect()
+    where = {"cpu": facts["cpu"]["model"], "isa": facts["cpu"]["isa"], **facts["versions"]}
+    whole = {"where": where, "cluster": dataclasses.asdict(cluster), "networks": content}
+    replace_file(numbers, (json.dumps(whole, indent=1) + "\n").encode())
     return png, numbers

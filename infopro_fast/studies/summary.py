@@ -184,6 +184,7 @@ def write(study: Study, results: Sequence[Result], known: Known) -> list[Path]:
     where = {
         "cpu": facts["cpu"]["model"], "cpus": os.cpu_count(), "isa": facts["cpu"]["isa"], "gpu": facts["cuda"]["device"],
         "jobs": study.jobs, "threads": study.threads, "torch": torch.__version__, "infopro_fast": facts["versions"]["infopro_fast"],
+        "commit": facts["versions"]["commit"],
     }  # fmt: skip
     rows = [
         {"method": r.cell.method, "modules": r.cell.modules, "weights": r.cell.weights,
