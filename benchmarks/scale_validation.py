@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 
 from infopro_fast.memory import figures, scale
+from infopro_fast.trainer import report
 
 from .device import provenance
 
@@ -142,11 +143,20 @@ def run(layout: Layout, net: scale.Network, epochs: int) -> float:
             "train", "--arch", ARCH, "--modules", str(MODULES), "--cuts", *cuts, "--batch-size", str(layout.replicas * BATCH),
             "--threads", "1", "--epochs", str(epochs), "--warmup", "0", "--out", str(out), *layout.words(),
         ]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        if done.returncode:
-            raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
-        records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        return [r["images_per_second"] for r in records if r["kind"] == "epoch"][-1]
+        finished(command)
+        return images_per_second(out)
+
+
+def finished(command: list[str]) -> None:
+    """Run it to its end, a thread a process."""
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
+
+
+def images_per_second(run: Path) -> float:
+    """Of its last epoch."""
+    return report.read_metrics(run, "epoch")[-1]["images_per_second"]
 
 
 def one_round(number: int, epochs: int, link: scale.Link) -> list[dict]:

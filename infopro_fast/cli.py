@@ -300,6 +300,7 @@ def _recipes(beginning: str) -> str:
     if beginning in rows:
         lines += [f"  {key}: {value}" for key, value in rows[beginning].settings.items()]
         lines += [f"  note: {rows[beginning].note}"] if rows[beginning].note else []
+        lines += [f"  not to be trained: {rows[beginning].untrainable}"] if rows[beginning].untrainable else []
     return "\n".join(lines)
 
 

@@ -186,9 +186,12 @@ def test_needs_torchrun(tmp_path):
 
 
 def test_several_processes_of_a_run_of_one(tmp_path, monkeypatch):
-    from infopro_fast.trainer import fit
+    from infopro_fast.trainer import fit, resume
 
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="expected one process, torchrun started 2"):
         fit(TrainConfig(out=tmp_path / "run"))
+    (tmp_path / "config.json").write_text(TrainConfig(out=tmp_path).resolved().to_json())
+    with pytest.raises(ConfigError, match="expected one process, torchrun started 2"):
+        resume(tmp_path)

@@ -82,6 +82,7 @@ def resume(run: str | Path, *, previous: bool = False) -> Path:
         from . import distributed
 
         return distributed.resume(run, previous=previous)
+    processes.check_alone()
     if report.read_config(run).order == "sequential":
         from . import sequential
 

@@ -1,0 +1,81 @@
+"""A pipeline of two processes against one process, the same training: images a second, and the weights bit for bit.
+
+    python -m benchmarks.pipeline_speed              writes benchmarks/results/pipeline_speed.json and prints a table
+
+ResNet-32, K = 4, batch 128, the images of the package, float32, a thread a process, gloo. Cut where the modules' times, measured here, fill
+two processes most evenly. Each round is one epoch of `infopro-fast train` by one process, then by two under torchrun.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+import safetensors.torch
+import torch
+
+from infopro_fast.memory import figures, scale
+from infopro_fast.trainer import report
+
+from .device import provenance
+from .scale_validation import ARCH, BATCH, MODULES, finished, images_per_second, measured
+
+RESULT = Path(__file__).parent / "results" / "pipeline_speed.json"
+BAR = 1.7
+
+
+def train(net: scale.Network, processes: int, epochs: int, out: Path) -> float:
+    """Images a second of the last epoch; weights stay in ``out``."""
+    cuts = [str(number) for cut in net.cuts for number in cut]
+    words = [
+        "train", "--arch", ARCH, "--modules", str(MODULES), "--cuts", *cuts, "--batch-size", str(BATCH), "--threads", "1",
+        "--epochs", str(epochs), "--warmup", "0", "--out", str(out),
+    ]  # fmt: skip
+    launch = [sys.executable, "-m"]
+    if processes > 1:
+        launch += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
+        runs = [len(run) for run in scale.stages_of(net.local, processes)]
+        words += ["--parallel", "pipeline", "--pipeline-modules", *map(str, runs)]
+    finished([*launch, "infopro_fast", *words])
+    return images_per_second(out)
+
+
+def same_weights(one: Path, two: Path) -> bool:
+    a, b = (safetensors.torch.load_file(folder / report.WEIGHTS) for folder in (one, two))
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def one_round(net: scale.Network, epochs: int) -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        outs = [Path(folder) / name for name in ("one", "two")]
+        one, two = (train(net, processes, epochs, out) for processes, out in zip((1, 2), outs))
+        found = {"one": one, "two": two, "ratio": two / one, "same_weights": same_weights(*outs)}
+    print(found, flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=1, help="of every run; the last one counts")
+    parser.add_argument("--out", type=Path, default=RESULT)
+    options = parser.parse_args()
+    net = measured(os.cpu_count())
+    rounds = [one_round(net, options.epochs) for _ in range(options.rounds)]
+    ratio = statistics.median(row["ratio"] for row in rounds)
+    same = all(row["same_weights"] for row in rounds)
+    about = {**provenance(), "threads": 1, "cuts": net.cuts, "epochs": options.epochs}
+    content = {**about, "rounds": rounds, "ratio": ratio, "same_weights": same}
+    options.out.write_text(json.dumps(content, indent=1) + "\n")
+    head = ["one process, images/s", "two", "ratio", f"at least {BAR}", "same weights"]
+    one, two = (f"{statistics.median(row[name] for row in rounds):.0f}" for name in ("one", "two"))
+    print(figures.aligned([head, [one, two, f"{ratio:.3g}", "yes" if ratio >= BAR else "NO", "yes" if same else "NO"]]))
+
+
+if __name__ == "__main__":
+    main()
