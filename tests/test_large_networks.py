@@ -209,8 +209,20 @@ def test_deeplab_as_released():
     label = torch.zeros(2, 64, 128, dtype=torch.uint8, device="meta")
     metrics = trainer.step(torch.zeros(2, 3, 64, 128, device="meta"), label)
     assert list(metrics) == ["module1/reconstruction", "module1/softmax", "module1/softmax_correct", "loss", "correct"]
-    late = meta("deeplabv3_resnet101", cuts=["layer4.0"], local_loss="softmax", image_size=(64, 128))
-    assert not any(name.startswith("auxiliary_head") for name in shapes(late))
+
+
+def test_deeplab_keeps_its_auxiliary_head():
+    """A cut that leaves the FCN head nothing of the last module to train is an error, and the head is not dropped."""
+    options = {"local_loss": "softmax", "image_size": (64, 128), "lambdas": (1, 1, 1, 1)}
+    assert "auxiliary_head.conv_seg.weight" in shapes(meta("deeplabv3_resnet101", cuts=["layer3.21"], **options))
+    message = r"modules, cuts: the auxiliary FCN head of deeplabv3_resnet101 reads the output of \(3, 22\), .* got "
+    for cut, at in (("layer3.22", r"\(3, 22\)"), ("tap", r"\(3, 23\)"), ("layer4.0", r"\(4, 0\)")):
+        with pytest.raises(ValueError, match=message + at):
+            meta("deeplabv3_resnet101", cuts=[cut], **options)
+    with pytest.raises(ValueError, match=message + r"\(4, 1\)"):
+        meta("deeplabv3_resnet101", 35, **options)
+    with pytest.raises(ValueError, match=r"deeplabv3_resnet50 reads the output of \(3, 5\), .* got \(3, 5\)"):
+        meta("deeplabv3_resnet50", cuts=["layer3.5"], **options)
 
 
 @pytest.mark.parametrize("recompute", ["none", "block", "sqrt"])
