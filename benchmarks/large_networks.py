@@ -1,7 +1,8 @@
 """One training step of the paper's large networks: bytes kept for backward, K = 2 against end to end, and that it runs.
 
     python -m benchmarks.large_networks           bytes from fake tensors: nothing is computed, no memory is needed
-    python -m benchmarks.large_networks --run     also makes the step, each network in a process of its own, and says what the system saw
+    python -m benchmarks.large_networks --run     also makes the steps, each network in a process of its own, counts the same bytes of
+                                                  real tensors and what the system saw, and writes results/large_networks.json
 
 Published cuts and weights of the losses; ResNet-101 on 4 images of 224x224, DeepLabV3-ResNet-101 on one of 512x1024. "saved" is the
 most that autograd keeps at any time of a module's step, each storage once, parameters and the batch left out (`memory.measure_step`).
@@ -17,6 +18,7 @@ from pathlib import Path
 import torch
 
 import infopro_fast
+from benchmarks.device import provenance
 from infopro_fast.memory import FakeTensorMode, build_fake, fake_batch, measure_step
 from infopro_fast.memory.resident import in_a_process, peak_above
 from infopro_fast.trainer.schedule import released_sgd
@@ -52,7 +54,10 @@ def saved_bytes(workload: Workload, modules: int) -> list[int]:
 
 
 def run_step(arch: str, batch_size: int, size: list[int], labels: list[int], modules: int, threads: int) -> dict[str, object]:
-    """One step on random images: its losses, and the bytes that the resident set rose by. In a process of its own."""
+    """A step on random images: its losses, and the bytes that the resident set rose by. Then one whose saved bytes are counted.
+
+    In a process of its own.
+    """
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     net = network(arch, tuple(size), modules)
@@ -62,36 +67,51 @@ def run_step(arch: str, batch_size: int, size: list[int], labels: list[int], mod
     metrics: dict[str, torch.Tensor] = {}
     peak = peak_above(lambda: metrics.update(trainer.step(image, label)))
     infopro_fast.trainer.check_finite(metrics)
-    return {"resident": peak, "losses": {name: value.item() for name, value in metrics.items()}}
+    saved = [module.saved for module in measure_step(trainer, image, label).modules]
+    return {"resident": peak, "saved": saved, "losses": {name: value.item() for name, value in metrics.items()}}
+
+
+def run_steps(workload: Workload, threads: int) -> dict[str, object]:
+    """What `run_step` found for K = 2 and end to end, and the ratios between them."""
+    found = {}
+    for modules in (2, 1):
+        found[modules] = in_a_process(
+            "benchmarks.large_networks:run_step", arch=workload.arch, batch_size=workload.batch_size, size=workload.size,
+            labels=workload.labels, modules=modules, threads=threads,
+        )  # fmt: skip
+        losses = ", ".join(f"{name} {value:.4f}" for name, value in found[modules]["losses"].items())
+        print(f"  K = {modules}: runs; {losses}; saved {_mib(found[modules]['saved'])} MiB, "
+              f"the resident set rose by {found[modules]['resident'] / 2**20:.0f} MiB", flush=True)  # fmt: skip
+    local, whole = found[2], found[1]
+    ratio, resident = max(local["saved"]) / max(whole["saved"]), local["resident"] / whole["resident"]
+    print(f"  of end to end: saved {100 * ratio:.1f} %, resident {100 * resident:.1f} %")
+    return {"run_k2": local, "run_k1": whole, "run_ratio": ratio, "resident_ratio": resident}
+
+
+def _mib(values: list[int]) -> str:
+    return " / ".join(f"{v / 2**20:.0f}" for v in values)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--run", action="store_true", help="make the steps too")
+    parser.add_argument("--run", action="store_true", help="make the steps too, and write the results")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
     rows, late = [], False
     for workload in WORKLOADS:
         local, (whole,) = saved_bytes(workload, 2), saved_bytes(workload, 1)
-        ratio = max(local) / whole
-        late |= ratio > workload.bar
-        row = {**workload._asdict(), "saved": local, "saved_end_to_end": whole, "ratio": ratio}
+        row = {**workload._asdict(), "saved": local, "saved_end_to_end": whole, "ratio": max(local) / whole}
         print(
-            f"{workload.arch} {workload.batch_size}x3x{workload.size[0]}x{workload.size[1]}: saved "
-            f"{' / '.join(f'{v / 2**20:.0f}' for v in local)} MiB a module, end to end {whole / 2**20:.0f} MiB: "
-            f"{100 * ratio:.1f} % (bar {100 * workload.bar:.0f} %)"
-        )
+            f"{workload.arch} {workload.batch_size}x3x{workload.size[0]}x{workload.size[1]}: saved {_mib(local)} MiB a module, "
+            f"end to end {_mib([whole])} MiB: {100 * row['ratio']:.1f} % (bar {100 * workload.bar:.0f} %)", flush=True,
+        )  # fmt: skip
         if arguments.run:
-            for modules in (2, 1):
-                found = in_a_process(
-                    "benchmarks.large_networks:run_step", arch=workload.arch, batch_size=workload.batch_size, size=workload.size,
-                    labels=workload.labels, modules=modules, threads=arguments.threads,
-                )  # fmt: skip
-                row[f"run_k{modules}"] = found
-                losses = ", ".join(f"{name} {value:.4f}" for name, value in found["losses"].items())
-                print(f"  K = {modules}: runs; {losses}; the resident set rose by {found['resident'] / 2**20:.0f} MiB", flush=True)
+            row |= run_steps(workload, arguments.threads)
+        late |= max(row["ratio"], row.get("run_ratio", 0)) > workload.bar
         rows.append(row)
-    RESULT.write_text(json.dumps({"torch": torch.__version__, "rows": rows}, indent=1) + "\n")
+    if arguments.run:
+        RESULT.write_text(json.dumps({**provenance(), "rows": rows}, indent=1) + "\n")
     raise SystemExit(1 if late else 0)
 
 

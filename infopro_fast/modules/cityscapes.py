@@ -53,14 +53,12 @@ class ASPP(nn.Module):
 
 
 class DeepLabEnd(PixelClassifier):
-    """The ASPP head and, where the third stage ends inside the last module, the FCN head on its output. Released names."""
+    """The ASPP head, and the FCN head on the third stage's output. Released names."""
 
     def released_nets(self, stage, block):
         nets = {f"decode_head.{name}": module for name, module in _aspp_names(self.head)}
-        if self._tap:
-            conv, norm, _, _, classes = self.auxiliary_head
-            nets |= {"auxiliary_head.convs.0.conv.": conv, "auxiliary_head.convs.0.bn.": norm, "auxiliary_head.conv_seg.": classes}
-        return nets
+        conv, norm, _, _, classes = self.auxiliary_head
+        return nets | {"auxiliary_head.convs.0.conv.": conv, "auxiliary_head.convs.0.bn.": norm, "auxiliary_head.conv_seg.": classes}
 
 
 def _aspp_names(aspp: ASPP) -> Iterator[tuple[str, nn.Module]]:
@@ -97,7 +95,7 @@ def units(arch: str) -> tuple[list[Unit], Tap]:
     return found, tap
 
 
-def end(class_num: int, tap: Tap | None, *, label_smoothing: float = 0.0, impl: str = "auto") -> DeepLabEnd:
-    """The loss of the last module; tap None: without the FCN head."""
-    auxiliary = None if tap is None else (tap, dense_head(1024, 256, class_num, bias=False), AUXILIARY_WEIGHT)
+def end(class_num: int, tap: Tap, *, label_smoothing: float = 0.0, impl: str = "auto") -> DeepLabEnd:
+    """The loss of the last module, which ``tap`` is in."""
+    auxiliary = (tap, dense_head(1024, 256, class_num, bias=False), AUXILIARY_WEIGHT)
     return DeepLabEnd(ASPP(2048, 512, class_num), class_num, auxiliary, label_smoothing=label_smoothing, impl=impl)

@@ -173,8 +173,13 @@ def _segmenter(arch: str, num_classes: int | None, common: dict) -> Family:
     units, tap = cityscapes.units(arch)
 
     def make_end(last_module: Sequence[Unit]) -> LocalLoss:
-        inside = any(unit.block is tap for unit in last_module[1:])  # its gradient must have somewhere to go
-        return cityscapes.end(classes, tap if inside else None, **options)
+        if not any(unit.block is tap for unit in last_module[1:]):  # the gradient it leaves must have somewhere to go
+            before = {unit.block: previous.position for previous, unit in zip(units, units[1:])}
+            raise ValueError(
+                f"build: modules, cuts: the auxiliary FCN head of {arch} reads the output of {before[tap]}, inside the last module: "
+                f"expected a last cut before it, got {before[last_module[0].block]}"
+            )
+        return cityscapes.end(classes, tap, **options)
 
     return Family(arch, units, make_end, classes, dense=True, infopro=cityscapes.CityscapesInfoPro, **common)
 

@@ -189,7 +189,7 @@ def build(
         three numbers each, the normalisation of the images the network is given (in units of [0, 1]), which the reconstruction
         undoes; None, None: images in [0, 1]; "published": CIFAR-10's for the CIFAR networks, ImageNet's for the others.
     cuts: last block of each module but the last, in place of a published split: (stage, block), (0, 0) being the stem, or a name as
-        "layer2.0" where the network has names.
+        "layer2.0" where the network has names. DeepLab's FCN head keeps the end of its third stage inside the last module.
     net_config, widen, feature_dim: of the auxiliary nets of the CIFAR networks (`AuxClassifier`, `Decoder`); net_config None: "1c2f",
         for greedy "0c1f". The others have `ChainDecoder` and `StridedHead` or `DenseHead`.
     aux_depth: blocks of the first module's auxiliary network of auglocal, later ones have fewer (`auglocal.aux_depths`); None: 3.
