@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import signal
+
 import numpy as np
 import pytest
 import torch
 
 from infopro_fast import data
 from infopro_fast.data import DataError, cityscapes, imagenet
+from infopro_fast.trainer import evaluate_run, fit, loop, report, resume
+from infopro_fast.trainer.config import TrainConfig
+from tests import tiny_run
 
 Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("torchvision")
@@ -211,6 +217,46 @@ def test_what_is_missing_is_named(imagenet_root, cityscapes_root, tmp_path):
         Image.new("RGB", (40, 40)).save(tmp_path / folder / "1.png")
     with pytest.raises(DataError, match="train and val have other classes: cat, dog"):
         data.load("imagenet", tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs on such folders
+
+RUNS = {
+    "imagenet": dict(
+        arch="resnet18", cuts=((2, 1),), lambdas=(1, 1, 1, 1), crop=(64, 64), batch_size=5, epochs=1, lr=0.01, log_every=2, threads=2
+    ),
+    "cityscapes": dict(
+        arch="fcn_resnet20", lambdas=(1, 1, 1, 1), crop=(32, 64), batch_size=2, iterations=5, lr=0.01, log_every=2, threads=2
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_is_evaluated_and_continued(name, request, tmp_path, monkeypatch):
+    """`fit`, `evaluate_run` and `resume`: stopped halfway, with other worker processes, it ends in the same bits."""
+    settings = dict(dataset=name, data_root=request.getfixturevalue(f"{name}_root"), **RUNS[name])
+    alone = fit(TrainConfig(out=tmp_path / "alone", workers=0, **settings))
+    config, epochs = report.read_config(alone), report.read_metrics(alone, "epoch")
+    last, stop = ((1, 3), 2) if name == "imagenet" else ((2, 2), 4)  # epochs of three batches: 12 images by 5, 6 by 2
+    assert [(s["epoch"], s["batch"]) for s in report.read_metrics(alone, "step")][-1] == last
+    assert (config.epochs, config.iterations, config.modules) == (last[0], RUNS[name].get("iterations"), 2) and len(epochs) == last[0]
+    assert all(math.isfinite(value) for epoch in epochs for value in epoch["train"].values())
+    assert epochs[-1]["train"].keys() >= {"module1/reconstruction", "module1/softmax", "loss"}
+    test = epochs[-1]["test"]
+    assert test == evaluate_run(alone)
+    if name == "imagenet":
+        assert test["count"] == 6 and test["top5"] == 1 and test["accuracy"] * 6 == pytest.approx(round(test["accuracy"] * 6))
+    else:
+        assert test["count"] == 3 and len(test["iou"]) == 19 and config.drop_last
+        mirrored = evaluate_run(alone, scales=(0.5, 1.0), flip=True)
+        assert mirrored["count"] == 3 and mirrored["loss"] != test["loss"]
+    with monkeypatch.context() as patch:
+        tiny_run.at_step(patch, stop, lambda *_: signal.raise_signal(signal.SIGTERM))
+        with pytest.raises(loop.Stopped):
+            fit(TrainConfig(out=tmp_path / "run", workers=1, **settings))
+    tiny_run.assert_same_weights(resume(tmp_path / "run"), alone)
+    assert report.read_metrics(tmp_path / "run", "epoch")[-1]["test"] == test
 
 
 # ---------------------------------------------------------------------------------------------------------------------
