@@ -224,7 +224,7 @@ def test_what_is_missing_is_named(imagenet_root, cityscapes_root, tmp_path):
 
 RUNS = {
     "imagenet": dict(
-        arch="resnet18", cuts=((2, 1),), lambdas=(1, 1, 1, 1), crop=(64, 64), batch_size=5, epochs=1, lr=0.01, log_every=2, threads=2
+        arch="resnet18", cuts=((2, 1),), lambdas=(1, 1, 1, 1), crop=(64, 64), batch_size=8, epochs=1, lr=0.01, log_every=2, threads=2
     ),
     "cityscapes": dict(
         arch="fcn_resnet20", lambdas=(1, 1, 1, 1), crop=(32, 64), batch_size=2, iterations=5, lr=0.01, log_every=2, threads=2
@@ -238,7 +238,7 @@ def test_a_run_is_evaluated_and_continued(name, request, tmp_path, monkeypatch):
     settings = dict(dataset=name, data_root=request.getfixturevalue(f"{name}_root"), **RUNS[name])
     alone = fit(TrainConfig(out=tmp_path / "alone", workers=0, **settings))
     config, epochs = report.read_config(alone), report.read_metrics(alone, "epoch")
-    last, stop = ((1, 3), 2) if name == "imagenet" else ((2, 2), 4)  # epochs of three batches: 12 images by 5, 6 by 2
+    last, stop = ((1, 2), 1) if name == "imagenet" else ((2, 2), 4)  # epochs of 12 images by 8, and of 6 by 2
     assert [(s["epoch"], s["batch"]) for s in report.read_metrics(alone, "step")][-1] == last
     assert (config.epochs, config.iterations, config.modules) == (last[0], RUNS[name].get("iterations"), 2) and len(epochs) == last[0]
     assert all(math.isfinite(value) for epoch in epochs for value in epoch["train"].values())

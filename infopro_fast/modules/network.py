@@ -236,6 +236,10 @@ def build(
     starts = [0, *(end + 1 for end in ends), len(units)]
     losses.append(found.end(units[starts[-2] :]))
     blocks = [OrderedDict((unit.name, unit.block) for unit in units[a:b]) for a, b in zip(starts, starts[1:])]
+    for number, some in enumerate(blocks, 1):
+        if not any(p.numel() for block in some.values() for p in block.parameters()):
+            raise ValueError(f"build: cuts: module {number} of {found.name} would be {units[starts[number] - 1].label} alone, "
+                             "which has nothing to train")  # fmt: skip
     net = LocalNetwork(
         [Stage(some, recompute, random=not found.cifar) for some in blocks], losses, cuts, [unit.released_prefix for unit in units]
     )
