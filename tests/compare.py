@@ -27,6 +27,12 @@ SUM_EPS = 32.0
 # Largest absolute difference over the largest magnitude of the float64 values, for well-conditioned results.
 CLOSE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 
+# Autocast against float32, of a whole step. Losses are means, in which rounding averages out: this many epsilons. Rounding also moves
+# a share of the ReLUs' inputs across 0 that grows as epsilon does, each with the whole of its gradient: an update is off by the root
+# of that share, this many roots of epsilon (measured: 1.5 to 2 in both dtypes).
+AMP_LOSS = 1.0
+AMP_UPDATE = 4.0
+
 # Against plain torch in the same dtype: this many times its error, or this many units in the last place.
 TIMES_PLAIN = 2.0
 ULPS = 8.0

@@ -42,16 +42,31 @@ def _alone(*words):
 # Data parallel
 
 
-def _train(rank: int, size: int, loss: str, counts: list[int], steps: int, dtype: torch.dtype, out: Path) -> None:
+def _network(name: str, dtype: torch.dtype) -> tuple[modules.LocalNetwork, int]:
+    """A network, and the side of its images: the CIFAR ResNet with the loss of this name, or one with larger auxiliary nets."""
+    if name == "segmenter":
+        return build("fcn_resnet20", 3, "softmax", lambdas=(1, 0.5, 0.5, 1), image_size=16).to(dtype), 16
+    if name == "classifier":
+        from torchvision.models.resnet import BasicBlock, ResNet
+
+        small = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=10)
+        return build(small, cuts=["layer1", "layer2"], local_loss="softmax", lambdas=(1, 0.5, 0.5, 1), image_size=64).to(dtype), 64
+    return build("resnet20", 3, name, lambdas=(1, 0.5, 0.5, 1), image_size=16).to(dtype), 16
+
+
+def _train(rank: int, size: int, name: str, counts: list[int], steps: int, dtype: torch.dtype, out: Path) -> None:
     """Steps on batches of ``counts`` images, by ``size`` processes, from the same weights."""
     if size > 1:
         dist.init_process_group("gloo")
     torch.manual_seed(0)
-    net = build("resnet20", 3, loss, lambdas=(1, 0.5, 0.5, 1), image_size=16).to(dtype)
+    net, side = _network(name, dtype)
+    for module in net.modules():
+        if isinstance(module, torch.nn.Dropout2d):
+            module.p = 0.0  # each process draws its own
     sgd = schedule.released_sgd(0.05)
     if size > 1:
         modules.convert_sync_batch_norm(net)
-        trainer = ParallelTrainer(net, sgd, group=dist.group.WORLD, global_contrast=loss == "contrast")
+        trainer = ParallelTrainer(net, sgd, group=dist.group.WORLD, global_contrast=name == "contrast")
         calls = _counted_reductions()
     else:
         trainer = LocalTrainer(net, sgd)
@@ -59,17 +74,19 @@ def _train(rank: int, size: int, loss: str, counts: list[int], steps: int, dtype
     losses = []
     for step in range(steps):
         count = counts[step % len(counts)]
-        image, label = torch.randn(count, 3, 16, 16, generator=generator).to(dtype), torch.randint(10, (count,), generator=generator)
+        labels = (count, side, side) if net.classifier.dense else (count,)
+        image, label = torch.randn(count, 3, side, side, generator=generator).to(dtype), torch.randint(10, labels, generator=generator)
         own = part_of(0, count, rank, size)
         metrics = trainer.step(image[own], label[own], *([count] if size > 1 else []))
-        losses.append({name: value.item() for name, value in metrics.items()})
+        losses.append({term: value.item() for term, value in metrics.items()})
     found = {"net": net.state_dict(), "losses": losses}
     if size > 1:
         parameters = [p for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]]
         found["calls"], found["bytes"] = calls, sum(p.numel() * p.element_size() for p in parameters)
         found["counted"] = sum(reduction.bytes for reduction in trainer.reductions)
+        found["norms"] = {type(m).__name__ for m in net.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)}
         dist.destroy_process_group()
-    torch.save(found, out / f"{loss}-{size}-{rank}.pt")
+    torch.save(found, out / f"{name}-{size}-{rank}.pt")
 
 
 def _counted_reductions() -> list[int]:
@@ -85,10 +102,10 @@ def _counted_reductions() -> list[int]:
     return calls
 
 
-def _both(folder: Path, loss: str, counts: list[int], steps: int, dtype: torch.dtype = torch.float64) -> dict:
+def _both(folder: Path, name: str, counts: list[int], steps: int, dtype: torch.dtype = torch.float64) -> dict:
     found = {}
     for size in (1, 2):
-        found[size] = Group(size, lambda rank, size=size: _train(rank, size, loss, counts, steps, dtype, folder), folder)
+        found[size] = Group(size, lambda rank, size=size: _train(rank, size, name, counts, steps, dtype, folder), folder)
         found[size] = {"codes": found[size].wait(), "errors": found[size].errors()}
     return found
 
@@ -103,6 +120,14 @@ def equal_float32(folder: Path) -> dict:
 
 def equal_softmax_uneven(folder: Path) -> dict:
     return _both(folder, "softmax", [16, 7], 6)
+
+
+def equal_segmenter(folder: Path) -> dict:
+    return _both(folder, "segmenter", [8, 7], 3)
+
+
+def equal_classifier(folder: Path) -> dict:
+    return _both(folder, "classifier", [8, 7], 3)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

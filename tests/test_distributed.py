@@ -39,15 +39,33 @@ def test_data_parallel_equals_one_process(equal, task, loss):
 
     In float64: in float32 twenty steps blow rounding up beyond any bound (the test below).
     """
-    folder, found = equal
+    assert_equal_to_one_process(*equal, task, loss)
+
+
+def assert_equal_to_one_process(folder, found, task, name):
+    """The weights and statistics of two processes are those of one to rounding, and of each other to the bit."""
     for size in ("1", "2"):
         assert set(found[task][size]["codes"]) == {0}, found[task][size]["errors"]
-    one, *two = (torch.load(folder / task / f"{loss}-{size}-{rank}.pt") for size, rank in ((1, 0), (2, 0), (2, 1)))
-    for name, expected in one["net"].items():
+    one, *two = (torch.load(folder / task / f"{name}-{size}-{rank}.pt") for size, rank in ((1, 0), (2, 0), (2, 1)))
+    assert two[0]["norms"] <= {"SyncBatchNorm"}
+    for key, expected in one["net"].items():
         if not expected.is_floating_point():
             continue
-        assert_close(two[0]["net"][name], expected, what=name, scale=max(1.0, expected.abs().max().item()))
-        assert torch.equal(two[0]["net"][name], two[1]["net"][name]), name
+        assert_close(two[0]["net"][key], expected, what=key, scale=max(1.0, expected.abs().max().item()))
+        assert torch.equal(two[0]["net"][key], two[1]["net"][key]), key
+
+
+@pytest.fixture(scope="module")
+def equal_larger(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("equal_larger")
+    return folder, drive(folder, "equal_segmenter", "equal_classifier")
+
+
+@pytest.mark.parametrize("name", ["segmenter", "classifier"])
+def test_larger_networks_equal_one_process(equal_larger, name):
+    """ChainDecoder, StridedHead and DenseHead in 2 processes with SyncBatchNorm against 1, batches that do not halve among them."""
+    pytest.importorskip("torchvision")
+    assert_equal_to_one_process(*equal_larger, f"equal_{name}", name)
 
 
 def test_data_parallel_rounds_as_one_process_does(equal):

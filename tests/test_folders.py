@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import signal
+
 import numpy as np
 import pytest
 import torch
 
 from infopro_fast import data
 from infopro_fast.data import DataError, cityscapes, imagenet
+from infopro_fast.trainer import evaluate_run, fit, loop, report, resume
+from infopro_fast.trainer.config import TrainConfig
+from tests import tiny_run
 
 Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("torchvision")
@@ -134,6 +140,61 @@ def test_cityscapes_augmentation(cityscapes_root):
     assert outside[80:].all() and (image[:, -1, -1] == torch.tensor(cityscapes.MEAN_COLOUR)).all()
 
 
+def test_distortion_is_drawn_in_its_ranges():
+    """Each part half of the time and as far as its range goes; contrast before saturation and hue as often as after them."""
+    torch.manual_seed(0)
+    draws = [cityscapes.Distortion().draw() for _ in range(2000)]
+    for name, (low, high) in {"brightness": (-32, 32), "contrast": (0.5, 1.5), "saturation": (0.5, 1.5), "hue": (-0.1, 0.1)}.items():
+        amounts = [dict(draw)[name] for draw in draws if name in dict(draw)]
+        assert 900 < len(amounts) < 1100
+        margin = 0.01 * (high - low)
+        assert low <= min(amounts) < low + margin and high - margin < max(amounts) <= high
+    orders = [[name for name, _ in draw] for draw in draws]
+    assert all(order[0] == "brightness" for order in orders if "brightness" in order)
+    for other in ("saturation", "hue"):
+        both = [order.index("contrast") < order.index(other) for order in orders if {"contrast", other} <= set(order)]
+        assert 0.4 < sum(both) / len(both) < 0.6
+
+
+@pytest.mark.parametrize("name, amount", [("brightness", -31.5), ("brightness", 30.2), ("contrast", 0.6), ("contrast", 1.5),
+                                          ("saturation", 0.5), ("saturation", 1.5), ("hue", -0.1), ("hue", 0.04)])  # fmt: skip
+def test_distortion_by_the_pixel(name, amount):
+    """Against Python's colorsys; a unit and a half for what is cut off."""
+    import colorsys
+
+    image = torch.randint(256, (3, 9, 11), dtype=torch.uint8)
+    image[:, 0] = image[:1, 0]  # greys
+    before = image.clone()
+    found = cityscapes.distorted(image, name, amount)
+    assert torch.equal(image, before) and found.dtype == torch.uint8 and found.shape == image.shape
+    for pixel, got in zip(image.flatten(1).T.tolist(), found.flatten(1).T.tolist()):
+        h, s, v = colorsys.rgb_to_hsv(*(value / 255 for value in pixel))
+        if name == "brightness":
+            expected = [value + amount for value in pixel]
+        elif name == "contrast":
+            expected = [value * amount for value in pixel]
+        else:
+            h, s = ((h + amount) % 1, s) if name == "hue" else (h, min(1.0, s * amount))
+            expected = [255 * value for value in colorsys.hsv_to_rgb(h, s, v)]
+        assert [min(255, max(0, value)) for value in expected] == pytest.approx(got, abs=1.5)
+
+
+def test_distortion_keeps_grey_and_the_order_of_channels():
+    distort, grey = cityscapes.Distortion(), torch.arange(48, 176, dtype=torch.uint8).view(1, 8, 16).repeat(3, 1, 1)
+    reddish = torch.tensor([150, 90, 80], dtype=torch.uint8)[:, None, None].repeat(1, 4, 4)
+    changed = 0
+    for seed in range(200):
+        torch.manual_seed(seed)
+        found = distort(grey)
+        assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+        changed += not torch.equal(found, grey)
+        torch.manual_seed(seed)
+        assert torch.equal(distort(grey), found)
+        red, green, blue = distort(reddish)[:, 0, 0].tolist()
+        assert red >= max(green, blue)  # a turn of 36 degrees leaves red the largest
+    assert 100 < changed < 200
+
+
 def test_what_is_missing_is_named(imagenet_root, cityscapes_root, tmp_path):
     for name, message in (("imagenet", "train not found"), ("cityscapes", "no <city>/\\*_leftImg8bit.png found")):
         with pytest.raises(DataError, match=message):
@@ -156,6 +217,46 @@ def test_what_is_missing_is_named(imagenet_root, cityscapes_root, tmp_path):
         Image.new("RGB", (40, 40)).save(tmp_path / folder / "1.png")
     with pytest.raises(DataError, match="train and val have other classes: cat, dog"):
         data.load("imagenet", tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs on such folders
+
+RUNS = {
+    "imagenet": dict(
+        arch="resnet18", cuts=((2, 1),), lambdas=(1, 1, 1, 1), crop=(64, 64), batch_size=8, epochs=1, lr=0.01, log_every=2, threads=2
+    ),
+    "cityscapes": dict(
+        arch="fcn_resnet20", lambdas=(1, 1, 1, 1), crop=(32, 64), batch_size=2, iterations=5, lr=0.01, log_every=2, threads=2
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_is_evaluated_and_continued(name, request, tmp_path, monkeypatch):
+    """`fit`, `evaluate_run` and `resume`: stopped halfway, with other worker processes, it ends in the same bits."""
+    settings = dict(dataset=name, data_root=request.getfixturevalue(f"{name}_root"), **RUNS[name])
+    alone = fit(TrainConfig(out=tmp_path / "alone", workers=0, **settings))
+    config, epochs = report.read_config(alone), report.read_metrics(alone, "epoch")
+    last, stop = ((1, 2), 1) if name == "imagenet" else ((2, 2), 4)  # epochs of 12 images by 8, and of 6 by 2
+    assert [(s["epoch"], s["batch"]) for s in report.read_metrics(alone, "step")][-1] == last
+    assert (config.epochs, config.iterations, config.modules) == (last[0], RUNS[name].get("iterations"), 2) and len(epochs) == last[0]
+    assert all(math.isfinite(value) for epoch in epochs for value in epoch["train"].values())
+    assert epochs[-1]["train"].keys() >= {"module1/reconstruction", "module1/softmax", "loss"}
+    test = epochs[-1]["test"]
+    assert test == evaluate_run(alone)
+    if name == "imagenet":
+        assert test["count"] == 6 and test["top5"] == 1 and test["accuracy"] * 6 == pytest.approx(round(test["accuracy"] * 6))
+    else:
+        assert test["count"] == 3 and len(test["iou"]) == 19 and config.drop_last
+        mirrored = evaluate_run(alone, scales=(0.5, 1.0), flip=True)
+        assert mirrored["count"] == 3 and mirrored["loss"] != test["loss"]
+    with monkeypatch.context() as patch:
+        tiny_run.at_step(patch, stop, lambda *_: signal.raise_signal(signal.SIGTERM))
+        with pytest.raises(loop.Stopped):
+            fit(TrainConfig(out=tmp_path / "run", workers=1, **settings))
+    tiny_run.assert_same_weights(resume(tmp_path / "run"), alone)
+    assert report.read_metrics(tmp_path / "run", "epoch")[-1]["test"] == test
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import re
 from collections import OrderedDict
 from pathlib import Path
@@ -14,9 +15,9 @@ from torch import nn
 
 import infopro_fast
 from benchmarks import large_networks
-from infopro_fast.modules import LocalNetwork, Stage, densenet, split
+from infopro_fast.modules import LocalNetwork, Stage, cityscapes, densenet, split
 from infopro_fast.modules.decoder import ChainDecoder
-from infopro_fast.modules.families import ARCHS, SMALL
+from infopro_fast.modules.families import ARCHS, SMALL, family
 from infopro_fast.modules.imagenet import StridedHead
 from infopro_fast.modules.segmentation import IGNORE, PixelClassifier, Tap, pixel_loss
 from tests import compare, golden
@@ -81,6 +82,62 @@ def test_saved_bytes(workload):
     (whole,) = large_networks.saved_bytes(workload, 1)
     local = large_networks.saved_bytes(workload, 2)
     assert len(local) == 2 and 0 < min(local) and max(local) <= workload.bar * whole, (local, whole)
+
+
+EVERYWHERE = {"resnet50": 64, "resnet101": 64, "resnext101_32x8d": 64, "densenet_bc_100_12": 32, "deeplabv3_resnet101": (64, 128)}
+
+
+@functools.cache
+def places(arch) -> list[tuple[tuple[int, int], int, tuple[int, int]]]:
+    """(stage, block), channels and size of the output of every unit that a module can end with."""
+    options = dict(image_mean=None, image_std=None, label_smoothing=0.0, impl="reference")
+    with torch.device("meta"):
+        found = family(arch, None, EVERYWHERE[arch], **options)
+    ends = [unit.position for unit in found.units].index((3, 22)) if arch in cityscapes.ARCHS else len(found.units) - 1
+    return [(unit.position, unit.channels, found.size(unit)) for unit in found.units[:ends]]
+
+
+def step_of_shapes(arch, cuts) -> tuple[LocalNetwork, list[str], list[torch.Size]]:
+    """A network and a step of it on the meta device: the names of its metrics, and the shape of every module's output."""
+    size = EVERYWHERE[arch]
+    H, W = size if isinstance(size, tuple) else (size, size)
+    net = meta(arch, cuts=cuts, local_loss="softmax", lambdas=(1, 1, 1, 1), image_size=size)
+    found = []
+    for stage in net.stages:
+        stage.register_forward_hook(lambda module, args, out: found.append(out.shape))
+    trainer = infopro_fast.LocalTrainer(net, lambda params: torch.optim.SGD(params, lr=0.1))
+    label = torch.zeros(2, *((H, W) if net.classifier.dense else ()), dtype=torch.long, device="meta")
+    return net, list(trainer.step(torch.zeros(2, 3, H, W, device="meta"), label)), found
+
+
+def check_shapes(arch, boundaries) -> None:
+    """Cut at all of these at once: every module trains, its output is what the auxiliary nets were made for, and they end as they must."""
+    net, metrics, shapes_found = step_of_shapes(arch, [position for position, _, _ in boundaries])
+    terms = ("reconstruction", "softmax", "softmax_correct")
+    assert metrics == [*(f"module{k}/{name}" for k in range(1, len(boundaries) + 1) for name in terms), "loss", "correct"]
+    for (position, channels, size), shape, local_loss in zip(boundaries, shapes_found, net.local_losses):
+        assert shape == (2, channels, *size), position
+        if isinstance(local_loss.decoder, ChainDecoder):
+            size = EVERYWHERE[arch] if isinstance(EVERYWHERE[arch], tuple) else (EVERYWHERE[arch],) * 2
+            assert local_loss.decoder.decoder(torch.empty(shape, device="meta")).shape == (2, 3, *size), position
+    assert len(shapes(net)) == len(net.state_dict())  # no two tensors under one name
+
+
+@pytest.mark.parametrize("arch", EVERYWHERE)
+def test_every_boundary_at_once(arch):
+    """As many modules as there are blocks, DeepLab's up to the one whose output its auxiliary head reads."""
+    check_shapes(arch, places(arch))
+
+
+STAGES = {arch: 4 if arch in (*densenet.ARCHS, *cityscapes.ARCHS) else 5 for arch in EVERYWHERE}  # that a module can end in
+
+
+@pytest.mark.parametrize("arch, stage", [(arch, stage) for arch in EVERYWHERE for stage in range(STAGES[arch])])
+def test_two_modules_at_boundaries(arch, stage):
+    """K = 2 at every boundary of ResNet-50, and at the first and last of each stage of the others."""
+    here = [place for place in places(arch) if place[0][0] == stage]
+    for boundary in here if arch == "resnet50" else here[:1] + here[1:][-1:]:
+        check_shapes(arch, [boundary])
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 8, 9, 16, 32])

@@ -20,6 +20,7 @@ from infopro_fast.trainer.config import ConfigError, TrainConfig
 from infopro_fast.trainer.meters import Meters
 from infopro_fast.trainer.step import LocalTrainer
 from tests import tiny_run
+from tests.tiny_run import assert_same_weights, at_step, weights
 
 
 @pytest.fixture(autouse=True)
@@ -33,28 +34,6 @@ def finished(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fashion_mnist, "load", tiny_run.load)
         return fit(tiny_run.config(tmp_path_factory.mktemp("runs") / "alone"))
-
-
-def weights(run):
-    return safetensors.torch.load_file(run / "weights.safetensors")
-
-
-def assert_same_weights(run, other):
-    expected, got = weights(run), weights(other)
-    assert list(expected) == list(got) and all(torch.equal(got[name], tensor) for name, tensor in expected.items())
-
-
-def at_step(monkeypatch, number, action):
-    """Run ``action`` right after the ``number``-th step of the trainer; a value it returns replaces the step's metrics."""
-    step, count = LocalTrainer.step, 0
-
-    def patched(self, image, label):
-        nonlocal count
-        count += 1
-        metrics = step(self, image, label)
-        return (action(self, metrics) or metrics) if count == number else metrics
-
-    monkeypatch.setattr(LocalTrainer, "step", patched)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

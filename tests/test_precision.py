@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import copy
+import math
+from collections import OrderedDict
 
 import pytest
 import torch
+from torch import nn
 
 import infopro_fast
 from infopro_fast.data.prefetch import prefetch
+from infopro_fast.modules import Stage
+from infopro_fast.modules.segmentation import PixelClassifier, Tap, dense_head
 from infopro_fast.trainer import released_sgd
 from infopro_fast.trainer.config import ConfigError, TrainConfig
 from tests import compare
@@ -47,6 +52,99 @@ def test_autocast_rounds_activations_and_nothing_that_stays(amp):
 
 def _parameters(trainer) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in trainer.net.parameters()]).clone()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Networks with ChainDecoder, StridedHead, DenseHead and Tap
+
+
+def _segmenter():
+    return infopro_fast.build("fcn_resnet20", 3, "softmax", lambdas=(1, 1, 1, 1), image_size=32)
+
+
+def _segmenter_with_tap():
+    """A second head inside the last module, as DeepLab's FCN head."""
+    net = infopro_fast.build("fcn_resnet20", 2, "softmax", lambdas=(1, 1, 1, 1), image_size=32)
+    blocks, tap = list(net.stages[1].named_children()), Tap()
+    net.stages[1] = Stage(OrderedDict([*blocks[:-1], ("tap", tap), blocks[-1]]))
+    net.local_losses[1] = PixelClassifier(net.classifier.head, 11, (tap, dense_head(64, 16, 11), 0.4))
+    return net.to(memory_format=torch.channels_last)
+
+
+def _classifier():
+    """torchvision's ResNet with one block a stage."""
+    models = pytest.importorskip("torchvision.models")
+    net = models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=5)
+    return infopro_fast.build(net, cuts=["layer1", "layer3"], local_loss="softmax", lambdas=(1, 1, 1, 1), image_size=64)
+
+
+NETS = {"segmenter": _segmenter, "tap": _segmenter_with_tap, "classifier": _classifier}
+
+
+def _without_dropout(name):
+    """The network of this name, its weights those of the seed; dropout would draw other numbers in another dtype."""
+    torch.manual_seed(0)
+    net = NETS[name]()
+    for module in net.modules():
+        if isinstance(module, nn.Dropout2d):
+            module.p = 0.0
+    return net
+
+
+def _batch_for(net, N=8):
+    generator = torch.Generator().manual_seed(5)
+    size = 32 if net.classifier.dense else 64
+    image = torch.randn(N, 3, size, size, generator=generator)
+    return image, torch.randint(5, (N, size, size) if net.classifier.dense else (N,), generator=generator)
+
+
+@pytest.mark.parametrize("amp", AMP)
+@pytest.mark.parametrize("name", NETS)
+def test_autocast_of_larger_networks(name, amp):
+    """Losses and updates of every module are those of float32 but for rounding; outputs are rounded, losses and weights are not."""
+    plain, rounded = (infopro_fast.LocalTrainer(_without_dropout(name), released_sgd(lr=0.02), amp=a) for a in (None, amp))
+    image, label = _batch_for(plain.net)
+    seen = []
+    for stage in rounded.net.stages:
+        stage.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    before = [_parameters_of(plain, k) for k in range(len(plain.optimizers))]
+    expected, found = plain.step(image, label), rounded.step(image, label)
+    assert seen == [amp] * len(before) and found.keys() == expected.keys()
+    assert all(p.dtype == torch.float32 for p in rounded.net.parameters())
+    eps = torch.finfo(amp).eps
+    for term, value in expected.items():
+        if not term.endswith("correct"):
+            assert found[term].dtype == torch.float32
+            assert compare.relative_error(found[term], value) < compare.AMP_LOSS * eps, term
+    for k, start in enumerate(before):
+        off = compare.relative_error(_parameters_of(rounded, k) - start, _parameters_of(plain, k) - start)
+        assert 0.1 * eps < off < compare.AMP_UPDATE * math.sqrt(eps), f"module {k + 1}: off by {off / math.sqrt(eps)} roots of epsilon"
+
+
+def _parameters_of(trainer, module: int) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for group in trainer.optimizers[module].param_groups for p in group["params"]]).clone()
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_weights_are_channels_last_and_the_numbers_those_of_contiguous_ones(name):
+    """In float64, where another order of the same sums stays below the tolerance; after a step they still are."""
+    net, other = (_without_dropout(name).double() for _ in range(2))
+    other.to(memory_format=torch.contiguous_format)
+    trainers = [infopro_fast.LocalTrainer(n, released_sgd(lr=0.02)) for n in (net, other)]
+    image, label = _batch_for(net, N=4)
+    expected, found = (trainer.step(image.double(), label) for trainer in reversed(trainers))
+    for n, memory_format in ((net, torch.channels_last), (other, torch.contiguous_format)):
+        weights = [m.weight for m in n.modules() if isinstance(m, nn.Conv2d) and m.weight.shape[1] > 1 and m.kernel_size != (1, 1)]
+        assert len(weights) > 10
+        for weight in weights:
+            assert weight.is_contiguous(memory_format=memory_format) and weight.is_contiguous() == (n is other)
+    for term, value in expected.items():
+        compare.assert_close(found[term].double(), value.double(), what=term)
+    for (key, p), q in zip(net.state_dict().items(), other.state_dict().values()):
+        compare.assert_close(p.double(), q.double(), scale=max(1.0, q.abs().max().item()), what=key)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def test_autocast_is_off_outside_the_forwards():

@@ -1,9 +1,13 @@
-"""A run that takes seconds: the embedded set cut down to a few images, a small network, one thread."""
+"""A run that takes seconds: the embedded set cut down to a few images, a small network, one thread; and what tests do with runs."""
 
 from dataclasses import replace
 
+import safetensors.torch
+import torch
+
 from infopro_fast.data import Split, fashion_mnist
 from infopro_fast.trainer.config import TrainConfig
+from infopro_fast.trainer.step import LocalTrainer
 
 TRAIN, TEST, BATCH = 52, 20, 16  # 4 batches an epoch, the last of 4 images
 _load = fashion_mnist.load
@@ -18,3 +22,25 @@ def load():
 def config(out, **settings) -> TrainConfig:
     defaults = dict(arch="resnet20", modules=3, lambdas=(1, 0, 1, 1), epochs=3, warmup=1, batch_size=BATCH, lr=0.05, log_every=3, threads=1)
     return TrainConfig(out=out, **{**defaults, **settings})
+
+
+def weights(run):
+    return safetensors.torch.load_file(run / "weights.safetensors")
+
+
+def assert_same_weights(run, other):
+    expected, got = weights(run), weights(other)
+    assert list(expected) == list(got) and all(torch.equal(got[name], tensor) for name, tensor in expected.items())
+
+
+def at_step(monkeypatch, number, action):
+    """Run ``action`` right after the ``number``-th step of the trainer; a value it returns replaces the step's metrics."""
+    step, count = LocalTrainer.step, 0
+
+    def patched(self, image, label):
+        nonlocal count
+        count += 1
+        metrics = step(self, image, label)
+        return (action(self, metrics) or metrics) if count == number else metrics
+
+    monkeypatch.setattr(LocalTrainer, "step", patched)

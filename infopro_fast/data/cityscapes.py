@@ -4,7 +4,7 @@
 
 Augmentation of the released configuration (mmsegmentation's): both scaled by 0.5 to 2, a random crop in which no class has more than
 three quarters of the labelled pixels (the last of ten tries), a flip, photometric distortion, padding with the mean colour and ignored
-labels. Its brightness is a factor here (torchvision's), there an offset of up to 32. The test takes whole images.
+labels. The test takes whole images.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ CLASSES = 19
 SCALES = (0.5, 2.0)
 LARGEST_CLASS, TRIES = 0.75, 10
 MEAN_COLOUR = tuple(round(255 * m) for m in MEAN)
+# Of the distortion: an offset of values to 255; factors; a part of the circle (released: 18 of OpenCV's 180 steps, which are 2 degrees).
+DISTORTION = {"brightness": (-32.0, 32.0), "contrast": (0.5, 1.5), "saturation": (0.5, 1.5), "hue": (-0.1, 0.1)}
 
 
 def load(root: str | Path, *, crop: tuple[int, int] = (512, 1024), workers: int = 0) -> FolderSet:
@@ -76,21 +78,19 @@ class Augmented:
     """The training transform; draws from torch's generator."""
 
     def __init__(self, crop: tuple[int, int]):
-        v2, _ = torchvision_parts("cityscapes")
         self.crop = crop
-        self.distort = v2.RandomPhotometricDistort(brightness=(1 - 32 / 255, 1 + 32 / 255), contrast=(0.5, 1.5), saturation=(0.5, 1.5),
-                                                   hue=(-0.1, 0.1), p=0.5)  # fmt: skip
+        self.distort = Distortion()
 
     def __call__(self, image, label) -> tuple[torch.Tensor, torch.Tensor]:
         from torchvision.transforms.v2 import functional as F
 
-        scale = SCALES[0] + (SCALES[1] - SCALES[0]) * torch.rand(()).item()
+        scale = _uniform(*SCALES)
         size = [max(1, round(scale * side)) for side in (image.height, image.width)]
         image = F.resize(F.pil_to_tensor(image), size, F.InterpolationMode.BILINEAR, antialias=False)  # as OpenCV does
         label = F.pil_to_tensor(F.resize(label, size, F.InterpolationMode.NEAREST))[0]
         window = self._window(label)
         image, label = image[(slice(None), *window)], label[window]
-        if torch.rand(()) < 0.5:
+        if _coin():
             image, label = image.flip(-1), label.flip(-1)
         return self._padded(self.distort(image), label)
 
@@ -112,3 +112,47 @@ class Augmented:
         labels = torch.full((H, W), IGNORE, dtype=torch.uint8)
         full[:, :h, :w], labels[:h, :w] = image, label
         return full, labels
+
+
+class Distortion:
+    """mmsegmentation's PhotoMetricDistortion; draws from torch's generator.
+
+    Brightness, contrast, saturation and hue, each with probability 1/2 and an amount that is uniform in its range of DISTORTION;
+    contrast comes before saturation and hue or after them. Unlike torchvision's, it never permutes channels, an offset brightens,
+    contrast multiplies, and saturation is that of HSV, which leaves the largest channel as it is.
+    """
+
+    def draw(self) -> list[tuple[str, float]]:
+        """What to do, in order: names and amounts."""
+        order = ["brightness", "saturation", "hue"]
+        order.insert(1 if _coin() else 3, "contrast")
+        return [(name, _uniform(*DISTORTION[name])) for name in order if _coin()]
+
+    def __call__(self, image: torch.Tensor) -> torch.Tensor:
+        """image: uint8 (3, H, W), not written to; returns another."""
+        for name, amount in self.draw():
+            image = distorted(image, name, amount)
+        return image
+
+
+def distorted(image: torch.Tensor, name: str, amount: float) -> torch.Tensor:
+    """One part of the distortion, of uint8 (3, H, W); what is no whole number is cut off, as there. Amounts as in DISTORTION."""
+    from torchvision.transforms.v2 import functional as F
+
+    if name == "hue":
+        return F.adjust_hue(image, amount)
+    if name == "contrast":
+        return F.adjust_brightness(image, amount)  # the plain product; torchvision's contrast is about the mean grey
+    if name == "brightness":
+        return (image.float() + amount).clamp_(0, 255).to(torch.uint8)
+    largest, smallest = image.amax(0).float(), image.amin(0)
+    factor = torch.clamp(largest / (largest - smallest).clamp(min=1), max=amount)  # to a saturation of 1 at most
+    return (largest - (largest - image) * factor).clamp_(0, 255).to(torch.uint8)
+
+
+def _uniform(low: float, high: float) -> float:
+    return low + (high - low) * torch.rand(()).item()
+
+
+def _coin() -> bool:
+    return bool(torch.rand(()) < 0.5)

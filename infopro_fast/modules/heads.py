@@ -90,7 +90,10 @@ class AuxClassifier(nn.Module):
 
 
 def run_head(layers: Sequence[nn.Module], x: torch.Tensor, impl: str) -> torch.Tensor:
-    """The layers one after the other, but BatchNorm - ReLU - global average pooling in one op that keeps its input alone."""
+    """The layers one after the other, but BatchNorm - ReLU - global average pooling in one op that keeps its input alone.
+
+    A SyncBatchNorm is not fused: its statistics come from other processes, and the layers run, and keep their maps, one by one.
+    """
     layers = list(layers)
     while layers:
         if [type(layer) for layer in layers[:3]] == [nn.BatchNorm2d, nn.ReLU, GlobalAveragePool]:
