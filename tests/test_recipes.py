@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import json
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -11,13 +15,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import infopro_fast
 from infopro_fast import cli
-from infopro_fast.data import Split, shapes_seg
+from infopro_fast.data import Split, fashion_mnist, part_of, shapes_seg
 from infopro_fast.modules import IGNORE, AuxClassifier
 from infopro_fast.modules.heads import CONFIGS
-from infopro_fast.trainer import evaluation, fit, loop, recipes, report, resume, schedule
+from infopro_fast.trainer import distributed, evaluation, fit, loop, recipes, report, resume, schedule
 from infopro_fast.trainer.config import ConfigError, TrainConfig
+from infopro_fast.trainer.processes import Processes, layout
 from infopro_fast.trainer.step import LocalTrainer
-from tests import compare
+from tests import compare, tiny_run
 
 
 def test_there_is_every_row():
@@ -141,7 +146,115 @@ def test_the_list(capsys):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Several processes
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4, 8])
+def test_processes_divide_the_gpus_of_a_row(processes):
+    """The parts of a batch, each with batch statistics of its own, are the same ones by any number of processes; the run says so."""
+    config = recipes.config("table4/resnet101", data_root="d", parallel="data").resolved()
+    found = recipes.shared(config, processes)
+    assert found == dataclasses.replace(config, accumulate=8 // processes)
+    batch = torch.arange(1024)
+    own = [part_of(0, 1024, replica, processes) for replica in range(processes)]
+    parts = [part for span in own for part in batch[span.start : span.stop].chunk(found.accumulate)]
+    assert all(map(torch.equal, parts, batch.chunk(8))) and len(parts) == 8
+    said = f"  accumulate: {8 // processes} here, 8 in the recipe"
+    assert (said in report.recipe_text(found)) == (processes > 1)
+
+
+@pytest.mark.parametrize("processes, each", [(3, 2), (6, 1), (16, 1)])
+def test_processes_that_cannot_divide_the_gpus(processes, each):
+    config = recipes.config("table4/resnet152/e2e", data_root="d", parallel="data").resolved()
+    message = rf"recipe table4/resnet152/e2e: .* expected 1, 2, 4, 8 processes, or accumulate {each}, the parts of each process"
+    with pytest.raises(ConfigError, match=message):
+        recipes.shared(config, processes)
+    given = dataclasses.replace(config, accumulate=each)  # what the message says to give
+    assert recipes.shared(given, processes) == given
+
+
+@pytest.mark.parametrize(
+    "name, contrast", [("table5/deeplabv3/512x1024", False), ("table5/deeplabv3/e2e", False), ("table2/cifar10/resnet32/k4/contrast", True)]
+)
+def test_statistics_of_a_whole_batch_are_of_all_processes(name, contrast):
+    config = recipes.config(name, data_root="d", parallel="data").resolved()
+    assert recipes.shared(config, 1) == config
+    found = recipes.shared(config, 2)
+    assert found == dataclasses.replace(config, sync_batch_norm=True, global_contrast=contrast)
+    assert "  sync_batch_norm: True here, False in the recipe" in report.recipe_text(found)
+    in_parts = recipes.shared(dataclasses.replace(config, accumulate=2), 2)  # these are never contrasted over processes
+    assert in_parts.sync_batch_norm and not in_parts.global_contrast
+    with pytest.raises(ConfigError, match=f"recipe {name}, whose batch norms are those of all 2 processes: .* recompute norm"):
+        recipes.shared(dataclasses.replace(config, recompute="norm"), 2)
+    free = dataclasses.replace(config, recipe=None)
+    assert recipes.shared(free, 2) == free
+
+
+@pytest.fixture
+def one_of_two(monkeypatch):
+    """What `distributed.fit` trains as process 0 of 2, of which there is no other: up to the first step."""
+    made = {}
+
+    class Held(Exception):
+        pass
+
+    def hold(training):
+        made["training"] = training
+        raise Held
+
+    @contextlib.contextmanager
+    def connected(config):
+        processes = Processes(layout(config, 0, 2), object())  # a group that nothing is sent to
+        processes.watch = types.SimpleNamespace(at=lambda *_, **__: None, waiting=contextlib.nullcontext)
+        yield processes
+
+    def begin(config):
+        with pytest.raises(Held):
+            distributed.fit(config.resolved())
+        return made["training"]
+
+    monkeypatch.setattr(distributed, "connected", connected)
+    monkeypatch.setattr(distributed.DistributedTraining, "run_to_end", hold)
+    monkeypatch.setattr(Processes, "share", lambda self, value, source: value)
+    return begin
+
+
+ROW = {"dataset": "fashion_mnist", "arch": "resnet20", "modules": 2, "batch_size": 64}
+
+
+@pytest.mark.parametrize("more", [{"accumulate": 8, "local_loss": "softmax"}, {"local_loss": "contrast"}])
+def test_what_a_process_of_several_trains(more, one_of_two, monkeypatch, tmp_path):
+    """Its trainer and norms, and recipe.json, are of `shared`; the run's settings are the row's, for any number to continue."""
+    name = "table4/resnet101"
+    monkeypatch.setitem(recipes.ROWS, name, recipes.Row({**ROW, **more}, {"top1": 1.0, "top5": 0.5}))
+    training = one_of_two(recipes.config(name, parallel="data", out=tmp_path / "run"))
+    in_parts = "accumulate" in more
+    assert training.trainer.accumulate == (4 if in_parts else 1)
+    norms = [module for module in training.net.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
+    assert norms and all(isinstance(norm, torch.nn.SyncBatchNorm) != in_parts for norm in norms)
+    heads = [module for module in training.net.modules() if isinstance(module, AuxClassifier)]
+    assert len(heads) == 1 and (heads[0].gather is None) == in_parts
+    difference = json.loads((tmp_path / "run" / report.RECIPE).read_text())["difference"]
+    expected = {"accumulate": [8, 4]} if in_parts else {"sync_batch_norm": [False, True], "global_contrast": [False, True]}
+    assert difference == {**expected, "parallel": ["none", "data"]}
+    assert report.read_config(tmp_path / "run").accumulate == more.get("accumulate", 1)
+    assert not report.read_config(tmp_path / "run").sync_batch_norm
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Runs
+
+
+def test_a_recipe_of_one_module_after_the_other(monkeypatch, tmp_path, capsys):
+    """What the paper has is said once and kept beside the run; a cache is no difference."""
+    name = "table2/cifar10/resnet110/k2/async"
+    monkeypatch.setattr(fashion_mnist, "load", tiny_run.load)
+    settings = {"dataset": "fashion_mnist", "arch": "resnet20", "modules": 2, "epochs": 1, "warmup": 0, **recipes.METHODS["async"][0]}
+    monkeypatch.setitem(recipes.ROWS, name, dataclasses.replace(recipes.row(name), settings=settings))
+    run = fit(recipes.config(name, out=tmp_path / "run", threads=1, cache=False))
+    content = json.loads((run / report.RECIPE).read_text())
+    assert content["difference"] == {} and content["expected"] == {"error": [7.34, 0.11]} and "not released" in content["note"]
+    assert capsys.readouterr().out.count("the paper has error 7.34 ± 0.11 %") == 1
 
 
 @pytest.fixture

@@ -170,7 +170,10 @@ def _table3() -> dict[str, Row]:
 
 def _table4() -> dict[str, Row]:
     rows = {}
-    note = f"{GPUS} GPUs of the paper are {GPUS} parts of a batch here, each with batch norms' statistics of its own; memory is of one GPU"
+    note = (
+        f"{GPUS} GPUs of the paper are {GPUS} parts of a batch here, divided among the processes, each with batch norms' statistics of its "
+        "own; memory is of one GPU"
+    )
     for arch, (batch_size, e2e, infopro) in TABLE4.items():
         common = {**_published("imagenet"), "arch": arch, "batch_size": batch_size, "accumulate": GPUS, "crop": (224, 224)}
         more = note + "; the released command says batch size 1024, the table 512" * (batch_size == 512)
@@ -184,8 +187,8 @@ def _table4() -> dict[str, Row]:
 
 def _table5() -> dict[str, Row]:
     note = (
-        "begins with --init, a ResNetV1c-101 trained end to end on ImageNet (mmsegmentation's resnet101_v1c); batch norms are of one "
-        "process here, as SyncBatchNorm's are of all; memory is of one of two GPUs"
+        "begins with --init, a ResNetV1c-101 trained end to end on ImageNet (mmsegmentation's resnet101_v1c); batch norms are of the "
+        "whole batch, with several processes by sync_batch_norm; memory is of one of two GPUs"
     )
     names = ("miou", "miou_multi_scale", "miou_multi_scale_flip", "memory_gb")
     common = {**_published("cityscapes"), "arch": "deeplabv3_resnet101", "crop": (512, 1024), "iterations": 40000, "momentum": 0.9}
@@ -261,6 +264,34 @@ def difference(config: TrainConfig) -> dict[str, tuple[Any, Any]]:
         if ours != theirs and entry.name not in MACHINE and not counted_in_steps:
             found[entry.name] = (theirs, ours)
     return found
+
+
+def shared(config: TrainConfig, processes: int) -> TrainConfig:
+    """The settings with which this many processes, each with its part of every batch, make the run that one makes.
+
+    A row that accumulates stands for as many GPUs, each of which normalises its own images: these parts are divided among the
+    processes. The other rows' batch norms and contrastive losses are of the whole batch: those of all processes. An ``accumulate``
+    other than the row's is each process', as it is given. config: resolved; without a recipe it stays as it is.
+    Raises ConfigError where the parts cannot be divided, or the batch norms cannot be of all.
+    """
+    if config.recipe is None or processes == 1:
+        return config
+    parts = row(config.recipe).settings.get("accumulate", 1)
+    if parts == 1:
+        contrast = config.loss == "contrast" and config.accumulate == 1
+        try:
+            return dataclasses.replace(config, sync_batch_norm=True, global_contrast=config.global_contrast or contrast)
+        except ConfigError as error:
+            raise ConfigError(f"recipe {config.recipe}, whose batch norms are those of all {processes} processes: {error}") from error
+    if config.accumulate != parts:
+        return config
+    if parts % processes:
+        numbers = ", ".join(str(n) for n in range(1, parts + 1) if parts % n == 0)
+        raise ConfigError(
+            f"recipe {config.recipe}: a batch has {parts} parts, one a GPU of the paper, which {processes} processes cannot divide: "
+            f"expected {numbers} processes, or accumulate {max(1, parts // processes)}, the parts of each process"
+        )
+    return dataclasses.replace(config, accumulate=parts // processes)
 
 
 def expected_text(expected: dict[str, Any]) -> str:
