@@ -119,7 +119,7 @@ class CompareMemory:
 
 @dataclass(frozen=True)
 class Recipes:
-    """The rows of the paper's tables that `train --recipe NAME` trains, and what the paper reports for each."""
+    """The rows of the paper's tables that `train --recipe NAME` trains, and what the paper reports for each; some are data alone."""
 
     beginning: Annotated[str, tyro.conf.Positional] = ""
     """List the rows whose names begin with this, as table4; the settings too where it is one row's name."""
@@ -296,11 +296,14 @@ def _recipes(beginning: str) -> str:
     if not rows:
         recipes.row(beginning)  # raises
     width = max(map(len, rows))
-    lines = [f"{name:{width}}  {recipes.expected_text(row.expected)}" for name, row in rows.items()]
+    lines = [
+        f"{name:{width}}  {recipes.expected_text(row.expected)}" + ", cannot be trained here" * bool(row.untrained)
+        for name, row in rows.items()
+    ]
     if beginning in rows:
-        lines += [f"  {key}: {value}" for key, value in rows[beginning].settings.items()]
-        lines += [f"  note: {rows[beginning].note}"] if rows[beginning].note else []
-        lines += [f"  not to be trained: {rows[beginning].untrainable}"] if rows[beginning].untrainable else []
+        found = rows[beginning]
+        lines += [f"  {key}: {value}" for key, value in found.settings.items()]
+        lines += [f"  {what}: {text}" for what, text in (("note", found.note), ("cannot be trained", found.untrained)) if text]
     return "\n".join(lines)
 
 

@@ -209,7 +209,7 @@ class TrainConfig:
     """With parallel: seconds that a process may stay at one module before all of them stop and say which."""
 
     recipe: str | None = None
-    """Row of the paper's tables whose settings these are, but for those given beside it; `infopro-fast recipes` lists them."""
+    """Row of the paper's tables (`infopro-fast recipes`) whose settings these are, but for those given; of one process, so of several."""
     out: Path | None = None
     """Run folder to create. Default: runs/ and a name made of the settings and the time."""
     checkpoint_minutes: float = 10.0

@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from infopro_fast import data, modules
 
-from . import checkpoint, display, loop, processes, report
+from . import checkpoint, display, loop, processes, recipes, report
 from .config import ConfigError, TrainConfig
 from .parallel import ParallelTrainer, modules_of
 from .pipeline import REQUESTS, EvaluationPart, Packet, Receiver, Sender
@@ -49,6 +49,7 @@ def fit(config: TrainConfig) -> Path | None:
         if config.iterations is not None:
             config = dataclasses.replace(config, epochs=math.ceil(config.iterations / images.batches(config.batch_size, config.drop_last)))
         _check_batches(config, images, group)
+        shared = recipes.shared(config, group.layout.replicas)
         with loop._machine(config), contextlib.ExitStack() as held:
             torch.manual_seed(config.seed)
             net = loop._build(config, images)
@@ -57,7 +58,7 @@ def fit(config: TrainConfig) -> Path | None:
             if group.layout.is_main:
                 if processes.restarts() > 0:
                     _remove_unbegun(config.out)
-                group.run = report.create(config)
+                group.run = report.create(config, shared)
                 held.enter_context(report.locked(group.run))
             group.run = group.share(group.run, group.layout.main)
             training = DistributedTraining(config, group.run, images, net, group)
@@ -100,7 +101,8 @@ def _checkpoints(run: Path) -> int:
 
 def _remove_unbegun(run: Path) -> None:
     """A run folder that a killed process created and wrote no checkpoint into: its files are made anew."""
-    known = {report.CONFIG, report.METRICS, ".lock", report.CHECKPOINTS, checkpoint.ASIDE + report.CONFIG}
+    first = {report.CONFIG, report.RECIPE}
+    known = {*first, report.METRICS, ".lock", report.CHECKPOINTS, *(checkpoint.ASIDE + name for name in first)}
     if run.is_dir() and {path.name for path in run.iterdir()} <= known and _checkpoints(run) == 0:
         for path in run.iterdir():
             checkpoint._remove(path) if path.is_dir() else path.unlink()
@@ -124,14 +126,18 @@ def _check_batches(config: TrainConfig, images: data.ImageSet | data.FolderSet, 
 
 
 class DistributedTraining(loop._Training):
-    """A run in progress, of which this process does a part."""
+    """A run in progress, of which this process does a part.
+
+    ``config`` is that of the run, which other numbers of processes may continue; ``shared`` is what this number makes of it.
+    """
 
     def __init__(self, config: TrainConfig, run: Path, images: Any, net: modules.LocalNetwork, group: Processes):
         self.group, self.layout, self.part = group, group.layout, (group.layout.replica, group.layout.replicas)
         # To write the weights of all modules from, where this process has only some.
         self.whole = copy.deepcopy(net).to("cpu") if self.layout.is_main and self.layout.stages > 1 else None
         self.counts = Counts(images.train_count, config.batch_size)
-        if config.sync_batch_norm and group.data_group is not None:
+        self.shared = recipes.shared(config, group.layout.replicas)
+        if self.shared.sync_batch_norm and group.data_group is not None:
             modules.convert_sync_batch_norm(net, group.data_group)
         here = net if self.layout.stages == 1 else modules_of(net, self.layout.modules)
         super().__init__(config, run, images, here)
@@ -152,8 +158,8 @@ class DistributedTraining(loop._Training):
         config, watch = self.config, self.group.watch
         return ParallelTrainer(
             self.net, make_optimizer, group=self.group.data_group, first=self.layout.modules.start, modules=config.modules,
-            global_contrast=config.global_contrast, at=lambda module: watch.at(f"in {module}, {self.place}"), waiting=watch.waiting,
-            amp=loop.amp_dtype(config), accumulate=config.accumulate,
+            global_contrast=self.shared.global_contrast, at=lambda module: watch.at(f"in {module}, {self.place}"), waiting=watch.waiting,
+            amp=loop.amp_dtype(config), accumulate=self.shared.accumulate,
         )  # fmt: skip
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -267,6 +273,9 @@ class DistributedTraining(loop._Training):
 
     # -----------------------------------------------------------------------------------------------------------------
     # What the main process writes
+
+    def tell_recipe(self) -> None:
+        self.screen.message(report.recipe_text(self.shared))
 
     def open_display(self):
         return super().open_display() if self.layout.is_main else _Silent()

@@ -65,8 +65,6 @@ def fit(config: TrainConfig) -> Path:
         if config.init is not None:
             load_init(net, config.init)
         run = report.create(config)
-        if config.recipe is not None:
-            report.write_recipe(run, config)
         with report.locked(run):
             _Training(config, run, images, net).run_to_end()
     return run
@@ -190,6 +188,9 @@ class _Training:
         """What else the epoch's line says."""
         return {}
 
+    def tell_recipe(self) -> None:
+        self.screen.message(report.recipe_text(self.config))
+
     def draw_learning_curve(self) -> None:
         report.draw_learning_curve(self.run, self.title)
 
@@ -205,7 +206,7 @@ class _Training:
                 self.screen.message(self.came_from or f"{self.title}, {self.images.train_count} images, run folder {self.run}")
                 if not self.came_from:
                     if self.config.recipe is not None:
-                        self.screen.message(report.recipe_text(self.config))
+                        self.tell_recipe()
                     self.save()
                 while self.epoch < self.config.epochs:
                     self.train_epoch()

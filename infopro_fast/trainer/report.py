@@ -25,8 +25,11 @@ class RunError(RuntimeError):
     """A folder that is not the run it should be; the message names it."""
 
 
-def create(config: TrainConfig) -> Path:
-    """A new run folder with its config.json. Raises RunError if ``config.out`` exists and is not empty."""
+def create(config: TrainConfig, shared: TrainConfig | None = None) -> Path:
+    """A new run folder with its config.json and recipe.json. Raises RunError if ``config.out`` exists and is not empty.
+
+    shared: as `recipes.shared` says, where several processes take part.
+    """
     folder = config.out
     if folder is None:
         name = f"{config.dataset}-{config.arch}-k{config.modules}-{config.local_loss}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -36,10 +39,12 @@ def create(config: TrainConfig) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     sync_folder(folder.parent)
     replace_file(folder / CONFIG, config.to_json().encode())
+    if config.recipe is not None:
+        _write_recipe(folder, shared or config)
     return folder
 
 
-def write_recipe(folder: Path, config: TrainConfig) -> None:
+def _write_recipe(folder: Path, config: TrainConfig) -> None:
     """recipe.json: the name of the paper's row, what it reports, and {setting: [of the row, of this run]} where they differ."""
     found = recipes.row(config.recipe)
     differing = {name: list(values) for name, values in recipes.difference(config).items()}

@@ -294,6 +294,10 @@ class _ModuleTraining(loop._Training):
     def more_of_epoch(self) -> dict[str, Any]:
         return {"module": self.k + 1}
 
+    def tell_recipe(self) -> None:
+        if self.k == 0:
+            super().tell_recipe()
+
     def write_weights(self) -> None:
         pass  # those of the network, when all modules are trained
 
