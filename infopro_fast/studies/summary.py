@@ -127,7 +127,8 @@ def markdown(study: Study, results: Sequence[Result]) -> str:
         gap = "" if row["gap_to_e2e"] is None else f"; {row['gap_to_e2e']:+.2f} points from end to end"
         parts.append(
             f"K = {row['modules']}: greedy SL {row['greedy']:.2f} %, {NAMES[row['which']]} {row['infopro']:.2f} %: "
-            f"{row['margin']:.2f} points lower, {row['in_standard_errors']:.1f} standard errors of the difference{gap}."
+            f"{abs(row['margin']):.2f} points {'lower' if row['margin'] >= 0 else 'higher'}, "
+            f"{abs(row['in_standard_errors']):.1f} standard errors of the difference{gap}."
         )
     return "\n\n".join(parts) + "\n"
 
