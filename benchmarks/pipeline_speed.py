@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import statistics
-import sys
 import tempfile
 from pathlib import Path
 
@@ -23,26 +22,10 @@ from infopro_fast.memory import figures, scale
 from infopro_fast.trainer import report
 
 from .device import provenance
-from .scale_validation import ARCH, BATCH, MODULES, finished, images_per_second, measured
+from .scale_validation import BATCH, layouts, measured, train
 
 RESULT = Path(__file__).parent / "results" / "pipeline_speed.json"
 BAR = 1.7
-
-
-def train(net: scale.Network, processes: int, epochs: int, out: Path) -> float:
-    """Images a second of the last epoch; weights stay in ``out``."""
-    cuts = [str(number) for cut in net.cuts for number in cut]
-    words = [
-        "train", "--arch", ARCH, "--modules", str(MODULES), "--cuts", *cuts, "--batch-size", str(BATCH), "--threads", "1",
-        "--epochs", str(epochs), "--warmup", "0", "--out", str(out),
-    ]  # fmt: skip
-    launch = [sys.executable, "-m"]
-    if processes > 1:
-        launch += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
-        runs = [len(run) for run in scale.stages_of(net.local, processes)]
-        words += ["--parallel", "pipeline", "--pipeline-modules", *map(str, runs)]
-    finished([*launch, "infopro_fast", *words])
-    return images_per_second(out)
 
 
 def same_weights(one: Path, two: Path) -> bool:
@@ -53,7 +36,11 @@ def same_weights(one: Path, two: Path) -> bool:
 def one_round(net: scale.Network, epochs: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         outs = [Path(folder) / name for name in ("one", "two")]
-        one, two = (train(net, processes, epochs, out) for processes, out in zip((1, 2), outs))
+        (pipeline,) = (layout for layout in layouts(net) if (layout.name, layout.processes) == ("pipeline", 2))
+        one, two = (
+            train(net, processes, words, out, epochs=epochs, batch_size=BATCH)
+            for processes, words, out in zip((1, 2), ([], pipeline.words()), outs)
+        )
         found = {"one": one, "two": two, "ratio": two / one, "same_weights": same_weights(*outs)}
     print(found, flush=True)
     return found

@@ -136,27 +136,21 @@ def measured_link() -> scale.Link:
 def run(layout: Layout, net: scale.Network, epochs: int) -> float:
     """Images a second of the last epoch."""
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "run"
-        cuts = [str(number) for cut in net.cuts for number in cut]
-        command = [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(layout.processes), "-m", "infopro_fast",
-            "train", "--arch", ARCH, "--modules", str(MODULES), "--cuts", *cuts, "--batch-size", str(layout.replicas * BATCH),
-            "--threads", "1", "--epochs", str(epochs), "--warmup", "0", "--out", str(out), *layout.words(),
-        ]  # fmt: skip
-        finished(command)
-        return images_per_second(out)
+        return train(net, layout.processes, layout.words(), Path(folder) / "run", epochs=epochs, batch_size=layout.replicas * BATCH)
 
 
-def finished(command: list[str]) -> None:
-    """Run it to its end, a thread a process."""
+def train(net: scale.Network, processes: int, words: list[str], out: Path, *, epochs: int, batch_size: int) -> float:
+    """Images a second of the last epoch of a run with the cuts of ``net``, a thread a process; torchrun starts more than one."""
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"] if processes > 1 else []
+    command = [
+        sys.executable, "-m", *torchrun, "infopro_fast", "train", "--arch", ARCH, "--modules", str(MODULES),
+        "--cuts", *(str(number) for cut in net.cuts for number in cut), "--batch-size", str(batch_size),
+        "--threads", "1", "--epochs", str(epochs), "--warmup", "0", "--out", str(out), *words,
+    ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
-
-
-def images_per_second(run: Path) -> float:
-    """Of its last epoch."""
-    return report.read_metrics(run, "epoch")[-1]["images_per_second"]
+    return report.read_metrics(out, "epoch")[-1]["images_per_second"]
 
 
 def one_round(number: int, epochs: int, link: scale.Link) -> list[dict]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from infopro_fast.trainer.config import TrainConfig
 from .runner import StudyError
 from .tables import FREE, Cell, Study, config, jobs
 
-OF_A_CELL = ("modules", "local_loss", "lambdas", "balanced", "recompute", "order", "impl", "hold_out", "seed")
+OF_A_CELL = ("modules", "local_loss", "lambdas", "balanced", "recompute", "order", "impl", "hold_out")
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Known:
 def settings_of_a_cell(found: TrainConfig) -> dict[str, Any]:
     """In what one cell of a table differs from another, as JSON has it."""
     content = json.loads(found.resolved().to_json())
-    return {name: content[name] for name in OF_A_CELL if name != "seed"}
+    return {name: content[name] for name in OF_A_CELL}
 
 
 def read(study: Study) -> Known:
@@ -79,7 +78,8 @@ def _content(path: Path) -> dict[str, Any]:
 def _check_same(path: Path, study: Study, theirs: dict[str, Any]) -> None:
     """What all cells have in common: images, network, epochs, optimizer."""
     ours = json.loads(jobs(study)[0].config.resolved().to_json())
-    _refuse(path, "", {name: ours[name] for name in _names() if name in theirs and name not in OF_A_CELL}, theirs)
+    common = (field.name for field in dataclasses.fields(TrainConfig) if field.name not in (*FREE, *OF_A_CELL, "seed"))
+    _refuse(path, "", {name: ours[name] for name in common}, theirs)
 
 
 def _check_cell(path: Path, study: Study, cell: Cell, theirs: dict[str, Any]) -> None:
@@ -91,7 +91,3 @@ def _refuse(path: Path, of: str, ours: dict[str, Any], theirs: dict[str, Any]) -
     if different:
         values = ", ".join(f"{name}: expected {ours[name]}, got {theirs.get(name)}" for name in different)
         raise StudyError(f"known: {path}: {of}runs with other settings ({values})")
-
-
-def _names() -> Sequence[str]:
-    return [field.name for field in dataclasses.fields(TrainConfig) if field.name not in FREE]

@@ -170,8 +170,10 @@ def _method(study: Study, cell: Cell) -> dict[str, Any]:
     if cell.method in ("e2e", "checkpoint"):
         return {"local_loss": "none", "modules": 1, **({"recompute": "sqrt"} if cell.method == "checkpoint" else {})}
     found: dict[str, Any] = {"modules": cell.modules, "local_loss": cell.method}
-    if cell.method in ("async", "plain"):
-        found |= {"local_loss": "contrast", **({"order": "sequential"} if cell.method == "async" else {"impl": "reference"})}
+    if cell.method == "async":
+        found |= recipes.METHODS["async"][0]
+    if cell.method == "plain":
+        found |= {"local_loss": "contrast", "impl": "reference"}
     if cell.weights is not None:
         found |= {"lambdas": cell.weights, "hold_out": HOLD_OUT}
     if study.table == "table3":
