@@ -102,6 +102,10 @@ def norm_relu_pool(x: torch.Tensor, bn: nn.BatchNorm2d) -> torch.Tensor:
     return F.relu(bn(x)).mean((2, 3))
 
 
+def conv_norm_relu_pool(x: torch.Tensor, bn: nn.BatchNorm2d, *, conv: nn.Conv2d) -> torch.Tensor:
+    return norm_relu_pool(conv(x), bn)
+
+
 class ReleasedHead(nn.Module):
     """1c2f: conv3x3 - batch norm - ReLU - pool - linear - ReLU - linear, then the contrastive loss or cross entropy."""
 

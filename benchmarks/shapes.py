@@ -90,6 +90,16 @@ class PoolShape(typing.NamedTuple):
     h: int
 
 
+class HeadShape(typing.NamedTuple):
+    """Features (N, C, h, h) of a head whose first convolution, 3x3, has K outputs and this stride."""
+
+    N: int
+    C: int
+    h: int
+    K: int
+    stride: int
+
+
 # ResNet-32/110 on CIFAR-10, SVHN: the three stages. STL-10: 96x96, batch 128 in the paper; 32 here for eager's memory.
 DECODER = (DecoderShape(128, 16, 32, 32), DecoderShape(128, 32, 16, 32), DecoderShape(128, 64, 8, 32))
 DECODER_LARGER = (DecoderShape(1024, 64, 8, 32), DecoderShape(32, 16, 96, 96), DecoderShape(32, 32, 48, 96), DecoderShape(32, 64, 24, 96))
@@ -116,6 +126,9 @@ DENSE_PLOT = tuple(DenseShape(2, c, 64, 64, 512, 512) for c in (2, 8, 19, 60, 15
 
 # What a local head of ResNet-32 pools: after its strided convolution, or in the last stage.
 POOL = (PoolShape(1024, 32, 16), PoolShape(1024, 64, 8))
+
+# The released heads of its three stages, the convolution with them.
+HEAD = (HeadShape(128, 16, 32, 32, 2), HeadShape(128, 32, 16, 64, 2), HeadShape(128, 64, 8, 64, 1))
 
 # ResNet-32 at batch 128: modules K, and (lambda_1 of I(h,x), I(h,y) at the first module, the same at the last but one).
 TRAIN_STEP = {1: (0, 0, 0, 0), 4: (6, 0, 1, 2), 16: (5, 0.05, 0.2, 0.5)}

@@ -227,6 +227,21 @@ def pool(method: str, shape: shapes.PoolShape, dtype: torch.dtype = torch.float3
     return Workload(lambda: call(x, bn).square().mean(), leaves, [*leaves, *bn.buffers()])  # the mean stands for what follows
 
 
+def head(method: str, shape: shapes.HeadShape, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Workload:
+    """The same behind the convolution of an auxiliary head."""
+    conv = torch.nn.Conv2d(shape.C, shape.K, 3, stride=shape.stride, padding=1, bias=False).to(device, dtype)
+    bn = torch.nn.BatchNorm2d(shape.K).to(device, dtype)
+    x = draw(shape.N, shape.C, shape.h, shape.h, dtype=dtype, device=device)
+    if method.endswith("channels_last"):
+        x, conv = x.to(memory_format=torch.channels_last), conv.to(memory_format=torch.channels_last)
+    x.requires_grad_()
+    formula = baselines.conv_norm_relu_pool
+    calls = compile_methods(formula) | ours(ops.norm_relu_pool, device)
+    call = calls.get(method, lambda: formula)()
+    leaves = [x, conv.weight, *bn.parameters()]
+    return Workload(lambda: call(x, bn, conv=conv).square().mean(), leaves, [*leaves, *bn.buffers()])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 
 OPS = {
@@ -237,6 +252,7 @@ OPS = {
     "linear_cross_entropy": (linear, shapes.LinearShape, LINEAR_METHODS),
     "upsample_cross_entropy": (dense, shapes.DenseShape, DENSE_METHODS),
     "norm_relu_pool": (pool, shapes.PoolShape, POOL_METHODS),
+    "conv_norm_relu_pool": (head, shapes.HeadShape, POOL_METHODS),
 }
 
 

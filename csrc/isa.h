@@ -2,6 +2,7 @@
 #pragma once
 
 #include "chain_decoder.h"
+#include "conv_norm_pool.h"
 #include "cross_entropy.h"
 #include "decoder.h"
 #include "gemm.h"
@@ -55,6 +56,12 @@ constexpr Kernels<T> make_table() {
   t.norm_pool_statistics = norm_pool_statistics<T>;
   t.norm_pool_forward = norm_pool_forward<T>;
   t.norm_pool_backward = norm_pool_backward<T>;
+  t.conv_pool_scratch = conv_pool_scratch<T>;
+  t.conv_pool_weights = conv_pool_weights<T>;
+  t.conv_pool_pack = conv_pool_pack<T>;
+  t.conv_pool_forward = conv_pool_forward<T>;
+  t.conv_pool_backward = conv_pool_backward<T>;
+  t.conv_pool_weight_reduce = conv_pool_weight_reduce<T>;
   t.upsample_scratch = upsample_scratch<T>;
   t.upsample_gaps = upsample_gaps<T>;
   return t;

@@ -115,6 +115,16 @@ struct NormPool {
   const T *center, *inverse_std, *scale, *shift;  // (C): y = (x - center) scale + shift, scale = gamma inverse_std
 };
 
+// One call of norm_relu_pool with a convolution before it: x (N, C, h, w), of T, gives z (N, K, H, W), channels last.
+template <class T>
+struct ConvPool {
+  int64_t N, C, K, h, w, H, W, stride;
+  Maps x, dx;                                     // dx: without data where it is not needed
+  const T* weight;                                // packed by Kernels::conv_pool_pack, one way or the other
+  T* z;
+  const T *center, *inverse_std, *scale, *shift;  // (K), as in NormPool
+};
+
 // Integers of any dtype, (N, H, W). Strides are in elements.
 enum class Integer : int { u8, i8, i16, i32, i64 };
 struct Labels {
@@ -224,6 +234,16 @@ struct Kernels {
   void (*norm_pool_statistics)(const NormPool<T>&, int64_t n, T* rows, double* mean, double* squares);
   void (*norm_pool_forward)(const NormPool<T>&, int64_t n, T* rows, T* pooled, T* positive, T* positive_xhat);
   void (*norm_pool_backward)(const NormPool<T>&, int64_t n, T* rows, const T* upstream, const T* mean_dy, const T* mean_dy_xhat, const Maps& dx);
+
+  // ---- a 3x3 convolution before them: conv_norm_pool.h ----
+  int64_t (*conv_pool_scratch)(const ConvPool<T>&);  // elements a thread needs, zero at the start
+  int64_t (*conv_pool_weights)(const ConvPool<T>&);  // of each of the packed weights and of a thread's part of their gradient, likewise
+  // of (K, C, 3, 3), for the forward sweep and the backward one; either may be null
+  void (*conv_pool_pack)(const ConvPool<T>&, const Maps& weight, T* packed, T* packed_backward);
+  void (*conv_pool_forward)(const ConvPool<T>&, int64_t n, T* scratch, double* mean, double* squares);
+  void (*conv_pool_backward)(const ConvPool<T>&, int64_t n, const T* upstream, const T* mean_dy, const T* mean_dy_xhat, T* weight_partial,
+                             T* scratch);
+  void (*conv_pool_weight_reduce)(const ConvPool<T>&, const T* partial, const Maps& d_weight);  // d_weight (K, C, 3, 3) += a thread's part
 
   // ---- cross entropy of resized logits, gap by gap between their rows: upsample_cross_entropy.h ----
   int64_t (*upsample_scratch)(const UpsampleCrossEntropy<T>&);  // elements a thread needs

@@ -34,6 +34,15 @@ std::tuple<Tensor, Tensor> norm_relu_pool_forward_cpu(Tensor x, OptionalTensor g
 std::tuple<Tensor, Tensor, Tensor> norm_relu_pool_backward_cpu(Tensor grad, Tensor x, OptionalTensor gamma, OptionalTensor beta, Tensor saved,
                                                                bool batch_statistics, double eps);
 
+std::tuple<Tensor, Tensor, Tensor> conv_norm_relu_pool_forward_cpu(Tensor x, Tensor weight, int64_t stride, OptionalTensor gamma,
+                                                                   OptionalTensor beta, OptionalTensor running_mean,
+                                                                   OptionalTensor running_var, double eps);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> conv_norm_relu_pool_backward_cpu(Tensor grad, Tensor x, Tensor weight, int64_t stride, Tensor z,
+                                                                            OptionalTensor gamma, OptionalTensor beta, Tensor saved,
+                                                                            bool batch_statistics, double eps, bool needs_x,
+                                                                            bool needs_weight);
+
 std::tuple<Tensor, Tensor> chain_stage_forward_cpu(Tensor x, OptionalTensor mean, OptionalTensor var, OptionalTensor gamma, OptionalTensor beta,
                                                    double eps, Tensor weight, OptionalTensor bias, int64_t H, int64_t W, int64_t mode,
                                                    std::vector<double> factors, bool in_f64);

@@ -53,6 +53,8 @@ STABLE_TORCH_LIBRARY_IMPL(infopro_fast, CPU, m) {
   m.impl("linear_cross_entropy_backward", TORCH_BOX(&infopro::linear_cross_entropy_backward_cpu));
   m.impl("norm_relu_pool_forward", TORCH_BOX(&infopro::norm_relu_pool_forward_cpu));
   m.impl("norm_relu_pool_backward", TORCH_BOX(&infopro::norm_relu_pool_backward_cpu));
+  m.impl("conv_norm_relu_pool_forward", TORCH_BOX(&infopro::conv_norm_relu_pool_forward_cpu));
+  m.impl("conv_norm_relu_pool_backward", TORCH_BOX(&infopro::conv_norm_relu_pool_backward_cpu));
   m.impl("upsample_cross_entropy_forward", TORCH_BOX(&infopro::upsample_cross_entropy_forward_cpu));
   m.impl("upsample_cross_entropy_backward", TORCH_BOX(&infopro::upsample_cross_entropy_backward_cpu));
   m.impl("chain_stage_forward", TORCH_BOX(&infopro::chain_stage_forward_cpu));

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from benchmarks import memory
 from infopro_fast import ops
 from tests import compare, op_cases
 from tests.op_cases import norm_pool
@@ -110,3 +112,217 @@ def test_messages():
             ops.norm_relu_pool(*arguments)
     with pytest.raises(ValueError, match="norm_relu_pool: impl='cpu' cannot run this call: x is on meta"):
         ops.norm_relu_pool(torch.zeros(2, 3, 4, 4, device="meta"), bn.to("meta"), impl="cpu")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# With a convolution before it
+
+
+MODULE = importlib.import_module("infopro_fast.ops.norm_relu_pool")
+NAMES = ("x", "conv.weight", "bn.weight", "bn.bias")
+
+
+@pytest.fixture
+def fused(monkeypatch, cpu):
+    """Channels that the kernels would leave to oneDNN go through them, too."""
+    monkeypatch.setattr(MODULE, "_pays", lambda conv: True)
+    return cpu
+
+
+def head(C, K, stride, *, dtype=torch.float64, training=True, affine=True, seed=0):
+    torch.manual_seed(seed)
+    conv, bn = nn.Conv2d(C, K, 3, stride=stride, padding=1, bias=False), nn.BatchNorm2d(K, affine=affine)
+    if affine:
+        nn.init.normal_(bn.weight)
+        nn.init.normal_(bn.bias)
+    bn.running_mean.normal_()
+    bn.running_var.uniform_(0.3, 2)
+    return conv.to(dtype), bn.to(dtype).train(training)
+
+
+def pooled_and_gradients(call, x, conv, bn, upstream=None):
+    """Result, gradients and statistics of copies of the layers."""
+    conv, bn, x = copy.deepcopy(conv), copy.deepcopy(bn), x.detach().clone().requires_grad_()
+    pooled = call(x, conv, bn)
+    generator = torch.Generator().manual_seed(1)
+    grad = torch.randn(pooled.shape, generator=generator, dtype=torch.float64).to(pooled.dtype) if upstream is None else upstream
+    leaves = [t for t in (x, conv.weight, bn.weight, bn.bias) if t is not None and t.requires_grad]
+    found = torch.autograd.grad(pooled, leaves, grad)
+    return [pooled.detach(), *found, bn.running_mean, bn.running_var]
+
+
+def ours(impl):
+    return lambda x, conv, bn: ops.norm_relu_pool(x, bn, conv=conv, impl=impl)
+
+
+def plain(x, conv, bn):
+    return bn(conv(x)).relu().mean((2, 3))
+
+
+def assert_conv(x, conv, bn, impl):
+    """Errors against float64 of at most twice torch's own, and its strides."""
+    wide = (x.double(), copy.deepcopy(conv).double(), copy.deepcopy(bn).double())
+    exact = pooled_and_gradients(plain, *wide)
+    found, theirs = pooled_and_gradients(ours(impl), x, conv, bn), pooled_and_gradients(plain, x, conv, bn)
+    for name, a, b, c in zip(("pooled", *NAMES, "mean", "variance"), found, exact, theirs):
+        assert a.dtype == c.dtype and a.stride() == c.stride(), name
+        if x.dtype == torch.float64:
+            compare.assert_close(a, b, what=name)
+        else:
+            compare.assert_accurate(a, c, b, what=name)
+
+
+CONVOLUTIONS = [  # N, C, K, h, w, stride
+    (128, 16, 32, 32, 32, 2), (16, 64, 64, 8, 8, 1), (3, 5, 7, 9, 11, 2), (2, 17, 35, 8, 6, 1), (5, 3, 4, 1, 1, 2), (3, 20, 13, 7, 5, 1),
+    (3, 3, 4, 2, 3, 2), (7, 1, 1, 33, 31, 2), (8, 6, 9, 1, 9, 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32))
+@pytest.mark.parametrize("shape", CONVOLUTIONS, ids=str)
+def test_convolution(fused, isa, shape, dtype):
+    N, C, K, h, w, stride = shape
+    conv, bn = head(C, K, stride, dtype=dtype)
+    x = torch.randn(N, C, h, w, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(dtype)
+    if dtype == torch.float32 and N * h * w <= 5:
+        pytest.skip("float32 holds no digit of it: a handful of values a channel")
+    assert MODULE.fuses(x, conv)
+    assert_conv(x, conv, bn, fused)
+
+
+shapes = st.tuples(st.integers(1, 4), st.integers(1, 20), st.integers(1, 20), st.integers(2, 9), st.integers(2, 9))
+
+
+@given(size=shapes, stride=st.sampled_from((1, 2)), training=st.booleans(), layout=st.sampled_from(op_cases.LAYOUTS))
+def test_convolution_of_any_shape_and_layout(size, stride, training, layout):
+    N, C, K, h, w = size
+    if N * -(-h // stride) * -(-w // stride) <= 2:
+        training = False
+    conv, bn = head(C, K, stride, training=training)
+    x = torch.randn(N, C, h, w, dtype=torch.float64)
+    expected = pooled_and_gradients(plain, x, conv, bn)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MODULE, "_pays", lambda conv: True)
+        stored, _ = op_cases.relayout(x, layout)
+        leaf = stored.detach().requires_grad_()
+        pooled = ops.norm_relu_pool(leaf, bn, conv=conv, impl="cpu")
+        grad = torch.randn(pooled.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        found = [pooled.detach(), *torch.autograd.grad(pooled, [leaf, conv.weight, bn.weight, bn.bias], grad)]
+    for name, a, b in zip(("pooled", *NAMES), found, expected):
+        scale = max(b.abs().max().item(), expected[3].abs().max().item(), 1.0)
+        compare.assert_close(a, b, scale=scale * 10, what=name)
+
+
+@pytest.mark.parametrize("affine", (True, False))
+@pytest.mark.parametrize("training", (True, False))
+@pytest.mark.parametrize("stride", (1, 2))
+def test_convolution_gradcheck(fused, stride, training, affine):
+    conv, bn = head(2, 3, stride, training=training, affine=affine)
+    x = torch.randn(2, 2, 4, 5, dtype=torch.float64, requires_grad=True)
+    parameters = [conv.weight, *bn.parameters()]
+    assert torch.autograd.gradcheck(lambda x, *_: ops.norm_relu_pool(x, bn, conv=conv, impl=fused), (x, *parameters), atol=1e-6, rtol=1e-5)
+    g = torch.autograd.grad(ops.norm_relu_pool(x, bn, conv=conv, impl=fused).sum(), x, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="norm_relu_pool: the kernels have no second derivative"):
+        g.square().sum().backward()
+
+
+@pytest.mark.parametrize("stride", (1, 2))
+def test_convolution_each_subset_of_gradients(fused, stride):
+    conv, bn = head(5, 6, stride)
+    x = torch.randn(3, 5, 6, 7, dtype=torch.float64)
+    leaves = {"x": x.requires_grad_(), "conv": conv.weight, "bn": bn.weight}
+    everything = torch.autograd.grad(ops.norm_relu_pool(x, bn, conv=conv, impl=fused).square().sum(), list(leaves.values()))
+    for chosen in ({"x"}, {"conv"}, {"bn"}, {"x", "bn"}, {"conv", "bn"}):
+        for name, t in leaves.items():
+            t.requires_grad_(name in chosen)
+        pooled = ops.norm_relu_pool(x, bn, conv=conv, impl=fused)
+        found = torch.autograd.grad(pooled.square().sum(), [leaves[k] for k in leaves if k in chosen])
+        for a, b in zip(found, (g for k, g in zip(leaves, everything) if k in chosen), strict=True):
+            compare.assert_close(a, b, what=str(chosen))
+
+
+@pytest.mark.parametrize("stride", (1, 2))
+def test_convolution_contract(fused, threads, stride):
+    """Empty batches; nan is not hidden; nothing is written; the same bits twice, whatever the threads, to rounding."""
+    conv, bn = head(5, 6, stride)
+    x = torch.randn(7, 5, 9, 8, dtype=torch.float64)
+    empty = x[:0].clone().requires_grad_()
+    out = ops.norm_relu_pool(empty, bn, conv=conv, impl=fused)
+    assert out.shape == (0, 6)
+    assert all(not g.any() for g in torch.autograd.grad(out.sum(), [empty, conv.weight, bn.weight]))
+    before = [t.clone() for t in (x, conv.weight)]
+    found = []
+    for n in (1, 2, 2, 3):
+        threads(n)
+        found.append(pooled_and_gradients(ours(fused), x, conv, bn))
+    assert all(torch.equal(a, b) for a, b in zip(before, (x, conv.weight)))
+    assert all(torch.equal(a, b) for a, b in zip(found[1], found[2]))
+    for other in found[1:]:
+        for name, a, b in zip(("pooled", *NAMES), other, found[0]):
+            compare.assert_close(a, b, what=name)
+    x[0, 0, 0, 0] = torch.nan
+    assert not torch.isfinite(ops.norm_relu_pool(x, bn, conv=conv, impl=fused)).all()
+
+
+@pytest.mark.parametrize("stride", (1, 2))
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32))
+def test_convolution_opcheck(fused, stride, dtype):
+    conv, bn = head(4, 5, stride, dtype=dtype)
+    x = torch.randn(2, 4, 6, 5, dtype=dtype).to(memory_format=torch.channels_last)
+    forward, backward = torch.ops.infopro_fast.conv_norm_relu_pool_forward, torch.ops.infopro_fast.conv_norm_relu_pool_backward
+    arguments = (x, conv.weight.detach(), stride, bn.weight.detach(), bn.bias.detach(), None, None, 1e-5)
+    torch.library.opcheck(forward.default, arguments)
+    pooled, z, saved = forward(*arguments)
+    torch.library.opcheck(backward.default, (pooled, *arguments[:3], z, *arguments[3:5], saved, True, 1e-5, True, True))
+    torch.library.opcheck(backward.default, (pooled, *arguments[:3], z, *arguments[3:5], saved, True, 1e-5, False, False))
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("stride", (1, 2))
+def test_convolution_compiles(fused, stride):
+    conv, bn = head(4, 5, stride)
+    x = torch.randn(3, 4, 6, 5, dtype=torch.float64)
+    compiled = torch.compile(ours(fused), fullgraph=True)
+    for a, b in zip(pooled_and_gradients(compiled, x, conv, bn), pooled_and_gradients(ours(fused), x, conv, bn), strict=True):
+        compare.assert_close(a, b, what="compiled")
+
+
+def test_convolution_keeps_its_output_and_a_few_numbers(fused):
+    N, K = 16, 8
+    for stride, side in ((1, 12), (2, 6)):
+        conv, bn = head(4, K, stride, dtype=torch.float32)
+        x = torch.randn(N, 4, 12, 12, requires_grad=True)
+        kept = memory.saved_bytes(lambda: ops.norm_relu_pool(x, bn, conv=conv, impl=fused), [x, conv.weight, *bn.parameters()])  # noqa: B023
+        assert kept == 4 * (N * K * side * side + 2 * N * K + 2 * K)
+
+
+def test_other_convolutions_are_the_layers_own(cpu, impl):
+    """What the kernels do not take, and what they leave to oneDNN: the layer, then the op."""
+    x = torch.randn(2, 4, 6, 5)
+    for conv in (
+        nn.Conv2d(4, 20, 3, padding=1), nn.Conv2d(4, 20, 1, bias=False), nn.Conv2d(4, 20, 3, 2, 1, groups=2, bias=False),
+        nn.Conv2d(4, 5, 3, padding=1, bias=False), nn.Conv2d(4, 20, 3, padding=1, padding_mode="reflect", bias=False),
+    ):  # fmt: skip
+        bn = nn.BatchNorm2d(conv.out_channels)
+        assert not MODULE.fuses(x, conv)
+        compare.assert_same(ops.norm_relu_pool(x, bn, conv=conv, impl=impl), ops.norm_relu_pool(conv(x), bn, impl=impl), str(conv))
+    conv, bn = nn.Conv2d(4, 20, 3, padding=1, bias=False), nn.BatchNorm2d(20)
+    assert MODULE.fuses(x, conv) and not MODULE.fuses(x.bfloat16(), conv.bfloat16())
+    conv.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not MODULE.fuses(x, conv)
+        compare.assert_same(ops.norm_relu_pool(x, bn, conv=conv, impl=impl), ops.norm_relu_pool(conv(x), bn, impl=impl), "autocast")
+
+
+def test_convolution_messages():
+    x, bn = torch.zeros(2, 3, 4, 4), nn.BatchNorm2d(5)
+    for conv, kind, message in [
+        (nn.ReLU(), TypeError, "conv: expected a Conv2d or None, got ReLU"),
+        (nn.Conv2d(3, 4, 3), ValueError, "conv: expected 5 output channels, those of bn, got 4"),
+        (nn.Conv2d(2, 5, 3), ValueError, r"x: expected \(N, 2, h, w\) .* got \(2, 3, 4, 4\)"),
+    ]:
+        with pytest.raises(kind, match=f"norm_relu_pool: {message}"):
+            ops.norm_relu_pool(x, bn, conv=conv)
+    one = nn.Conv2d(3, 16, 3, 2, 1, bias=False)
+    with pytest.raises(ValueError, match="norm_relu_pool: x: expected more than 1 value per channel behind conv when training"):
+        ops.norm_relu_pool(x[:1, :, :2, :2], nn.BatchNorm2d(16), conv=one)

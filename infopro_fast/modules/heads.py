@@ -96,9 +96,13 @@ def run_head(layers: Sequence[nn.Module], x: torch.Tensor, impl: str) -> torch.T
     """
     layers = list(layers)
     while layers:
-        if [type(layer) for layer in layers[:3]] == [nn.BatchNorm2d, nn.ReLU, GlobalAveragePool]:
+        kinds = [type(layer) for layer in layers[:4]]
+        if kinds[:3] == [nn.BatchNorm2d, nn.ReLU, GlobalAveragePool]:
             x = ops.norm_relu_pool(x, layers[0], impl=impl)
             layers = layers[3:]
+        elif kinds == [nn.Conv2d, nn.BatchNorm2d, nn.ReLU, GlobalAveragePool]:
+            x = ops.norm_relu_pool(x, layers[1], conv=layers[0], impl=impl)
+            layers = layers[4:]
         else:
             x = layers.pop(0)(x)
     return x
