@@ -229,6 +229,7 @@ def pool(method: str, shape: shapes.PoolShape, dtype: torch.dtype = torch.float3
 
 def head(method: str, shape: shapes.HeadShape, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Workload:
     """The same behind the convolution of an auxiliary head."""
+    torch.manual_seed(0)
     conv = torch.nn.Conv2d(shape.C, shape.K, 3, stride=shape.stride, padding=1, bias=False).to(device, dtype)
     bn = torch.nn.BatchNorm2d(shape.K).to(device, dtype)
     x = draw(shape.N, shape.C, shape.h, shape.h, dtype=dtype, device=device)
