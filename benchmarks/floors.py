@@ -186,6 +186,51 @@ def chain_backward(s: shapes.ChainShape, size: int = 4) -> Floor:
     return Floor(moved * size + 16 * hidden, products + others[-1].macs, expansions + others[-1].elementwise)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The last stage of the released ImageNet and Cityscapes decoders: 12 channels, doubled, to the 3 logits of each pixel. What its two
+# implementations move and compute, from which impl="auto" has its order.
+
+LAST_CHANNELS = 12
+LAST_TILE = {"forward": (48, 28), "backward": (16, 16)}  # of the CUDA C++ kernels on an A100: csrc/chain_plan.cuh
+
+
+def last_floor(h: int, w: int, direction: str, size: int = 4) -> Floor:
+    """Of one sample whose z in front of the last stage is (h, w). In backward the logits again, and dx written."""
+    C, pixels = LAST_CHANNELS, h * w
+    forward = Floor((C + 12) * pixels * size, 27 * C * pixels, 3 * 4 * pixels * (6 + 9))
+    if direction == "forward":
+        return forward
+    return Floor(forward.bytes + C * pixels * size, 3 * forward.macs, 2 * forward.elementwise)
+
+
+def last_triton(h: int, w: int, direction: str) -> Floor:
+    """Every map that a kernel reads or writes, float32: what of them stays in the second cache is not known, so this is the most it can be.
+
+    a: written, read by the product; T (27 numbers a pixel of z): written, read; s: written, read. In backward ds: written in place of s,
+    read for its sums and for dT; dT: written, read by two products; a again; da: written, and made dy in place, with z.
+    """
+    C, pixels, logits, image = LAST_CHANNELS, h * w, 12 * h * w, 12 * h * w
+    found = last_floor(h, w, direction)
+    moved = 3 * C * pixels + 2 * 27 * pixels + 2 * logits + image  # z, a twice
+    if direction == "backward":
+        moved += 3 * logits + 3 * 27 * pixels + 3 * C * pixels + 4 * C * pixels
+    return Floor(4 * moved, found.macs, found.elementwise)
+
+
+def last_cuda(h: int, w: int, direction: str) -> Floor:
+    """Tile by tile: z with a border of what neighbours read, too, and the image; in backward the image with a border, z once more, dx.
+    Logits and T of the borders are computed again by every tile that needs them."""
+    C, (rows, columns) = LAST_CHANNELS, LAST_TILE[direction]
+    found = last_floor(h, w, direction)
+    if direction == "forward":
+        again = (rows / 2 + 3) * (columns / 2 + 3) / (rows * columns / 4)
+        return Floor(4 * (C * again + 12) * h * w, found.macs * again, found.elementwise)
+    pixels, again = rows * columns, (rows + 6) * (columns + 6) / (rows * columns)
+    logits = (2 * rows + 6) * (2 * columns + 6) / (4 * pixels)
+    moved = C * again + 12 * logits + 2 * C
+    return Floor(4 * moved * h * w, found.macs * (again + 2) / 3, found.elementwise * logits)
+
+
 GPU_DECODER = tuple(shape._replace(N=1024) for shape in shapes.DECODER)
 GPU_CHAIN = tuple(shape._replace(N=64) for shape in shapes.CHAIN)
 GPU_SUPCON = (shapes.SupConShape(1024), shapes.SupConShape(8192), shapes.SupConShape(65536))
@@ -235,6 +280,20 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def last_table() -> str:
+    """Of 64 images of ImageNet."""
+    head = ["direction", "implementation", "MB", "Gmac", *(f"{d}, us" for d in DEVICES if d != "H200")]
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    for direction in ("forward", "backward"):
+        for name, count in (("floor", last_floor), ("CUDA C++", last_cuda), ("Triton and cuBLAS", last_triton)):
+            one = count(112, 112, direction)
+            found = Floor(64 * one.bytes, 64 * one.macs, 64 * one.elementwise)
+            times = [f"{1e6 * found.seconds(device):.1f} {found.bound(device)[0]}" for key, device in DEVICES.items() if key != "H200"]
+            cells = (direction, name, f"{found.bytes / 1e6:.1f}", f"{(found.macs + found.elementwise) / 1e9:.2f}", *times)
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def document() -> str:
     rates = "\n".join(
         f"| {d.name} | {d.bandwidth / 1e9:.0f} | {d.float32 / 1e12:.1f} | {d.tf32 / 1e12:.1f} | {d.bfloat16 / 1e12:.1f} |"
@@ -245,6 +304,11 @@ def document() -> str:
         "Written by `python -m benchmarks.floors --write`; `benchmarks/floors.py` has the formulas and says what they count.\n"
         "m: bound by memory; a: bound by arithmetic. float32 inputs and outputs; tf32: products on tensor cores.\n\n"
         f"{table()}\n\n"
+        "## The last stage of a chain decoder, by implementation\n\n"
+        "12 channels of 112x112, doubled, to the logits and the loss of 64 images, float32; `last_cuda` and `last_triton` count.\n"
+        "The time is that of the slower of memory and arithmetic: of one kernel a direction in CUDA C++, of all of Triton's as if they\n"
+        "were one, and as if no map stayed in the second cache. Nothing here is measured.\n\n"
+        f"{last_table()}\n\n"
         "Peak rates, from the vendors' data sheets (dense):\n\n"
         "| GPU | GB/s | float32 TFLOP/s | TF32 TFLOP/s | bfloat16 TFLOP/s |\n| --- | --- | --- | --- | --- |\n"
         f"{rates}\n"

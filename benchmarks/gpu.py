@@ -31,7 +31,7 @@ OURS = (workloads.OURS, workloads.TRITON)
 METHODS = {
     "reconstruction_loss": ("eager", "channels_last", "compile", "compile channels_last", "compile max-autotune", "checkpoint",
                             *OURS, workloads.CUDA),
-    "chain_decoder": ("eager", "channels_last", "compile", "compile channels_last", "checkpoint", *OURS),
+    "chain_decoder": ("eager", "channels_last", "compile", "compile channels_last", "checkpoint", *OURS, workloads.CUDA),
     "supcon_loss": ("eager", "eager short", "compile", "compile max-autotune", "checkpoint", *OURS),
     "linear_cross_entropy": ("eager", "compile", "compile max-autotune", "checkpoint", "Liger", "cut-cross-entropy", *OURS),
     "upsample_cross_entropy": ("eager", "channels_last", "compile", "checkpoint", *OURS),

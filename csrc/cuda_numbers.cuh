@@ -51,6 +51,15 @@ __device__ __forceinline__ void store(void* data, Dtype dtype, int64_t offset, f
     static_cast<uint16_t*>(data)[offset] = dtype == Dtype::bf16 ? to_bf16(x) : to_f16(x);
 }
 
+// Numbers of any dtype, one after the other, or `missing` where data is null.
+struct Numbers {
+  const void* data;
+  Dtype dtype;
+  float missing;
+
+  __device__ __forceinline__ float operator[](int64_t i) const { return data ? load(data, dtype, i) : missing; }
+};
+
 // Four floats in one transaction; `p` is a multiple of 16 bytes.
 __device__ __forceinline__ float4 load4(const float* p) { return *reinterpret_cast<const float4*>(p); }
 __device__ __forceinline__ void store4(float* p, float4 x) { *reinterpret_cast<float4*>(p) = x; }

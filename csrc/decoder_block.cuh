@@ -1,6 +1,8 @@
 // What the threads of a block share: the call, the tile at hand, and where the parts of shared memory lie.
 #pragma once
 
+#include "cuda_pixel.cuh"
+#include "cuda_sums.cuh"
 #include "decoder_plan.cuh"
 
 namespace infopro::gpu {
@@ -25,9 +27,8 @@ struct Call {
   Shape s;
   Plan p;
   Parameters w;
-  Maps features, image;
-  bool restore;                    // image * std + mean, clamped to [0, 1]
-  float image_mean[3], image_std[3];
+  Maps features;
+  Target target;
   Pixel pixel;
   float pixel_weight;              // 1 / (3 N H W)
   const float* upstream;           // the gradient of the loss, or null: 1
@@ -117,25 +118,6 @@ __device__ __forceinline__ void fill_border(const Call& d, const Shared& s, cons
     for (int x = 0; x < t.left; x++) row[x] = fill;
     for (int x = outside ? t.left : t.left + t.columns; x < d.p.pitch; x++) row[x] = fill;
   }
-}
-
-__device__ __forceinline__ float warp_sum(float x) {
-#pragma unroll
-  for (int step = WARP / 2; step > 0; step /= 2) x += __shfl_xor_sync(ALL_LANES, x, step);
-  return x;
-}
-
-// Lane l returns the sum over the lanes of v[l]: 31 shuffles for 32 sums, where each alone would take 5.
-template <int STEP = WARP / 2>
-__device__ __forceinline__ float transposed_sum(float (&v)[WARP]) {
-  const bool upper = threadIdx.x & STEP;
-#pragma unroll
-  for (int i = 0; i < STEP; i++) {
-    const float mine = upper ? v[i + STEP] : v[i], other = upper ? v[i] : v[i + STEP];
-    v[i] = mine + __shfl_xor_sync(ALL_LANES, other, STEP);
-  }
-  if constexpr (STEP > 1) return transposed_sum<STEP / 2>(v);
-  return v[0];
 }
 
 // sums[t] of inputs 0 and 1 += gradient[o] * input shifted by the tap: the gradient of a 3x3 convolution's weights, t = 9 o + tap, over

@@ -8,15 +8,6 @@
 
 namespace infopro::gpu {
 
-// Numbers of any dtype, one after the other, or `missing` where data is null.
-struct Numbers {
-  const void* data;
-  Dtype dtype;
-  float missing;
-
-  __device__ __forceinline__ float operator[](int64_t i) const { return data ? load(data, dtype, i) : missing; }
-};
-
 struct GivenParameters {
   Numbers w1, b1, gamma, beta, w2, b2;
 };
@@ -46,8 +37,8 @@ __global__ void __launch_bounds__(THREADS) decoder_prepare_kernel(Call d, GivenP
   }
   for (int i = first; i < 6 * K; i += step) d.w.norm[i] = i < K ? given.b1[i] : 0.0f;  // START
   for (int o = first; o < 4; o += step) d.w.b2[o] = o < 3 ? given.b2[o] : 0.0f;
-  for (int y = first; y < d.s.H; y += step) d.w.rows[y] = cell(d.s.h, d.s.H, y, d.s.nearest);
-  for (int x = first; x < d.s.W; x += step) d.w.columns[x] = cell(d.s.w, d.s.W, x, d.s.nearest);
+  for (int y = first; y < d.s.H; y += step) d.w.rows[y] = cell(d.s.h, d.s.H, y, mode_of(d.s.nearest));
+  for (int x = first; x < d.s.W; x += step) d.w.columns[x] = cell(d.s.w, d.s.W, x, mode_of(d.s.nearest));
 }
 
 // ---- sweeps ----
@@ -259,22 +250,13 @@ __global__ void __launch_bounds__(THREADS) decoder_norm_backward_kernel(Call d, 
   }
 }
 
-constexpr int SUM_COLUMNS = 32, SUM_ROWS = 16;  // of a block of reduce_rows_kernel
-
 // to[column] = sum over the rows of partial (rows, columns), in float64; the last column times last_factor to `last` instead, if that is
 // not null, and then, unless all, 0 to the others.
 __global__ void __launch_bounds__(SUM_COLUMNS* SUM_ROWS) reduce_rows_kernel(const float* partial, int rows, int columns, float* to, float* last,
                                                                             double last_factor, bool all) {
-  __shared__ double memory[SUM_ROWS][SUM_COLUMNS];
-  const int x = threadIdx.x % SUM_COLUMNS, y = threadIdx.x / SUM_COLUMNS, column = blockIdx.x * SUM_COLUMNS + x;
-  double sum = 0;
-  if (column < columns && (all || column == columns - 1))
-#pragma unroll 8
-    for (int row = y; row < rows; row += SUM_ROWS) sum += partial[int64_t(row) * columns + column];
-  memory[y][x] = sum;
-  __syncthreads();
-  if (y > 0 || column >= columns) return;
-  for (int i = 1; i < SUM_ROWS; i++) sum += memory[i][x];
+  const int column = blockIdx.x * SUM_COLUMNS + threadIdx.x;
+  const double sum = column_sum(partial, rows, columns, all ? -1 : columns - 1);
+  if (threadIdx.x >= SUM_COLUMNS || column >= columns) return;
   if (last && column == columns - 1)
     *last = float(sum * last_factor);
   else

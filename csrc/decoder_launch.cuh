@@ -36,9 +36,7 @@ inline Call make_call(const Request& r, const Plan& plan, Workspace& w) {
   d.s = r.s;
   d.p = plan;
   d.features = r.features;
-  d.image = r.image;
-  d.restore = r.restore != nullptr;
-  for (int i = 0; i < 3 && d.restore; i++) d.image_mean[i] = float(r.restore[i]), d.image_std[i] = float(r.restore[3 + i]);
+  d.target = Target::of(r.image, r.restore);
   d.pixel = r.pixel;
   d.pixel_weight = float(1.0 / (3.0 * double(r.s.N) * double(r.s.H) * double(r.s.W)));
   d.w = take_parameters(d, w);

@@ -35,25 +35,9 @@ __device__ __forceinline__ void tile_moments(const Call& d, const Shared& s, con
 __device__ __forceinline__ float border_scale(float scale) { return scale == 0.0f ? 1.17549435e-38f : scale; }
 __device__ __forceinline__ float border_value(float scale) { return border_scale(scale) > 0.0f ? -INFINITY : INFINITY; }
 
-struct PixelLoss {
-  float loss, gradient;
-};
-
-// Loss of a pixel and its gradient in the logit x. Binary cross entropy from the logit: max(x, 0) - x target + log(1 + exp(-|x|)).
-__device__ __forceinline__ PixelLoss pixel_loss(Pixel kind, float x, float target) {
-  const float e = expf(-fabsf(x)), q = 1.0f / (1.0f + e), error = (x < 0.0f ? e * q : q) - target;
-  if (kind == Pixel::bce) return {(x < 0.0f ? 0.0f : x) - x * target + log1pf(e), error};
-  const float slope = e * q * q;  // sigmoid (1 - sigmoid)
-  if (kind == Pixel::mse) return {error * error, 2.0f * error * slope};
-  return {fabsf(error), error > 0.0f ? slope : error < 0.0f ? -slope : error};  // the last: zero, or nan
-}
-
 __device__ __forceinline__ float target_of(const Call& d, const Tile& t, int o, int y, int x) {
-  const Maps& m = d.image;
-  float v = load(m.data, m.dtype, t.n * m.n + o * m.c + (t.y0 + y) * m.y + (t.x0 + x) * m.x);
-  if (!d.restore) return v;
-  v = v * d.image_std[o] + d.image_mean[o];
-  return v < 0.0f ? 0.0f : v > 1.0f ? 1.0f : v;
+  const Maps& m = d.target.maps;
+  return d.target.at(o, t.n * m.n + (t.y0 + y) * m.y + (t.x0 + x) * m.x);
 }
 
 // The gradient of the logits, on three wide planes whose rest is zero already. Returns through `sums` the thread's loss and its share of

@@ -8,9 +8,7 @@
 // The gradient of the logits lies over taps and scratch while those are idle.
 #pragma once
 
-#include <cmath>
-
-#include "cuda_numbers.cuh"
+#include "cuda_resize.cuh"
 
 namespace infopro::gpu {
 
@@ -24,24 +22,7 @@ struct Shape {
   bool nearest;
 };
 
-// Row (or column) p of the resized map: (1 - weight) in[low] + weight in[low + 1]. low is -1 outside the map.
-struct Cell {
-  int low;
-  float weight;
-};
-
-__host__ __device__ inline Cell cell(int in, int out, int p, bool nearest) {
-  if (in == out) return {p, 0.0f};
-  if (nearest) {  // as F.interpolate: a float32 scale
-    int source = int(floorf(float(p) * (float(in) / float(out))));
-    return {smaller(source, in - 1), 0.0f};
-  }
-  double source = out > 1 ? double(in - 1) * double(p) / double(out - 1) : 0.0;
-  int low = smaller(int(source), in - 1);
-  return {low, low + 1 < in ? float(source - double(low)) : 0.0f};
-}
-
-__host__ __device__ inline int high(Cell c) { return c.low + (c.weight > 0.0f ? 1 : 0); }
+__host__ __device__ inline Resize mode_of(bool nearest) { return nearest ? Resize::nearest : Resize::corners; }
 
 struct Plan {
   bool low_resolution;                     // mix channels at the size of the features, then expand; else resize, then convolve
@@ -60,11 +41,11 @@ struct Plan {
 namespace planning {
 
 // Most features along an axis that a tile needs: those under its pixels and two more at either side.
-inline int low_extent(int in, int out, int tile, bool nearest) {
+inline int low_extent(int in, int out, int tile, Resize mode) {
   int most = 0;
   for (int first = 0; first < out; first += tile) {
     int last = smaller(first + tile + 1, out - 1);
-    most = larger(most, high(cell(in, out, last, nearest)) - cell(in, out, larger(first - 2, 0), nearest).low + 1);
+    most = larger(most, high(cell(in, out, last, mode)) - cell(in, out, larger(first - 2, 0), mode).low + 1);
   }
   return most;
 }
@@ -91,8 +72,8 @@ inline void set_tiles(const Shape& s, Plan& p, int tiles_y, int tiles_x) {
   p.plane = round_up(p.pitch * (round_up(p.tile_h, 4) + 2), 4);
   p.wide_pitch = p.tile_w + 4;
   p.wide_plane = round_up(p.wide_pitch * (1 + round_up(p.tiles_y == 1 ? p.tile_h : p.tile_h + 2, 8) + 2), 4);
-  p.low_h = low_extent(s.h, s.H, p.tile_h, s.nearest);
-  p.low_w = low_extent(s.w, s.W, p.tile_w, s.nearest);
+  p.low_h = low_extent(s.h, s.H, p.tile_h, mode_of(s.nearest));
+  p.low_w = low_extent(s.w, s.W, p.tile_w, mode_of(s.nearest));
   p.pixels = 4 * (ceil_div(p.low_h * p.low_w, 4) | 1);  // an odd number of float4: rows of 8 threads lie in different banks
   p.expanded_pitch = (p.tile_w + 2) | 1;
 }

@@ -1,67 +1,14 @@
 // reconstruction_loss on CUDA tensors: checks, memory from torch, and the launches on torch's current stream. The schemas are defined in
 // Python (infopro_fast/ops/reconstruction_loss.py).
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/headeronly/util/shim_utils.h>
-
 #include <limits>
 
-#include "checks.h"
+#include "cuda_checks.h"
 #include "decoder_launch.cuh"
 
 namespace infopro {
 namespace {
 
 constexpr const char* OP = "reconstruction_loss";
-constexpr int MOST_DEVICES = 64;
-
-struct Tables {
-  gpu::Device found[MOST_DEVICES] = {};
-};
-
-// Asking the driver takes microseconds, and the answer does not change.
-const gpu::Device& device_facts(int index) {
-  static thread_local Tables tables;
-  STD_TORCH_CHECK(index >= 0 && index < MOST_DEVICES, OP, ": expected one of ", MOST_DEVICES, " devices, got ", index);
-  gpu::Device& d = tables.found[index];
-  if (d.multiprocessors == 0) {
-    gpu::Device asked;
-    cudaError_t error = cudaDeviceGetAttribute(&asked.multiprocessors, cudaDevAttrMultiProcessorCount, index);
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&asked.shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
-    if (error == cudaSuccess)
-      error = cudaDeviceGetAttribute(&asked.shared_per_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, index);
-    STD_TORCH_CHECK(error == cudaSuccess, OP, ": ", cudaGetErrorString(error));
-    d = asked;
-  }
-  return d;
-}
-
-cudaStream_t current_stream(int index) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
-  return static_cast<cudaStream_t>(stream);
-}
-
-Tensor empty_like_on(const Tensor& like, std::vector<int64_t> shape, ScalarType dtype) { return torch::stable::new_empty(like, shape, dtype); }
-
-void check_dtype(const char* name, const Tensor& t) {
-  STD_TORCH_CHECK(dtype_of(OP, name, t) != Dtype::f64, OP, ": ", name, ": expected float32, bfloat16 or float16, got float64");
-}
-
-// A parameter in order, kept alive; none where there is no tensor.
-struct Parameter {
-  std::optional<Tensor> kept;
-  gpu::Numbers numbers;
-
-  Parameter(const char* name, const OptionalTensor& t, int64_t n, float missing) : numbers({nullptr, Dtype::f32, missing}) {
-    if (!t) return;
-    check_dtype(name, *t);
-    STD_TORCH_CHECK(t->numel() == n, OP, ": ", name, ": expected ", n, " numbers, got ", t->numel());
-    kept = torch::stable::contiguous(*t);
-    numbers.data = n > 0 ? kept->const_data_ptr() : nullptr;
-    numbers.dtype = dtype_of(OP, name, *kept);
-  }
-};
 
 struct Arguments {
   Parameter w1, b1, gamma, beta, w2, b2;
@@ -71,15 +18,15 @@ struct Arguments {
   Arguments(const Tensor& features, const Tensor& image, const Tensor& w1_, const OptionalTensor& b1_, const OptionalTensor& gamma_,
             const OptionalTensor& beta_, const Tensor& w2_, const OptionalTensor& b2_, const std::vector<double>& restore_, double eps, int64_t mode,
             int64_t loss)
-      : w1("w1", w1_, 9 * w1_.size(0) * features.size(1), 0), b1("b1", b1_, w1_.size(0), 0), gamma("gamma", gamma_, w1_.size(0), 1),
-        beta("beta", beta_, w1_.size(0), 0), w2("w2", w2_, 27 * w1_.size(0), 0), b2("b2", b2_, 3, 0), restore(restore_) {
+      : w1(OP, "w1", w1_, 9 * w1_.size(0) * features.size(1), 0), b1(OP, "b1", b1_, w1_.size(0), 0), gamma(OP, "gamma", gamma_, w1_.size(0), 1),
+        beta(OP, "beta", beta_, w1_.size(0), 0), w2(OP, "w2", w2_, 27 * w1_.size(0), 0), b2(OP, "b2", b2_, 3, 0), restore(restore_) {
     const int64_t N = features.size(0), C = features.size(1), h = features.size(2), w = features.size(3), K = w1_.size(0);
     const int64_t H = image.size(2), W = image.size(3), most = std::numeric_limits<int32_t>::max();
     STD_TORCH_CHECK(w1_.size(1) == C && image.size(0) == N && image.size(1) == 3, OP, ": shapes of features, image and w1 do not fit");
     STD_TORCH_CHECK(K > 0 && H > 0 && W > 0 && h > 0 && w > 0, OP, ": expected at least one hidden channel and maps of at least 1x1");
     STD_TORCH_CHECK(N * H * W <= most && 12 * C * (K + 6) <= most && C * h * w <= most, OP, ": expected fewer than 2^31 pixels, weights, features of a sample");
-    check_dtype("features", features);
-    check_dtype("image", image);
+    check_dtype(OP, "features", features);
+    check_dtype(OP, "image", image);
     request.s = {int(N), int(C), int(K), int(h), int(w), int(H), int(W), mode == 1};
     request.features = maps(OP, "features", features);
     request.image = maps(OP, "image", image);
@@ -97,10 +44,6 @@ void check_plan(const gpu::Plan& plan, const gpu::Shape& s, const gpu::Device& d
                   " bytes of shared memory that a block has on this device; impl='triton' and impl='reference' take them");
 }
 
-void check_launch(cudaError_t error) { STD_TORCH_CHECK(error == cudaSuccess, OP, ": ", cudaGetErrorString(error)); }
-
-float* floats(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
-
 std::tuple<Tensor, Tensor> forward(Tensor features, Tensor image, Tensor w1, OptionalTensor b1, OptionalTensor gamma, OptionalTensor beta, Tensor w2,
                                    OptionalTensor b2, OptionalTensor running_mean, OptionalTensor running_var, std::vector<double> restore,
                                    double eps, int64_t mode, int64_t loss, bool needs_grad) {
@@ -114,12 +57,12 @@ std::tuple<Tensor, Tensor> forward(Tensor features, Tensor image, Tensor w1, Opt
     return {value, saved};
   }
   const Arguments arguments(features, image, w1, b1, gamma, beta, w2, b2, restore, eps, mode, loss);
-  const Parameter mean("running_mean", running_mean, K, 0), var("running_var", running_var, K, 1);
-  const gpu::Device& device = device_facts(index);
+  const Parameter mean(OP, "running_mean", running_mean, K, 0), var(OP, "running_var", running_var, K, 1);
+  const gpu::Device& device = device_facts(OP, index);
   const gpu::Forward call(arguments.request.s, device);
   check_plan(call.plan, arguments.request.s, device);
   Tensor workspace = empty_like_on(features, {call.bytes}, ScalarType::Byte);
-  check_launch(call.run(arguments.request, mean.numbers, var.numbers, needs_grad, floats(value), floats(saved), workspace.mutable_data_ptr(),
+  check_launch(OP, call.run(arguments.request, mean.numbers, var.numbers, needs_grad, floats(value), floats(saved), workspace.mutable_data_ptr(),
                         current_stream(index)));
   return {value, saved};
 }
@@ -142,13 +85,13 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad, Tensor features, Tensor
   Tensor upstream = torch::stable::contiguous(grad), kept = torch::stable::contiguous(saved);
   STD_TORCH_CHECK(upstream.scalar_type() == ScalarType::Float && upstream.numel() == 1, OP, ": grad: expected one float32 number");
   STD_TORCH_CHECK(kept.scalar_type() == ScalarType::Float && kept.numel() == 31 * K + 3, OP, ": saved: expected ", 31 * K + 3, " float32 numbers");
-  const gpu::Device& device = device_facts(index);
+  const gpu::Device& device = device_facts(OP, index);
   const gpu::Backward call(arguments.request.s, device, needs_features, needs_w1);
   check_plan(call.plan, arguments.request.s, device);
   Tensor workspace = empty_like_on(features, {call.bytes}, ScalarType::Byte);
   Maps to = {};
   if (needs_features) to = maps(OP, "features", d_features);
-  check_launch(call.run(arguments.request, floats(upstream), floats(kept), batch_statistics, to, needs_w1 ? floats(d_w1) : nullptr, floats(d_b1),
+  check_launch(OP, call.run(arguments.request, floats(upstream), floats(kept), batch_statistics, to, needs_w1 ? floats(d_w1) : nullptr, floats(d_b1),
                         workspace.mutable_data_ptr(), current_stream(index)));
   return {d_features, d_w1, d_b1};
 }

@@ -28,6 +28,11 @@ IN_USE = {
     "reconstruction_loss, chain": lambda: op_cases.chain(
         N=4, C=64, h=14, w=14, stages=((None, 1, 128), (op_cases.doubled(), 3, 32), (op_cases.doubled(), 3, 12))
     ),
+    "reconstruction_loss, chain, many tiles": lambda: op_cases.chain(N=8, C=16, h=61, w=47, stages=((None, 1, 12),)),
+    "reconstruction_loss, chain, channels and 16 times": lambda: op_cases.chain(
+        N=3, C=9, h=7, w=5, stages=((None, 3, 64),), last=torch.nn.Upsample((112, 80), mode="bilinear", align_corners=False), loss="mse"
+    ),
+    "reconstruction_loss, chain, the last stage alone": lambda: op_cases.chain(N=6, C=24, h=33, w=40, stages=(), loss="l1"),
     "supcon_loss": lambda: op_cases.supcon(N=1000, D=128, views=None, classes=10, reduction="mean"),
     "linear_cross_entropy": lambda: op_cases.linear_ce(N=1000, D=128, C=10, ignored=3, reduction="mean"),
     "linear_cross_entropy, many classes": lambda: op_cases.linear_ce(N=200, D=128, C=10000, ignored=0, reduction="mean"),
@@ -46,8 +51,7 @@ def kernel(request) -> str:
 
 def need(form: str, impl: str) -> None:
     """form: an op, or one with what is special of it behind a comma."""
-    op, _, what = form.partition(", ")
-    reason = "chain decoders have no CUDA C++ kernels" if (impl, what) == ("cuda", "chain") else ops.available(op, "cuda")[impl]
+    reason = ops.available(form.partition(", ")[0], "cuda")[impl]
     if reason is not None:
         pytest.skip(reason)
 
@@ -209,6 +213,16 @@ def test_decoder_peak(kernel, C, h):
     inputs = case.inputs(torch.float32, device="cuda")
     transient = peak(lambda: results(case, kernel, inputs)) - 4 * N * C * h * h
     assert transient <= 4 * N * C * 32 * 32 / 4, transient
+
+
+def test_chain_decoder_peak():
+    """The CUDA C++ kernels of the last stage, forward and backward: beyond the gradient of its input, a sixteenth of the logits."""
+    need("reconstruction_loss", "cuda")
+    N, C, h = 64, 12, 112
+    case = op_cases.chain(N=N, C=C, h=h, w=h, stages=())
+    inputs = case.inputs(torch.float32, device="cuda")
+    transient = peak(lambda: results(case, "cuda", inputs)) - 4 * N * C * h * h
+    assert transient <= 4 * N * 3 * (2 * h) ** 2 / 16, transient
 
 
 def test_supcon_peak():

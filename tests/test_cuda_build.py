@@ -20,13 +20,18 @@ PACKAGE = os.path.dirname(os.path.abspath(infopro_fast.__file__))
 
 # Everything that the launchers launch, without torch's headers: these take nvcc longer than the kernels do.
 SOURCE = """
+#include "chain_loss_launch.cuh"
 #include "decoder_launch.cuh"
 auto forward = &infopro::gpu::Forward::run;
 auto backward = &infopro::gpu::Backward::run;
+auto chain_forward = &infopro::gpu::chain::Forward::run;
+auto chain_backward = &infopro::gpu::chain::Backward::run;
 """
 THREADS = {"decoder_prepare": 256, "decoder_statistics": 256, "decoder_loss": 256, "decoder_backward": 256, "decoder_overlap": 256,
-           "decoder_norm": 256, "decoder_norm_backward": 256, "reduce_rows": 512}  # fmt: skip
-SWEEPS = ("decoder_statistics", "decoder_loss", "decoder_backward")  # two variants each, two blocks to a multiprocessor
+           "decoder_norm": 256, "decoder_norm_backward": 256, "reduce_rows": 512, "chain_prepare": 256, "chain_loss": 256,
+           "chain_gradient": 256, "chain_reduce_loss": 512, "chain_reduce": 512}  # fmt: skip
+VARIANTS = ("decoder_statistics", "decoder_loss", "decoder_backward")  # of two each
+SWEEPS = (*VARIANTS, "chain_loss", "chain_gradient")  # two blocks to a multiprocessor
 REGISTERS = 65536  # of a multiprocessor, on every architecture since 2012
 
 
@@ -54,7 +59,7 @@ def resources(report: str) -> list[dict]:
     """One a kernel, from the output of `nvcc -Xptxas -v`."""
     found = []
     for entry in report.split("Compiling entry function '")[1:]:
-        name = re.search(r"\d((?:decoder|reduce)_\w*?)_kernel", entry)[1]
+        name = re.search(r"\d((?:decoder|chain|reduce)_\w*?)_kernel", entry)[1]
         memory = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", entry)
         stack, stores, loads = map(int, memory.groups())
         registers = int(re.search(r"Used (\d+) registers", entry)[1])
@@ -89,7 +94,7 @@ def test_nothing_spills(architecture, toolkit, tmp_path):
     done = subprocess.run((*command, str(tmp_path / "kernels.cu"), "-o", str(tmp_path / "kernels.cubin")), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = resources(done.stdout + done.stderr)
-    assert sorted(kernel["name"] for kernel in found) == sorted([*THREADS, *SWEEPS])
+    assert sorted(kernel["name"] for kernel in found) == sorted([*THREADS, *VARIANTS])
     for kernel in found:
         blocks = 2 if kernel["name"] in SWEEPS else 1
         assert kernel["stack"] == 0 and kernel["spills"] == 0, kernel
@@ -120,8 +125,8 @@ def test_the_object_loads_without_a_gpu(built):
         import torch
         from infopro_fast import ops
         torch.ops.load_library({built!r})
-        for direction in ("forward", "backward"):
-            name = f"infopro_fast::reconstruction_loss_{{direction}}_cuda"
+        for name in ("reconstruction_loss_forward", "reconstruction_loss_backward", "chain_loss_forward", "chain_loss_backward"):
+            name = f"infopro_fast::{{name}}_cuda"
             assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"), name
             assert not torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU"), name
         print(ops.available("reconstruction_loss", "cuda")["cuda"])

@@ -34,7 +34,7 @@ def library(request, tmp_path_factory) -> str:
 @pytest.fixture
 def on_host(monkeypatch):
     """A function that makes impl="cuda" run on CPU tensors, by the kernels in an object."""
-    monkeypatch.setattr(dispatch, "_missing", lambda op, impl, device: None)
+    monkeypatch.setattr(dispatch, "missing", lambda op, impl, device: None)
     registered = []
 
     def install(path: str, device: binding.Device = binding.TWO_BLOCKS, seed: int = 0) -> binding.Kernels:
@@ -270,7 +270,7 @@ def test_a_divergent_barrier_is_a_deadlock(on_host, library, tmp_path):
         op_cases.check(reconstruction(**SHAPES["primes"]), "cuda", torch.float32)
 
 
-def sanitized(path: str) -> subprocess.CompletedProcess:
+def sanitized(path: str, what: str = "decoder") -> subprocess.CompletedProcess:
     """tests/cuda_host/sanitized.py on kernels compiled with the sanitizers. Python is not: their runtimes come first."""
     find = [subprocess.run(("g++", f"-print-file-name={name}"), capture_output=True, text=True, check=True).stdout.strip()
             for name in ("libasan.so", "libubsan.so", "libstdc++.so")]  # fmt: skip
@@ -280,7 +280,7 @@ def sanitized(path: str) -> subprocess.CompletedProcess:
         "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
         "OMP_NUM_THREADS": "1",
     }
-    command = (sys.executable, "-m", "tests.cuda_host.sanitized", path)
+    command = (sys.executable, "-m", "tests.cuda_host.sanitized", path, what)
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 

@@ -81,15 +81,24 @@ def chain_call(impl: str, up: torch.nn.Upsample):
     return calls.names
 
 
-def test_auto_on_cuda_takes_triton_for_chain_decoders(on_cuda, monkeypatch):
-    monkeypatch.setattr(dispatch, "_CUDA_KERNELS_MISSING", None)  # which they have not
-    doubled, odd = torch.nn.Upsample(scale_factor=(2, 2)), torch.nn.Upsample(scale_factor=(1.6, 1.6))
-    assert chain_call("auto", doubled) == ["chain_stage_forward_triton", "chain_loss_forward_triton"]
-    with pytest.raises(ValueError, match="impl='cuda' cannot run this call: this decoder is no Conv2d 3x3"):
-        chain_call("cuda", doubled)
+def test_auto_on_cuda_takes_the_compiled_kernels_for_the_last_stage_of_a_chain(on_cuda, monkeypatch):
+    doubled, odd = (torch.nn.Upsample(scale_factor=(f, f)) for f in (2, 1.6))
+    triton, cuda = (["chain_stage_forward_triton", f"chain_loss_forward_{impl}"] for impl in ("triton", "cuda"))
+    assert chain_call("auto", doubled) == triton
     dispatch._warn_slow.cache_clear()
     with pytest.warns(UserWarning, match="impl='auto' takes the slow reference: an Upsample by .* no whole size"):
         assert chain_call("auto", odd) == []
+    monkeypatch.setattr(dispatch, "_CUDA_KERNELS_MISSING", None)
+    for up in (doubled, odd):  # whose factor the CUDA C++ kernels take
+        assert chain_call("auto", up) == chain_call("cuda", up) == cuda
+    assert chain_call("triton", doubled) == triton
+    wide = torch.nn.Upsample(scale_factor=(17, 1))
+    assert chain_call("auto", wide) == triton
+    with pytest.raises(ValueError, match=r"impl='cuda' cannot run this call: maps of \(4, 4\) become \(68, 4\)"):
+        chain_call("cuda", wide)
+    monkeypatch.setattr(dispatch, "_TRITON_MISSING", "triton is not installed")
+    with pytest.raises(ValueError, match="the stages in front of a decoder's last have Triton kernels alone: triton is not installed"):
+        chain_call("cuda", doubled)
 
 
 def test_auto_on_cuda_runs_the_triton_op(on_cuda):
@@ -147,4 +156,4 @@ def test_available_on_cuda_without_a_gpu():
 def test_an_op_is_said_to_have_triton_kernels_where_it_has(on_cuda):
     for op in ops.OPS:
         exists = importlib.util.find_spec(f"infopro_fast.ops.{op}_triton") is not None
-        assert (dispatch._missing(op, "triton", on_cuda) is None) == exists, op
+        assert (dispatch.missing(op, "triton", on_cuda) is None) == exists, op

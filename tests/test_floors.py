@@ -62,6 +62,23 @@ def test_chain_decoder_is_what_torch_counts():
     assert floors.chain_backward(s).macs == sum(whole) - sum(forward) + forward[-1]
 
 
+@pytest.mark.parametrize("direction", ("forward", "backward"))
+def test_the_last_stage_of_a_chain_is_preferred_in_cuda_because_it_counts_less(direction):
+    """impl="auto" takes the CUDA C++ kernels where there are any: fewer bytes, and no more time on any device."""
+    for h, w in ((112, 112), (256, 512)):
+        floor, cuda, triton = (count(h, w, direction) for count in (floors.last_floor, floors.last_cuda, floors.last_triton))
+        assert floor.bytes <= cuda.bytes < triton.bytes / 2 and floor.macs <= cuda.macs
+        for device in floors.DEVICES.values():
+            assert floor.seconds(device) <= cuda.seconds(device) < triton.seconds(device)
+
+
+def test_the_last_stage_of_a_chain_is_what_torch_counts():
+    x, w = torch.randn(1, 12, 4, 5, requires_grad=True), torch.randn(27, 12, 1, 1, requires_grad=True)
+    forward, whole = _macs(lambda: F.conv2d(x, w)), _macs(lambda: F.conv2d(x, w).sum().backward())
+    assert floors.last_floor(4, 5, "forward").macs == forward
+    assert floors.last_floor(4, 5, "backward").macs == whole  # the logits again, and the gradients of both operands
+
+
 def test_upsample_conv_is_what_torch_counts():
     """A 1x1 convolution to nine times the channels in place of a 3x3 one at four times the pixels, and its two gradients."""
     s = shapes.UpsampleConvShape(2, 5, 4, 3)

@@ -9,8 +9,10 @@ and the last stage, to 3 channels, makes the loss. Layer by layer, torch keeps z
 map and the rest for backward; here autograd keeps the z and their statistics alone. Neither a nor resize(a) is ever whole, nor are
 the logits: conv(resize(a)) is resize and shift of 1x1 convolutions of a, one product of matrices at the size of a.
 
-On the CPU all of that happens within a stage's kernel (`csrc/chain_decoder.h`), on a GPU chunk by chunk of samples
-(`chain_stage_triton`, `chain_loss_triton`), where the logits exist while a stage runs.
+On the CPU all of that happens within a stage's kernel (`csrc/chain_decoder.h`). On a GPU the last stage has CUDA C++ kernels, which do
+it tile by tile in shared memory (`csrc/chain_block.cuh`). The stages in front of it have products of matrices so large that they are best
+left to cuBLAS, chunk by chunk of samples (`chain_stage_triton`), whichever of "cuda" and "triton" is asked for; where the last stage is
+Triton's, too (`chain_loss_triton`), the logits exist while it runs.
 
 Each stage is an opaque op, in both directions, so that the statistics of a SyncBatchNorm, and the sums its gradient needs, are
 added up across processes between them.
@@ -24,6 +26,7 @@ import typing
 import torch
 from torch import nn
 
+from . import dispatch
 from .batch_norm import affine, merged_statistics, summed_across, sync_group, update_running_statistics, uses_batch_statistics
 from .dispatch import compute_dtype, define_kernels, first_order
 
@@ -155,6 +158,26 @@ def triton_limitation(sizes: tuple[Resize, ...], h: int, w: int) -> str | None:
     return None
 
 
+# As csrc/chain_plan.cuh has them: channels, where the product of matrices becomes most of the work, and what any GPU's shared memory holds.
+MOST_CHANNELS, MOST_ENLARGED = 64, 16
+
+
+def cuda_limitation(stages: tuple[ChainStage, ...], sizes: tuple[Resize, ...], features: torch.Tensor) -> str | None:
+    """Why the CUDA C++ kernels cannot run these stages: their own for the last, Triton's for those in front of it. None if they can."""
+    N, _, h, w = features.shape
+    if len(stages) > 1:
+        missing = dispatch.missing(OP, "triton", features.device) or triton_limitation(sizes[:-1], h, w)
+        if missing is not None:
+            return f"the stages in front of a decoder's last have Triton kernels alone: {missing}"
+        h, w = sizes[-2][:2]
+    (H, W), C = sizes[-1][:2], stages[-1].conv.in_channels
+    if C > MOST_CHANNELS:
+        return f"the last convolution has {C} input channels, of which the CUDA C++ kernels take {MOST_CHANNELS}"
+    if not (h <= H <= MOST_ENLARGED * h and w <= W <= MOST_ENLARGED * w):
+        return f"maps of ({h}, {w}) become ({H}, {W}); the CUDA C++ kernels of the last stage enlarge 1 to {MOST_ENLARGED} times"
+    return "the images have 2^31 pixels or more" if N * H * W >= 2**31 else None
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The opaque ops
 
@@ -204,12 +227,15 @@ _LOSS_FORWARD = define_kernels(
     f"chain_loss_forward(Tensor x, {_NORM}, Tensor weight, Tensor? bias, Tensor image, float[] restore, int mode, float[] factors, "
     "int loss, bool in_f64) -> Tensor",
     _loss_forward_fake,
+    cuda=True,
 )
 _LOSS_BACKWARD = define_kernels(
     f"chain_loss_backward(Tensor grad, Tensor x, {_NORM}, Tensor weight, Tensor? bias, Tensor image, float[] restore, int mode, "
     "float[] factors, int loss, bool needs_x, bool needs_weight) -> (Tensor, Tensor, Tensor, Tensor)",
     _loss_backward_fake,
+    cuda=True,
 )
+_OF_STAGES = {"cuda": "triton"}  # what runs the stages in front of the last, where it is not what runs that
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -252,7 +278,7 @@ class _ChainLoss(torch.autograd.Function):
         in_f64 = compute_dtype(features, image, parameters[0]) == torch.float64
         x, norm, maps, statistics, counts = features, NO_NORM, [], [], []
         for (weight, bias, gamma, beta, *running), resize, eps, of_batch, group in zip(stages, *plan[:4], strict=False):
-            x, found = _STAGE_FORWARD[plan.impl](x, *norm, weight, bias, *_arguments(resize), in_f64)
+            x, found = _STAGE_FORWARD[_OF_STAGES.get(plan.impl, plan.impl)](x, *norm, weight, bias, *_arguments(resize), in_f64)
             count = x.shape[0] * x.shape[2] * x.shape[3]
             if not of_batch:
                 found = torch.stack([t.to(x.dtype) for t in running])
@@ -315,7 +341,7 @@ def _gradients(ctx, grad):
         if not earlier[i] and not needed[i][0]:
             break
         _, _, mode, factors = _arguments(plan.resizes[i])
-        dy, sums, grads[i][0] = _STAGE_BACKWARD[plan.impl](
+        dy, sums, grads[i][0] = _STAGE_BACKWARD[_OF_STAGES.get(plan.impl, plan.impl)](
             dy, maps[i], mean, var, gamma, eps, mean_dy, inputs[i], *norms[i], stages[i][0], mode, factors, earlier[i], needed[i][0]
         )
     given = [

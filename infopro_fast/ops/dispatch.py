@@ -140,13 +140,13 @@ def available(op: str, device: str | torch.device) -> dict[str, str | None]:
     if op not in ops.OPS:
         raise ValueError(f"available: op: expected one of {sorted(ops.OPS)}, got {op!r}")
     device = torch.device(device)
-    reasons = {impl: _missing(op, impl, device) for impl in SUFFIX}
+    reasons = {impl: missing(op, impl, device) for impl in SUFFIX}
     if device.type == "cuda" and not torch.cuda.is_available():
         reasons |= {impl: "torch sees no CUDA device" for impl in ("triton", "cuda") if reasons[impl] is None}
     return {"reference": None} | reasons
 
 
-def _missing(op: str, impl: str, device: torch.device) -> str | None:
+def missing(op: str, impl: str, device: torch.device) -> str | None:
     """Why the kernels of ``impl`` cannot run on ``device``, None if they can."""
     kind = device.type
     if impl == "cpu":
@@ -197,7 +197,7 @@ def resolve(op: str, impl: str, tensors: dict[str, torch.Tensor | None], limitat
         return "reference"
     reason = None
     for candidate in _FASTEST_FIRST.get(first.device.type, ()) if impl == "auto" else (impl,):
-        reason = _missing(op, candidate, first.device)
+        reason = missing(op, candidate, first.device)
         if reason is not None and impl != "auto":
             reason = f"{first_name} is on {first.device}: {reason}"
         reason = reason or _wrong_dtype(given, candidate)

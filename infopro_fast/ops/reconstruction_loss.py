@@ -23,13 +23,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from .batch_norm import affine, batch_norm_ref, sync_group, update_running_statistics, uses_batch_statistics
-from .chain_decoder import ChainStage, chain_loss, check_counts, decoder_stages, resizes, triton_limitation
+from .chain_decoder import ChainStage, chain_loss, check_counts, cuda_limitation, decoder_stages, resizes, triton_limitation
 from .dispatch import compute_dtype, define_kernels, first_order, no_autocast, resolve
 
 OP = "reconstruction_loss"
 MODES = ("bilinear", "nearest")
 LOSSES = ("bce", "mse", "l1")
-NO_CUDA_CHAIN = "this decoder is no Conv2d 3x3, BatchNorm2d, ReLU, Conv2d, Sigmoid, which alone has CUDA C++ kernels"
 
 
 class Stage(typing.NamedTuple):
@@ -63,8 +62,9 @@ def reconstruction_loss(
     interpolate_mode: "bilinear" (align_corners=True, as released) or "nearest": how features are resized to (H, W) for a decoder
         that has no Upsample of its own.
     loss: "bce", "mse" or "l1", the mean over all N*3*H*W elements.
-    impl: "auto", "reference", "cpu", "triton" or "cuda"; one that is named runs or raises. Decoders other than the CIFAR one have no
-        CUDA C++ kernels; of Triton's, none for an Upsample whose factor makes no whole size: "auto" then takes the reference, and says so.
+    impl: "auto", "reference", "cpu", "triton" or "cuda"; one that is named runs or raises. Of decoders other than the CIFAR one, "cuda"
+        runs the last stage in CUDA C++ kernels, where it enlarges at most 64 channels, at most 16 times, and those in front of it in
+        Triton's, of which there are none for an Upsample whose factor makes no whole size: "auto" then takes the reference, and says so.
 
     Returns a 0-d tensor, float64 if any input is float64, else float32 (arithmetic too). An empty batch gives 0.
     Kept for backward by the kernels: the inputs and, of the CIFAR decoder (one hidden convolution of K channels, 3x3, no Upsample),
@@ -78,7 +78,7 @@ def reconstruction_loss(
     limitation = "image requires grad, which the reference alone supports" if image.requires_grad else None
     if stage is None and limitation is None and (impl in ("triton", "cuda") or features.device.type == "cuda"):
         sizes = resizes(stages, features, image, interpolate_mode)
-        limitation = {"cuda": NO_CUDA_CHAIN, "triton": triton_limitation(sizes, *features.shape[2:])}
+        limitation = {"cuda": cuda_limitation(stages, sizes, features), "triton": triton_limitation(sizes, *features.shape[2:])}
     chosen = resolve(OP, impl, tensors, limitation)
     if chosen == "reference":
         return reconstruction_loss_ref(features, image, decoder, interpolate_mode, loss, image_mean, image_std)

@@ -1,17 +1,22 @@
 """The CUDA kernels of reconstruction_loss, compiled by g++ and run on the host, as the torch ops that they are on a GPU.
 
-`build` compiles csrc/*.cuh with cuda_host.h in place of the CUDA runtime; `Kernels` calls the launchers in the object through ctypes;
-`register` gives the ops `infopro_fast::reconstruction_loss_*_cuda` an implementation for CPU tensors, that of `current.kernels`.
+`build` compiles csrc/*.cuh with cuda_host.h in place of the CUDA runtime; `Kernels`, of the CIFAR decoder, and `ChainKernels`, of a chain
+decoder's last stage, call the launchers in the object through ctypes; `register` gives the ops `infopro_fast::reconstruction_loss_*_cuda`
+and `chain_loss_*_cuda` an implementation for CPU tensors, that of `current`. What runs a chain's other stages on a GPU, Triton's kernels,
+are here the ones for the CPU.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import subprocess
 import typing
 
 import torch
+
+from infopro_fast.ops import dispatch
 
 FOLDER = os.path.dirname(os.path.abspath(__file__))
 CSRC = os.path.join(os.path.dirname(os.path.dirname(FOLDER)), "csrc")
@@ -19,9 +24,9 @@ SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno
 _DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}  # infopro::Dtype
 
 
-def build(path: str, *flags: str, csrc: str = CSRC) -> str:
-    """Compile the kernels in ``csrc`` into the shared object ``path``."""
-    source = os.path.join(FOLDER, "decoder_host.cpp")
+def build(path: str, *flags: str, csrc: str = CSRC, source: str = "decoder_host.cpp") -> str:
+    """Compile the kernels in ``csrc`` that ``source`` includes, "decoder_host.cpp" or "chain_host.cpp", into the shared object ``path``."""
+    source = os.path.join(FOLDER, source)
     warnings = ("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
     command = ("g++", "-std=c++17", "-O1", *warnings, "-fPIC", "-shared", *flags, "-include", f"{FOLDER}/cuda_host.h", f"-I{csrc}")
     done = subprocess.run([*command, source, "-o", path], capture_output=True, text=True)
@@ -136,6 +141,92 @@ class Kernels:
             raise RuntimeError(error.decode())
 
 
+class ChainPlan(typing.NamedTuple):
+    """csrc/chain_plan.cuh's, of one direction; blocks to a multiprocessor; transient bytes."""
+
+    tiles: int
+    tile_h: int
+    tile_w: int
+    low_h: int
+    low_w: int
+    out_h: int
+    out_w: int
+    strips: int
+    tile_strips: int
+    shared: int
+    blocks: int
+    bytes: int
+
+
+class _ChainCall(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("N", "C", "h", "w", "H", "W", "mode", "loss")),
+        *((name, ctypes.c_double) for name in ("eps", "factor_y", "factor_x")),
+        *((name, ctypes.c_int64) for name in ("multiprocessors", "shared_per_block", "shared_per_multiprocessor", "seed")),
+        *((name, _Array) for name in ("x", "image", "weight", "bias", "mean", "var", "gamma", "beta")),
+        ("restore", ctypes.POINTER(ctypes.c_double)),
+    ]  # fmt: skip
+
+
+class ChainKernels:
+    """As `Kernels`."""
+
+    def __init__(self, path: str, device: Device = TWO_BLOCKS, seed: int = 0):
+        self.library = ctypes.CDLL(path)
+        for name in ("chain_loss_forward", "chain_loss_backward"):
+            getattr(self.library, name).restype = ctypes.c_char_p
+        self.device, self.seed = device, seed
+        self.calls = 0
+
+    def forward(self, x, mean, var, gamma, beta, eps, weight, bias, image, restore, mode, factors, loss, in_f64):
+        assert not in_f64
+        if not len(x):
+            return torch.zeros(())
+        kept = [None if t is None else t.contiguous() for t in (weight, bias, mean, var, gamma, beta)]
+        call = self._call(x, kept, eps, image, restore, mode, factors, loss)
+        value = torch.full((), torch.nan)
+        self._check(self.library.chain_loss_forward(ctypes.byref(call), _pointer(value)))
+        return value
+
+    def backward(self, grad, x, mean, var, gamma, beta, eps, weight, bias, image, restore, mode, factors, loss, needs_x, needs_weight):
+        C = x.shape[1]
+        d_x = torch.full_like(x, torch.nan) if mean is None else torch.full(x.shape, torch.nan)
+        d_x = d_x if needs_x else x.new_empty((0,))
+        sums, d_bias, d_weight = (torch.full(shape, torch.nan) for shape in ((2, C), (3,), (3, C, 3, 3) if needs_weight else (0,)))
+        if not len(x):
+            return d_x, sums.zero_(), d_weight.zero_(), d_bias.zero_()
+        kept, grad = [None if t is None else t.contiguous() for t in (weight, bias, mean, var, gamma, beta)], grad.contiguous()
+        call = self._call(x, kept, eps, image, restore, mode, factors, loss)
+        arguments = (
+            _pointer(grad), ctypes.c_int64(needs_x), ctypes.byref(_array(d_x if needs_x else None)), _pointer(sums),
+            _pointer(d_weight) if needs_weight else None, _pointer(d_bias),
+        )  # fmt: skip
+        self._check(self.library.chain_loss_backward(ctypes.byref(call), *arguments))
+        return d_x, sums, d_weight, d_bias
+
+    def plan(self, backward: bool, N, C, h, w, H, W, mode=0, factor=0.0) -> ChainPlan:
+        call = _ChainCall(N=N, C=C, h=h, w=w, H=H, W=W, mode=mode, factor_y=factor, factor_x=factor, **self.device._asdict())
+        numbers = (ctypes.c_int64 * len(ChainPlan._fields))()
+        self.library.chain_loss_plan(ctypes.byref(call), ctypes.c_int64(backward), numbers)
+        return ChainPlan(*numbers)
+
+    def _call(self, x, parameters, eps, image, restore, mode, factors, loss) -> _ChainCall:
+        self.calls += 1
+        (N, C, h, w), (H, W) = x.shape, image.shape[-2:]
+        factor_y, factor_x = factors or (0.0, 0.0)
+        numbers = dict(N=N, C=C, h=h, w=w, H=H, W=W, mode=mode, loss=loss, eps=eps, factor_y=factor_y, factor_x=factor_x, seed=self.seed)
+        names = ("x", "image", "weight", "bias", "mean", "var", "gamma", "beta")
+        arrays = {name: _array(t) for name, t in zip(names, (x, image, *parameters), strict=True)}
+        call = _ChainCall(**numbers, **self.device._asdict(), **arrays)
+        if restore:
+            call.restore = (ctypes.c_double * 6)(*restore)
+        return call
+
+    def _check(self, error: bytes | None):
+        if error:
+            raise RuntimeError(error.decode())
+
+
 def _pointer(t: torch.Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(t.data_ptr())
 
@@ -144,11 +235,19 @@ class current:
     """The kernels that the ops call."""
 
     kernels: Kernels | None = None
+    chain: ChainKernels | None = None
 
 
 def register() -> torch.library.Library:
     """The ops' implementation for CPU tensors, for as long as what is returned lives."""
     library = torch.library.Library("infopro_fast", "IMPL")
-    library.impl("reconstruction_loss_forward_cuda", lambda *args: current.kernels.forward(*args), "CPU")
-    library.impl("reconstruction_loss_backward_cuda", lambda *args: current.kernels.backward(*args), "CPU")
+    for direction in ("forward", "backward"):
+        for op, held in (("reconstruction_loss", "kernels"), ("chain_loss", "chain")):
+            library.impl(f"{op}_{direction}_cuda", functools.partial(_call, held, direction), "CPU")
+        if not dispatch.INTERPRETED:
+            library.impl(f"chain_stage_{direction}_triton", getattr(torch.ops.infopro_fast, f"chain_stage_{direction}").default, "CPU")
     return library
+
+
+def _call(held: str, direction: str, *args):
+    return getattr(getattr(current, held), direction)(*args)

@@ -1,0 +1,328 @@
+"""The CUDA kernels of a chain decoder's last stage without a GPU, as tests/test_cuda_host.py has those of the CIFAR decoder."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import floors
+from infopro_fast.ops import chain_decoder, dispatch, reconstruction_loss
+from tests import compare, op_cases, test_chain_decoder, test_cuda_host
+from tests.cuda_host import binding
+from tests.op_cases import chain, doubled
+from tests.test_chain_decoder import FORMS, GOLDEN, resized, scaled
+from tests.test_cuda_host import MEAN, STD, broken, results
+
+SMALL = binding.Device(2, 24 * 1024, 24 * 1024)  # images of several tiles, of which a block takes several
+SMALLER = ("shrinks", "one row, one column")
+NO_WHOLE_SIZE = ("factors of no whole size", "factors of no whole size, nearest", "a factor that keeps the size")
+
+
+@pytest.fixture(scope="session")
+def library(request, tmp_path_factory) -> str:
+    if request.config.getoption("--reference-only"):
+        pytest.skip("--reference-only")
+    return binding.build(str(tmp_path_factory.mktemp("cuda_host") / "chain.so"), source="chain_host.cpp")
+
+
+@pytest.fixture
+def on_host(monkeypatch):
+    """A function that makes impl="cuda" run on CPU tensors, its last stage by the kernels in an object."""
+    monkeypatch.setattr(dispatch, "missing", lambda op, impl, device: None)
+    registered = []
+
+    def install(path: str, device: binding.Device = binding.TWO_BLOCKS, seed: int = 0) -> binding.ChainKernels:
+        if not registered:
+            registered.append(binding.register())
+        binding.current.chain = binding.ChainKernels(path, device, seed)
+        return binding.current.chain
+
+    yield install
+    binding.current.chain = None
+    if registered:
+        registered[0]._destroy()
+
+
+def alone(h=5, w=4, H=9, W=11, C=5, **options) -> op_cases.Case:
+    """The last stage by itself, on features."""
+    return chain(C=C, h=h, w=w, stages=(), last=resized(H, W), **options)
+
+
+@pytest.mark.parametrize("case", GOLDEN, ids=lambda case: case["kind"])
+def test_released_values(case, library, on_host):
+    kernels = on_host(library)
+    test_chain_decoder.assert_released(case, "cuda", torch.float32)
+    assert kernels.calls == 2
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form not in (*NO_WHOLE_SIZE, *SMALLER)])
+def test_forms(form, library, on_host):
+    kernels = on_host(library)
+    op_cases.check(chain(**FORMS[form]), "cuda", torch.float32)
+    assert kernels.calls == 2
+
+
+LAST = {
+    "factors of no whole size": (scaled(2.3, 1.6, align_corners=False), 7, 6),
+    "factors of no whole size, nearest": (scaled(2.3, 1.6, mode="nearest"), 7, 6),
+    "a factor that keeps the size": (scaled(1.3, 1.3, align_corners=False), 3, 3),
+    "doubled": (doubled(), 19, 17),
+    "doubled, nearest": (doubled("nearest"), 19, 17),
+    "doubled, corners not aligned": (doubled(align_corners=False), 19, 17),
+    "one pixel": (resized(1, 1), 1, 1),
+    "of one pixel": (resized(7, 16), 1, 1),
+    "16 times": (resized(48, 32), 3, 2),
+    "16 times, nearest": (resized(48, 32, mode="nearest"), 3, 2),
+    "16 times, corners not aligned": (resized(48, 32, align_corners=False), 3, 2),
+    "one axis alone": (resized(13, 9), 13, 4),
+    "the other axis alone": (resized(31, 9), 13, 9),
+    "one row": (resized(1, 21), 1, 13),
+    "one column": (resized(21, 1), 13, 1),
+}
+
+
+@pytest.mark.parametrize("device", (binding.TWO_BLOCKS, SMALL), ids=("a tile", "several tiles"))
+@pytest.mark.parametrize("name", LAST)
+def test_resizes_of_the_last_stage(name, device, library, on_host):
+    last, h, w = LAST[name]
+    on_host(library, device, seed=2)
+    op_cases.check(chain(N=2, C=3, h=h, w=w, stages=(), last=last), "cuda", torch.float32)
+
+
+@pytest.mark.parametrize("C", (1, 4, 12, 13, 26, 64))
+def test_channels(C, library, on_host):
+    """Those that are loaded, and those whose gradients are found, together: fewer, as many, and more."""
+    on_host(library)
+    op_cases.check(chain(N=2, C=3, stages=((None, 1, C),)), "cuda", torch.float32)
+    op_cases.check(alone(C=C), "cuda", torch.float32)
+
+
+@pytest.mark.parametrize("training", (True, False))
+@pytest.mark.parametrize("restored", (False, True))
+@pytest.mark.parametrize("loss", ("bce", "mse", "l1"))
+def test_losses(loss, restored, training, library, on_host):
+    on_host(library)
+    restore = dict(image_mean=MEAN, image_std=STD) if restored else {}
+    op_cases.check(chain(loss=loss, training=training, **restore), "cuda", torch.float32)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("form", ("the last convolution alone", "no bias", "nearest"))
+def test_half_precision(form, dtype, library, on_host):
+    on_host(library)
+    op_cases.check(chain(**FORMS[form]), "cuda", dtype)
+
+
+def test_features_of_16_bits_and_parameters_of_32(library, on_host):
+    """As under autocast."""
+    on_host(library)
+    for case in (chain(), alone()):
+        inputs = case.inputs(torch.float32)
+        inputs["features"] = inputs["features"].detach().bfloat16().requires_grad_()
+        exact = op_cases.widened(inputs)
+        found, wanted = op_cases.gradients(case.function("cuda")(inputs), inputs), op_cases.gradients(case.plain(exact), exact)
+        for name, g in found.items():
+            assert g.dtype == inputs[name].dtype
+            scale = wanted[case.zero.get(name, name)].abs().max().item()
+            compare.assert_close(g, wanted[name], scale=scale, what=name)
+
+
+@pytest.mark.parametrize("layout", op_cases.LAYOUTS)
+def test_layouts(layout, library, on_host):
+    on_host(library)
+    for case in (alone(), chain(stages=((None, 1, 6),))):
+        inputs = {name: op_cases.relayout(t, layout)[0] for name, t in case.inputs(torch.float32).items()}
+        op_cases.check(case, "cuda", torch.float32, inputs)
+
+
+def test_a_scale_of_zero(library, on_host):
+    """gamma = 0 in a channel: at beta = 0 no gradient passes the ReLU."""
+    on_host(library)
+    case = chain(stages=((None, 1, 7),))
+    case.tensors["decoder.1.weight"][:3] = 0
+    case.tensors["decoder.1.bias"][:3] = torch.tensor([0.0, 0.7, -0.7], dtype=torch.float64)
+    op_cases.check(case, "cuda", torch.float32)
+
+
+@pytest.mark.parametrize("at", ("features", "image"))
+def test_nan_stays_nan(at, library, on_host):
+    on_host(library)
+    case = chain(training=False)
+    inputs = case.inputs(torch.float32)
+    with torch.no_grad():
+        inputs[at][0, 0, 0, 0] = torch.nan
+    assert case.function("cuda")(inputs).isnan()
+
+
+@pytest.mark.parametrize("N", (0, 1))
+def test_few_samples(N, library, on_host):
+    on_host(library)
+    case = chain(N=N, training=False)
+    inputs = case.inputs(torch.float32)
+    found = op_cases.gradients(case.function("cuda")(inputs), inputs)
+    assert all(torch.isfinite(t).all() for t in found.values()) and (N > 0 or not any(t.any() for t in found.values()))
+
+
+SOME = (("features",), ("decoder.7.weight",), ("decoder.7.bias",), ("decoder.0.weight", "decoder.4.bias"), ())
+
+
+@pytest.mark.parametrize("wanted", SOME, ids=str)
+def test_gradients_that_are_not_asked_for(wanted, library, on_host):
+    on_host(library)
+    case = chain(stages=((None, 1, 7), (None, 3, 4)))
+    everything, some = case.inputs(torch.float32), case.inputs(torch.float32, wanted)
+    expected, loss = case.function("cuda")(everything), case.function("cuda")(some)
+    compare.assert_same(loss.detach(), expected.detach(), "loss")
+    if wanted:
+        full, part = op_cases.gradients(expected, everything), op_cases.gradients(loss, some)
+        for name in wanted:
+            compare.assert_same(part[name], full[name], name)
+
+
+ORDERED = {"doubled": chain(), "alone": alone(), "many channels": chain(N=2, stages=((None, 1, 30),))}
+
+
+@pytest.mark.parametrize("name", ORDERED)
+@pytest.mark.parametrize("device", (binding.TWO_BLOCKS, SMALL), ids=("a tile", "several tiles"))
+def test_the_order_of_warps_changes_no_bit(name, device, library, on_host):
+    on_host(library, device, seed=0)
+    expected = results(ORDERED[name])
+    for seed in (1, 2, 3):
+        on_host(library, device, seed=seed)
+        for what, found in results(ORDERED[name]).items():
+            compare.assert_same(found, expected[what], f"{what}, seed {seed}")
+
+
+@pytest.mark.parametrize("multiprocessors", (1, 3))
+def test_tiles_of_a_block_add_up(multiprocessors, library, on_host):
+    kernels = on_host(library, binding.Device(multiprocessors, 24 * 1024, 24 * 1024))
+    for backward in (False, True):
+        plan = kernels.plan(backward, N=3, C=4, h=20, w=15, H=40, W=30)
+        assert 3 * plan.tiles > 2 * multiprocessors * plan.blocks, "the third tile of a block"
+    op_cases.check(chain(N=3, h=20, w=15, stages=((None, 1, 4),)), "cuda", torch.float32)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is taken, and what is not
+
+
+@pytest.mark.parametrize("form", (*NO_WHOLE_SIZE, *SMALLER))
+def test_forms_that_are_refused(form, library, on_host):
+    on_host(library)
+    case = chain(**FORMS[form])
+    words = "the stages in front .* no whole size" if form in NO_WHOLE_SIZE else r"maps of \(.*\) become \(.*\); .* enlarge 1 to 16 times"
+    with pytest.raises(ValueError, match=f"impl='cuda' cannot run this call: {words}"):
+        case.function("cuda")(case.inputs(torch.float32))
+
+
+def test_more_channels_than_are_taken(library, on_host):
+    on_host(library)
+    with pytest.raises(ValueError, match="impl='cuda' cannot run this call: the last convolution has 65 input channels, .* take 64"):
+        results(alone(C=65))
+
+
+def test_without_triton_the_last_stage_alone_runs(library, on_host, monkeypatch):
+    on_host(library)
+    monkeypatch.setattr(dispatch, "missing", lambda op, impl, device: "triton is not installed" if impl == "triton" else None)
+    op_cases.check(alone(), "cuda", torch.float32)
+    with pytest.raises(ValueError, match="the stages in front of a decoder's last have Triton kernels alone: triton is not installed"):
+        results(chain())
+
+
+def test_limits_are_those_of_the_kernels():
+    """Written down twice: a call is refused before anything runs, and checked where it runs."""
+    with open(f"{binding.CSRC}/chain_plan.cuh") as source:
+        text = source.read()
+    for name, value in (("MOST_CHANNELS", chain_decoder.MOST_CHANNELS), ("MOST_ENLARGED", chain_decoder.MOST_ENLARGED)):
+        assert f"constexpr int {name} = {value};" in text
+
+
+@pytest.mark.parametrize("backward", (False, True))
+@pytest.mark.parametrize("mode", (0, 1, 2))
+def test_every_call_that_is_taken_has_a_plan(mode, backward, library, on_host):
+    """On the device with the least shared memory, at the most channels."""
+    kernels = on_host(library, binding.RTX4090)
+    for h in (1, 2, 3, 5, 9, 40):
+        for H in sorted({h, h + 1, 2 * h, 7 * h, 16 * h}):
+            for w, W in ((1, 16), (3, 48), (4, 4), (33, 100)):
+                plan = kernels.plan(backward, N=2, C=chain_decoder.MOST_CHANNELS, h=h, w=w, H=H, W=W, mode=mode)
+                assert 0 < plan.shared <= binding.RTX4090.shared_per_block, (h, H, w, W)
+
+
+PAPER = {
+    "ImageNet": dict(N=64, C=12, h=112, w=112, H=224, W=224),
+    "Cityscapes": dict(N=2, C=12, h=256, w=512, H=512, W=1024),
+}
+
+
+@pytest.mark.parametrize("device", ("H100", "A100", "RTX4090"))
+@pytest.mark.parametrize("shape", PAPER)
+def test_plans_of_the_papers_shapes(shape, device, library, on_host):
+    limits, s = getattr(binding, device), PAPER[shape]
+    kernels = on_host(library, limits)
+    for backward in (False, True):
+        plan = kernels.plan(backward, **s)
+        assert plan.blocks == 2 and plan.blocks * (plan.shared + 1024) <= limits.shared_per_multiprocessor
+        if (shape, device) == ("ImageNet", "A100"):
+            counted = floors.LAST_TILE["backward" if backward else "forward"]
+            assert (plan.tile_h, plan.tile_w) == counted, "what benchmarks/floors.py counts with"
+        needed, own = plan.low_h * plan.low_w, plan.tile_h * plan.tile_w / (1 if backward else 4)
+        assert needed <= (2.5 if backward else 1.6) * own, "pixels of x that neighbours take, too"
+        assert plan.bytes <= 2**20, "the logits, which are never whole, have 12 MB and more"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The net holds
+
+KERNELS = "chain_loss_kernels.cuh"
+BREAKS = {
+    "a barrier that is not there": (KERNELS, "  mix(d, s, t);\n  __syncthreads();", "  mix(d, s, t);"),
+    "a barrier that is not there, backward": (KERNELS, "    collect(d, s, t);\n    __syncthreads();", "    collect(d, s, t);"),
+    "an index off by one": ("chain_block.cuh", "const Cell c = s.columns[x + dx];", "const Cell c = s.columns[x + (dx + 1) % 3];"),
+    "a tile's pixels counted twice": (KERNELS, "y >= top && y < bottom && ", "y >= top && bottom > 0 && "),
+}
+
+
+@pytest.mark.parametrize("name", BREAKS)
+def test_a_broken_copy_is_caught(name, library, on_host, tmp_path):
+    """By the very comparison that the tests above make, for some order of the warps."""
+    case = chain(N=2, h=14, w=10, stages=((None, 1, 4),))
+    path = binding.build(str(tmp_path / "broken.so"), csrc=broken(tmp_path, *BREAKS[name]), source="chain_host.cpp")
+    with pytest.raises(AssertionError, match="relative error|not finite|nan"):
+        for seed in (0, 1, 2, 3):
+            on_host(path, SMALL, seed)
+            op_cases.check(case, "cuda", torch.float32)
+    on_host(library, SMALL)
+    op_cases.check(case, "cuda", torch.float32)
+
+
+def test_sanitizers_find_nothing(library, tmp_path):
+    done = test_cuda_host.sanitized(binding.build(str(tmp_path / "chain.so"), *binding.SANITIZERS, source="chain_host.cpp"), "chain")
+    assert done.returncode == 0, done.stderr[-5000:]
+    assert done.stdout == "no finding\n"
+
+
+def test_sanitizers_find_an_overrun_of_shared_memory(library, tmp_path):
+    zeroed = "TAPS * d.s.C; i += THREADS) s.d_weight[i] = 0.0f"
+    where = (KERNELS, f"i < {zeroed}", f"i <= {zeroed}")
+    path = binding.build(str(tmp_path / "chain.so"), *binding.SANITIZERS, csrc=broken(tmp_path, *where), source="chain_host.cpp")
+    done = test_cuda_host.sanitized(path, "chain")
+    assert done.returncode != 0
+    assert "heap-buffer-overflow" in done.stderr and "chain_gradient_kernel" in done.stderr, done.stderr[-5000:]
+
+
+def test_a_decoder_of_plain_layers(library, on_host):
+    """The op as a user calls it, running statistics included."""
+    on_host(library)
+    torch.manual_seed(0)
+    decoder = nn.Sequential(
+        nn.Conv2d(5, 6, 1), nn.BatchNorm2d(6), nn.ReLU(), doubled(), nn.Conv2d(6, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), doubled(),
+        nn.Conv2d(4, 3, 3, padding=1), nn.Sigmoid(),
+    )  # fmt: skip
+    other = op_cases.copy.deepcopy(decoder).double()
+    features, image = torch.randn(2, 5, 3, 4), torch.rand(2, 3, 12, 16)
+    loss = reconstruction_loss(features, image, decoder, impl="cuda")
+    compare.assert_close(loss, op_cases.plain_reconstruction(features.double(), image.double(), other), what="loss")
+    for (name, found), expected in zip(decoder.named_buffers(), other.buffers(), strict=True):
+        compare.assert_close(found, expected.double(), dtype=torch.float32, what=name)
