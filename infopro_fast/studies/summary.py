@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from infopro_fast import info
 from infopro_fast.trainer.checkpoint import replace_file
 
 from . import costs
 from .known import Known, Run, settings_of_a_cell
+from .provenance import provenance
 from .runner import finished, tested_epochs
 from .tables import NAMES, Cell, Job, Study, cells, config, jobs, published, published_memory
 
@@ -218,12 +215,7 @@ def write(study: Study, results: Sequence[Result], known: Known) -> list[Path]:
 
     study.out.mkdir(parents=True, exist_ok=True)
     paths = [study.out / f"{study.table}.{kind}" for kind in ("md", "json")]
-    facts = info.collect()
-    where = {
-        "cpu": facts["cpu"]["model"], "cpus": os.cpu_count(), "isa": facts["cpu"]["isa"], "gpu": facts["cuda"]["device"],
-        "jobs": study.jobs, "threads": study.threads, "torch": torch.__version__, "infopro_fast": facts["versions"]["infopro_fast"],
-        "commit": facts["versions"]["commit"],
-    }  # fmt: skip
+    where = {**provenance(), "jobs": study.jobs, "threads": study.threads}
     rows = [
         {"method": r.cell.method, "modules": r.cell.modules, "weights": r.cell.weights,
          "settings": settings_of_a_cell(config(study, r.cell, study.first_seed)), "seeds": r.seeds, "errors": r.errors,
