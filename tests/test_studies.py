@@ -313,7 +313,24 @@ def test_known_runs_are_not_trained_again(study, tmp_path, monkeypatch):
     content = json.loads((tmp_path / "here/table2.json").read_text())
     assert content["cells"] == [cell for cell in ours["cells"] if cell["method"] == "e2e"]
     (source,) = content["known"]
-    assert source["cells"] == [{"method": "e2e", "modules": 1, "seeds": [0]}] and source["where"] == ours["where"]
+    expected = {"method": "e2e", "modules": 1, "weights": None, "seeds": [0]}
+    assert source["cells"] == [expected] and source["where"] == ours["where"]
+
+
+def test_sources_survive_joining_again(study, tmp_path, monkeypatch):
+    """A run that a known table took from an earlier one is still said to be of where that one was made."""
+    content = json.loads((study.out / "table2.json").read_text())
+    there, earlier = {"cpu": "this"}, {"cpu": "another"}
+    # As the oldest tables have it: without weights.
+    content |= {"where": there, "known": [{"where": earlier, "cells": [{"method": "e2e", "modules": 1, "seeds": [0]}]}]}
+    (tmp_path / "joined.json").write_text(json.dumps(content))
+    monkeypatch.setattr(runner, "run_all", lambda jobs, at_a_time: None)
+    for again in (tmp_path / "joined.json", tmp_path / "1/table2.json"):
+        out = tmp_path / str(int(again.parent.name == "1") + 1)
+        reproduce(dataclasses.replace(study, known=(again,), out=out))
+        sources = {s["cells"][0]["method"]: s for s in json.loads((out / "table2.json").read_text())["known"]}
+        assert {method: source["where"] for method, source in sources.items()} == {"e2e": earlier, "greedy": there}
+        assert all(len(source["cells"]) == 1 and source["cells"][0]["seeds"] == [0] for source in sources.values())
 
 
 def test_known_seeds_join_new_ones(study, tmp_path, monkeypatch):
