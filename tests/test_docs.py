@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
+import json
 import re
 import shlex
 import sys
@@ -14,7 +16,7 @@ import pytest
 from benchmarks import step_figure
 from infopro_fast import cli
 from infopro_fast.memory import make_plan
-from infopro_fast.studies import tables
+from infopro_fast.studies import known, summary, tables
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -97,6 +99,21 @@ def test_what_documents_show_is_there(document):
     targets = re.findall(r"\]\(([^)#\s]+)\)", prose)
     missing = [target for target in targets if "://" not in target and not (document.parent / target).exists()]
     assert not missing
+
+
+STUDIES = [command for command in commands(ROOT / "docs/results.md") if command.startswith("infopro-fast reproduce ")]
+
+
+@pytest.mark.parametrize("command", STUDIES, ids=range(len(STUDIES)))
+def test_tables_are_those_of_their_runs(command, tmp_path):
+    """The Markdown that the command in front of a table writes of the runs in the table's JSON is the one beside it."""
+    study = cli._parse(shlex.split(command)[1:])
+    folder = ROOT / "docs/results" / ("" if study.out == Path("reproduction") else study.out)
+    table = folder / f"{study.table}.json"
+    study = dataclasses.replace(study, known=(table,), out=tmp_path, train=False, measure=False)
+    found = summary.collect(study, known.read(study))
+    assert len(found) == len(json.loads(table.read_text())["cells"])
+    assert table.with_suffix(".md").read_text() == summary.markdown(study, found)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
