@@ -2,7 +2,7 @@
 
 Times of all methods of a row are interleaved in one process, medians; peaks come from a process each. Writes into
 benchmarks/results/: results.jsonl (every measurement, with where it was made), bars.md (each claim, its ratio and its bar),
-results.md (all methods), and a plot an op of time and memory over size.
+results.md (all methods), train_step.md and train_step.png, and with --plots a plot an op of time and memory over size.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import typing
 
 import torch
 
-from benchmarks import memory, shapes, timing, train_step, workloads
+from benchmarks import memory, shapes, step_figure, timing, train_step, workloads
 from benchmarks.device import provenance
 from benchmarks.table import Row, markdown
 
@@ -302,6 +302,7 @@ def main() -> int:
         write("bars.md", f"{claims_table}\n\n{where}\n")
         write("results.md", markdown(rows) + "\n")
         write("results.jsonl", "".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in [*rows, *sizes]))
+        step_figure.write(steps, RESULTS)
     return 0 if all(bar.holds() for bar in bars) else 1
 
 

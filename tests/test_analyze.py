@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import infopro_fast
-from infopro_fast import cli
+from infopro_fast import cli, ops
 from infopro_fast.data import Split, fashion_mnist
 from infopro_fast.modules.local_loss import Classifier
 from infopro_fast.modules.network import LocalNetwork, Stage
@@ -325,6 +325,24 @@ def test_runs_that_are_there_are_not_probed_again(analyzed, runs, few_images, ca
     assert len(probed) == 2
     after = json.loads((folder / "analysis.json").read_text())["runs"]
     assert [{**entry, "seconds": 0} for entry in after] == [{**before["runs"][i], "seconds": 0} for i in (1, 2, 0)]
+
+
+def test_runs_are_known_by_their_weights(analyzed, runs, few_images, tmp_path, monkeypatch):
+    """Not by where they lie: analysis.json has folders as they were given, none of a machine, and goes on elsewhere."""
+    moved = shutil.copytree(runs / "whole", tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(analyze, "probe_network", lambda *a: pytest.fail("probed again"))
+    said = []
+    analyze.analyze([moved.name], "out", ProbeSettings(depths=3, epochs=2, batch_size=16), threads=1, show=said.append)
+    assert said == ["moved: in out/analysis.json already"]
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(fashion_mnist, "load", tiny_run.load)
+    analyze.analyze(["moved"], "elsewhere", ProbeSettings(depths=1, epochs=1, batch_size=16), threads=1, show=said.append)
+    text = (tmp_path / "elsewhere/analysis.json").read_text()
+    (entry,) = json.loads(text)["runs"]
+    assert entry["run"] == "moved" and str(tmp_path) not in text
+    assert entry["where"]["isa"] == ops.cpu_isa() and entry["where"]["torch"] == torch.__version__
 
 
 def test_a_run_with_other_weights_is_probed_again(runs, few_images, tmp_path):

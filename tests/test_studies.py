@@ -169,6 +169,34 @@ def test_comparison():
     assert "K = 8: greedy SL 21.00 %, InfoPro, contrast 15.00 %: 6.00 points lower, 7.3 standard errors" in text
 
 
+def test_every_method_against_greedy():
+    """With its K; not end to end, and nothing where there is no greedy."""
+    results = [
+        result("e2e", 1, (10, 11)), result("greedy", 8, (20, 21, 22)), result("dgl", 8, (22, 23, 24)), result("contrast", 8, (14, 15, 16)),
+        result("contrast", 4, (1, 2, 3)), result("greedy", 2, (7,)), result("softmax", 2, (5,)),
+    ]  # fmt: skip
+    found = {cell.name: difference for cell, difference in summary.below_greedy(results).items()}
+    assert set(found) == {"dgl-k8", "contrast-k8", "softmax-k2"}
+    assert found["dgl-k8"] == pytest.approx((-2, math.sqrt(2 / 3))) and found["contrast-k8"] == pytest.approx((6, math.sqrt(2 / 3)))
+    assert found["softmax-k2"][0] == 2 and math.isnan(found["softmax-k2"][1])
+    text = summary.markdown(tables.Study("table2"), results)
+    for line in ("| DGL |  | -2.00 (-2.4) |", "| InfoPro, contrast |  | 6.00 (7.3) |", "| InfoPro, softmax | 2.00 |  |"):
+        assert line in text
+    assert summary.AGAINST_GREEDY not in summary.markdown(tables.Study("table2"), results[:1])
+
+
+def test_table3_has_memory_beside_the_papers():
+    cost = {"seconds": 0.1, "saved": 2**20, "peak": 2**21}
+    results = [result("e2e", 1, (10,), cost), result("contrast", 4, (20,), {"seconds": 0.2, "saved": 2**18, "peak": 2**20})]
+    study = tables.Study("table3")
+    text = summary.markdown(study, results)
+    assert "| end to end | 1 | 1.0 | 100.0 % | 2.0 | 100.0 % | 100 | 9.40 | 100.0 % |" in text
+    assert "| InfoPro, contrast | 4 | 0.2 | 25.0 % | 1.0 | 50.0 % | 200 | 3.52 | 37.4 % |" in text
+    alone = summary.markdown(study, results[1:])  # end to end has not been trained yet
+    assert "| InfoPro, contrast | 4 | 0.2 |  | 1.0 |  | 200 | 3.52 | 37.4 % |" in alone
+    assert tables.published_memory(tables.Study("table2"), tables.Cell("e2e", 1)) is None
+
+
 def test_table_of_weights():
     results = [result("softmax", 8, (20,), weights=(5.0, 0.0, 0.0, 2.0)), result("softmax", 8, (19,), weights=(5.0, 0.5, 0.5, 1.0))]
     text = summary.markdown(tables.Study("lambdas"), results)
@@ -285,7 +313,24 @@ def test_known_runs_are_not_trained_again(study, tmp_path, monkeypatch):
     content = json.loads((tmp_path / "here/table2.json").read_text())
     assert content["cells"] == [cell for cell in ours["cells"] if cell["method"] == "e2e"]
     (source,) = content["known"]
-    assert source["cells"] == [{"method": "e2e", "modules": 1, "seeds": [0]}] and source["where"] == ours["where"]
+    expected = {"method": "e2e", "modules": 1, "weights": None, "seeds": [0]}
+    assert source["cells"] == [expected] and source["where"] == ours["where"]
+
+
+def test_sources_survive_joining_again(study, tmp_path, monkeypatch):
+    """A run that a known table took from an earlier one is still said to be of where that one was made."""
+    content = json.loads((study.out / "table2.json").read_text())
+    there, earlier = {"cpu": "this"}, {"cpu": "another"}
+    # As the oldest tables have it: without weights.
+    content |= {"where": there, "known": [{"where": earlier, "cells": [{"method": "e2e", "modules": 1, "seeds": [0]}]}]}
+    (tmp_path / "joined.json").write_text(json.dumps(content))
+    monkeypatch.setattr(runner, "run_all", lambda jobs, at_a_time: None)
+    for again in (tmp_path / "joined.json", tmp_path / "1/table2.json"):
+        out = tmp_path / str(int(again.parent.name == "1") + 1)
+        reproduce(dataclasses.replace(study, known=(again,), out=out))
+        sources = {s["cells"][0]["method"]: s for s in json.loads((out / "table2.json").read_text())["known"]}
+        assert {method: source["where"] for method, source in sources.items()} == {"e2e": earlier, "greedy": there}
+        assert all(len(source["cells"]) == 1 and source["cells"][0]["seeds"] == [0] for source in sources.values())
 
 
 def test_known_seeds_join_new_ones(study, tmp_path, monkeypatch):

@@ -26,6 +26,7 @@ from infopro_fast.trainer.display import duration
 from infopro_fast.trainer.report import RunError
 
 from .probes import DEFAULT, PROBES, ProbeSettings, baseline, probe_network
+from .provenance import provenance
 
 JSON, TABLE, FIGURE = "analysis.json", "analysis.md", "analysis.png"
 METHODS = {
@@ -184,7 +185,7 @@ def _entry(subject: Subject, config: TrainConfig, images: data.ImageSet, setting
     except FloatingPointError as error:
         raise loop.NonFiniteError(f"{subject.run}: {error}") from error
     return {
-        "run": str(subject.run.resolve()), "method": subject.method, "modules": subject.config.number_of_modules(),
+        "run": str(subject.run), "where": provenance(), "method": subject.method, "modules": subject.config.number_of_modules(),
         "seed": subject.config.seed, "weights": subject.weights, "settings": dataclasses.asdict(settings), **subject.images_and_network,
         "classes": images.num_classes, "train_images": len(images.train), "test_images": len(images.test),
         "baseline": baseline(images.train, images.test), "blocks": blocks, "seconds": round(time.monotonic() - began, 1),
@@ -197,7 +198,7 @@ def _read(path: Path) -> dict:
         return {"runs": []}
     try:
         content = json.loads(path.read_text())
-        if not all({"run", "weights", "settings", "blocks"} <= set(entry) for entry in content["runs"]):
+        if not all({"run", "method", "seed", "weights", "settings", "blocks"} <= set(entry) for entry in content["runs"]):
             raise KeyError("runs")
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"{path} is not what analyze writes: {error!r}; give another folder as out, or remove it") from error
@@ -209,9 +210,9 @@ def _json(content: dict) -> bytes:
 
 
 def _done(content: dict, subject: Subject, settings: ProbeSettings) -> dict | None:
-    """The entry of this very network, probed under these settings."""
-    wanted = (str(subject.run.resolve()), subject.weights, dataclasses.asdict(settings))
-    return next((e for e in content["runs"] if (e["run"], e["weights"], e["settings"]) == wanted), None)
+    """The entry of this very network, probed under these settings. Its weights say which it is; "run" is where it lay, as it was given."""
+    wanted = (subject.method, subject.config.seed, subject.weights, dataclasses.asdict(settings))
+    return next((e for e in content["runs"] if (e["method"], e["seed"], e["weights"], e["settings"]) == wanted), None)
 
 
 class _Progress:

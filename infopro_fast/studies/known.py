@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,9 +50,9 @@ def read(study: Study) -> Known:
     for path in study.known:
         content = _content(path)
         _check_same(path, study, content["settings"])
-        taken = []
+        taken: list[tuple[Cell, int]] = []
         for row in content["cells"]:
-            cell = Cell(row["method"], row["modules"], None if row["weights"] is None else tuple(row["weights"]))
+            cell = _cell(row)
             ours = [(i, seed) for i, seed in enumerate(row["seeds"]) if (cell, seed) in wanted and (cell, seed) not in found.runs]
             if not ours:
                 continue
@@ -59,9 +60,27 @@ def read(study: Study) -> Known:
             found.runs.update({(cell, seed): Run(tuple(row["curves"][i]), row["cross_entropies"][i]) for i, seed in ours})
             if row["cost"] is not None:
                 found.costs.setdefault(cell, row["cost"])
-            taken.append({"method": cell.method, "modules": cell.modules, "seeds": [seed for _, seed in ours]})
-        found.sources.append({"where": content["where"], "cells": taken})
+            taken += [(cell, seed) for _, seed in ours]
+        found.sources.extend(_sources(content, taken))
     return found
+
+
+def _sources(content: dict[str, Any], taken: Sequence[tuple[Cell, int]]) -> list[dict[str, Any]]:
+    """Where the runs taken from this table were made: what it took from earlier ones stays theirs, the rest is its own."""
+    made = {(_cell(row), seed): source["where"] for source in content.get("known", []) for row in source["cells"] for seed in row["seeds"]}
+    by_place: dict[str, dict[Cell, list[int]]] = {}
+    for cell, seed in taken:
+        place = json.dumps(made.get((cell, seed), content["where"]))
+        by_place.setdefault(place, {}).setdefault(cell, []).append(seed)
+    return [
+        {"where": json.loads(place), "cells": [{**dataclasses.asdict(cell), "seeds": seeds} for cell, seeds in cells.items()]}
+        for place, cells in by_place.items()
+    ]
+
+
+def _cell(row: dict[str, Any]) -> Cell:
+    weights = row.get("weights")  # the oldest tables do not say them of their sources: they have none
+    return Cell(row["method"], row["modules"], None if weights is None else tuple(weights))
 
 
 def _content(path: Path) -> dict[str, Any]:

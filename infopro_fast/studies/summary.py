@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from infopro_fast import info
 from infopro_fast.trainer.checkpoint import replace_file
 
 from . import costs
 from .known import Known, Run, settings_of_a_cell
+from .provenance import provenance
 from .runner import finished, tested_epochs
-from .tables import NAMES, Cell, Job, Study, cells, config, jobs, published
+from .tables import NAMES, Cell, Job, Study, cells, config, jobs, published, published_memory
 
 INFOPRO = ("softmax", "contrast")
 PAPER = (
@@ -27,6 +24,11 @@ PAPER = (
     "order of the methods."
 )
 COSTS = "What a step costs: milliseconds; MiB kept for backward, and at the highest point beyond model, optimizer and batch."
+MEMORY = (
+    "Memory of a step: MiB kept for backward, and at the highest point beyond model, optimizer and batch. In the last two columns the "
+    "paper's: GB of all that its process had on a Titan Xp, images of 32x32, batch 1024."
+)
+AGAINST_GREEDY = "Points of error below greedy SL with the same K (negative: above it), in brackets in standard errors of the difference."
 
 
 @dataclass(frozen=True)
@@ -116,13 +118,30 @@ def compare(results: Sequence[Result]) -> list[dict[str, Any]]:
     return found
 
 
+def below_greedy(results: Sequence[Result]) -> dict[Cell, tuple[float, float]]:
+    """By how many points each local method is below greedy SL with its K, and the standard error of that (nan for single runs)."""
+    greedy = {r.cell.modules: r for r in results if r.cell.method == "greedy"}
+    return {
+        r.cell: (greedy[r.cell.modules].mean - r.mean, math.hypot(greedy[r.cell.modules].standard_error, r.standard_error))
+        for r in results
+        if r.cell.method != "greedy" and r.cell.modules in greedy
+    }
+
+
+def _difference(margin: float, error: float) -> str:
+    return f"{margin:.2f}" + (f" ({margin / error:.1f})" if error > 0 else "")
+
+
 def markdown(study: Study, results: Sequence[Result]) -> str:
     """Errors, then costs, then what they say."""
     parts = [_title(study), _errors(results)]
     if any(r.paper for r in results):
         parts.append(PAPER)
     if any(r.cost for r in results):
-        parts += [COSTS, _costs(results)]
+        parts += [MEMORY, _memory(study, results)] if study.table == "table3" else [COSTS, _costs(results)]
+    differences = below_greedy(results)
+    if differences:
+        parts += [AGAINST_GREEDY, _grid([r for r in results if r.cell in differences], lambda r: _difference(*differences[r.cell]))]
     for row in compare(results):
         gap = "" if row["gap_to_e2e"] is None else f"; {row['gap_to_e2e']:+.2f} points from end to end"
         parts.append(
@@ -166,6 +185,21 @@ def _costs(results: Sequence[Result]) -> str:
     return _grid([r for r in results if r.cost], text)
 
 
+def _memory(study: Study, results: Sequence[Result]) -> str:
+    """A row a cell, with what it has of end-to-end training's bytes, here and in the paper."""
+    e2e = next((r for r in results if r.cell.method == "e2e" and r.cost), None)
+    whole = published_memory(study, Cell("e2e", 1))
+    lines = ["| | K | kept, MiB | of E2E | highest point, MiB | of E2E | ms | paper, GB | of E2E |", "|---|" + "---|" * 8]
+    for r in (r for r in results if r.cost):
+        cells = [NAMES[r.cell.method], str(r.cell.modules)]
+        for kind in ("saved", "peak"):
+            cells += [f"{r.cost[kind] / 2**20:.1f}", f"{100 * r.cost[kind] / e2e.cost[kind]:.1f} %" if e2e else ""]
+        there = published_memory(study, r.cell)
+        cells += [f"{1e3 * r.cost['seconds']:.0f}", *([f"{there:.2f}", f"{100 * there / whole:.1f} %"] if there else ["", ""])]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def _grid(results: Sequence[Result], text) -> str:
     """Rows of methods, columns of K; what has no K stands in the first column."""
     columns = sorted({r.cell.modules for r in results})
@@ -181,16 +215,12 @@ def write(study: Study, results: Sequence[Result], known: Known) -> list[Path]:
 
     study.out.mkdir(parents=True, exist_ok=True)
     paths = [study.out / f"{study.table}.{kind}" for kind in ("md", "json")]
-    facts = info.collect()
-    where = {
-        "cpu": facts["cpu"]["model"], "cpus": os.cpu_count(), "isa": facts["cpu"]["isa"], "gpu": facts["cuda"]["device"],
-        "jobs": study.jobs, "threads": study.threads, "torch": torch.__version__, "infopro_fast": facts["versions"]["infopro_fast"],
-        "commit": facts["versions"]["commit"],
-    }  # fmt: skip
+    where = {**provenance(), "jobs": study.jobs, "threads": study.threads}
     rows = [
         {"method": r.cell.method, "modules": r.cell.modules, "weights": r.cell.weights,
          "settings": settings_of_a_cell(config(study, r.cell, study.first_seed)), "seeds": r.seeds, "errors": r.errors,
-         "cross_entropies": r.cross_entropies, "curves": r.curves, "cost": r.cost, "paper": r.paper}
+         "cross_entropies": r.cross_entropies, "curves": r.curves, "cost": r.cost, "paper": r.paper,
+         "paper_memory_gb": published_memory(study, r.cell)}
         for r in results
     ]  # fmt: skip
     settings = json.loads(jobs(study)[0].config.resolved().to_json())

@@ -193,6 +193,14 @@ def published(study: Study, cell: Cell) -> tuple[float, float] | None:
     return of_method.get(cell.modules) if isinstance(of_method, dict) else of_method
 
 
+def published_memory(study: Study, cell: Cell) -> float | None:
+    """GB on a Titan Xp that the paper has in this cell of Table 3, of CIFAR-10 at batch 1024; None where it has none."""
+    if study.table != "table3":
+        return None
+    found = recipes.TABLE3["cifar10"].get(cell.modules if cell.method == "contrast" else cell.method)
+    return found and found[1]
+
+
 def same_run(wanted: TrainConfig, there: TrainConfig) -> Sequence[str]:
     """Names of the settings in which a run that is there differs from the one wanted, but for those that change no result."""
     ours, theirs = wanted.resolved(), there

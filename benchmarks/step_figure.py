@@ -1,0 +1,107 @@
+"""What a training step takes, as a table and a figure, from the measurements that are there: ``python -m benchmarks.step_figure``.
+
+Reads results/results.jsonl, which ``python -m benchmarks.report`` writes (and then calls this), and writes results/train_step.md and
+results/train_step.png. Nothing is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import re
+from collections.abc import Sequence
+
+from benchmarks.table import Row
+from infopro_fast.memory.figures import new_figure, save
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+LABELS = {
+    "released": "released formulation, eager", "released channels_last": "released formulation, channels_last",
+    "reference": "here, the losses in plain PyTorch", "ours": "here",
+}  # fmt: skip
+COLORS = {"released": "C7", "released channels_last": "C1", "reference": "C0", "ours": "C2"}
+
+
+def read(path: pathlib.Path) -> list[Row]:
+    """The rows of a training step. Raises ValueError where the file has none."""
+    rows = [Row(**fields) for fields in map(json.loads, path.read_text().splitlines()) if fields["op"] == "train_step"]
+    if not rows:
+        raise ValueError(f"{path}: expected rows of train_step, got none: run python -m benchmarks.report")
+    return rows
+
+
+def by_method(rows: Sequence[Row]) -> dict[str, dict[int, Row]]:
+    """{method: {K: row}}, both in the order of the rows; shapes end with " K<number>"."""
+    found: dict[str, dict[int, Row]] = {}
+    for row in rows:
+        found.setdefault(row.method, {})[int(re.search(r" K(\d+)$", row.shape)[1])] = row
+    return found
+
+
+def where(rows: Sequence[Row]) -> str:
+    """What was measured, and on what; all rows are of one run of the report."""
+    row, (network, batch, _) = rows[0], rows[0].shape.split(" ")
+    return f"{network}, batch {batch[1:]}; {row.device}, {row.threads} threads, {row.isa}, torch {row.torch}, {row.commit}"
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """Milliseconds a step, in brackets times of ours with the same K; below, how far a process' resident set rises in it."""
+    methods = by_method(rows)
+    columns = list(methods["ours"])
+
+    def grid(cell) -> str:
+        lines = ["| |" + "".join(f" K = {K} |" for K in columns), "|---|" + "---|" * len(columns)]
+        lines += [f"| {LABELS[m]} |" + "".join(f" {cell(row)} |" for row in of_method.values()) for m, of_method in methods.items()]
+        return "\n".join(lines)
+
+    def time(row: Row) -> str:
+        ratio = row.seconds / next(r for r in methods["ours"].values() if r.shape == row.shape).seconds
+        return f"{1e3 * row.seconds:.0f}" + ("" if row.method == "ours" else f" ({ratio:.1f})")
+
+    parts = [
+        f"A training step of {where(rows)}.",
+        "Milliseconds, medians of interleaved steps; in brackets times of ours.", grid(time),
+        "Peak: MiB by which a process' resident set rises in a step.", grid(lambda row: f"{row.peak_bytes / 2**20:.0f}"),
+    ]  # fmt: skip
+    return "\n\n".join(parts) + "\n"
+
+
+def draw(rows: Sequence[Row], path: pathlib.Path) -> None:
+    """Bars of every method, grouped by K: milliseconds and MiB."""
+    methods = by_method(rows)
+    columns = list(methods["ours"])
+    figure, panels = new_figure((12, 4.2), 2)
+    measures = ((lambda row: 1e3 * row.seconds, "ms a step"), (lambda row: row.peak_bytes / 2**20, "peak of a step, MiB"))
+    for panel, (value, unit) in zip(panels, measures):
+        for i, (method, of_method) in enumerate(methods.items()):
+            x = [group + (i - (len(methods) - 1) / 2) * 0.8 / len(methods) for group in range(len(columns))]
+            bars = panel.bar(x, [value(of_method[K]) for K in columns], 0.8 / len(methods), color=COLORS[method], label=LABELS[method])
+            panel.bar_label(bars, fmt="%.0f", fontsize=7)
+        panel.set_xticks(range(len(columns)), [f"K = {K}" for K in columns])
+        panel.set_ylabel(unit)
+        panel.grid(axis="y", alpha=0.3)
+    panels[0].legend(fontsize=8)
+    figure.suptitle(where(rows), fontsize=9)
+    save(figure, path)
+
+
+def write(rows: Sequence[Row], folder: pathlib.Path) -> list[pathlib.Path]:
+    """train_step.md and train_step.png, each whole or not at all; returns their paths."""
+    table, figure = folder / "train_step.md", folder / "train_step.png"
+    aside = table.with_suffix(".part")
+    aside.write_text(markdown(rows))
+    aside.replace(table)
+    draw(rows, figure)
+    return [table, figure]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.step_figure", description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=pathlib.Path, default=RESULTS, help="folder with results.jsonl; what is written goes there too")
+    folder = parser.parse_args().results
+    print("written: " + ", ".join(map(str, write(read(folder / "results.jsonl"), folder))))
+
+
+if __name__ == "__main__":
+    main()

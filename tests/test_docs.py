@@ -1,0 +1,147 @@
+"""The documents: their commands parse, what they show is there, the tables that are written from measurements are those of these."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import step_figure
+from infopro_fast import cli
+from infopro_fast.memory import make_plan
+from infopro_fast.studies import known, summary, tables
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BEGINNINGS = ("infopro-fast ", "python -m benchmarks.", "torchrun ")
+
+
+def commands(document: Path) -> list[str]:
+    """The commands of the indented blocks."""
+    lines = (line.strip() for line in document.read_text().splitlines() if line.startswith("    "))
+    return [line for line in lines if line.startswith(BEGINNINGS)]
+
+
+def check(command: str) -> None:
+    """Parse a command as it will be, up to where it would begin to work. SystemExit where its parser refuses it."""
+    words = shlex.split(command, comments=True)
+    if words[:2] == ["python", "-m"]:
+        _check_benchmark(words[2], words[3:])
+        return
+    parsed = cli._parse(words[words.index("infopro_fast") + 1 :] if words[0] == "torchrun" else words[1:])
+    if isinstance(parsed, tables.Study):
+        assert tables.jobs(parsed)  # makes the settings of every run
+
+
+class _Parsed(Exception):
+    pass
+
+
+def _check_benchmark(name: str, arguments: list[str]) -> None:
+    """Its main, stopped behind the parser."""
+    module = importlib.import_module(name)
+    assert hasattr(module, "argparse"), f"{name} takes no arguments and would run"
+    with pytest.MonkeyPatch.context() as patch:
+        real = argparse.ArgumentParser.parse_args
+
+        def parse_and_stop(self, *args, **kwargs):
+            real(self, *args, **kwargs)
+            raise _Parsed
+
+        patch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+        patch.setattr(sys, "argv", [name, *arguments])
+        with pytest.raises(_Parsed):
+            module.main()
+
+
+ALL = [pytest.param(command, id=f"{document.name}-{i}") for document in DOCUMENTS for i, command in enumerate(commands(document))]
+
+
+@pytest.mark.parametrize("command", ALL)
+def test_commands_parse(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if "plan.json" in command:  # which is read with the settings
+        make_plan("resnet20", 8, modules=4).write(tmp_path / "plan.json")
+        command += " --arch resnet20 --batch-size 8"
+    check(command)
+
+
+def test_every_section_of_results_has_its_command():
+    """Of docs/results.md, so that the test above cannot pass by finding nothing."""
+    sections = re.split(r"(?m)^##+ .*$", (ROOT / "docs/results.md").read_text())[1:]
+    assert len(sections) >= 10
+    for section in sections:
+        assert any(line[4:].startswith(BEGINNINGS) for line in section.splitlines() if line.startswith("    ")), section[:200]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "infopro-fast reproduce table2 --job 2 2", "infopro-fast reproduce table4", "infopro-fast reproduce table2 --seeds 0",
+        "infopro-fast train --recipe table4/resnet7", "python -m benchmarks.report --plot-all", "python -m benchmarks.floors write",
+    ],
+)  # fmt: skip
+def test_wrong_commands_do_not(command):
+    with pytest.raises((SystemExit, ValueError)):
+        check(command)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_what_documents_show_is_there(document):
+    prose = re.sub(r"(?s)```.*?```|`[^`\n]*`", "code", document.read_text())
+    targets = re.findall(r"\]\(([^)#\s]+)\)", prose)
+    missing = [target for target in targets if "://" not in target and not (document.parent / target).exists()]
+    assert not missing
+
+
+STUDIES = [command for command in commands(ROOT / "docs/results.md") if command.startswith("infopro-fast reproduce ")]
+
+
+@pytest.mark.parametrize("command", STUDIES, ids=range(len(STUDIES)))
+def test_tables_are_those_of_their_runs(command, tmp_path):
+    """The Markdown that the command in front of a table writes of the runs in the table's JSON is the one beside it."""
+    study = cli._parse(shlex.split(command)[1:])
+    folder = ROOT / "docs/results" / ("" if study.out == Path("reproduction") else study.out)
+    table = folder / f"{study.table}.json"
+    study = dataclasses.replace(study, known=(table,), out=tmp_path, train=False, measure=False)
+    found = summary.collect(study, known.read(study))
+    assert len(found) == len(json.loads(table.read_text())["cells"])
+    assert table.with_suffix(".md").read_text() == summary.markdown(study, found)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A training step
+
+
+def test_the_step_table_is_that_of_the_measurements():
+    rows = step_figure.read(step_figure.RESULTS / "results.jsonl")
+    assert (step_figure.RESULTS / "train_step.md").read_text() == step_figure.markdown(rows), "run python -m benchmarks.step_figure"
+
+
+def row(method: str, K: int, seconds: float, mib: int) -> step_figure.Row:
+    where = dict(device="a machine", threads=2, isa="avx2", torch="2", commit="c")
+    return step_figure.Row("train_step", f"resnet32 N128 K{K}", method, "step", seconds, peak_bytes=mib * 2**20, **where)
+
+
+def test_step_table_and_figure(tmp_path):
+    """K where it was measured, whatever the order of the rows; ratios are against ours with the same K."""
+    rows = [row("released", 1, 0.2, 300), row("ours", 1, 0.1, 290), row("released", 16, 0.9, 100), row("ours", 16, 0.3, 50)]
+    table, figure = step_figure.write(rows, tmp_path)
+    text = table.read_text()
+    assert "A training step of resnet32, batch 128; a machine, 2 threads, avx2, torch 2, c." in text
+    assert "| released formulation, eager | 200 (2.0) | 900 (3.0) |" in text and "| here | 100 | 300 |" in text
+    assert "| released formulation, eager | 300 | 100 |" in text and "| here | 290 | 50 |" in text
+    assert figure.read_bytes()[:4] == b"\x89PNG" and {path.name for path in tmp_path.iterdir()} == {"train_step.md", "train_step.png"}
+
+
+def test_no_rows_of_a_step_is_an_error(tmp_path):
+    (tmp_path / "results.jsonl").write_text('{"op": "supcon_loss"}\n')
+    with pytest.raises(ValueError, match="results.jsonl: expected rows of train_step, got none: run python -m benchmarks.report"):
+        step_figure.read(tmp_path / "results.jsonl")
