@@ -84,10 +84,11 @@ def leaves(case: Case, impl: str):
     return loss, [inputs[k] for k in case.differentiable]
 
 
+TWICE = op_cases.doubled()
 # A call for every number of the inputs and of the result: as few of them as a case of its kind can have.
 TINY = {
     "reconstruction_loss": lambda: op_cases.reconstruction(N=2, C=2, h=2, w=3, H=3, W=4, K=2),
-    "reconstruction_loss, chain": lambda: op_cases.chain(N=2, C=2, h=2, w=2, stages=((None, 1, 2), (op_cases.doubled(), 3, 2)), size=(4, 4)),
+    "reconstruction_loss, chain": lambda: op_cases.chain(N=2, C=2, h=2, w=2, stages=((None, 1, 2), (TWICE, 3, 2)), size=(4, 4)),
     "supcon_loss": lambda: op_cases.supcon(N=4, D=3, classes=2),
     "linear_cross_entropy": lambda: op_cases.linear_ce(N=5, D=3, C=4, ignored=1),
     "norm_relu_pool": lambda: op_cases.norm_pool(N=2, C=2, h=2, w=3),
