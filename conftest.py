@@ -6,9 +6,11 @@ import os
 
 import pytest
 
-# Before torch is imported, here and in the processes that tests start: waiting threads of one test would otherwise hold up another.
+# Before torch is imported, here and in the processes that tests start: waiting threads of one test would otherwise hold up another. Those
+# of tests that ask for more than their share sleep while they wait.
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // workers)))
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def pytest_configure(config):

@@ -10,16 +10,13 @@ import signal
 import sys
 from pathlib import Path
 
-import matplotlib.backends.backend_agg  # noqa: F401  imported here once rather than in each child
-import matplotlib.figure  # noqa: F401
 import rich.console  # noqa: F401
 import safetensors.torch  # noqa: F401
 import torch
 import torch._dynamo  # noqa: F401  by every optimizer
 
-from infopro_fast.data import fashion_mnist
 from infopro_fast.trainer import checkpoint, loop, report
-from tests.tiny_run import config, load
+from tests.tiny_run import config, small_and_plain
 
 
 def kill():
@@ -114,8 +111,7 @@ def in_child(work) -> int:
 
 def main(folder: Path, moments: list[str]) -> None:
     torch.set_num_threads(1)
-    images = load()
-    fashion_mnist.load = lambda: images
+    small_and_plain()
     found = {}
     for moment in moments:
         # With a checkpoint after every step, except where one step must be repeated from further back.

@@ -14,18 +14,15 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-import matplotlib.backends.backend_agg  # noqa: F401  imported here once rather than in each child
-import matplotlib.figure  # noqa: F401
-import rich.console  # noqa: F401
+import rich.console  # noqa: F401  imported here once rather than in each child
 import safetensors.torch  # noqa: F401
 import torch
 import torch._dynamo  # noqa: F401  by every optimizer
 import torch.distributed as dist
 
 from infopro_fast import cli
-from infopro_fast.data import fashion_mnist
 from infopro_fast.trainer import distributed  # noqa: F401
-from tests.tiny_run import load
+from tests.tiny_run import small_and_plain
 
 
 def free_port() -> int:
@@ -118,8 +115,7 @@ def command(*words: object) -> None:
 
 def main(folder: Path, tasks: list[str]) -> None:
     torch.set_num_threads(1)
-    images = load()
-    fashion_mnist.load = lambda: images
+    small_and_plain()
     known = importlib.import_module("tests.process_tasks")
     found = {name: getattr(known, name)(folder / name) for name in tasks}
     print(json.dumps(found))

@@ -6,16 +6,14 @@ from pathlib import Path
 
 import torch
 
-from infopro_fast.data import fashion_mnist
 from tests.process_driver import command
 from tests.process_tasks import MODES, TINY, _in_step, _kill
-from tests.tiny_run import load
+from tests.tiny_run import small_and_plain
 
 
 def main(out: Path, mode: str, rank: int) -> None:
     torch.set_num_threads(1)
-    images = load()
-    fashion_mnist.load = lambda: images
+    small_and_plain()
     if int(os.environ["RANK"]) == rank and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         _in_step(7, _kill)
     command(*TINY, "--out", out, *MODES[mode])

@@ -224,10 +224,10 @@ def test_what_is_missing_is_named(imagenet_root, cityscapes_root, tmp_path):
 
 RUNS = {
     "imagenet": dict(
-        arch="resnet18", cuts=((2, 1),), lambdas=(1, 1, 1, 1), crop=(64, 64), batch_size=8, epochs=1, lr=0.01, log_every=2, threads=2
+        arch="resnet18", cuts=((2, 1),), lambdas=(1, 1, 1, 1), crop=(64, 64), batch_size=8, epochs=1, lr=0.01, log_every=2, threads=1
     ),
     "cityscapes": dict(
-        arch="fcn_resnet20", lambdas=(1, 1, 1, 1), crop=(32, 64), batch_size=2, iterations=5, lr=0.01, log_every=2, threads=2
+        arch="fcn_resnet20", lambdas=(1, 1, 1, 1), crop=(32, 64), batch_size=2, iterations=5, lr=0.01, log_every=2, threads=1
     ),
 }  # fmt: skip
 

@@ -6,6 +6,7 @@ import safetensors.torch
 import torch
 
 from infopro_fast.data import Split, fashion_mnist
+from infopro_fast.trainer import report
 from infopro_fast.trainer.config import TrainConfig
 from infopro_fast.trainer.step import LocalTrainer
 
@@ -17,6 +18,14 @@ def load():
     images = _load()
     train, test = images.train, images.test
     return replace(images, train=Split(train.images[:TRAIN], train.labels[:TRAIN]), test=Split(test.images[:TEST], test.labels[:TEST]))
+
+
+def small_and_plain() -> None:
+    """In this process and those forked from it, for good: the images above, and no learning curve, half the time of so small a run, which
+    tests/test_loop.py looks at."""
+    images = load()
+    fashion_mnist.load = lambda: images
+    report.draw_learning_curve = lambda folder, title: None
 
 
 def config(out, **settings) -> TrainConfig:

@@ -9,7 +9,6 @@ With TRITON_INTERPRET=1 set the tests run where they are, for a debugger:
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -99,11 +98,11 @@ def pytest_unconfigure(config):
 
 
 def pytest_configure(config):
-    """In the child: no check of integer overflow, a third of its time: without debug in the interpreter's options its finds are ignored."""
-    if PIPES in os.environ:
-        from triton.runtime.interpreter import interpreter_builder
+    """In the child and in a debugger."""
+    if dispatch.INTERPRETED:
+        from tests.interpreted import interpreter
 
-        interpreter_builder.options = dataclasses.replace(interpreter_builder.options, sanitize_overflow=False)
+        interpreter.quicken()
 
 
 @pytest.hookimpl(tryfirst=True)

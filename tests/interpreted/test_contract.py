@@ -8,14 +8,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from infopro_fast.ops import dispatch
 from tests import compare
-from tests.op_cases import FORMS, SMALL, check, gradients, upstream
+from tests.op_cases import FORMS, SMALL, chain, check, gradients, upstream
 
 OPS = pytest.mark.parametrize("op", sorted(form for form in FORMS if form.split(",")[0] in dispatch._TRITON_OPS))
+# A program of the interpreter takes milliseconds, and these promises do not depend on sizes.
+ODD = torch.nn.Upsample((3, 5), mode="bilinear", align_corners=True)
+CASES = FORMS | {"reconstruction_loss, chain": lambda: chain(N=2, C=3, h=2, w=2, stages=((None, 1, 3), (ODD, 3, 2)))}
 PARTS = {"reconstruction_loss, chain": ("chain_stage", "chain_loss")}  # opaque ops that do not have the op's name
 
 
 def results(op, inputs):
-    loss = FORMS[op]().function("triton")(inputs)
+    loss = CASES[op]().function("triton")(inputs)
     return {"loss": loss.detach()} | gradients(loss, inputs)
 
 
@@ -30,7 +33,7 @@ def raw_calls(op):
             return func(*args, **(kwargs or {}))
 
     with Record():
-        results(op, FORMS[op]().inputs(torch.float32))
+        results(op, CASES[op]().inputs(torch.float32))
     return calls
 
 
@@ -59,8 +62,8 @@ def test_opaque_ops(op):
 
 @OPS
 def test_autocast_changes_nothing(op):
-    expected = results(op, FORMS[op]().inputs(torch.float32))
-    inputs = FORMS[op]().inputs(torch.float32)
+    expected = results(op, CASES[op]().inputs(torch.float32))
+    inputs = CASES[op]().inputs(torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = results(op, inputs)
     for name, t in found.items():
@@ -69,8 +72,8 @@ def test_autocast_changes_nothing(op):
 
 @OPS
 def test_twice_through_one_graph(op):
-    inputs = FORMS[op]().inputs(torch.float32)
-    loss = FORMS[op]().function("triton")(inputs)
+    inputs = CASES[op]().inputs(torch.float32)
+    loss = CASES[op]().function("triton")(inputs)
     first = gradients(loss, inputs, retain_graph=True)
     for name, g in gradients(loss, inputs).items():
         compare.assert_same(g, first[name], name)
@@ -78,8 +81,8 @@ def test_twice_through_one_graph(op):
 
 @OPS
 def test_the_upstream_gradient_may_be_a_view(op):
-    inputs = FORMS[op]().inputs(torch.float32)
-    loss = FORMS[op]().function("triton")(inputs)
+    inputs = CASES[op]().inputs(torch.float32)
+    loss = CASES[op]().function("triton")(inputs)
     grad = upstream(loss)
     expected = gradients(loss, inputs, grad, retain_graph=True)
     strided = torch.stack((grad, grad + 1), -1)[..., 0]
@@ -89,7 +92,7 @@ def test_the_upstream_gradient_may_be_a_view(op):
 
 @OPS
 def test_one_gradient_at_a_time(op):
-    case = FORMS[op]()
+    case = CASES[op]()
     everything = results(op, case.inputs(torch.float32))
     for name in case.differentiable:
         alone = results(op, case.inputs(torch.float32, grad=(name,)))
@@ -99,8 +102,8 @@ def test_one_gradient_at_a_time(op):
 
 @OPS
 def test_no_second_derivative(op):
-    inputs = FORMS[op]().inputs(torch.float32)
-    found = gradients(FORMS[op]().function("triton")(inputs), inputs, create_graph=True)
+    inputs = CASES[op]().inputs(torch.float32)
+    found = gradients(CASES[op]().function("triton")(inputs), inputs, create_graph=True)
     with pytest.raises(RuntimeError, match=f"{op.split(',')[0]}: the kernels have no second derivative"):
         next(iter(found.values())).sum().backward()
 
@@ -114,7 +117,7 @@ class _Items(TorchDispatchMode):
 
 @OPS
 def test_no_value_is_read_back_to_the_host(op):
-    inputs, call = FORMS[op]().inputs(torch.float32), FORMS[op]().function("triton")
+    inputs, call = CASES[op]().inputs(torch.float32), CASES[op]().function("triton")
     grad = upstream(call(inputs))
     with _Items():
         gradients(call(inputs), inputs, grad)
@@ -123,10 +126,10 @@ def test_no_value_is_read_back_to_the_host(op):
 @OPS
 def test_captured_by_a_compiler(op):
     torch._dynamo.reset()
-    call = FORMS[op]().function("triton")
+    call = CASES[op]().function("triton")
     if op.startswith("reconstruction_loss") or op == "norm_relu_pool":
         pytest.skip("its case swaps parameters, which no tracer follows: tests/test_compile.py has the other implementations")
-    inputs = FORMS[op]().inputs(torch.float32)
+    inputs = CASES[op]().inputs(torch.float32)
     expected = results(op, inputs)
     loss = torch.compile(call, fullgraph=True, backend="aot_eager")(inputs)
     found = {"loss": loss.detach()} | gradients(loss, inputs)
