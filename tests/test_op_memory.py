@@ -52,6 +52,15 @@ def test_a_chain_decoder_keeps_the_maps_in_front_of_its_batch_norms(training, dt
     assert found == size * (N * 12 * h * w + N * 8 * 4 * h * w + 2 * (12 + 8))
 
 
+@pytest.mark.parametrize("stride, side", [(1, 12), (2, 6)])
+def test_norm_relu_pool_behind_a_convolution_keeps_its_output_and_a_few_numbers(stride, side, cpu):
+    N, K = 16, 24
+    conv, bn = torch.nn.Conv2d(4, K, 3, stride=stride, padding=1, bias=False), torch.nn.BatchNorm2d(K)
+    x = torch.randn(N, 4, 12, 12, requires_grad=True)
+    found = memory.saved_bytes(lambda: ops.norm_relu_pool(x, bn, conv=conv, impl=cpu), [x, conv.weight, *bn.parameters()])
+    assert found == 4 * (N * K * side * side + 2 * N * K + 2 * K)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_upsample_conv3x3_keeps_its_inputs_alone(dtype, cpu):
     assert kept(op_cases.up_conv(h=8, w=8, H=16, W=16), cpu, dtype) == 0
