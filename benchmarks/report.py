@@ -200,6 +200,14 @@ def upsample_conv_bars(rows: list[Row]) -> list[Bar]:
     return bars
 
 
+def head_bars(rows: list[Row]) -> list[Bar]:
+    bars, op = [], "conv_norm_relu_pool"
+    for label in map(workloads.label, shapes.HEAD):
+        ours, other = pick(rows, op, label, workloads.OURS), best(rows, op, label)
+        bars.append(Bar(f"convolution and pooling {label}, faster than the best other ({other.method})", other.seconds / ours.seconds, 1.0, True))
+    return bars
+
+
 PLOTS = {
     "reconstruction_loss": (shapes.DECODER_PLOT, "N", ("eager", "channels_last", "compile", "checkpoint", workloads.OURS)),
     "supcon_loss": (shapes.SUPCON_PLOT, "N", ("eager", "eager short", "compile short", "checkpoint", workloads.OURS)),
@@ -264,7 +272,8 @@ def write(name: str, text: str) -> None:
 CLAIMS = {
     "reconstruction_loss": (shapes.DECODER, decoder_bars), "supcon_loss": (shapes.SUPCON, supcon_bars),
     "linear_cross_entropy": (shapes.LINEAR, linear_bars), "chain_decoder": (shapes.CHAIN, chain_bars),
-    "upsample_conv3x3": (shapes.UPSAMPLE_CONV, upsample_conv_bars), "upsample_cross_entropy": (shapes.DENSE, dense_bars),
+    "upsample_conv3x3": (shapes.UPSAMPLE_CONV, upsample_conv_bars), "conv_norm_relu_pool": (shapes.HEAD, head_bars),
+    "upsample_cross_entropy": (shapes.DENSE, dense_bars),
 }  # fmt: skip
 
 
