@@ -204,7 +204,8 @@ def head_bars(rows: list[Row]) -> list[Bar]:
     bars, op = [], "conv_norm_relu_pool"
     for label in map(workloads.label, shapes.HEAD):
         ours, other = pick(rows, op, label, workloads.OURS), best(rows, op, label)
-        bars.append(Bar(f"convolution and pooling {label}, faster than the best other ({other.method})", other.seconds / ours.seconds, 1.0, True))
+        what = f"convolution and pooling {label}, faster than the best other ({other.method})"
+        bars.append(Bar(what, other.seconds / ours.seconds, 1.0, True))
     return bars
 
 
