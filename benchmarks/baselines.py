@@ -102,7 +102,7 @@ def norm_relu_pool(x: torch.Tensor, bn: nn.BatchNorm2d) -> torch.Tensor:
     return F.relu(bn(x)).mean((2, 3))
 
 
-def conv_norm_relu_pool(x: torch.Tensor, bn: nn.BatchNorm2d, *, conv: nn.Conv2d) -> torch.Tensor:
+def conv_norm_relu_pool(x: torch.Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d) -> torch.Tensor:
     return norm_relu_pool(conv(x), bn)
 
 

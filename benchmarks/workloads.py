@@ -237,10 +237,10 @@ def head(method: str, shape: shapes.HeadShape, dtype: torch.dtype = torch.float3
         x, conv = x.to(memory_format=torch.channels_last), conv.to(memory_format=torch.channels_last)
     x.requires_grad_()
     formula = baselines.conv_norm_relu_pool
-    calls = compile_methods(formula) | ours(ops.norm_relu_pool, device)
+    calls = compile_methods(formula) | ours(lambda x, conv, bn, impl: ops.norm_relu_pool(x, bn, conv=conv, impl=impl), device)
     call = calls.get(method, lambda: formula)()
     leaves = [x, conv.weight, *bn.parameters()]
-    return Workload(lambda: call(x, bn, conv=conv).square().mean(), leaves, [*leaves, *bn.buffers()])
+    return Workload(lambda: call(x, conv, bn).square().mean(), leaves, [*leaves, *bn.buffers()])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
