@@ -162,13 +162,19 @@ INLINE void clear_pixels(const ConvPool<T>& d, const ConvScratch<T>& s) {
   for (T* p = s.x; p < s.x + (d.h + 2 + d.h % 2) * s.x_row; p++) *p = T(0);
 }
 
+// Whether a row of maps is pixels after each other as the scratch has them.
+template <class T>
+INLINE bool whole_pixels(const ConvPool<T>& d, const ConvScratch<T>& s, const Maps& m) {
+  return d.C == s.C && m.c == 1 && m.x == d.C;
+}
+
 // Sample n of x, any strides, inside its border, which stays zero.
 template <class T>
 INLINE void read_pixels(const ConvPool<T>& d, const ConvScratch<T>& s, int64_t n) {
   for (int64_t y = 0; y < d.h; y++) {
     const T* from = (const T*)d.x.data + n * d.x.n + y * d.x.y;
     T* to = s.x + (y + 1) * s.x_row + s.C;
-    if (d.x.c == 1 && d.x.x == s.C)
+    if (whole_pixels(d, s, d.x))
       for (int64_t i = 0; i < d.w * s.C; i++) to[i] = from[i];
     else if (d.x.x == 1)
       transpose(from, d.x.c, d.C, d.w, to, s.C);
@@ -183,7 +189,7 @@ template <class T>
 INLINE void write_pixels(const ConvPool<T>& d, const ConvScratch<T>& s, int64_t n, const T* from, int64_t row) {
   for (int64_t y = 0; y < d.h; y++, from += row) {
     T* to = (T*)d.dx.data + n * d.dx.n + y * d.dx.y;
-    if (d.dx.c == 1 && d.dx.x == s.C)
+    if (whole_pixels(d, s, d.dx))
       for (int64_t i = 0; i < d.w * s.C; i++) to[i] = from[i];
     else if (d.dx.x == 1)
       transpose(from, s.C, d.w, d.C, to, d.dx.c);
@@ -276,9 +282,9 @@ INLINE void gather_input(const ConvPool<T>& d, const ConvScratch<T>& s) {
   });
 }
 
-// s.z (H, W, K) = A^T s.out A of every tile.
+// z (H, W, K) = A^T s.out A of every tile.
 template <class T>
-INLINE void collect_output(const ConvPool<T>& d, const ConvScratch<T>& s) {
+INLINE void collect_output(const ConvPool<T>& d, const ConvScratch<T>& s, T* z) {
   const int64_t cell = s.tiles * s.K;
   for_tiles(s, [&](int64_t t, int64_t y, int64_t x) {
     for (int64_t k = 0; k < s.K; k += Simd<T>::width) {
@@ -291,7 +297,7 @@ INLINE void collect_output(const ConvPool<T>& d, const ConvScratch<T>& s) {
         rows[1][j] = m1 - m2 - load<T>(from + (12 + j) * cell);
       }
       for (int i = 0; i < 2 && 2 * y + i < d.H; i++) {
-        T* to = s.z + ((2 * y + i) * d.W + 2 * x) * s.K + k;
+        T* to = z + ((2 * y + i) * d.W + 2 * x) * s.K + k;
         store<T>(to, rows[i][0] + rows[i][1] + rows[i][2]);
         if (2 * x + 1 < d.W) store<T>(to + s.K, rows[i][1] - rows[i][2] - rows[i][3]);
       }
@@ -326,9 +332,9 @@ INLINE void spread_output(const ConvScratch<T>& s) {
 
 // ---- the sweeps ----
 
-// s.z (H, W, K) from s.x
+// z (H, W, K) from s.x
 template <class T>
-INLINE void convolve_pixels(const ConvPool<T>& d, const ConvScratch<T>& s) {
+INLINE void convolve_pixels(const ConvPool<T>& d, const ConvScratch<T>& s, T* z) {
   if (d.stride == 1) {
     spread_input(s);
     for (int f = 0; f < CELLS; f++) {
@@ -336,12 +342,12 @@ INLINE void convolve_pixels(const ConvPool<T>& d, const ConvScratch<T>& s) {
       cell.add(s.in + f * s.tiles * s.C, d.weight + f * d.C * s.K);
       pixel_row(cell, s.tiles, s.C, d.C, s.K, s.out + f * s.tiles * s.K, s.K);
     }
-    return collect_output(d, s);
+    return collect_output(d, s, z);
   }
   for (int64_t y = 0; y < d.H; y++) {
     Taps<T> taps;
     for (int t = 0; t < 9; t++) taps.add(s.x + (2 * y + t / 3) * s.x_row + t % 3 * s.C, d.weight + t * d.C * s.K);
-    pixel_row(taps, d.W, 2 * s.C, d.C, s.K, s.z + y * d.W * s.K, s.K);
+    pixel_row(taps, d.W, 2 * s.C, d.C, s.K, z + y * d.W * s.K, s.K);
   }
 }
 
@@ -350,11 +356,11 @@ template <class T>
 void conv_pool_forward(const ConvPool<T>& d, int64_t n, T* scratch, double* mean, double* squares) {
   const ConvScratch<T> s(d, scratch);
   read_pixels(d, s, n);
-  convolve_pixels(d, s);
-  pixel_statistics(s.z, d.H * d.W, s.K, d.K, mean, squares);
-  T* to = d.z + n * d.H * d.W * d.K;
-  for (int64_t p = 0; p < d.H * d.W; p++)
-    for (int64_t k = 0; k < d.K; k++) to[p * d.K + k] = s.z[p * s.K + k];
+  T *to = d.z + n * d.H * d.W * d.K, *z = d.K == s.K ? to : s.z;
+  convolve_pixels(d, s, z);
+  pixel_statistics(z, d.H * d.W, s.K, d.K, mean, squares);
+  for (int64_t p = 0; z != to && p < d.H * d.W; p++)
+    for (int64_t k = 0; k < d.K; k++) to[p * d.K + k] = z[p * s.K + k];
 }
 
 // s.z = the gradient in z inside a border of zeros: scale (g [y > 0] - mean_dy - xhat mean_dy_xhat) as in norm_pool_backward.
@@ -459,6 +465,8 @@ INLINE void input_gradient(const ConvPool<T>& d, const ConvScratch<T>& s, int64_
     gather_input(d, s);
     return write_pixels(d, s, n, s.x + s.x_row + s.C, s.x_row);
   }
+  const bool in_place = whole_pixels(d, s, d.dx) && d.dx.y == d.w * s.C;
+  T* to = in_place ? (T*)d.dx.data + n * d.dx.n : s.dx;
   for (int64_t y = 0; y < d.h; y++)
     for (int64_t first = 0; first < 2 && first < d.w; first++) {
       Taps<T> taps;
@@ -467,9 +475,9 @@ INLINE void input_gradient(const ConvPool<T>& d, const ConvScratch<T>& s, int64_
         if (row % 2 || column % 2) continue;
         taps.add(s.z + (row / 2 + 1) * s.z_row + (column / 2 + 1) * s.K, d.weight + t * d.K * s.C);
       }
-      pixel_row(taps, (d.w - first + 1) / 2, s.K, d.K, s.C, s.dx + (y * d.w + first) * s.C, 2 * s.C);
+      pixel_row(taps, (d.w - first + 1) / 2, s.K, d.K, s.C, to + (y * d.w + first) * s.C, 2 * s.C);
     }
-  write_pixels(d, s, n, s.dx, d.w * s.C);
+  if (!in_place) write_pixels(d, s, n, s.dx, d.w * s.C);
 }
 
 template <class T>
