@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,9 @@ KEPT = 2
 PREFIX = "epoch"  # epoch0003-batch000120: 3 epochs and 120 batches of the next one are done
 ASIDE = ".aside-"  # a folder being written or removed
 UNUSED = "unused-"  # a checkpoint that was passed over by request
+PIECE = 16 * 2**20  # bytes that are given to the disk at once
+
+Moved = Callable[[], None]  # called whenever some of the work is done (`Watch.moved`)
 
 
 class CheckpointError(RuntimeError):
@@ -40,7 +43,11 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob(PREFIX + "*") if path.is_dir())
 
 
-def save(folder: Path, name: str, state: dict[str, Any]) -> Path:
+def nobody() -> None:
+    pass
+
+
+def save(folder: Path, name: str, state: dict[str, Any], moved: Moved = nobody) -> Path:
     """Write ``state`` as the checkpoint ``name`` in ``folder`` and remove all but the last two.
 
     state: dicts, lists, tensors of any device, str, int, float, bool and None, nested. A name that exists is left as it is:
@@ -54,8 +61,10 @@ def save(folder: Path, name: str, state: dict[str, Any]) -> Path:
             aside.mkdir()
             sums = ""
             for file, content in _serialize(state).items():
-                write_file(aside / file, content)
+                moved()
+                write_file(aside / file, content, moved)
                 sums += f"{hashlib.sha256(content).hexdigest()}  {file}\n"
+                moved()
             write_file(aside / "SHA256SUMS", sums.encode())
             sync_folder(aside)
             os.rename(aside, final)
@@ -158,11 +167,11 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def replace_file(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes, moved: Moved = nobody) -> None:
     """Write ``path`` anew, or leave what was there."""
     aside = path.with_name(ASIDE + path.name)
     try:
-        write_file(aside, content)
+        write_file(aside, content, moved)
         os.replace(aside, path)
     except BaseException:
         aside.unlink(missing_ok=True)

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from .config import ConfigError, TrainConfig
-from .watch import ProcessFailure, Watch, cause_of, is_of_communication
+from .watch import PATIENCE, ProcessFailure, Watch, cause_of, is_of_communication
 
 PREFIX = "infopro_fast"
 
@@ -128,7 +128,8 @@ class Processes:
     def share(self, value: object, source: int) -> object:
         """The object that the process ``source`` has; small ones only."""
         box = [value]
-        dist.broadcast_object_list(box, source, device=torch.device("cpu"))
+        with self.watch.waiting():
+            dist.broadcast_object_list(box, source, device=torch.device("cpu"))
         return box[0]
 
     def hint(self) -> str:
@@ -157,7 +158,7 @@ def connected(config: TrainConfig) -> Iterator[Processes]:
     groups = [dist.new_group(place.ranks_of_stage(stage)) for stage in range(place.stages)] if place.replicas > 1 else None
     processes = Processes(place, groups[place.stage] if groups else None)
     keeps = rank == 0 and not agent_keeps_store()
-    processes.watch = Watch(_store(), rank, size, place.title, processes.hint, config.patience, keeps_store=keeps)
+    processes.watch = Watch(_store(), rank, size, place.title, processes.hint, config.patience or PATIENCE, keeps_store=keeps)
     processes.watch.start()
     with _sigterm_noted(processes.watch), _told(processes):
         yield processes

@@ -15,7 +15,7 @@ from .config import RECIPES, SVHN_LAMBDAS, ConfigError, TrainConfig
 # Settings that change neither what is trained nor how.
 MACHINE = (
     "data_root", "download", "workers", "device", "impl", "threads", "resident", "cuda_graph", "cache", "out", "checkpoint_minutes",
-    "log_every",
+    "log_every", "patience",
 )  # fmt: skip
 
 

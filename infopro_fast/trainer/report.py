@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from . import recipes
-from .checkpoint import ASIDE, replace_file, sync_folder
+from .checkpoint import ASIDE, Moved, nobody, replace_file, sync_folder
 from .config import ConfigError, TrainConfig
 from .evaluation import headline
 
@@ -114,12 +114,12 @@ def read_metrics(folder: Path, kind: str) -> list[dict[str, Any]]:
     return [record for record in records if record["kind"] == kind]
 
 
-def write_weights(folder: Path, state: dict[str, Any], about: dict[str, Any]) -> None:
-    """state: tensors by released names; about: what to note in the file's header, as JSON."""
+def write_weights(folder: Path, state: dict[str, Any], about: dict[str, Any], moved: Moved = nobody) -> None:
+    """state: tensors by released names; about: what to note in the file's header, as JSON. moved: as in `checkpoint.save`."""
     import safetensors.torch
 
     tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in state.items()}
-    replace_file(folder / WEIGHTS, safetensors.torch.save(tensors, {"about": json.dumps(about)}))
+    replace_file(folder / WEIGHTS, safetensors.torch.save(tensors, {"about": json.dumps(about)}), moved)
 
 
 def read_weights(folder: Path) -> dict[str, Any]:
