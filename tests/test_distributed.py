@@ -20,9 +20,9 @@ pytestmark = pytest.mark.xdist_group("distributed")
 ROOT = Path(__file__).parent.parent
 
 
-def drive(folder, *tasks):
-    """What `process_driver` prints; all processes of these tasks are its children."""
-    command = [sys.executable, "-m", "tests.process_driver", str(folder), *tasks]
+def drive(folder, *tasks, prefix=()):
+    """What `process_driver` prints; all processes of these tasks are its children. prefix: of the command."""
+    command = [*prefix, sys.executable, "-m", "tests.process_driver", str(folder), *tasks]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=550)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])

@@ -151,11 +151,26 @@ def _sums(path: Path) -> dict[str, str]:
 # Files that are on the disk when the call returns
 
 
-def write_file(path: Path, content: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+def write_file(path: Path, content: bytes, moved: Moved = nobody) -> None:
+    """``moved`` is called after every piece that is on the disk."""
+    view = memoryview(content)
+    with naming(path), open(path, "wb") as file:
+        for start in range(0, len(view), PIECE):
+            file.write(view[start : start + PIECE])
+            file.flush()
+            os.fsync(file.fileno())
+            moved()
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An error of writing, as of a full disk, says which file it was."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
 
 
 def sync_folder(path: Path) -> None:
