@@ -44,7 +44,7 @@ def fit(config: TrainConfig) -> Path | None:
     with connected(config) as group:
         begun = processes.restarts() > 0 and group.share(_checkpoints(config.out), group.layout.main) > 0
         if begun:
-            return _continue(group, config.out, previous=False)
+            return _continue(group, config.out, None, previous=False)
         images = _load_data(config, group)
         if config.iterations is not None:
             config = dataclasses.replace(config, epochs=math.ceil(config.iterations / images.batches(config.batch_size, config.drop_last)))
@@ -68,14 +68,13 @@ def fit(config: TrainConfig) -> Path | None:
     return group.run if group.layout.is_main else None
 
 
-def resume(run: Path, *, previous: bool = False) -> Path | None:
-    """`loop.resume` in the processes that torchrun started, as many as there are now."""
-    config = report.read_config(run)
+def resume(run: Path, config: TrainConfig, *, previous: bool = False) -> Path | None:
+    """`loop.resume` in the processes that torchrun started, as many as there are now. config: the run's, shared among them."""
     with connected(dataclasses.replace(config, device=processes.local_device(config.device))) as group:
-        return _continue(group, run, previous)
+        return _continue(group, run, config, previous)
 
 
-def _continue(group: Processes, run: Path, previous: bool) -> Path | None:
+def _continue(group: Processes, run: Path, anew: TrainConfig | None, previous: bool) -> Path | None:
     group.run, main = run, group.layout.main
     with contextlib.ExitStack() as held:
         path = state = None
@@ -84,6 +83,8 @@ def _continue(group: Processes, run: Path, previous: bool) -> Path | None:
             held.enter_context(report.locked(run))
             checkpoint.clean(run / report.CHECKPOINTS)
             path, state = checkpoint.load_latest(run / report.CHECKPOINTS, previous)
+            config = TrainConfig.from_json(state["config"])
+            state["config"] = report.share(run, config, anew or report.read_config(run)).to_json()
         path = group.share(path, main)
         state = _broadcast(state, main, group.watch.waiting)  # the others may have no such folder
         config = TrainConfig.from_json(state["config"])

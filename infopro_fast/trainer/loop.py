@@ -22,7 +22,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from infopro_fast import data, modules, ops
 
-from . import checkpoint, display, evaluation, processes, report, schedule
+from . import checkpoint, continuing, display, evaluation, processes, report, schedule
 from .config import ConfigError, TrainConfig
 from .meters import Clock, Meters
 from .step import LocalTrainer
@@ -54,7 +54,7 @@ def fit(config: TrainConfig) -> Path:
         from . import distributed
 
         return distributed.fit(config)
-    processes.check_alone()
+    processes.check_alone(config)
     if config.order == "sequential":
         from . import sequential
 
@@ -75,25 +75,30 @@ def fit(config: TrainConfig) -> Path:
     return run
 
 
-def resume(run: str | Path, *, previous: bool = False) -> Path:
+def resume(run: str | Path, *, previous: bool = False, sharing: dict[str, Any] | None = None) -> Path:
     """Continue a run from its last checkpoint, or with ``previous`` from the one before it; on the same machine, to the same bits.
 
-    (On a GPU as far as torch's kernels are deterministic.) Raises CheckpointError for a damaged checkpoint, and what `fit` raises.
+    (On a GPU as far as torch's kernels are deterministic.) sharing: settings of `continuing.SHARING`, for other processes than those
+    that the run is of: {"parallel": "pipeline"} in what torchrun started, say; from then on it is of these.
+    Raises CheckpointError for a damaged checkpoint, ConfigError for processes that would not do the same training, and what `fit` raises.
     """
     run = Path(run)
-    if processes.launched() and report.read_config(run).parallel != "none":
+    config = report.read_config(run)
+    if sharing:
+        config = continuing.shared_anew(config, sharing)
+    if config.parallel != "none" and (processes.launched() or sharing):
         from . import distributed
 
-        return distributed.resume(run, previous=previous)
-    processes.check_alone()
-    if report.read_config(run).order == "sequential":
+        return distributed.resume(run, config, previous=previous)
+    processes.check_alone(config)
+    if config.order == "sequential":
         from . import sequential
 
-        return sequential.resume(run, previous=previous)
+        return sequential.resume(run, config, previous=previous)
     with report.locked(run):
         checkpoint.clean(run / report.CHECKPOINTS)
         path, state = checkpoint.load_latest(run / report.CHECKPOINTS, previous)
-        config = TrainConfig.from_json(state["config"])
+        config = report.share(run, TrainConfig.from_json(state["config"]), config)
         images = _load_data(config)
         with _machine(config), alone(config.patience, run) as looking:
             training = _Training(config, run, images, _build(config, images))

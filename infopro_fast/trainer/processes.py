@@ -30,11 +30,14 @@ def launched() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def check_alone() -> None:
+def check_alone(config: TrainConfig) -> None:
     """Raises ConfigError if torchrun started several processes of a run that is of one."""
     if launched() and int(os.environ["WORLD_SIZE"]) > 1:
-        size = os.environ["WORLD_SIZE"]
-        raise ConfigError(f"parallel none: expected one process, torchrun started {size}: give parallel data or pipeline")
+        what, hint = "order sequential", ""
+        if config.order == "simultaneous":
+            what = "parallel none"
+            hint = ": give parallel pipeline, or data (with sync_batch_norm and global_contrast it trains what one process does)"
+        raise ConfigError(f"{what}: expected one process, torchrun started {os.environ['WORLD_SIZE']}{hint}")
 
 
 def agent_keeps_store() -> bool:

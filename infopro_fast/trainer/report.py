@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import os
@@ -14,6 +15,7 @@ from typing import Any
 from . import recipes
 from .checkpoint import ASIDE, Moved, nobody, replace_file, sync_folder
 from .config import ConfigError, TrainConfig
+from .continuing import SHARING
 from .evaluation import headline
 
 CONFIG, METRICS, WEIGHTS, CURVE, CHECKPOINTS, RECIPE = (
@@ -68,6 +70,14 @@ def read_config(folder: Path) -> TrainConfig:
         return TrainConfig.from_json((folder / CONFIG).read_text())
     except (ConfigError, UnicodeDecodeError) as error:
         raise RunError(f"{folder / CONFIG}: {error}") from error
+
+
+def share(folder: Path, config: TrainConfig, anew: TrainConfig) -> TrainConfig:
+    """``config``, a checkpoint's, shared as ``anew`` says, which is noted in config.json for those who continue the run after this."""
+    config = dataclasses.replace(config, **{name: getattr(anew, name) for name in SHARING})
+    if anew != read_config(folder):
+        replace_file(folder / CONFIG, anew.to_json().encode())
+    return config
 
 
 @contextlib.contextmanager

@@ -47,9 +47,8 @@ def fit(config: TrainConfig) -> Path:
     return run
 
 
-def resume(run: Path, *, previous: bool = False) -> Path:
-    """`loop.resume` of such a run. previous: take the checkpoint before the last of the module in progress."""
-    config = report.read_config(run)
+def resume(run: Path, config: TrainConfig, *, previous: bool = False) -> Path:
+    """`loop.resume` of such a run of ``config``. previous: take the checkpoint before the last of the module in progress."""
     images = loop._load_data(config)
     with report.locked(run), loop._machine(config):
         report.share(run, config, config)
