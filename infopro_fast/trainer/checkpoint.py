@@ -4,8 +4,15 @@ A checkpoint is a folder of three files: `tensors.safetensors`, `state.json` (ev
 their places) and `SHA256SUMS`, which `sha256sum -c` reads. It is written aside, flushed to the disk, and renamed: whenever
 the process or the machine dies, what has the name of a checkpoint is a whole one. The last two are kept.
 
-A run of many processes writes the same: the last process of a pipeline is sent the modules of the others. torch.distributed.checkpoint
-is not used: it keeps what is not a tensor, and the names of what is, in a pickle, and to load a pickle is to run code.
+A run of many processes writes the same: the last process of a pipeline is sent the modules of the others. So it needs no folder that
+all machines share, and any number of processes reads it.
+
+torch.distributed.checkpoint can read the tensors, all or some, in any number of processes (`HuggingFaceStorageReader` of this folder; a
+test does). It does not write them. Its own format has a pickle for what is not a tensor and for the names of what is, and to load a pickle
+is to run code. Its writer of safetensors (looked at in torch 2.14) has none, but holds tensors alone: with a number in the state it writes
+torch.save's bytes in front of the header, and the file cannot be read again. Nor does it flush its index to the disk, give the folder
+its name in the end, keep checksums, or say that it is getting on; and processes write together only into a folder that all of them see,
+each file twice.
 """
 
 from __future__ import annotations
