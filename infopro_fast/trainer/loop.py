@@ -273,7 +273,8 @@ class _Training:
             if self.batch % config.log_every == 0 or self.batch == self.batches_here:
                 self.meters.read(self.place)
                 means = self.meters.finish_interval()
-                self.log.write({"kind": "step", "epoch": self.epoch + 1, "batch": self.batch, "lr": lr, **means})
+                where = {"epoch": self.epoch + 1, "batch": self.batch, "seconds": self.clock.seconds}
+                self.log.write({"kind": "step", **where, "lr": lr, **means})
                 self.screen.update(self.status(means, lr))
             request = self.request()
             if request == "stop":
