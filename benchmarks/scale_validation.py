@@ -2,11 +2,19 @@
 
     python -m benchmarks.scale_validation            writes benchmarks/results/scale_validation.json and prints a table
 
-ResNet-32, K = 4, batch 128 a replica, the images of the package, a thread a process, gloo. A core is a GPU of the model. Modules are timed
-on every core at once, since cores share caches and memory as GPUs do not; processes beyond the cores each have their share of one. The
-link is measured between two processes. Runs are `infopro-fast train` under torchrun with the cuts that were predicted for, one epoch:
-images a second of the whole of it, its first step and the filling of a pipeline among them, no evaluation. A machine's speed drifts by more
-than the model is wrong, so a layout runs right after the times it is predicted from were measured, three times over: medians count.
+ResNet-32, K = 4, batch 64 a replica, the images of the package, a thread a process, gloo. A core is a GPU of the model, whose timelines
+(`memory.scale`) are what is tested; what a core does differently from a GPU is measured or counted:
+
+- Modules are timed where they are trained: a process on every core at once, since cores share caches and memory, takes steps as
+  `infopro-fast train` does, images, optimizers and metrics included. (Blocks timed one by one, the best of three, choose the cuts,
+  and know nothing of these.) Medians over the steps, the mean over the cores.
+- A core copies by itself: a message, at the speed measured between two processes, keeps both of its ends from computing.
+- Four processes on two cores do not each have half of one: while one waits, the other two work. So a batch takes what its slowest process
+  alone would need, or the work of all of them over the cores, whichever is more.
+
+Runs are `infopro-fast train` under torchrun with the cuts and stages that were predicted for. Their speed is that of the steps from a
+quarter to seven eighths of the way: no first step, no pipeline filling or draining. A machine's speed drifts by more than the model is
+wrong, so modules are timed again before every round of all layouts; medians over the rounds count.
 """
 
 from __future__ import annotations
@@ -22,20 +30,23 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from infopro_fast import build, data
 from infopro_fast.memory import figures, scale
-from infopro_fast.trainer import report
+from infopro_fast.trainer import report, schedule
+from infopro_fast.trainer.parallel import ParallelTrainer
 
 from .device import provenance
 
 RESULT = Path(__file__).parent / "results" / "scale_validation.json"
-ARCH, MODULES, BATCH = "resnet32", 4, 128
-LAYOUTS = 5
+ARCH, MODULES, BATCH = "resnet32", 4, 64
 BAR = 0.2  # of the prediction
+TIMED, UNTIMED = 8, 2  # steps, and those before them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,13 +61,10 @@ class Layout:
     def replicas(self) -> int:
         return self.processes // max(1, len(self.pipeline))
 
-    def predicted(self, net: scale.Network, cluster: scale.Cluster) -> float:
-        """Images a second."""
-        if not self.pipeline:
-            seconds = scale.local_step_seconds(net.local, self.processes, cluster.link(self.processes))
-        else:
-            seconds = scale.local_pipeline_seconds(net, len(self.pipeline), self.replicas, cluster)
-        return self.replicas * net.batch_size / seconds
+    @property
+    def steps(self) -> int:
+        """Of a run: so many that each takes some ten seconds."""
+        return 16 if self.replicas > 1 else 32
 
     def words(self) -> list[str]:
         if not self.pipeline:
@@ -71,26 +79,88 @@ def layouts(net: scale.Network) -> list[Layout]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Measured: blocks, the link
+# Predicted
 
 
-def _measured(_: int) -> scale.Network:
+def predicted(layout: Layout, net: scale.Network, link: scale.Link, cores: int) -> float:
+    """Images a second of ``layout`` on so many cores."""
+    works = copying(layout, net, link)
+    cluster = scale.Cluster(cores, link, link)
+    if layout.pipeline:
+        seconds = scale.pipeline_seconds(runs_of(layout, works), net.carried, layout.replicas, cluster)
+    else:
+        seconds = scale.local_step_seconds(works, layout.processes, link)
+    if layout.processes > cores:
+        seconds = max(seconds, layout.replicas * sum(work.seconds for work in works) / cores)
+    return layout.replicas * net.batch_size / seconds
+
+
+def runs_of(layout: Layout, works: Sequence[scale.Work]) -> list[Sequence[scale.Work]]:
+    """The modules of each stage."""
+    ends = [sum(layout.pipeline[: i + 1]) for i in range(len(layout.pipeline))]
+    return [works[end - count : end] for end, count in zip(ends, layout.pipeline)]
+
+
+def copying(layout: Layout, net: scale.Network, link: scale.Link) -> list[scale.Work]:
+    """The modules, each with the time that its process is kept by messages: of gradients to other replicas, of features to other stages."""
+    seconds = [work.seconds + link.all_reduce(work.gradients, layout.replicas) for work in net.local]
+    for end in (sum(layout.pipeline[: i + 1]) - 1 for i in range(len(layout.pipeline) - 1)):
+        message = link.send(net.local[end].output + net.carried)
+        seconds[end], seconds[end + 1] = seconds[end] + message, seconds[end + 1] + message
+    return [dataclasses.replace(work, seconds=own) for work, own in zip(net.local, seconds)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measured: modules, the link
+
+
+def measured(batch_size: int) -> scale.Network:
+    """The network with the cuts that make its slowest module fastest, by the times of its blocks."""
+    with _alone(1) as pool:
+        return pool.apply(_chain, (batch_size,))
+
+
+def _chain(batch_size: int) -> scale.Network:
     torch.set_num_threads(1)
-    return scale.measure(ARCH, MODULES, BATCH)
+    return scale.measure(ARCH, MODULES, batch_size)
 
 
-def measured(cores: int) -> scale.Network:
-    """The modules' times, each core timing at the same time: the mean of those that find the first one's cuts."""
-    with multiprocessing.get_context("spawn").Pool(cores) as pool:
-        nets = pool.map(_measured, range(cores), chunksize=1)
-    first = nets[0]
-    works = zip(*(net.local for net in nets if net.cuts == first.cuts))
-    mean = tuple(dataclasses.replace(same[0], seconds=statistics.mean(work.seconds for work in same)) for same in works)
-    return dataclasses.replace(first, local=mean)
+def timed(net: scale.Network, cores: int) -> scale.Network:
+    """``net`` with its modules' seconds in training, every core training at the same time."""
+    with _alone(cores) as pool:
+        found = pool.map(_module_seconds, [net] * cores, chunksize=1)
+    each = [statistics.mean(seconds) for seconds in zip(*found)]
+    return dataclasses.replace(net, local=tuple(dataclasses.replace(work, seconds=own) for work, own in zip(net.local, each)))
 
 
-def slower(net: scale.Network, times: float) -> scale.Network:
-    return dataclasses.replace(net, local=tuple(dataclasses.replace(work, seconds=work.seconds * times) for work in net.local))
+def _alone(processes: int):
+    """Processes that begin together, and import everything anew."""
+    context = multiprocessing.get_context("spawn")
+    return context.Pool(processes, _meet_here, (context.Barrier(processes),))
+
+
+def _meet_here(barrier) -> None:
+    global _barrier
+    _barrier = barrier
+
+
+def _module_seconds(net: scale.Network) -> list[float]:
+    """Seconds of every module in a step of one process, medians; the batch's making is the first one's."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    images, marks, rows = data.load("fashion_mnist"), [], []
+    local = build(ARCH, MODULES, cuts=net.cuts, image_mean=images.mean, image_std=images.std)
+    trainer = ParallelTrainer(local, schedule.released_sgd(0.1), at=lambda module: marks.append(time.perf_counter()))
+    batches = images.train_epoch(net.batch_size, seed=0, epoch=0)
+    _barrier.wait(300)
+    for _ in range(UNTIMED + TIMED):
+        marks.append(time.perf_counter())
+        image, label = next(batches)
+        trainer.step(image, label)
+        begun, _, *others = marks  # the first module's own mark comes after its batch is made
+        rows.append([after - before for before, after in zip([begun, *others], [*others, time.perf_counter()])])
+        marks.clear()
+    return [statistics.median(column) for column in zip(*rows[UNTIMED:])]
 
 
 def _exchange(rank: int, port: int, answer) -> None:
@@ -133,35 +203,39 @@ def measured_link() -> scale.Link:
 # Run
 
 
-def run(layout: Layout, net: scale.Network, epochs: int) -> float:
-    """Images a second of the last epoch."""
+def run(layout: Layout, net: scale.Network) -> float:
+    """Images a second."""
     with tempfile.TemporaryDirectory() as folder:
-        return train(net, layout.processes, layout.words(), Path(folder) / "run", epochs=epochs, batch_size=layout.replicas * BATCH)
+        out = Path(folder) / "run"
+        return train(net, layout.processes, layout.words(), out, steps=layout.steps, batch_size=layout.replicas * net.batch_size)
 
 
-def train(net: scale.Network, processes: int, words: list[str], out: Path, *, epochs: int, batch_size: int) -> float:
-    """Images a second of the last epoch of a run with the cuts of ``net``, a thread a process; torchrun starts more than one."""
+def train(net: scale.Network, processes: int, words: list[str], out: Path, *, steps: int, batch_size: int) -> float:
+    """Images a second of a run with the cuts of ``net``, a thread a process; torchrun starts more than one.
+
+    From the time of the step at a quarter of ``steps`` (a multiple of 8) to that at seven eighths.
+    """
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"] if processes > 1 else []
     command = [
         sys.executable, "-m", *torchrun, "infopro_fast", "train", "--arch", ARCH, "--modules", str(MODULES),
-        "--cuts", *(str(number) for cut in net.cuts for number in cut), "--batch-size", str(batch_size),
-        "--threads", "1", "--epochs", str(epochs), "--warmup", "0", "--out", str(out), *words,
+        "--cuts", *(str(number) for cut in net.cuts for number in cut), "--batch-size", str(batch_size), "--iterations", str(steps),
+        "--hold-out", "64", "--log-every", str(steps // 8), "--threads", "1", "--warmup", "0", "--out", str(out), *words,
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
-    return report.read_metrics(out, "epoch")[-1]["images_per_second"]
+    at = {record["batch"]: record["seconds"] for record in report.read_metrics(out, "step")}
+    first, last = steps // 4, 7 * steps // 8
+    return (last - first) * batch_size / (at[last] - at[first])
 
 
-def one_round(number: int, epochs: int, link: scale.Link) -> list[dict]:
+def one_round(number: int, net: scale.Network, link: scale.Link) -> list[dict]:
     """Every layout once: predicted from times measured just before, and run."""
     cores, rows = os.cpu_count(), []
-    for index in range(LAYOUTS):
-        net = measured(cores)
-        layout = layouts(net)[index]
-        predicted = layout.predicted(slower(net, max(1.0, layout.processes / cores)), scale.Cluster(cores, link, link))
-        got = run(layout, net, epochs)
-        rows.append({"round": number, "layout": layout.name, "processes": layout.processes, "predicted": predicted, "measured": got})
+    now = timed(net, cores)
+    for layout in layouts(net):
+        expected, got = predicted(layout, now, link, cores), run(layout, net)
+        rows.append({"round": number, "layout": layout.name, "processes": layout.processes, "predicted": expected, "measured": got})
         print(rows[-1], flush=True)
     return rows
 
@@ -169,12 +243,11 @@ def one_round(number: int, epochs: int, link: scale.Link) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=1, help="of every run; the last one counts")
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
-    link = measured_link()
-    rows = [row for number in range(options.rounds) for row in one_round(number, options.epochs, link)]
-    content = {**provenance(), "threads": 1, "epochs": options.epochs, "link": dataclasses.asdict(link), "layouts": rows}
+    net, link = measured(BATCH), measured_link()
+    rows = [row for number in range(options.rounds) for row in one_round(number, net, link)]
+    content = {**provenance(), "threads": 1, "batch_size": BATCH, "cuts": net.cuts, "link": dataclasses.asdict(link), "layouts": rows}
     options.out.write_text(json.dumps(content, indent=1) + "\n")
     head = ["layout", "processes", "predicted, images/s", "measured", "measured / predicted", "of", f"within {BAR:.0%}"]
     print(figures.aligned([head, *map(_row, _by_layout(rows))]))

@@ -22,6 +22,7 @@ import tyro
 
 from .studies.tables import Study
 from .trainer.config import ConfigError, TrainConfig
+from .trainer.continuing import SHARING, kept
 
 PROG = "infopro-fast"
 COMMANDS = ("train", "eval", "plan", "memory", "recipes", "scale", "analyze", "reproduce", "info")
@@ -36,7 +37,8 @@ class Train:
     """
 
     resume: Path | None = None
-    """Continue the run in this folder, with its own settings, from its last checkpoint."""
+    """Continue the run in this folder, with its own settings, from its last checkpoint. Of other flags only those that say how processes
+    share it may be given, parallel to patience: other processes than before may go on, where it stays the same training."""
     resume_previous: bool = False
     """With --resume: from the checkpoint before the last one, for when the last is damaged."""
     config: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
@@ -229,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _parse(argv: list[str]) -> Train | Eval | MakePlan | CompareMemory | Recipes | Scale | Analyze | Study | Info:
     """The command; its errors, which tyro draws in a box, on one line."""
     errors = io.StringIO()
-    argv = _with_recipe(argv)
+    argv = _with_run(_with_recipe(argv))
     try:
         with contextlib.redirect_stderr(errors):
             return tyro.cli(Command, prog=PROG, args=argv, description=__doc__.split("\n")[0], config=(tyro.conf.DisallowNone,))
@@ -246,10 +248,40 @@ def _with_recipe(argv: list[str]) -> list[str]:
         return argv
     for i, word in enumerate(argv):
         if word == "--recipe" and i + 1 < len(argv) or word.startswith("--recipe="):
-            from .trainer.recipes import as_flags
+            from .trainer.recipes import as_flags, settings
 
-            return ["train", *as_flags(word.partition("=")[2] or argv[i + 1]), *argv[1:]]
+            return ["train", *as_flags(settings(word.partition("=")[2] or argv[i + 1])), *argv[1:]]
     return argv
+
+
+def _sharing(argv: list[str]) -> tuple[dict[str, str], list[str]]:
+    """Of the words behind `train`: the flags that say how processes share a run, by setting, and the others but those of --resume."""
+    flags = [word for word in argv if word.startswith("--") and not re.match(r"--resume([-_]previous)?(=|$)", word)]
+    names = {flag: re.sub(r"^(no_)?", "", flag[2:].partition("=")[0].replace("-", "_")) for flag in flags}
+    return {names[flag]: flag for flag in flags if names[flag] in SHARING}, [flag for flag in flags if names[flag] not in SHARING]
+
+
+def _with_run(argv: list[str]) -> list[str]:
+    """`train --resume RUN --parallel ...` with the run's settings in front of these."""
+    sharing, others = _sharing(argv[1:])
+    run = _value(argv, "--resume")
+    if argv[:1] != ["train"] or run is None or not sharing or others:
+        return argv
+    from .trainer.recipes import as_flags
+    from .trainer.report import read_config
+
+    own = kept(read_config(Path(run)), _value(argv, "--parallel"))
+    return ["train", *as_flags({name: value for name, value in own.items() if value is not None}), *argv[1:]]
+
+
+def _value(argv: list[str], flag: str) -> str | None:
+    """What follows a flag, as a word of its own or after "="."""
+    for word, following in zip(argv, [*argv[1:], None]):
+        if word == flag:
+            return following
+        if word.startswith(f"{flag}="):
+            return word.partition("=")[2]
+    return None
 
 
 def _one_line(box: str) -> str:
@@ -319,14 +351,18 @@ def _result(found: dict) -> str:
 
 
 def _train(command: Train, argv: list[str]) -> None:
-    others = [word for word in argv if word.startswith("--") and not re.match(r"--resume([-_]previous)?(=|$)", word)]
+    sharing, others = _sharing(argv)
     if command.resume is not None and others:
         raise ConfigError(f"--resume continues a run with its own settings: leave out {', '.join(others)}")
     if command.resume is None and command.resume_previous:
         raise ConfigError("--resume-previous says which checkpoint --resume takes: add --resume RUN")
     from .trainer import loop, report
 
-    run = loop.fit(command.config) if command.resume is None else loop.resume(command.resume, previous=command.resume_previous)
+    if command.resume is None:
+        run = loop.fit(command.config)
+    else:
+        anew = {name: getattr(command.config, name) for name in SHARING} if sharing else None
+        run = loop.resume(command.resume, previous=command.resume_previous, sharing=anew)
     if run is None:  # another process of the run says it
         return
     last = report.read_metrics(run, "epoch")[-1]

@@ -53,7 +53,7 @@ def kill_in_write(suffix, n):
     """Half of the file's bytes reach the disk, in the n-th file of this name."""
     write, seen = checkpoint.write_file, 0
 
-    def half(path, content):
+    def half(path, content, *rest):
         nonlocal seen
         seen += path.name.endswith(suffix)
         if path.name.endswith(suffix) and seen == n:
@@ -62,7 +62,7 @@ def kill_in_write(suffix, n):
                 file.flush()
                 os.fsync(file.fileno())
             kill()
-        write(path, content)
+        write(path, content, *rest)
 
     checkpoint.write_file = half
 

@@ -1,21 +1,27 @@
 """What the processes of `process_driver` do, a function a task; each returns what its test looks at."""
 
+import contextlib
+import json
 import os
 import resource
 import shutil
 import signal
+import subprocess
+import threading
 import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from infopro_fast import build, modules
-from infopro_fast.data import part_of
-from infopro_fast.trainer import LocalTrainer, checkpoint, feature_cache, report, schedule, sequential
-from infopro_fast.trainer.parallel import ParallelTrainer
-from tests.kill_driver import kill_before, kill_in_write
-from tests.process_driver import Group, command
+from infopro_fast.data import folder_set, part_of
+from infopro_fast.trainer import LocalTrainer, checkpoint, feature_cache, pipeline, report, schedule, sequential, watch
+from infopro_fast.trainer.parallel import CommHook, ParallelTrainer, all_reduce
+from infopro_fast.trainer.pipeline import Packet, Receiver, Sender
+from tests.kill_driver import kill_before, kill_in_write, nth
+from tests.process_driver import Group, _fork, command
 
 TINY = [
     "train", "--arch", "resnet20", "--modules", "3", "--lambdas", "1", "0", "1", "1", "--epochs", "3", "--warmup", "1",
@@ -66,8 +72,9 @@ def _train(rank: int, size: int, name: str, counts: list[int], steps: int, dtype
     sgd = schedule.released_sgd(0.05)
     if size > 1:
         modules.convert_sync_batch_norm(net)
-        trainer = ParallelTrainer(net, sgd, group=dist.group.WORLD, global_contrast=name == "contrast")
-        calls = _counted_reductions()
+        calls = []
+        hook = _counting(lambda flat: calls.append(flat.numel() * flat.element_size()))
+        trainer = ParallelTrainer(net, sgd, group=dist.group.WORLD, global_contrast=name == "contrast", comm_hook=hook)
     else:
         trainer = LocalTrainer(net, sgd)
     generator = torch.Generator().manual_seed(1)
@@ -89,17 +96,121 @@ def _train(rank: int, size: int, name: str, counts: list[int], steps: int, dtype
     torch.save(found, out / f"{name}-{size}-{rank}.pt")
 
 
-def _counted_reductions() -> list[int]:
-    """Bytes of every all-reduce that is not waited for at once, from now on: those of gradients."""
-    calls, reduce = [], dist.all_reduce
+def _counting(count) -> CommHook:
+    """A communication hook that reduces as usual, and shows what it is given before."""
 
-    def counted(t, *args, async_op=False, **options):
-        if async_op:
-            calls.append(t.numel() * t.element_size())
-        return reduce(t, *args, async_op=async_op, **options)
+    def hook(flat: torch.Tensor, group: dist.ProcessGroup) -> dist.Work:
+        count(flat)
+        return all_reduce(flat, group)
 
-    dist.all_reduce = counted
-    return calls
+    return hook
+
+
+class _Collectives(TorchDispatchMode):
+    """Every collective that torch starts, by its operator: bytes of what it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            self.calls.append((func.__name__, sum(t.numel() * t.element_size() for t in args[0])))
+        return func(*args, **(kwargs or {}))
+
+
+def _tiny_trainer(hook: CommHook, accumulate: int = 1) -> tuple[ParallelTrainer, torch.Tensor, torch.Tensor]:
+    """Of three modules, and a batch."""
+    torch.manual_seed(0)
+    net = build("resnet20", 3, "softmax", lambdas=(1, 0.5, 0.5, 1), image_size=16)
+    trainer = ParallelTrainer(net, schedule.released_sgd(0.05), group=dist.group.WORLD, comm_hook=hook, accumulate=accumulate)
+    generator = torch.Generator().manual_seed(1 + dist.get_rank())
+    return trainer, torch.randn(8, 3, 16, 16, generator=generator), torch.randint(10, (8,), generator=generator)
+
+
+def _reduce_counted(accumulate: int, out: Path) -> None:
+    """Two steps: what the hook was given, gradient by gradient, and the collectives that there were."""
+    dist.init_process_group("gloo")
+    reduced: dict[str, int] = {}  # how often each gradient was given to the hook, as its last backward left it
+    unknown = []
+
+    def count(flat: torch.Tensor) -> None:
+        for optimizer in trainer.optimizers:
+            own = [p for group in optimizer.param_groups for p in group["params"] if id(p) in gradients]
+            if own and torch.equal(flat, torch.cat([_in_memory_order(p, gradients[id(p)]) for p in own])):
+                for p in own:
+                    reduced[names[id(p)]] = reduced.get(names[id(p)], 0) + 1
+                return
+        unknown.append(flat.numel())
+
+    trainer, image, label = _tiny_trainer(_counting(count), accumulate)
+    names, gradients = {id(p): name for name, p in trainer.net.named_parameters()}, {}
+    for p in trainer.net.parameters():
+        p.register_post_accumulate_grad_hook(lambda p: gradients.__setitem__(id(p), p.grad.clone()))
+    with _Collectives() as collectives:
+        for _ in range(2):
+            trainer.step(image, label)
+    trained = {names[id(p)]: p.numel() * p.element_size() for o in trainer.optimizers for group in o.param_groups for p in group["params"]}
+    found = {"reduced": reduced, "unknown": unknown, "collectives": collectives.calls, "trained": trained}
+    torch.save(found, out / f"reduced-{accumulate}-{dist.get_rank()}.pt")
+    dist.destroy_process_group()
+
+
+def _in_memory_order(p: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """A gradient's elements in the order that its parameter's have in memory."""
+    channels_last = p.dim() == 4 and not p.is_contiguous() and p.is_contiguous(memory_format=torch.channels_last)
+    return (gradient.permute(0, 2, 3, 1) if channels_last else gradient).flatten()
+
+
+class _Withheld:
+    """A reduction that starts only when ``begun`` is set: waiting for it before that would take for ever, which a minute stands for."""
+
+    def __init__(self, flat: torch.Tensor, group: dist.ProcessGroup, begun: threading.Event, waited):
+        self.flat, self.group, self.begun, self.waited = flat, group, begun, waited
+        self.in_time = False
+        self._thread = threading.Thread(target=self._reduce)
+        self._thread.start()
+
+    def _reduce(self) -> None:
+        self.in_time = self.begun.wait(60)
+        dist.all_reduce(self.flat, group=self.group)
+
+    def wait(self) -> None:
+        self.waited()
+        self._thread.join()
+
+
+def _overlap(out: Path) -> None:
+    """A step whose reductions wait for the next module's forward, and one as usual: what happened in which order, and the weights."""
+    dist.init_process_group("gloo")
+    events, works, begun = [], [], [threading.Event() for _ in range(4)]
+
+    def withhold(flat: torch.Tensor, group: dist.ProcessGroup) -> _Withheld:
+        k = len(works)
+        events.append(f"reduce {k + 1}")
+        if k == 2:  # nothing is behind it
+            begun[3].set()
+        works.append(_Withheld(flat, group, begun[k + 1], lambda: events.append(f"wait {k + 1}")))
+        return works[-1]
+
+    nets = []
+    for hook in (withhold, all_reduce):
+        trainer, image, label = _tiny_trainer(hook)
+        if hook is withhold:
+            for k, stage in enumerate(trainer.net.stages):
+                stage.register_forward_pre_hook(lambda *_, k=k: (events.append(f"forward {k + 1}"), begun[k].set()) and None)
+        trainer.step(image, label)
+        nets.append(trainer.net.state_dict())
+    found = {"events": events, "in_time": [work.in_time for work in works], "nets": nets}
+    torch.save(found, out / f"overlap-{dist.get_rank()}.pt")
+    dist.destroy_process_group()
+
+
+def reductions(folder: Path) -> dict:
+    """Each in processes of its own: a group is not joined twice."""
+    works = (lambda rank: _reduce_counted(1, folder), lambda rank: _reduce_counted(2, folder), lambda rank: _overlap(folder))
+    groups = [Group(2, work, folder / str(i)) for i, work in enumerate(works)]
+    return {"codes": [code for group in groups for code in group.wait()], "errors": [text for group in groups for text in group.errors()]}
 
 
 def _both(folder: Path, name: str, counts: list[int], steps: int, dtype: torch.dtype = torch.float64) -> dict:
@@ -156,12 +267,53 @@ def infopro_l(folder: Path) -> dict:
     return {"alone": tiny(folder, 0, "alone", *small), "two": tiny(folder, 2, "two", *small, "--parallel", "pipeline")}
 
 
+IN_FLIGHT = (1, 3)
+BATCHES_SENT = 12
+
+
+def _send_ahead(in_flight: int, out: Path) -> None:
+    """A process sends batches as fast as it may to one that holds each until the sender is as far ahead as it gets."""
+    dist.init_process_group("gloo")
+    store = dist.PrefixStore(str(in_flight), dist.distributed_c10d._get_default_store())
+    if dist.get_rank() == 0:
+        sender, most = Sender(1, in_flight, None), 0
+        sender.begin()
+        for number in range(BATCHES_SENT):
+            features = torch.full((4, 8, 32, 32), float(number))
+            sender.send(Packet(None, {}, torch.zeros(4, dtype=torch.int64), None, features))
+            most = max(most, len(sender._flying))
+            store.set("sent", str(number + 1))
+        sender.flush()
+        found = {"kept": most, "bytes": sender.bytes}
+    else:
+        expected = 1 + 2 * in_flight  # the batch that is held; those that were asked for, and have come; those that have not
+        ahead, values = [], []
+        for number, packet in enumerate(Receiver(0, in_flight, torch.device("cpu")).receive([4] * BATCHES_SENT)):
+            values.append(packet.features.mean().item())
+            end = time.monotonic() + 60
+            while int(store.get("sent")) - number < min(expected, BATCHES_SENT - number) and time.monotonic() < end:
+                time.sleep(0.01)
+            time.sleep(0.3)  # time for it to go further than it may
+            ahead.append(int(store.get("sent")) - number)
+        found = {"ahead": ahead, "values": values}
+    torch.save(found, out / f"ahead-{in_flight}-{dist.get_rank()}.pt")
+    dist.destroy_process_group()
+
+
+def back_pressure(folder: Path) -> dict:
+    found = {}
+    for in_flight in IN_FLIGHT:
+        group = Group(2, lambda rank, in_flight=in_flight: _send_ahead(in_flight, folder), folder)
+        found[in_flight] = {"codes": group.wait(), "errors": group.errors()}
+    return found
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Faults: in the 7th step of 12, in the second epoch
 
 
 def _in_step(number: int, action) -> None:
-    step, count = ParallelTrainer.step, 0
+    step, count = LocalTrainer.step, 0  # which ParallelTrainer's calls
 
     def patched(self, *args):
         nonlocal count
@@ -170,7 +322,7 @@ def _in_step(number: int, action) -> None:
             action(self)
         return step(self, *args)
 
-    ParallelTrainer.step = patched
+    LocalTrainer.step = patched
 
 
 def _kill(_) -> None:
@@ -210,7 +362,11 @@ FAULTS = {
     "killed": _kill, "stopped": _stop, "stands_still": _stand_still, "out_of_memory": _exhaust_memory, "not_finite": _explode,
     "disk_full": _fill_disk, "terminated": _terminate,
 }  # fmt: skip
-MODES = {"data": ("--parallel", "data"), "pipeline": ("--parallel", "pipeline")}
+MODES = {
+    "data": ("--parallel", "data"), "pipeline": ("--parallel", "pipeline"), "three": ("--parallel", "pipeline"),
+    "mixed": ("--parallel", "pipeline", "--pipeline-modules", "1", "2"),
+}  # fmt: skip
+SIZES = {"three": 3, "mixed": 4}  # processes, where there are more than two
 AGAIN = {"pipeline-killed-1": 3, "pipeline-stands_still-0": 0, "data-stands_still-0": 0}  # processes that continue; 0: without torchrun
 
 
@@ -220,32 +376,315 @@ def _begin(folder: Path, mode: str, fault: str, rank: int) -> Group:
             _in_step(7, FAULTS[fault])
         command(*TINY, "--out", folder / "run", *MODES[mode], "--patience", "4")
 
-    return Group(2, work, folder / "output", keeper=(mode, fault, rank) != ("data", "killed", 0))
+    return Group(SIZES.get(mode, 2), work, folder / "output", keeper=(mode, fault, rank) != ("data", "killed", 0))
+
+
+def _continue(folder: Path, run: Path | str, size: int, *words: object) -> dict:
+    """The run goes on among ``size`` processes, 0: in one that torchrun did not start. words: with --resume."""
+    again = Group(max(size, 1), lambda own: (command if size else _alone)("train", "--resume", run, *words), folder)
+    return {"codes": again.wait(), "errors": again.errors()}
+
+
+def _fail_and_continue(folder: Path, cases: list[tuple[str, str, int]]) -> dict:
+    """Each fault, at the same time, since they mostly wait: how the processes ended within 30 s, and how the run looked then; then it
+    continues, until it ends."""
+    found, groups = {}, {case: _begin(folder / "-".join(map(str, case)), *case) for case in cases}
+    for case, group in groups.items():
+        group.wait_for_others(case[2] if case[1] == "stopped" else None, 30.0)
+        ended = dict(group.codes)
+        group.end()
+        run = group.folder.parent / "run"
+        found["-".join(map(str, case))] = {
+            "codes": ended, "errors": group.errors(), "run": str(run),
+            "checkpoints": [path.name for path in checkpoint.list_checkpoints(run / "checkpoints")],
+        }  # fmt: skip
+    for name, one in found.items():
+        one["again"] = _continue(folder / name / "again", one["run"], AGAIN.get(name, SIZES.get(name.partition("-")[0], 2)))
+    return found
 
 
 def faults(folder: Path) -> dict:
-    """Every fault; how the processes ended within 30 s, and how the run looked then; then it continues, until it ends."""
-    cases = [(mode, fault, rank) for mode in MODES for fault, rank in (("killed", 0), ("killed", 1), ("stopped", 1), ("stands_still", 0))]
+    """Every fault of runs of two processes."""
+    cases = [(mode, fault, rank) for mode in ("data", "pipeline")
+             for fault, rank in (("killed", 0), ("killed", 1), ("stopped", 1), ("stands_still", 0))]  # fmt: skip
     cases += [("data", "out_of_memory", 1), ("pipeline", "out_of_memory", 0), ("data", "not_finite", 0), ("pipeline", "not_finite", 1)]
     cases += [("data", "disk_full", 0), ("pipeline", "disk_full", 1), ("data", "terminated", 1), ("pipeline", "terminated", 0)]
     found = {"data": tiny(folder, 2, "data", *MODES["data"]), "pipeline": tiny(folder, 0, "pipeline")}
-    for some in (cases[:8], cases[8:]):  # at the same time, since they mostly wait
-        groups = {case: _begin(folder / "-".join(map(str, case)), *case) for case in some}
-        for case, group in groups.items():
-            group.wait_for_others(case[2] if case[1] == "stopped" else None, 30.0)
-            ended = dict(group.codes)
-            group.end()
-            run = group.folder.parent / "run"
-            found["-".join(map(str, case))] = {
-                "codes": ended, "errors": group.errors(), "run": str(run),
-                "checkpoints": [path.name for path in checkpoint.list_checkpoints(run / "checkpoints")],
-            }  # fmt: skip
-        for case in some:
-            name = "-".join(map(str, case))
-            words = ("train", "--resume", found[name]["run"])
-            size = AGAIN.get(name, 2)
-            again = Group(max(size, 1), lambda own, words=words, run=command if size else _alone: run(*words), folder / name / "again")
-            found[name]["again"] = {"codes": again.wait(), "errors": again.errors()}
+    return found | _fail_and_continue(folder, cases[:8]) | _fail_and_continue(folder, cases[8:])
+
+
+def kills(folder: Path) -> dict:
+    """Each process of larger layouts is killed in turn."""
+    found = {"three": tiny(folder, 0, "three"), "mixed": tiny(folder, 4, "mixed", *MODES["mixed"])}
+    for mode in ("three", "mixed"):
+        found |= _fail_and_continue(folder, [(mode, "killed", rank) for rank in range(SIZES[mode])])
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A disk that is full: a small one of memory, in mounts of this driver's own (`unshare --mount`)
+
+FULL = {  # run, processes, who writes
+    "alone": ((), 0, 0), "data": (MODES["data"], 2, 0), "pipeline": (MODES["pipeline"], 2, 1), "cache": (("--order", "sequential"), 0, 0),
+}  # fmt: skip
+ROOM = 300_000  # bytes that are left on it: less than a checkpoint or a file of the cache has
+
+
+def _fill(disk: Path) -> None:
+    there = os.statvfs(disk)
+    with open(disk / "of_others", "wb") as file:
+        os.posix_fallocate(file.fileno(), 0, there.f_bavail * there.f_frsize - ROOM)
+
+
+def full_disk(folder: Path) -> dict:
+    """Somebody fills the disk in the second epoch, or before anything is cached; then there is room again, and the run continues."""
+    found = {
+        "data-undisturbed": tiny(folder, 2, "data-undisturbed", *MODES["data"]), "undisturbed": tiny(folder, 0, "undisturbed"),
+        "cache-undisturbed": tiny(folder, 0, "cache-undisturbed", *FULL["cache"][0]),
+    }  # fmt: skip
+    for mode, (words, size, writer) in FULL.items():
+        disk = folder / f"disk-{mode}"
+        disk.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)], check=True)
+
+        def work(own: int, mode=mode, disk=disk, words=words, size=size, writer=writer) -> None:
+            if own == writer and mode == "cache":
+                reserve = feature_cache.CacheFile.reserve
+                feature_cache.CacheFile.reserve = nth(reserve, 1, lambda file: (_fill(disk), reserve(file)))
+            elif own == writer:
+                _in_step(7, lambda _: _fill(disk))
+            (command if size else _alone)(*TINY, "--out", disk / "run", *words)
+
+        group = Group(max(size, 1), work, folder / f"{mode}-output")
+        found[mode] = {"codes": group.wait(), "errors": group.errors(), "run": str(disk / "run"), "kept": str(folder / mode)}
+        found[mode]["checkpoints"] = [path.name for path in checkpoint.list_checkpoints(disk / "run" / "checkpoints")]
+        found[mode]["trained"] = [path.name for path in (disk / "run").glob("trained/*")]
+        found[mode]["aside"] = [path.name for path in (disk / "run").rglob(checkpoint.ASIDE + "*")]
+        (disk / "of_others").unlink()
+        found[mode]["again"] = _continue(folder / f"{mode}-again", disk / "run", size)
+        shutil.copytree(disk / "run", folder / mode)  # these mounts end with this driver
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run that ended after its second epoch, continued by other processes
+
+SHARED = ("--sync-batch-norm", "--global-contrast")
+OTHERS = {  # name: (the run, processes, what is given with --resume)
+    "one_by_pipeline": ("one", 2, ("--parallel", "pipeline")),
+    "one_by_pipelines": ("one", 4, ("--parallel", "pipeline", "--pipeline-modules", "1", "2", *SHARED)),
+    "one_by_data": ("one", 2, ("--parallel", "data", *SHARED)),
+    "pipeline_by_data": ("pipeline", 2, ("--parallel", "data", *SHARED)),
+    "pipeline_by_one": ("pipeline", 0, ("--parallel", "none")),
+    "pipeline_by_three": ("pipeline", 3, ()),
+    "data_by_pipeline": ("data", 2, ("--parallel", "pipeline", "--wire", "exact")),
+    "data_by_one": ("data", 0, ("--parallel=none",)),
+    "data_by_three": ("data", 3, ()),
+}
+REFUSED = {
+    "one_by_data": ("one", 2, ("--parallel", "data")),
+    "one_by_two": ("one", 2, ()),
+    "parts_by_pipeline": ("parts", 2, ("--parallel", "pipeline")),
+    "in_turn_by_pipeline": ("in_turn", 2, ("--parallel", "pipeline")),
+    "in_turn_by_two": ("in_turn", 2, ()),
+}
+
+
+def others(folder: Path) -> dict:
+    """Every pair of OTHERS and REFUSED, from runs that are equal to rounding, and in float64."""
+    wide = ("--dtype", "float64")
+    found = {
+        "one": tiny(folder, 0, "one", *wide), "pipeline": tiny(folder, 2, "pipeline", *wide, "--parallel", "pipeline", "--in-flight", "3"),
+        "data": tiny(folder, 2, "data", *wide, "--parallel", "data", *SHARED), "parts": tiny(folder, 2, "parts", "--parallel", "data"),
+        "in_turn": tiny(folder, 0, "in_turn", "--order", "sequential", "--epochs", "1", "--warmup", "0"),
+    }  # fmt: skip
+    for kind, cases in (("others", OTHERS), ("refused", REFUSED)):
+        for name, (source, size, words) in cases.items():
+            run = folder / kind / name
+            shutil.copytree(folder / source, run)
+            shutil.rmtree(run / "checkpoints" / checkpoint.name_of(3, 0), ignore_errors=True)
+            (run / report.WEIGHTS).unlink()
+            found[f"{kind}/{name}"] = {**_continue(folder / f"{kind}-{name}-output", run, size, *words), "run": str(run)}
+            found[f"{kind}/{name}"]["parallel"] = report.read_config(run).parallel
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes that stand still outside the modules, from the second epoch on; and one that is slow everywhere, and moves
+
+PATIENCE, SLOW_PATIENCE = 4, 6
+
+
+def _for_ever(mark: Path) -> None:
+    mark.touch()
+    time.sleep(1000)
+
+
+def _stop_reader(mark: Path) -> None:
+    """A worker process of this one is stopped at its 5th image."""
+    read, count = folder_set._Samples.__getitem__, 0
+
+    def patched(self, index):
+        nonlocal count
+        count += 1
+        if count == 5:
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return read(self, index)
+
+    folder_set._Samples.__getitem__ = patched  # workers are forked from here, one an epoch
+
+
+def _stop_evaluation(mark: Path) -> None:
+    def patched(trainer) -> None:
+        last = trainer.net.stages[-1]
+        forward = last.forward
+        last.forward = lambda h: forward(h) if last.training else _for_ever(mark)
+
+    _in_step(7, patched)
+
+
+def _stop_disk(mark: Path) -> None:
+    _in_step(7, lambda trainer: setattr(os, "fsync", lambda descriptor: _for_ever(mark)))
+
+
+def _stop_reader_of_output(mark: Path) -> None:
+    """Standard output is a pipe that is full."""
+
+    def patched(_) -> None:
+        read, write = os.pipe()
+        os.set_blocking(write, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(write, bytes(4096))
+        os.set_blocking(write, True)
+        os.dup2(write, 1)
+        mark.touch()
+
+    _in_step(7, patched)
+
+
+def _stop_cache(mark: Path) -> None:
+    digest, count = feature_cache._digest, 0
+
+    def patched(content):
+        nonlocal count
+        count += 1
+        return digest(content) if count < 7 else _for_ever(mark)
+
+    feature_cache._digest = patched
+
+
+STALLS = {  # what stands still: where, in which process of how many, and the run
+    "reader": (_stop_reader, 1, 2, ("--parallel", "data")),
+    "evaluation": (_stop_evaluation, 0, 2, ("--parallel", "data")),
+    "evaluation_of_first_stage": (_stop_evaluation, 0, 2, ("--parallel", "pipeline")),
+    "disk": (_stop_disk, 0, 2, ("--parallel", "data")),
+    "disk_of_last_stage": (_stop_disk, 1, 2, ("--parallel", "pipeline")),
+    "output": (_stop_reader_of_output, 1, 2, ("--parallel", "pipeline")),
+    "cache": (_stop_cache, 0, 0, ("--order", "sequential")),
+}
+DEFAULT_PATIENCE = "evaluation"  # the others' is shorter
+
+
+def _image_files(root: Path) -> tuple[str, ...]:
+    """ImageNet's layout with 12 training and 10 test images; the settings of a small run on it."""
+    from PIL import Image
+
+    for part, count in (("train", 6), ("val", 5)):
+        for name in ("n01440764", "n01443537"):
+            (root / part / name).mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (40, 40), (i, 2 * i, 3 * i)).save(root / part / name / f"{name}_{i}.JPEG")
+    return (
+        "--dataset", "imagenet", "--data-root", str(root), "--arch", "resnet18", "--crop", "32", "32", "--modules", "2", "--lambdas", "1",
+        "0", "1", "1", "--epochs", "1", "--batch-size", "6", "--lr", "0.05", "--log-every", "1", "--threads", "1", "--workers", "1",
+    )  # fmt: skip
+
+
+def _slow() -> None:
+    """A batch of 3 images, an evaluation of 2 batches and a checkpoint of 7 flushes take longer than the patience, none of their pieces."""
+
+    def slowly(function, share: float):
+        def wrapped(*args):
+            time.sleep(share * SLOW_PATIENCE)
+            return function(*args)
+
+        return wrapped
+
+    folder_set._Samples.__getitem__ = slowly(folder_set._Samples.__getitem__, 0.35)
+    pipeline.EvaluationPart.forward = slowly(pipeline.EvaluationPart.forward, 0.6)
+    os.fsync = slowly(os.fsync, 0.2)
+
+
+def _begin_stall(folder: Path, name: str, images: tuple[str, ...]) -> Group:
+    stop, rank, size, words = STALLS[name]
+
+    def work(own: int) -> None:
+        if own == rank:
+            stop(folder / "stalled")
+        patience = () if name == DEFAULT_PATIENCE else ("--patience", PATIENCE)
+        settings = ("train", *images) if name == "reader" else TINY
+        (command if size else _alone)(*settings, "--out", folder / "run", *words, *patience)
+
+    return Group(max(size, 1), work, folder / "output")
+
+
+def starved(folder: Path) -> dict:
+    """A process that computes on a CPU which another one takes nearly all of, and then stands still, with a patience of a second."""
+
+    def work(_: int) -> None:
+        cpu = min(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cpu})
+        other = _fork(_compute_for_ever)
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        watch.TICK = 0.25
+        ended: list[str] = []
+        watch._end = ended.append
+        one = watch.Watch(dist.HashStore(), 0, 1, "this process", lambda: "", 1.0)
+        one.start()
+        one.at("in a step")
+        t, end = torch.randn(200, 200), time.monotonic() + 8
+        while time.monotonic() < end and not ended:
+            t = (t @ t).clamp(-1, 1)
+        found = {"while_starved": list(ended)}
+        one.at("in another step")
+        while time.monotonic() < end + 60 and not ended:
+            time.sleep(0.1)
+        found["while_standing"] = list(ended)
+        os.kill(other, signal.SIGKILL)
+        os.waitpid(other, 0)
+        (folder / "found.json").write_text(json.dumps(found))
+        os._exit(0)
+
+    group = Group(1, work, folder)
+    return {"codes": group.wait(), "errors": group.errors()} | json.loads((folder / "found.json").read_text())
+
+
+def _compute_for_ever() -> None:
+    while True:
+        pass
+
+
+def stalls(folder: Path) -> dict:
+    """Every stall at once, since they mostly wait: how the processes ended, what they said, and how long after they stood still."""
+    images = _image_files(folder / "images")
+    groups = {name: _begin_stall(folder / name, name, images) for name in STALLS}
+
+    def slow(_: int) -> None:
+        _slow()
+        command("train", *images, "--out", folder / "slow" / "run", "--parallel", "data", "--patience", SLOW_PATIENCE)
+
+    groups["slow"] = Group(2, slow, folder / "slow" / "output")
+    found = {}
+    for name, group in groups.items():
+        codes, errors, mark = group.wait(), group.errors(), folder / name / "stalled"
+        said = max((group.folder / f"err{rank}").stat().st_mtime for rank in range(len(group.pids)))
+        found[name] = {"codes": codes, "errors": errors, "run": str(folder / name / "run")}
+        found[name]["seconds"] = said - mark.stat().st_mtime if mark.exists() else None
+    for name in ("disk_of_last_stage", "cache"):
+        size = STALLS[name][2]
+        found[name]["again"] = _continue(folder / name / "again", found[name]["run"], size)
     return found
 
 
@@ -266,6 +705,13 @@ MOMENTS = {
 }
 
 
+AGAIN_KILLED = {  # what is continued, and killed again
+    "module3": lambda: kill_before(torch.optim.SGD, "step", 3),  # in the module that it was killed in
+    "module2": lambda: kill_before(feature_cache, "_bytes", 5),  # in the cache that comes after it
+    "second_cache": lambda: kill_before(feature_cache, "_digest", 2),  # in the same cache
+}
+
+
 def in_turn(folder: Path) -> dict:
     """The run alone, without a cache, with one of a single epoch; and killed at every moment, and continued."""
     words = ("--order", "sequential")
@@ -282,15 +728,22 @@ def in_turn(folder: Path) -> dict:
         codes = first.wait()
         if name == "module2":
             shutil.copytree(run, folder / "damaged")
-        again = Group(1, lambda rank, run=run: _alone("train", "--resume", run), folder / f"{name}-again")
-        found[name] = {"codes": [*codes, *again.wait()], "errors": first.errors() + again.errors(), "run": str(run)}
+        errors = first.errors()
+        if name in AGAIN_KILLED:
+
+            def killed_again(rank: int, prepare=AGAIN_KILLED[name], run=run) -> None:
+                prepare()
+                _alone("train", "--resume", run)
+
+            second = Group(1, killed_again, folder / f"{name}-second")
+            codes, errors = [*codes, *second.wait()], errors + second.errors()
+        again = _continue(folder / f"{name}-again", run, 0)
+        found[name] = {"codes": [*codes, *again["codes"]], "errors": errors + again["errors"], "run": str(run)}
     run = folder / "damaged"
     with open(run / "cache" / "module001" / "epoch0002.bin", "r+b") as file:
         file.seek(70_000)
         file.write(b"other")
-    damaged = Group(1, lambda rank: _alone("train", "--resume", run), folder / "damaged-output")
-    found["damaged"] = {"codes": damaged.wait(), "errors": damaged.errors()}
+    found["damaged"] = _continue(folder / "damaged-output", run, 0)
     shutil.rmtree(run / "cache")
-    again = Group(1, lambda rank: _alone("train", "--resume", run), folder / "damaged-again")
-    found["made_anew"] = {"codes": again.wait(), "errors": again.errors(), "run": str(run)}
+    found["made_anew"] = {**_continue(folder / "damaged-again", run, 0), "run": str(run)}
     return found

@@ -159,11 +159,11 @@ def test_cut_short_at_any_step(tmp_path, monkeypatch, step):
     def cut(*args, **kwargs):
         raise Killed
 
-    def write_half(path, content):
+    def write_half(path, content, *rest):
         if path.name == step:
             path.write_bytes(content[: len(content) // 2])
             raise Killed
-        write(path, content)
+        write(path, content, *rest)
 
     def rename_cut(source, target):
         if step == "rename" or (step == "retire" and target.name.startswith(".aside-")):
@@ -202,7 +202,7 @@ def test_failed_write_cleans_up(tmp_path, monkeypatch):
     """A full disk: the error is raised, nothing half-written stays, the last checkpoint is whole."""
     save(tmp_path, name_of(1, 0), state_of(1))
 
-    def full(path, content):
+    def full(path, content, *rest):
         path.write_bytes(content[:3])
         raise OSError(28, "No space left on device")
 

@@ -13,15 +13,16 @@ from infopro_fast.trainer import checkpoint, report
 from infopro_fast.trainer.config import ConfigError, TrainConfig
 from infopro_fast.trainer.processes import layout
 from tests.compare import assert_close
+from tests.process_tasks import BATCHES_SENT, IN_FLIGHT
 
 pytestmark = pytest.mark.xdist_group("distributed")
 
 ROOT = Path(__file__).parent.parent
 
 
-def drive(folder, *tasks):
-    """What `process_driver` prints; all processes of these tasks are its children."""
-    command = [sys.executable, "-m", "tests.process_driver", str(folder), *tasks]
+def drive(folder, *tasks, prefix=()):
+    """What `process_driver` prints; all processes of these tasks are its children. prefix: of the command."""
+    command = [*prefix, sys.executable, "-m", "tests.process_driver", str(folder), *tasks]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=550)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -85,13 +86,56 @@ def test_data_parallel_rounds_as_one_process_does(equal):
 
 
 @pytest.mark.parametrize("task, loss, steps", [("equal_contrast", "contrast", 20), ("equal_softmax_uneven", "softmax", 6)])
-def test_each_gradient_is_reduced_once(equal, task, loss, steps):
-    """One all-reduce a module and step, and as many bytes as the gradients have."""
+def test_reduced_bytes_are_those_of_the_gradients(equal, task, loss, steps):
+    """One reduction a module and step, and as many bytes as the gradients have."""
     folder, _ = equal
     for rank in range(2):
         found = torch.load(folder / task / f"{loss}-2-{rank}.pt")
         assert len(found["calls"]) == 3 * steps
         assert sum(found["calls"]) == found["counted"] == steps * found["bytes"]
+
+
+@pytest.fixture(scope="module")
+def reductions(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reductions")
+    found = drive(folder, "reductions")["reductions"]
+    assert set(found["codes"]) == {0}, found["errors"]
+    return folder / "reductions"
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_each_gradient_is_reduced_once(reductions, accumulate):
+    """Of two steps each gradient, as its last backward left it, goes through the communication hook twice, and no other collective is
+    started, whatever starts it: a module's bytes once."""
+    for rank in range(2):
+        found = torch.load(reductions / f"reduced-{accumulate}-{rank}.pt")
+        assert found["reduced"] == dict.fromkeys(found["trained"], 2) and found["unknown"] == []
+        names, counts = zip(*found["collectives"])
+        assert names == ("allreduce_.default",) * 6 and sum(counts) == 2 * sum(found["trained"].values())
+
+
+def test_reductions_go_on_while_the_next_module_computes(reductions):
+    """A reduction that can only begin after the next module's forward has begun comes in time, and changes no bit."""
+    for rank in range(2):
+        found = torch.load(reductions / f"overlap-{rank}.pt")
+        assert found["events"] == [
+            "forward 1", "reduce 1", "forward 2", "reduce 2", "wait 1", "forward 3", "reduce 3", "wait 2", "wait 3",
+        ]  # fmt: skip
+        assert found["in_time"] == [True] * 3
+        assert same(*found["nets"])
+
+
+def test_batches_in_flight_are_bounded(tmp_path):
+    """A sender gets as far ahead as `in_flight` says, and no further: so many batches have not come, so many wait to be worked on."""
+    found = drive(tmp_path, "back_pressure")["back_pressure"]
+    for in_flight in IN_FLIGHT:
+        own = found[str(in_flight)]
+        assert set(own["codes"]) == {0}, own["errors"]
+        sent, received = (torch.load(tmp_path / "back_pressure" / f"ahead-{in_flight}-{rank}.pt") for rank in range(2))
+        assert sent["kept"] == in_flight
+        assert received["ahead"] == [min(1 + 2 * in_flight, BATCHES_SENT - number) for number in range(BATCHES_SENT)]
+        assert received["values"] == list(range(BATCHES_SENT))
+        assert sent["bytes"] == BATCHES_SENT * (4 * 8 * 32 * 32 * 4 + 4 * 8 + 8)  # features, labels, request
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,12 @@
 """Processes that die, stand still or run out of memory or disk: the others stop, with one message, and the run can continue."""
 
+import contextlib
+import functools
 import os
 import re
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -14,11 +17,18 @@ import torch.distributed as dist
 
 from infopro_fast.trainer import checkpoint, report, watch
 from infopro_fast.trainer.watch import cause_of, is_of_communication
+from tests.process_tasks import FULL
 from tests.test_distributed import ROOT, drive, lines, same
 
 pytestmark = pytest.mark.xdist_group("faults")
 
 PIPELINE = {0: r"rank 0 \(module 1 of 3\)", 1: r"rank 1 \(modules 2-3 of 3\)"}
+WHO = {
+    "data": {rank: f"rank {rank}" for rank in range(2)},
+    "pipeline": PIPELINE,
+    "three": {rank: rf"rank {rank} \(module {rank + 1} of 3\)" for rank in range(3)},
+    "mixed": {rank: rf"rank {rank} \({('modules 2-3' if rank % 2 else 'module 1')} of 3\)" for rank in range(4)},
+}
 CAUSES = {
     "killed": r"killed \(process \d+ is gone\)",
     "stopped": r"stalled \(process \d+ is stopped\)",
@@ -41,15 +51,19 @@ def faults(tmp_path_factory):
 
 @pytest.mark.parametrize("case", CASES)
 def test_all_stop_with_one_message(faults, case):
+    assert_all_stop_with_one_message(faults[case], case)
+
+
+def assert_all_stop_with_one_message(found, case):
     """Within 30 s, all that can; the message names rank, modules and cause, and how to continue."""
-    found, (mode, fault, rank) = faults[case], case.split("-")
+    mode, fault, rank = case.split("-")
     codes = found["codes"]
-    for own in ("0", "1"):
+    for own in map(str, WHO[mode]):
         expected = {"killed": -9, "stopped": None}.get(fault, 1) if own == rank else 1
         assert codes.get(own) == expected, found["errors"]
     said = [line for text in found["errors"] for line in text.splitlines() if line.startswith("infopro-fast:")]
     assert len(said) == 1, found["errors"]
-    who = PIPELINE[int(rank)] if mode == "pipeline" else f"rank {rank}"
+    who = WHO[mode][int(rank)]
     if fault == "not_finite":  # whoever sees the losses
         who = r"rank [01]( \(modules? [-0-9]+ of 3\))?"
     pattern = rf"infopro-fast: error: {who}, .*{CAUSES[fault]}.*; all processes stop; continue with --resume {found['run']}$"
@@ -59,9 +73,13 @@ def test_all_stop_with_one_message(faults, case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_no_checkpoint_is_lost(faults, case):
+    assert_no_checkpoint_is_lost(faults[case])
+
+
+def assert_no_checkpoint_is_lost(found):
     """What was saved before the fault, a full disk too, is there and whole; no half of a new one."""
-    assert faults[case]["checkpoints"] == ["epoch0000-batch000000", "epoch0001-batch000000"]
-    run = Path(faults[case]["run"])
+    assert found["checkpoints"] == ["epoch0000-batch000000", "epoch0001-batch000000"]
+    run = Path(found["run"])
     assert [path.name for path in run.rglob(checkpoint.ASIDE + "*")] == []
 
 
@@ -81,15 +99,77 @@ def test_continues_to_the_same_bits(faults, case):
     found = faults[case]
     assert set(found["again"]["codes"]) == {0} and not any(found["again"]["errors"]), found["again"]
     alone, run = Path(faults[case.partition("-")[0]]["run"]), Path(found["run"])
+    if case == "data-stands_still-0":  # one process has other batch norms than two
+        assert checkpoint.load(run / "checkpoints" / checkpoint.name_of(3, 0))["epoch"] == 3
+        return
+    assert_same_end(run, alone)
+
+
+def assert_same_end(run, alone):
+    """The bits of a run that was left alone: weights, optimizers, metrics."""
     name = checkpoint.name_of(3, 0)
     expected, got = (checkpoint.load(path / "checkpoints" / name) for path in (alone, run))
     assert got["epoch"] == 3
-    if case == "data-stands_still-0":  # one process has other batch norms than two
-        return
     for part in ("net", "trainer", "meters", "best", "test"):
         assert same(got[part], expected[part]), part
     assert lines(run) == lines(alone)
     assert same(*(safetensors.torch.load_file(path / report.WEIGHTS) for path in (alone, run)))
+
+
+@pytest.fixture(scope="module")
+def kills(tmp_path_factory):
+    return drive(tmp_path_factory.mktemp("kills"), "kills")["kills"]
+
+
+KILLED = [f"{mode}-killed-{rank}" for mode in ("three", "mixed") for rank in WHO[mode]]
+
+
+@pytest.mark.parametrize("case", KILLED)
+def test_any_process_of_a_larger_layout_is_killed(kills, case):
+    """Of a pipeline of three, and of two pipelines of two that share the batches."""
+    assert_all_stop_with_one_message(kills[case], case)
+    assert_no_checkpoint_is_lost(kills[case])
+    assert set(kills[case]["again"]["codes"]) == {0} and not any(kills[case]["again"]["errors"]), kills[case]["again"]
+    assert_same_end(Path(kills[case]["run"]), Path(kills[case.partition("-")[0]]["run"]))
+
+
+@functools.cache
+def own_mounts() -> tuple[str, ...]:
+    """A command in front of another one, which may then mount; () where this machine does not let us."""
+    for words in (("unshare", "--mount"), ("unshare", "--user", "--map-root-user", "--mount")):
+        with contextlib.suppress(OSError), tempfile.TemporaryDirectory() as folder:
+            if subprocess.run([*words, "mount", "-t", "tmpfs", "tmpfs", folder], capture_output=True).returncode == 0:
+                return words
+    return ()
+
+
+@pytest.fixture(scope="module")
+def full_disk(tmp_path_factory):
+    if not own_mounts():
+        pytest.skip("a full disk needs a mount, which unshare --mount is not allowed here; the faults above limit the size of a file")
+    return drive(tmp_path_factory.mktemp("full"), "full_disk", prefix=own_mounts())["full_disk"]
+
+
+@pytest.mark.parametrize("mode", FULL)
+def test_full_disk(full_disk, mode):
+    """A real one: nothing that was saved is lost, one message, and with room again the run ends as one that was left alone."""
+    found = full_disk[mode]
+    said = [line for text in found["errors"] for line in text.splitlines()]
+    assert set(found["codes"]) == {1} and len(said) == 1, found["errors"]
+    file = "cache/module001/epoch0001.bin" if mode == "cache" else "checkpoints/.aside-epoch0002-batch000000/tensors.safetensors"
+    assert f"[Errno 28] No space left on device: '{found['run']}/{file}'" in said[0]
+    if mode in WHO:
+        who = WHO[mode][FULL[mode][2]]
+        assert re.match(rf"infopro-fast: error: {who}, writing a checkpoint, .*; all processes stop; continue with --resume ", said[0])
+    assert found["aside"] == []
+    assert set(found["again"]["codes"]) == {0} and not any(found["again"]["errors"]), found["again"]
+    if mode == "cache":
+        assert found["trained"] == ["module001"]
+        run, alone = Path(found["kept"]), Path(full_disk["cache-undisturbed"]["run"])
+        assert lines(run) == lines(alone) and same(*(safetensors.torch.load_file(path / report.WEIGHTS) for path in (alone, run)))
+        return
+    assert found["checkpoints"] == ["epoch0000-batch000000", "epoch0001-batch000000"]
+    assert_same_end(Path(found["kept"]), Path(full_disk["data-undisturbed" if mode == "data" else "undisturbed"]["run"]))
 
 
 @pytest.mark.parametrize("mode", ["data", "pipeline"])
@@ -124,7 +204,7 @@ def test_a_failure_is_said_by_the_thread_that_met_it(monkeypatch):
     one = watch.Watch(dist.HashStore(), 0, 1, "rank 0", lambda: "no run was begun", 4)
     one.start()
     message = one.fail("ValueError: no")
-    assert message == "rank 0, at the start: ValueError: no; all processes stop; no run was begun"
+    assert message == "rank 0, at the start: ValueError: no; it stops; no run was begun"
     time.sleep(10 * watch.TICK)
     assert ended == []
     one._thread.join(20)

@@ -104,7 +104,7 @@ def test_a_row_that_is_data_alone(capsys):
     """It is listed with what the paper reports, and refused with the reason, by the command as by the function."""
     assert [name for name, row in recipes.ROWS.items() if row.untrained] == UNTRAINED
     why = "recipe table5/deeplabv3/dgl cannot be trained: the head of DGL pools its map to 2x2 .* is not published"
-    for call in (recipes.config, recipes.as_flags):
+    for call in (recipes.config, recipes.settings):
         with pytest.raises(ConfigError, match=why):
             call(UNTRAINED[0])
     with pytest.raises(SystemExit) as stop:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from benchmarks import scale_validation
 from infopro_fast import build, cli
 from infopro_fast.memory import scale
 from infopro_fast.memory.scale import Cluster, Link, Network, Work
@@ -71,6 +72,21 @@ def test_layouts():
     # Links so slow that only fewer replicas pay: the modules' gradients are 32 bytes of a byte a second.
     slow = {p.layout: p for p in scale.predict(net(), 4, Cluster(8, SLOW, SLOW), 8)}
     assert slow["mixed"].stages == 4 and slow["mixed"].images_per_second > slow["data"].images_per_second
+
+
+def test_four_processes_on_two_cores():
+    """What the benchmark predicts of this machine: all cores work as long as anybody has work, and copies are made by cores."""
+    link, layouts = Link(8, 0.5), {(one.name, one.processes): one for one in scale_validation.layouts(net((4, 4, 6, 4)))}
+    quick = {key: scale_validation.predicted(layout, net((4, 4, 6, 4)), FAST, 2) for key, layout in layouts.items()}
+    assert layouts["mixed", 4].replicas == 2 and layouts["mixed", 4].pipeline == (2, 2)
+    # A batch of 16 images is 18 s of work, which two cores do in 9; the slower one of two stages has 10 of them, that of four 6.
+    for layout, seconds in {("data", 2): 9, ("pipeline", 2): 10, ("data", 4): 9, ("pipeline", 4): 9, ("mixed", 4): 9}.items():
+        assert quick[layout] == pytest.approx(16 / seconds), layout
+    # Gradients of 8 bytes: 2 (4 / 8 + 0.5) = 2 s a module between two processes; features and what is carried 0.5 s at both ends.
+    copies = scale_validation.copying(layouts["mixed", 4], net((4, 4, 6, 4)), link)
+    assert [work.seconds for work in copies] == [6, 6.5, 8.5, 6]
+    copies = scale_validation.copying(layouts["pipeline", 4], net((4, 4, 6, 4), output=8), link)
+    assert [work.seconds for work in copies] == [5.5, 7, 9, 5.5]
 
 
 def test_command(tmp_path, capsys):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from .augment import normalize
 from .image_set import epoch_seed, part_of
@@ -39,6 +39,12 @@ class FolderSet:
     dense: bool = False
     workers: int = 0
     test_batch: int | None = None
+    # Images that were read, by each of so many workers at most, in memory that they share with the process whose workers they are.
+    _read: torch.Tensor = field(default_factory=lambda: torch.zeros(64, dtype=torch.int64).share_memory_(), repr=False, compare=False)
+
+    def images_read(self) -> int:
+        """A number that changes with every image that is read, by workers too, be its batch complete or not."""
+        return int(self._read.sum())
 
     def to(self, device: torch.device | str) -> FolderSet:
         """Itself: its images stay in their files."""
@@ -72,7 +78,7 @@ class FolderSet:
         order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(epoch_seed(seed, epoch))).tolist()
         spans = [(i * batch_size, min((i + 1) * batch_size, len(order))) for i in range(first, self.batches(batch_size, drop_last))]
         indices = [order[part_of(*span, *part)] for span in spans]
-        samples = _Samples(self.train, self.train_transform if augmented else self.test_transform, (seed, epoch))
+        samples = _Samples(self.train, self.train_transform if augmented else self.test_transform, (seed, epoch), self._read)
         yield from self._batches(samples, indices, dtype, device)
 
     def test_batches(
@@ -81,7 +87,7 @@ class FolderSet:
         """The test images in order, normalised, and their labels."""
         size = min(batch_size, self.test_batch or batch_size)
         indices = [list(range(i, min(i + size, len(self.test)))) for i in range(0, len(self.test), size)]
-        yield from self._batches(_Samples(self.test, self.test_transform, (0, 0)), indices, dtype, device)
+        yield from self._batches(_Samples(self.test, self.test_transform, (0, 0), self._read), indices, dtype, device)
 
     def _batches(self, samples: Dataset, indices: Sequence[list[int]], dtype, device):
         # A generator of its own, or the loader would draw from the process' one, and continued runs differ from uninterrupted ones.
@@ -93,8 +99,8 @@ class FolderSet:
 class _Samples(Dataset):
     """Transformed pairs; each is drawn from a generator seeded by (seed, epoch, index)."""
 
-    def __init__(self, pairs: Dataset, transform: Transform, place: tuple[int, int]):
-        self.pairs, self.transform, self.place = pairs, transform, place
+    def __init__(self, pairs: Dataset, transform: Transform, place: tuple[int, int], read: torch.Tensor):
+        self.pairs, self.transform, self.place, self.read = pairs, transform, place, read
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -108,4 +114,6 @@ class _Samples(Dataset):
             image, label = self.transform(image, label)
         finally:
             generator.set_state(state)
+        worker = get_worker_info()
+        self.read[0 if worker is None else worker.id % len(self.read)] += 1
         return image, torch.as_tensor(label)

@@ -64,6 +64,10 @@ class ImageSet:
     def train_count(self) -> int:
         return len(self.train)
 
+    def images_read(self) -> int:
+        """0: a batch is made at once (`FolderSet.images_read`)."""
+        return 0
+
     def to(self, device: torch.device | str) -> ImageSet:
         """The same set with all images and labels on ``device``."""
         train, test = (Split(s.images.to(device), s.labels.to(device)) for s in (self.train, self.test))

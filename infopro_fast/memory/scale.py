@@ -152,11 +152,15 @@ def stages_of(works: Sequence[Work], stages: int) -> list[Sequence[Work]]:
 
 
 def local_pipeline_seconds(net: Network, stages: int, replicas: int, cluster: Cluster) -> float:
-    """Between two batches of a pipeline of local modules: its slowest stage, or the slowest link between two."""
-    runs = stages_of(net.local, stages)
-    reduce = cluster.link(stages * replicas)  # replicas are apart
+    """Between two batches of a pipeline of local modules, cut where its slowest stage is fastest."""
+    return pipeline_seconds(stages_of(net.local, stages), net.carried, replicas, cluster)
+
+
+def pipeline_seconds(runs: Sequence[Sequence[Work]], carried: int, replicas: int, cluster: Cluster) -> float:
+    """The same of the stages ``runs``: the slowest of them, or the slowest link between two, which carries features and ``carried``."""
+    reduce = cluster.link(len(runs) * replicas)  # replicas are apart
     slowest = max(local_step_seconds(run, replicas, reduce) for run in runs)
-    wires = [cluster.link(stages).send(run[-1].output + net.carried) for run in runs[:-1]]
+    wires = [cluster.link(len(runs)).send(run[-1].output + carried) for run in runs[:-1]]
     return max([slowest, *wires])
 
 

@@ -4,8 +4,15 @@ A checkpoint is a folder of three files: `tensors.safetensors`, `state.json` (ev
 their places) and `SHA256SUMS`, which `sha256sum -c` reads. It is written aside, flushed to the disk, and renamed: whenever
 the process or the machine dies, what has the name of a checkpoint is a whole one. The last two are kept.
 
-A run of many processes writes the same: the last process of a pipeline is sent the modules of the others. torch.distributed.checkpoint
-is not used: it keeps what is not a tensor, and the names of what is, in a pickle, and to load a pickle is to run code.
+A run of many processes writes the same: the last process of a pipeline is sent the modules of the others. So it needs no folder that
+all machines share, and any number of processes reads it.
+
+torch.distributed.checkpoint can read the tensors, all or some, in any number of processes (`HuggingFaceStorageReader` of this folder; a
+test does). It does not write them. Its own format has a pickle for what is not a tensor and for the names of what is, and to load a pickle
+is to run code. Its writer of safetensors (looked at in torch 2.14) has none, but holds tensors alone: with a number in the state it writes
+torch.save's bytes in front of the header, and the file cannot be read again. Nor does it flush its index to the disk, give the folder
+its name in the end, keep checksums, or say that it is getting on; and processes write together only into a folder that all of them see,
+each file twice.
 """
 
 from __future__ import annotations
@@ -15,7 +22,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +32,9 @@ KEPT = 2
 PREFIX = "epoch"  # epoch0003-batch000120: 3 epochs and 120 batches of the next one are done
 ASIDE = ".aside-"  # a folder being written or removed
 UNUSED = "unused-"  # a checkpoint that was passed over by request
+PIECE = 16 * 2**20  # bytes that are given to the disk at once
+
+Moved = Callable[[], None]  # called whenever some of the work is done (`Watch.moved`)
 
 
 class CheckpointError(RuntimeError):
@@ -40,7 +50,11 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob(PREFIX + "*") if path.is_dir())
 
 
-def save(folder: Path, name: str, state: dict[str, Any]) -> Path:
+def nobody() -> None:
+    pass
+
+
+def save(folder: Path, name: str, state: dict[str, Any], moved: Moved = nobody) -> Path:
     """Write ``state`` as the checkpoint ``name`` in ``folder`` and remove all but the last two.
 
     state: dicts, lists, tensors of any device, str, int, float, bool and None, nested. A name that exists is left as it is:
@@ -54,8 +68,10 @@ def save(folder: Path, name: str, state: dict[str, Any]) -> Path:
             aside.mkdir()
             sums = ""
             for file, content in _serialize(state).items():
-                write_file(aside / file, content)
+                moved()
+                write_file(aside / file, content, moved)
                 sums += f"{hashlib.sha256(content).hexdigest()}  {file}\n"
+                moved()
             write_file(aside / "SHA256SUMS", sums.encode())
             sync_folder(aside)
             os.rename(aside, final)
@@ -142,11 +158,26 @@ def _sums(path: Path) -> dict[str, str]:
 # Files that are on the disk when the call returns
 
 
-def write_file(path: Path, content: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+def write_file(path: Path, content: bytes, moved: Moved = nobody) -> None:
+    """``moved`` is called after every piece that is on the disk."""
+    view = memoryview(content)
+    with naming(path), open(path, "wb") as file:
+        for start in range(0, len(view), PIECE):
+            file.write(view[start : start + PIECE])
+            file.flush()
+            os.fsync(file.fileno())
+            moved()
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An error of writing, as of a full disk, says which file it was."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
 
 
 def sync_folder(path: Path) -> None:
@@ -158,11 +189,11 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def replace_file(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes, moved: Moved = nobody) -> None:
     """Write ``path`` anew, or leave what was there."""
     aside = path.with_name(ASIDE + path.name)
     try:
-        write_file(aside, content)
+        write_file(aside, content, moved)
         os.replace(aside, path)
     except BaseException:
         aside.unlink(missing_ok=True)

@@ -205,8 +205,9 @@ class TrainConfig:
     """With parallel pipeline: how features go from one process to the next; rounding halves the bytes."""
     in_flight: int = 2
     """With parallel pipeline: batches that may be on their way between two processes."""
-    patience: float = 20.0
-    """With parallel: seconds that a process may stay at one module before all of them stop and say which."""
+    patience: float | None = None
+    """Seconds without progress, down to single images and pieces of files, after which a run stops and says where it stood still.
+    Default: 20 with several processes; a run of one is looked at only if this is given."""
 
     recipe: str | None = None
     """Row of the paper's tables (`infopro-fast recipes`) whose settings these are, but for those given; of one process, so of several."""
@@ -403,7 +404,7 @@ def _check_order(c: TrainConfig) -> None:
 
 def _check_parallel(c: TrainConfig) -> None:
     of_pipeline = {"pipeline_modules": None, "wire": "exact", "in_flight": 2}
-    of_processes = {"sync_batch_norm": False, "global_contrast": False, "patience": 20.0}
+    of_processes = {"sync_batch_norm": False, "global_contrast": False}
     for name, default in of_pipeline.items():
         if c.parallel != "pipeline" and getattr(c, name) != default:
             raise ConfigError(f"{name}: expected parallel pipeline, got parallel {c.parallel}")

@@ -26,7 +26,7 @@ from infopro_fast import data, modules
 from . import checkpoint, display, loop, processes, recipes, report
 from .config import ConfigError, TrainConfig
 from .parallel import ParallelTrainer, modules_of
-from .pipeline import REQUESTS, EvaluationPart, Packet, Receiver, Sender
+from .pipeline import REQUESTS, EvaluationPart, Packet, Receiver, Sender, Waiting
 from .processes import Processes, connected
 
 STATE = 100  # tag
@@ -44,13 +44,14 @@ def fit(config: TrainConfig) -> Path | None:
     with connected(config) as group:
         begun = processes.restarts() > 0 and group.share(_checkpoints(config.out), group.layout.main) > 0
         if begun:
-            return _continue(group, config.out, previous=False)
+            return _continue(group, config.out, None, previous=False)
         images = _load_data(config, group)
         if config.iterations is not None:
             config = dataclasses.replace(config, epochs=math.ceil(config.iterations / images.batches(config.batch_size, config.drop_last)))
         _check_batches(config, images, group)
         shared = recipes.shared(config, group.layout.replicas)
         with loop._machine(config), contextlib.ExitStack() as held:
+            group.watch.at("building the network", slow=True)
             torch.manual_seed(config.seed)
             net = loop._build(config, images)
             if config.init is not None:
@@ -67,27 +68,30 @@ def fit(config: TrainConfig) -> Path | None:
     return group.run if group.layout.is_main else None
 
 
-def resume(run: Path, *, previous: bool = False) -> Path | None:
-    """`loop.resume` in the processes that torchrun started, as many as there are now."""
-    config = report.read_config(run)
+def resume(run: Path, config: TrainConfig, *, previous: bool = False) -> Path | None:
+    """`loop.resume` in the processes that torchrun started, as many as there are now. config: the run's, shared among them."""
     with connected(dataclasses.replace(config, device=processes.local_device(config.device))) as group:
-        return _continue(group, run, previous)
+        return _continue(group, run, config, previous)
 
 
-def _continue(group: Processes, run: Path, previous: bool) -> Path | None:
+def _continue(group: Processes, run: Path, anew: TrainConfig | None, previous: bool) -> Path | None:
     group.run, main = run, group.layout.main
     with contextlib.ExitStack() as held:
         path = state = None
         if group.layout.is_main:
+            group.watch.at("reading a checkpoint", slow=True)
             held.enter_context(report.locked(run))
             checkpoint.clean(run / report.CHECKPOINTS)
             path, state = checkpoint.load_latest(run / report.CHECKPOINTS, previous)
+            config = TrainConfig.from_json(state["config"])
+            state["config"] = report.share(run, config, anew or report.read_config(run)).to_json()
         path = group.share(path, main)
-        state = _broadcast(state, main)  # the others may have no such folder
+        state = _broadcast(state, main, group.watch.waiting)  # the others may have no such folder
         config = TrainConfig.from_json(state["config"])
         config = dataclasses.replace(config, device=processes.local_device(config.device))
         images = _load_data(config, group)
         _check_batches(config, images, group)
+        group.watch.at("building the network", slow=True)
         with loop._machine(config):
             training = DistributedTraining(config, run, images, loop._build(config, images), group)
             training.load(path, state)
@@ -110,11 +114,13 @@ def _remove_unbegun(run: Path) -> None:
 
 def _load_data(config: TrainConfig, group: Processes) -> data.ImageSet | data.FolderSet:
     """Files that are fetched are fetched by one process of a machine, before the others look."""
+    group.watch.at("opening the data set", slow=True)
     first = processes.local_rank() == 0
     if config.download and first:
         loop._load_data(config)
     if config.download:
-        dist.all_reduce(torch.zeros(1))
+        with group.watch.waiting():
+            dist.all_reduce(torch.zeros(1))
     return loop._load_data(dataclasses.replace(config, download=False))
 
 
@@ -133,6 +139,7 @@ class DistributedTraining(loop._Training):
 
     def __init__(self, config: TrainConfig, run: Path, images: Any, net: modules.LocalNetwork, group: Processes):
         self.group, self.layout, self.part = group, group.layout, (group.layout.replica, group.layout.replicas)
+        self.watch = group.watch
         # To write the weights of all modules from, where this process has only some.
         self.whole = copy.deepcopy(net).to("cpu") if self.layout.is_main and self.layout.stages > 1 else None
         self.counts = Counts(images.train_count, config.batch_size)
@@ -145,8 +152,8 @@ class DistributedTraining(loop._Training):
         neighbours = self.layout.rank - 1, self.layout.rank + 1
         wire = torch.bfloat16 if config.wire == "bfloat16" else None
         last = self.layout.stage == self.layout.stages - 1
-        self.receiver = None if self.layout.stage == 0 else Receiver(neighbours[0], config.in_flight, self.device, self.group.watch.waiting)
-        self.sender = None if last else Sender(neighbours[1], config.in_flight, wire, self.group.watch.waiting)
+        self.receiver = None if self.layout.stage == 0 else Receiver(neighbours[0], config.in_flight, self.device, self.watch.waiting)
+        self.sender = None if last else Sender(neighbours[1], config.in_flight, wire, self.watch.waiting)
         # The image goes as far as there is a module that may reconstruct it: all but the last.
         self.image_needed = not last and self.layout.spans[self.layout.stage + 1].start < config.modules - 1
         self._flag: str | None = None
@@ -155,10 +162,10 @@ class DistributedTraining(loop._Training):
         self._shares: dict[str, torch.Tensor] = {}
 
     def make_trainer(self, make_optimizer) -> ParallelTrainer:
-        config, watch = self.config, self.group.watch
+        config = self.config
         return ParallelTrainer(
             self.net, make_optimizer, group=self.group.data_group, first=self.layout.modules.start, modules=config.modules,
-            global_contrast=self.shared.global_contrast, at=lambda module: watch.at(f"in {module}, {self.place}"), waiting=watch.waiting,
+            global_contrast=self.shared.global_contrast, at=lambda module: self.at(f"in {module}"), waiting=self.watch.waiting,
             amp=loop.amp_dtype(config), accumulate=self.shared.accumulate,
         )  # fmt: skip
 
@@ -166,8 +173,7 @@ class DistributedTraining(loop._Training):
     # A step
 
     def train_batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        self.group.watch.at(f"reading images, {self.place}", slow=True)
-        self._epoch_began, self._waited_before = time.monotonic(), self.group.watch.waited
+        self._epoch_began, self._waited_before = time.monotonic(), self.watch.waited
         if self.sender is not None:
             self.sender.begin()
         if self.receiver is None:
@@ -183,7 +189,7 @@ class DistributedTraining(loop._Training):
         return own.stop - own.start
 
     def train_step(self, image: torch.Tensor, label: torch.Tensor) -> None:
-        self.group.watch.stops |= self.stop.signum is not None
+        self.watch.stops |= self.stop.signum is not None
         if self.receiver is None:
             self._flag = self._decide()
         metrics = self._upstream | self.trainer.step(image, label, self.counts[self.batch])
@@ -194,13 +200,12 @@ class DistributedTraining(loop._Training):
         else:
             self._shares = {name: metrics.pop(name) for name in list(metrics) if name.startswith(BUSY)}
             self.meters.add(metrics, len(label))
-        self.group.watch.at(f"between two steps, {self.place}", slow=True)
 
     @property
     def busy(self) -> float:
         """Share of this epoch's time that this process did not wait for others in."""
         passed = time.monotonic() - self._epoch_began
-        return 1 - (self.group.watch.waited - self._waited_before) / passed if passed else 1.0
+        return 1 - (self.watch.waited - self._waited_before) / passed if passed else 1.0
 
     def more_of_epoch(self) -> dict[str, Any]:
         shares = {name.removeprefix(BUSY): value.item() for name, value in self._shares.items()}
@@ -214,11 +219,11 @@ class DistributedTraining(loop._Training):
 
         Replicas meet here, so that inside a step, where batch norms may wait for each other, nobody waits for long.
         """
-        own = "stop" if self.group.watch.stop_asked else super().request()
+        own = "stop" if self.watch.stop_asked else super().request()
         if self.layout.replicas == 1:
             return own
         flag = torch.tensor([REQUESTS.index(own)])
-        with self.group.watch.waiting():
+        with self.watch.waiting():
             dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group.data_group)
         return REQUESTS[flag.item()]
 
@@ -235,7 +240,7 @@ class DistributedTraining(loop._Training):
         own = torch.tensor(counts, dtype=torch.float64, device=rows.device)[:, None]
         sums = torch.tensor([name.endswith("correct") for name in names], device=rows.device)
         total = torch.cat([torch.where(sums, rows, rows * own), own], 1)
-        with self.group.watch.waiting():
+        with self.watch.waiting():
             dist.all_reduce(total, group=self.group.data_group)
         rows, count = total[:, :-1], total[:, -1:]
         return torch.where(sums, rows, rows / count), [int(n) for n in count.flatten().tolist()]
@@ -244,10 +249,10 @@ class DistributedTraining(loop._Training):
     # Evaluation: by the first replica, whose running statistics count
 
     def evaluate(self) -> dict[str, float] | None:
-        self.group.watch.at(f"in evaluation, {self.place}", slow=True)
+        self.at("in evaluation")
         if self.layout.replica > 0:
             return None
-        batches = self.images.test_batches(self.config.batch_size, self.dtype, self.device)
+        batches = self.test_batches()  # of which a process that is sent features takes none
         part = EvaluationPart(self.result, self.receiver, self.sender, self._test_counts())
         if self.sender is None:
             return loop.evaluation.evaluate(part, part.batches(batches), autocast=self.trainer.autocast)
@@ -294,16 +299,11 @@ class DistributedTraining(loop._Training):
         own = _renamed(super().state(), self.layout.modules.start)
         if self.layout.stages == 1:
             return own
-        with self.group.watch.waiting():
-            if not self.layout.is_main:
-                _send(own, self.layout.main)
-                return None
-            parts = [_receive(rank) for rank in range(self.layout.main)]
+        if not self.layout.is_main:
+            _send(own, self.layout.main, self.watch.waiting)
+            return None
+        parts = [_receive(rank, self.watch.waiting) for rank in range(self.layout.main)]
         return _merged([*parts, own])
-
-    def save(self) -> None:
-        self.group.watch.at(f"writing a checkpoint, {self.place}", slow=True)
-        super().save()
 
     def write_checkpoint(self, content: dict[str, Any]) -> None:
         self.saved = content
@@ -322,8 +322,9 @@ class DistributedTraining(loop._Training):
         net = self.saved["net"]
         if self.ema is not None:
             net = {name.removeprefix("module."): t for name, t in self.saved["ema"].items() if name != "n_averaged"}
+        self.watch.at(f"writing the weights, {self.place}")
         self.whole.load_state_dict(net)
-        report.write_weights(self.run, self.whole.released_state_dict(), about)
+        report.write_weights(self.run, self.whole.released_state_dict(), about, self.watch.moved)
 
 
 class Counts:
@@ -403,27 +404,30 @@ def _unpack(tensors: torch.Tensor, tree: torch.Tensor) -> dict[str, Any]:
     return checkpoint._decode(json.loads(tree.numpy().tobytes()), safetensors.torch.load(tensors.numpy().tobytes()))
 
 
-def _send(state: dict[str, Any], to: int) -> None:
+def _send(state: dict[str, Any], to: int, waiting: Waiting) -> None:
     packed = _pack(state)
-    dist.send(torch.tensor([len(t) for t in packed]), to, tag=STATE)
-    for t in packed:
-        dist.send(t, to, tag=STATE)
+    with waiting():
+        dist.send(torch.tensor([len(t) for t in packed]), to, tag=STATE)
+        for t in packed:
+            dist.send(t, to, tag=STATE)
 
 
-def _receive(source: int) -> dict[str, Any]:
+def _receive(source: int, waiting: Waiting) -> dict[str, Any]:
     sizes = torch.zeros(2, dtype=torch.int64)
-    dist.recv(sizes, source, tag=STATE)
-    packed = [torch.empty(n, dtype=torch.uint8) for n in sizes.tolist()]
-    for t in packed:
-        dist.recv(t, source, tag=STATE)
+    with waiting():
+        dist.recv(sizes, source, tag=STATE)
+        packed = [torch.empty(n, dtype=torch.uint8) for n in sizes.tolist()]
+        for t in packed:
+            dist.recv(t, source, tag=STATE)
     return _unpack(*packed)
 
 
-def _broadcast(state: dict[str, Any] | None, source: int) -> dict[str, Any]:
+def _broadcast(state: dict[str, Any] | None, source: int, waiting: Waiting) -> dict[str, Any]:
     packed = None if state is None else _pack(state)
     sizes = torch.zeros(2, dtype=torch.int64) if packed is None else torch.tensor([len(t) for t in packed])
-    dist.broadcast(sizes, source)
-    packed = packed or [torch.empty(n, dtype=torch.uint8) for n in sizes.tolist()]
-    for t in packed:
-        dist.broadcast(t, source)
+    with waiting():
+        dist.broadcast(sizes, source)
+        packed = packed or [torch.empty(n, dtype=torch.uint8) for n in sizes.tolist()]
+        for t in packed:
+            dist.broadcast(t, source)
     return _unpack(*packed) if state is None else state

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint import sync_folder
+from .checkpoint import PIECE, Moved, naming, nobody, sync_folder
 from .report import RunError
 
 SUMS = ".sha256"
@@ -68,22 +68,33 @@ class CacheFile:
     def is_complete(self) -> bool:
         return len(self.sums) == len(self.counts)
 
-    def write(self, batches: Iterable[torch.Tensor]) -> None:
-        """Write the batches from the first that is missing on; ``batches`` begins there."""
-        done = self.sums
+    def reserve(self) -> None:
+        """Take the file's space from the disk, if it has not been taken."""
+        if self.path.is_file() and self.path.stat().st_size == self.nbytes:
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "r+b" if done else "wb") as file, open(self._sums_path, "w") as sums:
-            if not done:
-                os.posix_fallocate(file.fileno(), 0, max(1, self.nbytes))
+        self._sums_path.unlink(missing_ok=True)  # of a file that is gone
+        with naming(self.path), open(self.path, "wb") as file:
+            os.posix_fallocate(file.fileno(), 0, max(1, self.nbytes))
+
+    def write(self, batches: Iterable[torch.Tensor], moved: Moved = nobody) -> None:
+        """Write the batches from the first that is missing on; ``batches`` begins there. moved: as in `checkpoint.save`."""
+        self.reserve()
+        done = self.sums
+        with naming(self.path), open(self.path, "r+b") as file, open(self._sums_path, "w") as sums:
             sums.write("".join(f"{line}\n" for line in done))
             sums.flush()
             for i, batch in enumerate(batches, len(done)):
+                moved()
                 content = _bytes(batch, self.features, self.counts[i], f"{self.path}, batch {i}")
                 file.seek(self._starts[i])
                 file.write(content)
                 file.flush()
+                if self._starts[i + 1] // PIECE > self._starts[i] // PIECE:  # or all of it would wait for the last call
+                    os.fsync(file.fileno())
                 sums.write(_digest(content) + "\n")
                 sums.flush()
+                moved()
             os.fsync(file.fileno())
             os.fsync(sums.fileno())
         sync_folder(self.path.parent)

@@ -22,10 +22,13 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from infopro_fast import data, modules, ops
 
-from . import checkpoint, display, evaluation, processes, report, schedule
+from . import checkpoint, continuing, display, evaluation, processes, report, schedule
 from .config import ConfigError, TrainConfig
 from .meters import Clock, Meters
 from .step import LocalTrainer
+from .watch import Unwatched, Watch, alone
+
+Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]
 
 
 class NonFiniteError(RuntimeError):
@@ -51,7 +54,7 @@ def fit(config: TrainConfig) -> Path:
         from . import distributed
 
         return distributed.fit(config)
-    processes.check_alone()
+    processes.check_alone(config)
     if config.order == "sequential":
         from . import sequential
 
@@ -65,33 +68,41 @@ def fit(config: TrainConfig) -> Path:
         if config.init is not None:
             load_init(net, config.init)
         run = report.create(config)
-        with report.locked(run):
-            _Training(config, run, images, net).run_to_end()
+        with report.locked(run), alone(config.patience, run) as looking:
+            training = _Training(config, run, images, net)
+            training.watch = looking
+            training.run_to_end()
     return run
 
 
-def resume(run: str | Path, *, previous: bool = False) -> Path:
+def resume(run: str | Path, *, previous: bool = False, sharing: dict[str, Any] | None = None) -> Path:
     """Continue a run from its last checkpoint, or with ``previous`` from the one before it; on the same machine, to the same bits.
 
-    (On a GPU as far as torch's kernels are deterministic.) Raises CheckpointError for a damaged checkpoint, and what `fit` raises.
+    (On a GPU as far as torch's kernels are deterministic.) sharing: settings of `continuing.SHARING`, for other processes than those
+    that the run is of: {"parallel": "pipeline"} in what torchrun started, say; from then on it is of these.
+    Raises CheckpointError for a damaged checkpoint, ConfigError for processes that would not do the same training, and what `fit` raises.
     """
     run = Path(run)
-    if processes.launched() and report.read_config(run).parallel != "none":
+    config = report.read_config(run)
+    if sharing:
+        config = continuing.shared_anew(config, sharing)
+    if config.parallel != "none" and (processes.launched() or sharing):
         from . import distributed
 
-        return distributed.resume(run, previous=previous)
-    processes.check_alone()
-    if report.read_config(run).order == "sequential":
+        return distributed.resume(run, config, previous=previous)
+    processes.check_alone(config)
+    if config.order == "sequential":
         from . import sequential
 
-        return sequential.resume(run, previous=previous)
+        return sequential.resume(run, config, previous=previous)
     with report.locked(run):
         checkpoint.clean(run / report.CHECKPOINTS)
         path, state = checkpoint.load_latest(run / report.CHECKPOINTS, previous)
-        config = TrainConfig.from_json(state["config"])
+        config = report.share(run, TrainConfig.from_json(state["config"]), config)
         images = _load_data(config)
-        with _machine(config):
+        with _machine(config), alone(config.patience, run) as looking:
             training = _Training(config, run, images, _build(config, images))
+            training.watch = looking
             training.load(path, state)
             training.run_to_end()
     return run
@@ -145,12 +156,14 @@ class _Training:
             self.ema = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
         self.meters = Meters(config.log_every)
         self.epoch = self.batch = 0
+        self._begun: set[str] = set()  # what this process has done before
         self.best: float | None = None
         self.test: dict[str, float] | None = None
         self.seconds, self.metrics_bytes, self.came_from = 0.0, 0, ""
 
     # Runs of several processes (`distributed`) do these differently.
     part = (0, 1)  # which of how many parts of every batch is trained here
+    watch: Watch | Unwatched = Unwatched()
 
     def make_trainer(self, make_optimizer) -> LocalTrainer:
         config = self.config
@@ -162,13 +175,30 @@ class _Training:
     def open_log(self) -> report.MetricsLog:
         return report.MetricsLog(self.run, self.metrics_bytes)
 
-    def train_batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def train_batches(self) -> Batches:
         """What is left of this epoch's batches."""
         config = self.config
         return self.images.train_epoch(
             config.batch_size, seed=config.seed, epoch=self.epoch, first=self.batch, drop_last=config.drop_last,
             augmented=config.augment, dtype=self.dtype, device=self.device, part=self.part,
         )  # fmt: skip
+
+    def told(self, batches: Batches, reading: str, working: str) -> Batches:
+        """The batches; the watch is told that they are read, and then that they are worked on."""
+        batches = iter(batches)
+        while True:
+            self.watch.at(f"{reading}, {self.place}", pulse=self.images.images_read)
+            batch = next(batches, None)
+            if batch is None:
+                return
+            self.at(working)
+            yield batch
+
+    def at(self, what: str) -> None:
+        """Go on to a step or an evaluation. The first one on a GPU compiles and chooses kernels."""
+        first = self.device.type == "cuda" and what not in self._begun
+        self.watch.at(f"{what}, {self.place}", slow=first)
+        self._begun.add(what)
 
     def train_step(self, image: torch.Tensor, label: torch.Tensor) -> None:
         self.meters.add(self.trainer.step(image, label), len(label))
@@ -180,9 +210,12 @@ class _Training:
         """What to do after a step: "stop" by a signal, "save" where a checkpoint is due."""
         return "stop" if self.stop.signum is not None else "save" if self.clock.checkpoint_due else None
 
+    def test_batches(self) -> Batches:
+        batches = self.images.test_batches(self.config.batch_size, self.dtype, self.device)
+        return self.told(batches, "reading test images", "in evaluation")
+
     def evaluate(self) -> dict[str, float] | None:
-        batches = self.stop.watch(self.images.test_batches(self.config.batch_size, self.dtype, self.device))
-        return evaluation.evaluate(self.result, batches, autocast=self.trainer.autocast)
+        return evaluation.evaluate(self.result, self.stop.watch(self.test_batches()), autocast=self.trainer.autocast)
 
     def more_of_epoch(self) -> dict[str, Any]:
         """What else the epoch's line says."""
@@ -192,6 +225,7 @@ class _Training:
         self.screen.message(report.recipe_text(self.config))
 
     def draw_learning_curve(self) -> None:
+        self.watch.at("drawing the learning curve", slow=True)
         report.draw_learning_curve(self.run, self.title)
 
     def run_to_end(self) -> None:
@@ -224,12 +258,13 @@ class _Training:
     def train_epoch(self) -> None:
         config = self.config
         self.clock.new_epoch()
-        for image, label in self.train_batches():
+        for image, label in self.told(self.train_batches(), "reading images", "in a step"):
             if self.batch >= self.batches_here:  # the last one of a run that is counted in steps
                 break
             lr = learning_rate(config, self.epoch, self.batch, self.batches)
             self.trainer.set_learning_rate(lr)
             self.train_step(image, label)
+            self.watch.at(f"between two steps, {self.place}")
             if self.ema is not None:
                 self.ema.update_parameters(self.net)
             self.batch += 1
@@ -238,7 +273,8 @@ class _Training:
             if self.batch % config.log_every == 0 or self.batch == self.batches_here:
                 self.meters.read(self.place)
                 means = self.meters.finish_interval()
-                self.log.write({"kind": "step", "epoch": self.epoch + 1, "batch": self.batch, "lr": lr, **means})
+                where = {"epoch": self.epoch + 1, "batch": self.batch, "seconds": self.clock.seconds}
+                self.log.write({"kind": "step", **where, "lr": lr, **means})
                 self.screen.update(self.status(means, lr))
             request = self.request()
             if request == "stop":
@@ -253,6 +289,7 @@ class _Training:
         except Stopped:
             self.save()  # at the last batch: continuing evaluates again
             raise
+        self.watch.at(f"between two epochs, {self.place}")
         if self.test is not None:
             self.best = max(evaluation.headline(self.test)[1], self.best or 0.0)
         train, lr = self.meters.finish_epoch(), learning_rate(self.config, self.epoch, self.batches_here - 1, self.batches)
@@ -278,6 +315,7 @@ class _Training:
 
     def save(self) -> None:
         """A checkpoint of this place. Raises FloatingPointError instead if a loss, a weight or an optimizer's tensor is not finite."""
+        self.watch.at(f"writing a checkpoint, {self.place}")
         self.meters.read(self.place)
         content = self.state()
         if content is not None:
@@ -292,7 +330,7 @@ class _Training:
             "meters": self.meters.state_dict(), "rng": _rng_state(self.device), "seconds": self.clock.seconds,
             "metrics_bytes": self.log.sync(), "torch": torch.__version__,
         }  # fmt: skip
-        checkpoint.save(self.checkpoints, checkpoint.name_of(self.epoch, self.batch), content)
+        checkpoint.save(self.checkpoints, checkpoint.name_of(self.epoch, self.batch), content, self.watch.moved)
 
     def load(self, path: Path, state: dict[str, Any]) -> None:
         """Take the state that `save` wrote to ``path``."""
@@ -310,7 +348,8 @@ class _Training:
 
     def write_weights(self) -> None:
         about = {"arch": self.config.arch, "epoch": self.epoch, "test_accuracy": (self.test or {}).get("accuracy")}
-        report.write_weights(self.run, self.result.released_state_dict(), about)
+        self.watch.at(f"writing the weights, {self.place}")
+        report.write_weights(self.run, self.result.released_state_dict(), about, self.watch.moved)
 
     @property
     def result(self) -> modules.LocalNetwork:

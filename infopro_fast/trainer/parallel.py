@@ -23,15 +23,22 @@ from infopro_fast.modules import AuxClassifier, LocalNetwork
 
 from .step import LocalTrainer, Metrics, local_step
 
+CommHook = Callable[[torch.Tensor, dist.ProcessGroup], dist.Work]
+
+
+def all_reduce(flat: torch.Tensor, group: dist.ProcessGroup) -> dist.Work:
+    """The communication hook of those who give none: the sum over the processes, in place of ``flat``."""
+    return dist.all_reduce(flat, group=group, async_op=True)
+
 
 class GradientReduction:
     """The mean of one module's gradients over the processes of ``group``, on its way while other modules compute.
 
-    parameters: of the module's optimizer. bytes: reduced so far.
+    parameters: of the module's optimizer. hook: as `ParallelTrainer`'s comm_hook. bytes: reduced so far.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], group: dist.ProcessGroup):
-        self.parameters, self.group = list(parameters), group
+    def __init__(self, parameters: Sequence[nn.Parameter], group: dist.ProcessGroup, hook: CommHook = all_reduce):
+        self.parameters, self.group, self.hook = list(parameters), group, hook
         self.bytes = 0
         self._on_the_way: list[tuple[list[nn.Parameter], torch.Tensor, dist.Work]] = []
 
@@ -47,7 +54,7 @@ class GradientReduction:
                 own.copy_(p.grad)
                 p.grad = None
             self.bytes += flat.numel() * flat.element_size()
-            self._on_the_way.append((some, flat, dist.all_reduce(flat, group=self.group, async_op=True)))
+            self._on_the_way.append((some, flat, self.hook(flat, self.group)))
 
     def finish(self) -> None:
         """Wait, and give the parameters their gradients: parts of the one tensor, in the layout of the parameters."""
@@ -77,6 +84,9 @@ class ParallelTrainer(LocalTrainer):
     group: the processes that train the same modules on other parts of the batch; None: there are none. Weights must be equal at the
     beginning, and stay so. Batch norms that are no SyncBatchNorm normalise by the process' own images.
     global_contrast: the contrastive loss is over the images of all processes of the group.
+    comm_hook: called once a module and step (and dtype of its gradients) with these in one flat tensor and the group, right after the
+    module's backward; starts to replace the tensor by the sum over the group and returns what to wait for (its ``wait()`` is called
+    after the next module's backward), as for DistributedDataParallel's hooks, to send fewer bytes or to look on.
     at, waiting: told where this process is, and the context in which it waits for others (`Watch`).
     Other arguments as in `LocalTrainer`.
     """
@@ -90,6 +100,7 @@ class ParallelTrainer(LocalTrainer):
         first: int = 0,
         modules: int | None = None,
         global_contrast: bool = False,
+        comm_hook: CommHook = all_reduce,
         at: Callable[[str], None] = lambda place: None,
         waiting: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
         **options,
@@ -103,7 +114,7 @@ class ParallelTrainer(LocalTrainer):
         self.reductions = None
         if group is not None:
             parameters = [[p for entry in optimizer.param_groups for p in entry["params"]] for optimizer in self.optimizers]
-            self.reductions = [GradientReduction(some, group) for some in parameters]
+            self.reductions = [GradientReduction(some, group, comm_hook) for some in parameters]
         if global_contrast and group is not None:
             for module in net.modules():
                 if isinstance(module, AuxClassifier) and module.loss_mode == "contrast":

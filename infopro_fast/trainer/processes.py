@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from .config import ConfigError, TrainConfig
-from .watch import ProcessFailure, Watch, cause_of, is_of_communication
+from .watch import PATIENCE, ProcessFailure, Watch, cause_of, is_of_communication
 
 PREFIX = "infopro_fast"
 
@@ -30,11 +30,14 @@ def launched() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def check_alone() -> None:
+def check_alone(config: TrainConfig) -> None:
     """Raises ConfigError if torchrun started several processes of a run that is of one."""
     if launched() and int(os.environ["WORLD_SIZE"]) > 1:
-        size = os.environ["WORLD_SIZE"]
-        raise ConfigError(f"parallel none: expected one process, torchrun started {size}: give parallel data or pipeline")
+        what, hint = "order sequential", ""
+        if config.order == "simultaneous":
+            what = "parallel none"
+            hint = ": give parallel pipeline, or data (with sync_batch_norm and global_contrast it trains what one process does)"
+        raise ConfigError(f"{what}: expected one process, torchrun started {os.environ['WORLD_SIZE']}{hint}")
 
 
 def agent_keeps_store() -> bool:
@@ -128,7 +131,8 @@ class Processes:
     def share(self, value: object, source: int) -> object:
         """The object that the process ``source`` has; small ones only."""
         box = [value]
-        dist.broadcast_object_list(box, source, device=torch.device("cpu"))
+        with self.watch.waiting():
+            dist.broadcast_object_list(box, source, device=torch.device("cpu"))
         return box[0]
 
     def hint(self) -> str:
@@ -157,7 +161,7 @@ def connected(config: TrainConfig) -> Iterator[Processes]:
     groups = [dist.new_group(place.ranks_of_stage(stage)) for stage in range(place.stages)] if place.replicas > 1 else None
     processes = Processes(place, groups[place.stage] if groups else None)
     keeps = rank == 0 and not agent_keeps_store()
-    processes.watch = Watch(_store(), rank, size, place.title, processes.hint, config.patience, keeps_store=keeps)
+    processes.watch = Watch(_store(), rank, size, place.title, processes.hint, config.patience or PATIENCE, keeps_store=keeps)
     processes.watch.start()
     with _sigterm_noted(processes.watch), _told(processes):
         yield processes

@@ -15,7 +15,7 @@ from .config import RECIPES, SVHN_LAMBDAS, ConfigError, TrainConfig
 # Settings that change neither what is trained nor how.
 MACHINE = (
     "data_root", "download", "workers", "device", "impl", "threads", "resident", "cuda_graph", "cache", "out", "checkpoint_minutes",
-    "log_every",
+    "log_every", "patience",
 )  # fmt: skip
 
 
@@ -227,7 +227,7 @@ def row(name: str) -> Row:
     return ROWS[name]
 
 
-def _trained(name: str) -> dict[str, Any]:
+def settings(name: str) -> dict[str, Any]:
     """The settings of a row. Raises ConfigError for one that is data alone."""
     found = row(name)
     if found.untrained:
@@ -237,19 +237,23 @@ def _trained(name: str) -> dict[str, Any]:
 
 def config(name: str, **overrides: Any) -> TrainConfig:
     """The settings of a row, with others in the place of some of them. Raises ConfigError where there are none to train."""
-    return TrainConfig(**{**_trained(name), "recipe": name, **overrides})
+    return TrainConfig(**{**settings(name), "recipe": name, **overrides})
 
 
-def as_flags(name: str) -> list[str]:
-    """The settings of a row as flags of the command line; what comes behind them there overrides them."""
+def as_flags(settings: dict[str, Any]) -> list[str]:
+    """Settings as flags of the command line; what comes behind them there overrides them."""
     flags: list[str] = []
-    for key, value in _trained(name).items():
+    for key, value in settings.items():
         flag = key.replace("_", "-")
         if isinstance(value, bool):
             flags.append(f"--{flag}" if value else f"--no-{flag}")
         else:
-            flags += [f"--{flag}", *(str(v) for v in (value if isinstance(value, tuple) else (value,)))]
+            flags += [f"--{flag}", *_words(value)]
     return flags
+
+
+def _words(value: Any) -> list[str]:
+    return [word for part in value for word in _words(part)] if isinstance(value, tuple) else [str(value)]
 
 
 def difference(config: TrainConfig) -> dict[str, tuple[Any, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import os
@@ -12,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from . import recipes
-from .checkpoint import ASIDE, replace_file, sync_folder
+from .checkpoint import ASIDE, Moved, nobody, replace_file, sync_folder
 from .config import ConfigError, TrainConfig
+from .continuing import SHARING
 from .evaluation import headline
 
 CONFIG, METRICS, WEIGHTS, CURVE, CHECKPOINTS, RECIPE = (
@@ -70,6 +72,14 @@ def read_config(folder: Path) -> TrainConfig:
         raise RunError(f"{folder / CONFIG}: {error}") from error
 
 
+def share(folder: Path, config: TrainConfig, anew: TrainConfig) -> TrainConfig:
+    """``config``, a checkpoint's, shared as ``anew`` says, which is noted in config.json for those who continue the run after this."""
+    config = dataclasses.replace(config, **{name: getattr(anew, name) for name in SHARING})
+    if anew != read_config(folder):
+        replace_file(folder / CONFIG, anew.to_json().encode())
+    return config
+
+
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold the run folder against a second process. The system lets go of it when the process dies, however it dies."""
@@ -114,12 +124,12 @@ def read_metrics(folder: Path, kind: str) -> list[dict[str, Any]]:
     return [record for record in records if record["kind"] == kind]
 
 
-def write_weights(folder: Path, state: dict[str, Any], about: dict[str, Any]) -> None:
-    """state: tensors by released names; about: what to note in the file's header, as JSON."""
+def write_weights(folder: Path, state: dict[str, Any], about: dict[str, Any], moved: Moved = nobody) -> None:
+    """state: tensors by released names; about: what to note in the file's header, as JSON. moved: as in `checkpoint.save`."""
     import safetensors.torch
 
     tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in state.items()}
-    replace_file(folder / WEIGHTS, safetensors.torch.save(tensors, {"about": json.dumps(about)}))
+    replace_file(folder / WEIGHTS, safetensors.torch.save(tensors, {"about": json.dumps(about)}), moved)
 
 
 def read_weights(folder: Path) -> dict[str, Any]:

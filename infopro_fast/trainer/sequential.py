@@ -28,6 +28,7 @@ from .config import ConfigError, TrainConfig
 from .feature_cache import CacheFile, Features, check_space
 from .parallel import ParallelTrainer, modules_of
 from .pipeline import EvaluationPart
+from .watch import Unwatched, Watch, alone
 
 TRAINED, CACHE = "trained", "cache"
 
@@ -41,17 +42,19 @@ def fit(config: TrainConfig) -> Path:
         sequence = _Sequence(config, config.out or Path("runs"), images)  # raises what is wrong before there is a folder
         sequence.check_space()
         sequence.run = run = report.create(config)
-        with report.locked(run):
+        with report.locked(run), alone(config.patience, run) as sequence.watch:
             sequence.run_to_end()
     return run
 
 
-def resume(run: Path, *, previous: bool = False) -> Path:
-    """`loop.resume` of such a run. previous: take the checkpoint before the last of the module in progress."""
-    config = report.read_config(run)
+def resume(run: Path, config: TrainConfig, *, previous: bool = False) -> Path:
+    """`loop.resume` of such a run of ``config``. previous: take the checkpoint before the last of the module in progress."""
     images = loop._load_data(config)
     with report.locked(run), loop._machine(config):
-        _Sequence(config, run, images).run_to_end(previous)
+        report.share(run, config, config)
+        sequence = _Sequence(config, run, images)
+        with alone(config.patience, run) as sequence.watch:
+            sequence.run_to_end(previous)
     return run
 
 
@@ -67,6 +70,8 @@ def _whole(config: TrainConfig, images: Any) -> modules.LocalNetwork:
 class _Sequence:
     """The modules' training, one after the other."""
 
+    watch: Watch | Unwatched = Unwatched()
+
     def __init__(self, config: TrainConfig, run: Path, images: Any):
         self.config, self.run, self.images = config, run, images
         self.device, self.dtype = torch.device(config.device), getattr(torch, config.dtype)
@@ -79,12 +84,14 @@ class _Sequence:
             if not self.trained(k).is_dir():
                 self._train(k, previous)
                 previous = False
+        self.watch.at("putting the modules together", slow=True)
         net = _whole(self.config, self.images)
         for k in range(self.config.modules):
             modules_of(net, range(k, k + 1)).load_state_dict(checkpoint.load(self.trained(k))["net"])
         last = report.read_metrics(self.run, "epoch")[-1]
         about = {"arch": self.config.arch, "epoch": self.config.epochs, "test_accuracy": last["test"]["accuracy"]}
-        report.write_weights(self.run, net.released_state_dict(), about)
+        self.watch.at("writing the weights")
+        report.write_weights(self.run, net.released_state_dict(), about, self.watch.moved)
         checkpoint._remove(self.run / CACHE)
 
     def _train(self, k: int, previous: bool) -> None:
@@ -93,14 +100,17 @@ class _Sequence:
         if k > 0:
             with stop:
                 source = self.cache(k - 1, stop) if self.config.cache else self._frozen(k)
+        self.watch.at(f"building module {k + 1}", slow=True)
         training = _ModuleTraining(self.config, self.run, self.images, self._module(k), k, source)
+        training.watch = self.watch
         if checkpoint.list_checkpoints(training.checkpoints):
             training.load(*checkpoint.load_latest(training.checkpoints, previous))
         elif k > 0:
             training.begin_after(checkpoint.load(self.trained(k - 1)))
         training.run_to_end()
         content = {"net": training.net.state_dict(), "seconds": training.clock.seconds, "metrics_bytes": training.metrics_bytes_now}
-        checkpoint.save(self.run / TRAINED, self.trained(k).name, content)
+        self.watch.at(f"writing module {k + 1}")
+        checkpoint.save(self.run / TRAINED, self.trained(k).name, content, self.watch.moved)
         checkpoint._remove(training.checkpoints)
 
     def _module(self, k: int) -> modules.LocalNetwork:
@@ -173,6 +183,7 @@ class _Sequence:
         train, test = self.files(k)
         if not all(file.is_complete for file in (*train, test)):
             source = self.cache(k - 1, stop) if k > 0 else None
+            self.watch.at(f"building module {k + 1}", slow=True)
             part = self._load_trained(k)
             for epoch, file in enumerate(train):
                 first = len(file.sums)
@@ -181,14 +192,21 @@ class _Sequence:
                     augmented=self.config.augment, dtype=self.dtype, device=self.device,
                 )  # fmt: skip
                 given = batches if source is None else source.train(epoch, first, batches)
-                file.write(self._outputs(part, stop.watch(given)))
+                self._write(file, self._outputs(part, stop.watch(given)), f"caching the outputs of module {k + 1}, epoch {epoch + 1}")
             batches = self.images.test_batches(self.config.batch_size, self.dtype, self.device)
             batches = batches if source is None else source.test(batches)
             first = len(test.sums)
-            test.write(self._outputs(part, stop.watch(b for i, b in enumerate(batches) if i >= first)))
+            missing = self._outputs(part, stop.watch(b for i, b in enumerate(batches) if i >= first))
+            self._write(test, missing, f"caching the outputs of module {k + 1}, test images")
         if k > 0:
             checkpoint._remove(self.files(k - 1)[1].path.parent)
         return _Cached(train, test, self.device)
+
+    def _write(self, file: CacheFile, batches: Iterator[torch.Tensor], place: str) -> None:
+        self.watch.at(f"taking the disk's space, {place}", slow=True)
+        file.reserve()
+        self.watch.at(place, pulse=self.images.images_read)
+        file.write(batches, self.watch.moved)
 
     def _outputs(self, part: modules.LocalNetwork, batches: Iterator[tuple[torch.Tensor, ...]]) -> Iterator[torch.Tensor]:
         with torch.inference_mode(), self._autocast():
@@ -286,8 +304,7 @@ class _ModuleTraining(loop._Training):
     def evaluate(self) -> dict[str, float] | None:
         if self.k < self.config.modules - 1:
             return None
-        batches = self.stop.watch(self.images.test_batches(self.config.batch_size, self.dtype, self.device))
-        given = ((h, label) for h, _, label in self.source.test(batches))
+        given = ((h, label) for h, _, label in self.source.test(self.stop.watch(self.test_batches())))
         part = EvaluationPart(self.net, None, None, ())
         return loop.evaluation.evaluate(part, given, autocast=self.trainer.autocast)
 

@@ -4,7 +4,13 @@ Every process has a thread that tells the others, through torch.distributed's ke
 whether it waits for others; and that looks at theirs. A process that fails by an exception says so itself. Whoever is first to know
 of a failure writes it into the store and prints it; the others end without a word of their own.
 
-Silence is counted in the ticks of one's own thread, not in seconds of a clock: a machine that sleeps loses nobody.
+A process that is alive may stand still all the same. It moves when it goes to another place, and at some places by less: an image
+that is read, a piece of a checkpoint that is on the disk, a message that has come. So slow work moves, and what has not moved for as
+long as the patience is stands still. Only what is one call without an inside is given longer (`at`'s slow): opening a data set,
+building a network, reading a checkpoint, the first step on a GPU, which compiles kernels, and drawing the learning curve.
+
+Silence is counted in the ticks of one's own thread, not in seconds of a clock: a machine that sleeps loses nobody. Nor does one that is
+busy with others: while a thread of the process could run and is not let, its time without a move stands still (Linux says so).
 """
 
 from __future__ import annotations
@@ -12,20 +18,23 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import multiprocessing
 import os
 import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 TICK = 1.0  # seconds between two looks
 SILENCE = 8  # ticks without a sign of life
-SLOW = 30  # times the patience that places outside the modules (start, evaluation, checkpoint) are given
+SLOW = 30  # times the patience that calls without an inside are given
+PATIENCE = 20.0  # seconds, where none is given
 LEAVING = 30  # ticks that a process that failed has to say so and end
 FAILURE, CLEAN = "failure", "clean"
 
@@ -34,12 +43,37 @@ class ProcessFailure(RuntimeError):
     """A process of the run failed; the message names its rank, its modules and the cause."""
 
 
+class Unwatched:
+    """In the place of a `Watch`, in a run that nobody looks at."""
+
+    waited = 0.0
+
+    def at(self, place: str, *, slow: bool = False, pulse: Callable[[], int] | None = None) -> None:
+        """As `Watch.at`."""
+
+    def moved(self) -> None:
+        """As `Watch.moved`."""
+
+    def waiting(self) -> contextlib.AbstractContextManager:
+        """As `Watch.waiting`."""
+        return contextlib.nullcontext()
+
+
+class _Place(NamedTuple):
+    """Where a process is; limit: ticks without a move that it may have there."""
+
+    name: str
+    limit: int
+    pulse: Callable[[], int] | None = None
+
+
 class Watch:
     """The thread, and the place that this process is at.
 
     store: a connection of its own to the run's store. rank, size: of this process. title: what this process is, in a message, e.g.
     "rank 1 (module 3 of 4)"; hint: how to continue, said at the end of every message.
-    patience: seconds that a process may stay at one module. keeps_store: whether the store goes with this process.
+    patience: seconds that a process may be without a move. keeps_store: whether the store goes with this process.
+    A process that is alone looks at itself.
     """
 
     def __init__(
@@ -47,8 +81,9 @@ class Watch:
     ):
         self.store, self.rank, self.size, self.title, self.hint = store, rank, size, title, hint
         self.patience = max(1, round(patience / TICK))
-        self._place, self._moves, self._limit = "at the start", 0, self.patience * SLOW
-        self._waits, self._here, self._seen_moves = False, 0, 0
+        self._place, self._moves = _Place("at the start", self.patience * SLOW), 0
+        self._waits, self._here, self._seen, self._starved = False, 0, (0, 0), _Starved()
+        self._looked_at = [other for other in range(size) if other != rank] or [rank]
         self.waited = 0.0  # seconds
         self.keeps_store = keeps_store
         self.stops = False  # this process was asked to stop by a signal
@@ -74,12 +109,20 @@ class Watch:
         self._tell(0)
         with contextlib.suppress(RuntimeError):  # whoever is not there within this time is found silent
             self.store.wait([f"beat/{rank}" for rank in range(self.size)], datetime.timedelta(seconds=SILENCE * TICK))
-            self._beats = {rank: json.loads(self.store.get(f"beat/{rank}")) for rank in range(self.size) if rank != self.rank}
+            self._beats = {rank: json.loads(self.store.get(f"beat/{rank}")) for rank in self._looked_at}
         self._thread.start()
 
-    def at(self, place: str, *, slow: bool = False) -> None:
-        """This process goes on to ``place``, where it may stay as long as its patience is, or if ``slow`` much longer."""
-        self._place, self._limit, self._moves = place, self.patience * (SLOW if slow else 1), self._moves + 1
+    def at(self, place: str, *, slow: bool = False, pulse: Callable[[], int] | None = None) -> None:
+        """This process goes on to ``place``, where it may be without a move as long as its patience is, or if ``slow`` much longer.
+
+        pulse: a number that changes when the work there goes on, in another process too; the thread asks for it.
+        """
+        self._moves += 1  # first: who sees this place knows that it is a new one
+        self._place = _Place(place, self.patience * (SLOW if slow else 1), pulse)
+
+    def moved(self) -> None:
+        """The work at this place goes on."""
+        self._moves += 1
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -88,7 +131,8 @@ class Watch:
         try:
             yield
         finally:
-            self._waits, self._moves = False, self._moves + 1
+            self._moves += 1  # first: who sees that it does not wait knows that it has moved
+            self._waits = False
             self.waited += time.monotonic() - start
 
     def close(self) -> None:
@@ -102,7 +146,7 @@ class Watch:
     def fail(self, cause: str) -> str | None:
         """Make a failure known. Returns the message for people, or None if another failure was known before."""
         with self._speaking:  # where the thread knows of another failure, it ends this process before it lets go
-            message = self._failure = self._claim(f"{self.title}, {self._place}: {cause}")
+            message = self._failure = self._claim(f"{self.title}, {self._place.name}: {cause}")
         if self.keeps_store:
             time.sleep(3 * TICK)  # the others read it there
         return message
@@ -144,12 +188,14 @@ class Watch:
         return f"{self.title}: lost the other processes ({_first_line(error)}); {self.hint()}"
 
     def _tell(self, tick: int) -> None:
-        moves = self._moves
-        self._here = self._here + 1 if moves == self._seen_moves else 0
-        self._seen_moves = moves
+        place, waits = self._place, self._waits  # before the moves, which are counted before these change
+        seen = self._moves, 0 if place.pulse is None else place.pulse()
+        starved = self._starved()
+        self._here = self._here + (not starved) if seen == self._seen else 0
+        self._seen = seen
         beat = {
-            "tick": tick, "title": self.title, "place": self._place, "here": self._here, "limit": self._limit, "waits": self._waits,
-            "stops": self.stops, "pid": os.getpid(), "host": socket.gethostname(),
+            "tick": tick, "title": self.title, "place": place.name, "here": self._here, "limit": place.limit,
+            "waits": waits, "stops": self.stops, "pid": os.getpid(), "host": socket.gethostname(),
         }  # fmt: skip
         self.store.set(f"beat/{self.rank}", json.dumps(beat))
 
@@ -157,8 +203,8 @@ class Watch:
         """What to print before ending, "" for nothing; None: all is well."""
         if self.store.check([FAILURE]):
             return ""
-        for rank in range(self.size):
-            if rank == self.rank or not self.store.check([f"beat/{rank}"]) or self.store.check([f"{CLEAN}/{rank}"]):
+        for rank in self._looked_at:
+            if not self.store.check([f"beat/{rank}"]) or self.store.check([f"{CLEAN}/{rank}"]):
                 continue
             beat = json.loads(self.store.get(f"beat/{rank}"))
             before = self._beats.get(rank, {}).get("tick")
@@ -181,7 +227,7 @@ class Watch:
         return None
 
     def _claim(self, what: str) -> str | None:
-        message = f"{what}; all processes stop; {self.hint()}"
+        message = f"{what}; {'all processes stop' if self.size > 1 else 'it stops'}; {self.hint()}"
         try:
             first = self.store.add(f"{FAILURE}/claims", 1) == 1
             if first:
@@ -191,11 +237,65 @@ class Watch:
         return message if first else None
 
 
+class _Starved:
+    """Called: whether another thread of this process has waited for a CPU for most of the time since the last call."""
+
+    def __init__(self):
+        self._before, self._at = _threads(), time.monotonic()
+
+    def __call__(self) -> bool:
+        threads, now = _threads(), time.monotonic()
+        half = (now - self._at) / 2
+        pairs = [(self._before[name], thread) for name, thread in threads.items() if name in self._before]
+        # The system adds a wait up when it is over; one that goes on is that of a thread which wants to run and does not.
+        starved = any(
+            after.waited - before.waited > half or (before.wants and after.wants and after.ran - before.ran < half)
+            for before, after in pairs
+        )
+        self._before, self._at = threads, now
+        return starved
+
+
+class _Thread(NamedTuple):
+    """ran, waited: seconds on a CPU, and of waiting for one that are over. wants: it runs or waits to."""
+
+    ran: float
+    waited: float
+    wants: bool
+
+
+def _threads() -> dict[str, _Thread]:
+    """The threads of this process but the one that asks; {} where the system does not tell of them."""
+    found = {}
+    with contextlib.suppress(OSError):
+        for name in set(os.listdir("/proc/self/task")) - {str(threading.get_native_id())}:
+            with contextlib.suppress(OSError, ValueError), open(f"/proc/self/task/{name}/schedstat") as times:
+                ran, waited, _ = map(int, times.read().split())
+                found[name] = _Thread(ran / 1e9, waited / 1e9, _state(f"self/task/{name}") == "R")
+    return found
+
+
+@contextlib.contextmanager
+def alone(patience: float | None, run: Path) -> Iterator[Watch | Unwatched]:
+    """The watch of a run of one process, which looks at itself: where it stands still it is ended, and the interpreter with it.
+
+    patience: seconds without a move; None: nobody looks.
+    """
+    if patience is None:
+        yield Unwatched()
+        return
+    watch = Watch(dist.HashStore(), 0, 1, "this process", lambda: f"continue with --resume {run}", patience)
+    watch.start()
+    try:
+        yield watch
+    finally:
+        watch.close()
+
+
 def _process_state(pid: int) -> str | None:
     """Of a process of this machine: "gone" (also dead and not yet waited for), "stopped" or "there"."""
     try:
-        with open(f"/proc/{pid}/stat") as file:
-            state = file.read().rpartition(")")[2].split()[0]
+        state = _state(str(pid))
     except (FileNotFoundError, ProcessLookupError):
         return "gone"
     except OSError:
@@ -203,10 +303,18 @@ def _process_state(pid: int) -> str | None:
     return {"Z": "gone", "X": "gone", "T": "stopped", "t": "stopped"}.get(state, "there")
 
 
+def _state(process: str) -> str:
+    """The letter of a process or thread in /proc: R where it runs or wants to."""
+    with open(f"/proc/{process}/stat") as file:
+        return file.read().rpartition(")")[2].split()[0]
+
+
 def _end(message: str | None) -> None:
-    """Leave at once, even if the main thread waits in a collective for one that will not come."""
+    """Leave at once, even if the main thread waits in a collective for one that will not come, and take the readers of images along."""
     if message:
         print(f"infopro-fast: error: {message}", file=sys.stderr, flush=True)
+    for child in multiprocessing.active_children():
+        child.kill()
     os._exit(1)
 
 

@@ -1,0 +1,120 @@
+"""Processes that stand still outside the modules' steps are found as soon as those in one; slow ones that move are left alone."""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from infopro_fast.trainer import checkpoint, report, watch
+from tests.process_tasks import DEFAULT_PATIENCE, STALLS
+from tests.test_distributed import drive
+
+pytest.importorskip("PIL.Image")
+pytest.importorskip("torchvision")
+pytestmark = pytest.mark.xdist_group("stalls")
+
+LAST = r"rank 1 \(modules 2-3 of 3\)"
+PLACES = {
+    "reader": "rank 1, reading images, epoch 1, step [01] of 2",
+    "evaluation": "rank 0, in evaluation, epoch 2, step 4 of 4",
+    "evaluation_of_first_stage": r"rank 0 \(module 1 of 3\), in evaluation, epoch 2, step 4 of 4",
+    "disk": "rank 0, writing a checkpoint, epoch 3, step 0 of 4",
+    "disk_of_last_stage": f"{LAST}, writing a checkpoint, epoch 3, step 0 of 4",
+    "output": f"{LAST}, between two epochs, epoch 2, step 4 of 4",
+    "cache": "this process, caching the outputs of module 1, epoch 2",
+}
+
+
+@pytest.fixture(scope="module")
+def stalls(tmp_path_factory):
+    return drive(tmp_path_factory.mktemp("stalls"), "stalls")["stalls"]
+
+
+@pytest.mark.parametrize("name", STALLS)
+def test_all_stop_and_say_where(stalls, name):
+    """Within 30 s of the stall with the default patience; one message, and nothing is left running."""
+    found = stalls[name]
+    assert set(found["codes"]) == {1}, found
+    (said,) = [line for text in found["errors"] for line in text.splitlines() if line.startswith("infopro-fast:")]
+    least, most = (20, 27) if name == DEFAULT_PATIENCE else (4, 11)
+    seconds = re.search(rf"infopro-fast: error: {PLACES[name]}: stalled \(no progress for (\d+) s\); ", said)
+    assert seconds and least <= int(seconds[1]) <= most, said
+    stop = "all processes stop" if STALLS[name][2] else "it stops"
+    assert said.endswith(f"; {stop}; continue with --resume {found['run']}")
+    assert found["seconds"] < 30, found
+    assert "Traceback" not in "".join(found["errors"])
+
+
+@pytest.mark.parametrize("name", ["disk_of_last_stage", "cache"])
+def test_continues(stalls, name):
+    again = stalls[name]["again"]
+    assert set(again["codes"]) == {0} and not any(again["errors"]), again
+    assert (Path(stalls[name]["run"]) / report.WEIGHTS).is_file()
+
+
+def test_slow_work_is_left_alone(stalls):
+    """Batches, evaluations and checkpoints that take longer than the patience, each by many short pieces."""
+    found = stalls["slow"]
+    assert found["codes"] == [0, 0] and not any(found["errors"]), found
+    assert (Path(found["run"]) / report.WEIGHTS).is_file()
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/schedstat"), reason="this system does not count how long threads wait for a CPU")
+def test_a_process_that_gets_no_cpu_does_not_stand_still(tmp_path):
+    """Eight times its patience; one that does nothing does."""
+    found = drive(tmp_path, "starved")["starved"]
+    assert found["codes"] == [0], found["errors"]
+    assert found["while_starved"] == []
+    (said,) = set(found["while_standing"])
+    assert said.startswith("this process, in another step: stalled (no progress for ")
+
+
+@pytest.mark.parametrize(
+    "ran, waited, wants, expected",
+    [
+        (0.0, 0.0, "no", False),  # it sleeps
+        (0.9, 0.05, "yes", False),  # it computes
+        (0.1, 0.8, "no", True),  # it had to wait, and sleeps again
+        (0.0, 0.0, "yes", True),  # it waits, and has not been let yet
+        (0.0, 0.0, "now", False),  # it just woke up
+    ],
+)
+def test_whether_a_thread_is_starved(monkeypatch, ran, waited, wants, expected):
+    """From what the system says of it, a second apart."""
+    looks = iter([watch._Thread(5.0, 3.0, wants == "yes"), watch._Thread(5.0 + ran, 3.0 + waited, wants != "no")])
+    times = iter([100.0, 101.0])
+    monkeypatch.setattr(watch, "_threads", lambda: {"7": next(looks)})
+    monkeypatch.setattr(watch.time, "monotonic", lambda: next(times))
+    starved = watch._Starved()
+    found = starved()
+    monkeypatch.undo()
+    assert found is expected
+
+
+def test_large_files_are_written_in_pieces(tmp_path, monkeypatch):
+    """Each of which is on the disk before the next, and told."""
+    monkeypatch.setattr(checkpoint, "PIECE", 10)
+    fsync, sizes, moves = os.fsync, [], []
+    monkeypatch.setattr(os, "fsync", lambda file: (sizes.append(os.fstat(file).st_size), fsync(file)))
+    content = bytes(range(34))
+    checkpoint.write_file(tmp_path / "file", content, lambda: moves.append(len(sizes)))
+    assert (tmp_path / "file").read_bytes() == content
+    assert sizes == [10, 20, 30, 34] and moves == [1, 2, 3, 4]
+
+
+def test_a_pulse_is_a_move(monkeypatch):
+    """Of its own place alone."""
+    one, pulse = watch.Watch(watch.dist.HashStore(), 0, 1, "rank 0", lambda: "", 4), [0]
+    one.at("reading images", pulse=lambda: pulse[0])
+    for tick in range(20):
+        pulse[0] += 1
+        one._tell(tick)
+        assert one._look(tick) is None
+    one.at("in a step")
+    found = []
+    for tick in range(20, 26):
+        pulse[0] += 1
+        one._tell(tick)
+        found.append(one._look(tick))
+    assert found[:4] == [None] * 4 and found[4].startswith("rank 0, in a step: stalled (no progress for 4 s)")
