@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -380,9 +382,26 @@ def test_a_decoder_of_plain_layers(library, on_host):
         nn.Conv2d(5, 6, 1), nn.BatchNorm2d(6), nn.ReLU(), doubled(), nn.Conv2d(6, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), doubled(),
         nn.Conv2d(4, 3, 3, padding=1), nn.Sigmoid(),
     )  # fmt: skip
-    other = op_cases.copy.deepcopy(decoder).double()
+    other = copy.deepcopy(decoder).double()
     features, image = torch.randn(2, 5, 3, 4), torch.rand(2, 3, 12, 16)
     loss = reconstruction_loss(features, image, decoder, impl="cuda")
     compare.assert_close(loss, op_cases.plain_reconstruction(features.double(), image.double(), other), what="loss")
     for (name, found), expected in zip(decoder.named_buffers(), other.buffers(), strict=True):
         compare.assert_close(found, expected.double(), dtype=torch.float32, what=name)
+
+
+def test_compiled_equals_eager(library, on_host):
+    """Which kernels run which stage is decided while it is traced."""
+    kernels = on_host(library)
+    decoder = op_cases.make_chain(5, ((None, 1, 7), (doubled(), 3, 4)), doubled()).float()
+    other = copy.deepcopy(decoder)
+    features, image = torch.randn(2, 5, 4, 3, requires_grad=True), torch.rand(2, 3, 16, 12)
+    torch._dynamo.reset()
+    compiled = torch.compile(reconstruction_loss, fullgraph=True, backend="aot_eager")
+    loss, expected = compiled(features, image, other, impl="cuda"), reconstruction_loss(features, image, decoder, impl="cuda")
+    compare.assert_same(loss.detach(), expected.detach(), "loss")
+    found, wanted = (torch.autograd.grad(t, features)[0] for t in (loss, expected))
+    compare.assert_same(found, wanted, "gradient of the features")
+    for (name, t), plain in zip(other.named_buffers(), decoder.buffers(), strict=True):
+        compare.assert_same(t, plain, name)
+    assert kernels.calls.count("stage_backward") == 2
