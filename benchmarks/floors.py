@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import pathlib
 import typing
 
@@ -187,11 +188,13 @@ def chain_backward(s: shapes.ChainShape, size: int = 4) -> Floor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The last stage of the released ImageNet and Cityscapes decoders: 12 channels, doubled, to the 3 logits of each pixel. What its two
-# implementations move and compute, from which impl="auto" has its order.
+# Stages of the released ImageNet and Cityscapes decoders: 12 channels, doubled, to the 3 logits of each pixel, the last; 32, doubled, to
+# 12, the one in front of it. What their two implementations move and compute, from which impl="auto" has its order.
 
 LAST_CHANNELS = 12
 LAST_TILE = {"forward": (48, 28), "backward": (16, 16)}  # of the CUDA C++ kernels on an A100: csrc/chain_plan.cuh
+STAGE_CHANNELS = (32, 12)
+STAGE_TILE = {"forward": (28, 28), "backward": (28, 4)}
 
 
 def last_floor(h: int, w: int, direction: str, size: int = 4) -> Floor:
@@ -229,6 +232,36 @@ def last_cuda(h: int, w: int, direction: str) -> Floor:
     logits = (2 * rows + 6) * (2 * columns + 6) / (4 * pixels)
     moved = C * again + 12 * logits + 2 * C
     return Floor(4 * moved * h * w, found.macs * (again + 2) / 3, found.elementwise * logits)
+
+
+def stage_floor(h: int, w: int, direction: str) -> Floor:
+    """Of one sample whose z in front of the stage is (h, w), float32: z read and the next written; in backward both, dy in and out."""
+    (C, K), pixels = STAGE_CHANNELS, h * w
+    products, expansion = 9 * C * K * pixels, K * 4 * pixels * (6 + 9)
+    if direction == "forward":
+        return Floor(4 * (C + 4 * K) * pixels, products, expansion)
+    return Floor(4 * (2 * C + 8 * K) * pixels, 2 * products, expansion)
+
+
+def stage_triton(h: int, w: int, direction: str) -> Floor:
+    """As `last_triton`: z, a written and read; T written and read; the next z written, and read for its statistics. In backward dz of dy
+    and z, written and read; dT written and read by two products; a of z, written and read; da, and with z dy in place of it."""
+    (C, K), pixels = STAGE_CHANNELS, h * w
+    found = stage_floor(h, w, direction)
+    moved = 3 * C + 18 * K + 8 * K if direction == "forward" else 16 * K + 27 * K + 3 * C + 4 * C
+    return Floor(4 * moved * pixels, found.macs, found.elementwise)
+
+
+def stage_cuda(h: int, w: int, direction: str) -> Floor:
+    """Tile by tile, with borders as in `last_cuda`; three channels of the next z at a time, for which z is read again from the caches, if
+    it is there: counted as if it were not. In backward z once for a, once for dy; T of no border."""
+    (C, K), (rows, columns) = STAGE_CHANNELS, STAGE_TILE[direction]
+    found = stage_floor(h, w, direction)
+    if direction == "forward":
+        again = (rows / 2 + 3) * (columns / 2 + 3) / (rows * columns / 4)
+        return Floor(4 * (C * again * K / 3 + 4 * K) * h * w, found.macs * again, found.elementwise)
+    around = (2 * rows + 6) * (2 * columns + 6) / (4 * rows * columns)
+    return Floor(4 * (3 * C + 8 * K * around) * h * w, found.macs, found.elementwise * around)
 
 
 GPU_DECODER = tuple(shape._replace(N=1024) for shape in shapes.DECODER)
@@ -280,16 +313,18 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def last_table() -> str:
+def stages_table() -> str:
     """Of 64 images of ImageNet."""
-    head = ["direction", "implementation", "MB", "Gmac", *(f"{d}, us" for d in DEVICES if d != "H200")]
+    head = ["stage", "direction", "implementation", "MB", "Gmac", *(f"{d}, us" for d in DEVICES if d != "H200")]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    for direction in ("forward", "backward"):
-        for name, count in (("floor", last_floor), ("CUDA C++", last_cuda), ("Triton and cuBLAS", last_triton)):
-            one = count(112, 112, direction)
+    counts = (("last", 112, last_floor, last_cuda, last_triton), ("in front of it", 56, stage_floor, stage_cuda, stage_triton))
+    for stage, side, *own in counts:
+        named = zip(("floor", "CUDA C++", "Triton and cuBLAS"), own, strict=True)
+        for direction, (name, count) in itertools.product(("forward", "backward"), named):
+            one = count(side, side, direction)
             found = Floor(64 * one.bytes, 64 * one.macs, 64 * one.elementwise)
             times = [f"{1e6 * found.seconds(device):.1f} {found.bound(device)[0]}" for key, device in DEVICES.items() if key != "H200"]
-            cells = (direction, name, f"{found.bytes / 1e6:.1f}", f"{(found.macs + found.elementwise) / 1e9:.2f}", *times)
+            cells = (stage, direction, name, f"{found.bytes / 1e6:.1f}", f"{(found.macs + found.elementwise) / 1e9:.2f}", *times)
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -304,11 +339,13 @@ def document() -> str:
         "Written by `python -m benchmarks.floors --write`; `benchmarks/floors.py` has the formulas and says what they count.\n"
         "m: bound by memory; a: bound by arithmetic. float32 inputs and outputs; tf32: products on tensor cores.\n\n"
         f"{table()}\n\n"
-        "## The last stage of a chain decoder, by implementation\n\n"
-        "12 channels of 112x112, doubled, to the logits and the loss of 64 images, float32; `last_cuda` and `last_triton` count.\n"
+        "## The last two stages of a chain decoder, by implementation\n\n"
+        "Of 64 images, float32: 12 channels of 112x112, doubled, to the logits and the loss; and 32 of 56x56, doubled, to those 12.\n"
         "The time is that of the slower of memory and arithmetic: of one kernel a direction in CUDA C++, of all of Triton's as if they\n"
         "were one, and as if no map stayed in the second cache. Nothing here is measured.\n\n"
-        f"{last_table()}\n\n"
+        "The first two stages, 512 channels to 128 and those to 32, are products of matrices above all, and left to cuBLAS: the second\n"
+        "has 11 times the multiply-adds of the third a pixel of z, of which CUDA C++ would do 1.3 times as many, in float32 alone.\n\n"
+        f"{stages_table()}\n\n"
         "Peak rates, from the vendors' data sheets (dense):\n\n"
         "| GPU | GB/s | float32 TFLOP/s | TF32 TFLOP/s | bfloat16 TFLOP/s |\n| --- | --- | --- | --- | --- |\n"
         f"{rates}\n"

@@ -1,10 +1,12 @@
-// What the threads of a block do with a tile of a chain decoder's last stage, phase by phase:
+// What the threads of a block do with a tile of a chain decoder's stage and three channels o of its z, phase by phase:
 //
 //     mix       T[9 o + 3 dy + dx] = sum_c W[o, c, dy, dx] a[c]                  a = relu(batch norm(x)), or x as it is
-//     logits    s[o](Y, X) = b[o] + sum_taps R(T[tap])(Y + dy - 1, X + dx - 1)   R the resize, zero outside the resized map
-//     collect   dT[tap] = R^T (ds[o], shifted by the tap)
+//     logits    z[o](Y, X) = b[o] + sum_taps R(T[tap])(Y + dy - 1, X + dx - 1)   R the resize, zero outside the resized map
+//     collect   dT[tap] = R^T (dz[o], shifted by the tap)
 //     inputs    da[c] = sum_taps W dT, through ReLU; its sums and those of it times the normalised x; dx
 //     weights   dW[o, c, dy, dx] = sum over pixels of dT a
+//
+// Of the last stage that is all there is of it, one after the other; other stages take `inputs` in parts (chain_stage_kernels.cuh).
 #pragma once
 
 #include "chain_plan.cuh"
@@ -15,9 +17,9 @@ namespace infopro::gpu::chain {
 
 // What chain_prepare_kernel writes.
 struct Prepared {
-  float* weight;                   // (C, W_ROW), C padded to STEP: of channel c the 27 numbers 9 o + tap; zeros behind
+  float* weight;                   // (groups, C, W_ROW), C padded to STEP: of channel c the 27 numbers 9 o + tap; zeros behind
   float* norm;                     // (C, 4), C padded: center, scale, shift, 1 / standard deviation
-  float* bias;                     // (4)
+  float* bias;                     // (K), padded to whole groups
   Cell *rows, *columns;            // (H), (W)
   int *first_row, *first_column;   // (h + 1), (w + 1): see first_at
 };
@@ -28,6 +30,7 @@ struct Call {
   Prepared w;
   Maps x;
   bool norm;                // relu((x - center) scale + shift) is what is convolved
+  // of the last stage
   Target target;
   Pixel pixel;
   float pixel_weight;       // 1 / (3 N H W)
@@ -36,7 +39,7 @@ struct Call {
   __host__ __device__ int tiles() const { return s.N * p.tiles(); }
 };
 
-// Along an axis: pixels that are the tile's own, of the image or in backward of x; those of the image and of x that it needs.
+// Along an axis: pixels that are the tile's own, of z or in backward of x; those of z and of x that it needs.
 struct Reach {
   int own, owned, out, outs, low, lows;
 
@@ -66,18 +69,21 @@ struct Tile {
 
 // Shared memory. rows[r], columns[r]: the cells of resized row y.out - 1 + r, `low` counted from y.low on.
 struct Shared {
-  float *taps, *gradients, *weight, *norm;
+  float* taps;       // T; in backward later dT, and behind it the last stage's a
+  float* gradients;  // of z; later the warps' shares of dW
+  float* held;       // stages but the last: moments of z, or a (C, pixels) and da (C, pixels), C padded to GROUP
+  float *weight, *norm;
   Cell *rows, *columns;
-  float* sums;  // forward: of warps, as double; backward: (WARPS, sums_row)
-  float* d_weight;  // (3, C, 9), of the block's tiles so far
+  float* sums;      // forward: of warps, as double; backward: (WARPS, sums_row)
+  float* d_weight;  // (3, C, 9) of the last stage, of the block's tiles so far
 
   __device__ __forceinline__ Shared(const Call& d, float* memory, bool backward) {
     auto take = [&](int n) { float* p = memory; memory += n; return p; };
-    const int padded = round_up(d.s.C, STEP);
     taps = take(d.p.taps);
     gradients = take(d.p.gradients);
-    weight = take(padded * W_ROW);
-    norm = take(padded * 4);
+    held = take(d.p.held);
+    weight = take(d.s.padded() * W_ROW);
+    norm = take(d.s.padded() * 4);
     rows = reinterpret_cast<Cell*>(take(round_up(2 * (d.p.out_h + 2 + d.p.out_w + 2), 4)));
     columns = rows + d.p.out_h + 2;
     sums = take(backward ? WARPS * sums_row(d) : 4 * WARPS);
@@ -87,10 +93,13 @@ struct Shared {
   __device__ __forceinline__ static int sums_row(const Call& d) { return round_up(2 * d.s.C + OUTPUTS, 4); }
 };
 
-__device__ __forceinline__ void load_constants(const Call& d, const Shared& s) {
-  const int padded = round_up(d.s.C, STEP);
-  for (int i = threadIdx.x; i < padded * W_ROW; i += THREADS) s.weight[i] = d.w.weight[i];
-  for (int i = threadIdx.x; i < padded * 4; i += THREADS) s.norm[i] = d.w.norm[i];
+__device__ __forceinline__ void load_weight(const Call& d, const Shared& s, int group) {
+  const int n = d.s.padded() * W_ROW;
+  for (int i = threadIdx.x; i < n; i += THREADS) s.weight[i] = d.w.weight[int64_t(group) * n + i];
+}
+
+__device__ __forceinline__ void load_norm(const Call& d, const Shared& s) {
+  for (int i = threadIdx.x; i < d.s.padded() * 4; i += THREADS) s.norm[i] = d.w.norm[i];
 }
 
 __device__ __forceinline__ void load_cells(const Line& line, const Reach& r, const Cell* table, Cell* to, int thread) {
@@ -156,11 +165,11 @@ __device__ __forceinline__ void mix(const Call& d, const Shared& s, const Tile& 
   }
 }
 
-// use(o, y, x, logit, fetch(o, y, x)) for every logit of the tile, y and x counted from t.y.out and t.x.out on. A thread goes down a column
-// of a strip of rows for one output, and holds what it has expanded along x of two rows of T, for as long as cells lie between them.
-// What is fetched for a row is asked for a row earlier.
-template <class Fetch, class Use>
-__device__ __forceinline__ void logits(const Call& d, const Shared& s, const Tile& t, Fetch fetch, Use use) {
+// use(o, y, x, z, fetch(o, y, x)) for every pixel of the tile and each of three channels from `channel` on, y and x counted from t.y.out and
+// t.x.out on; then end(unit), of a thread's strip. A thread goes down a column of a strip of rows for one channel, and holds what it has
+// expanded along x of two rows of T, for as long as cells lie between them. What is fetched for a row is asked for a row earlier.
+template <class Fetch, class Use, class End>
+__device__ __forceinline__ void logits(const Call& d, const Shared& s, const Tile& t, int channel, Fetch fetch, Use use, End end) {
   const bool mixed_rows = d.s.rows.mixes(), mixed_columns = d.s.columns.mixes();
   const int width = t.x.outs, strip = ceil_div(t.y.outs, d.p.strips), pitch = t.x.lows * TAPS;
   for (int unit = threadIdx.x; unit < OUTPUTS * width * d.p.strips; unit += THREADS) {
@@ -188,7 +197,7 @@ __device__ __forceinline__ void logits(const Call& d, const Shared& s, const Til
         }
       }
     };
-    const float bias = d.w.bias[o];
+    const float bias = d.w.bias[channel + o];
     float below[3] = {}, above[3] = {}, before = 0.0f, line = 0.0f;  // before, line: of rows r - 1 and r, what there is of them yet
     int held = -2;
     float fetched = fetch(o, y0, x);
@@ -218,6 +227,7 @@ __device__ __forceinline__ void logits(const Call& d, const Shared& s, const Til
       if (r - 1 < y1) fetched = fetch(o, r - 1, x);
       use(o, r - 2, x, done, given);
     }
+    end(unit);
   }
 }
 
@@ -225,8 +235,8 @@ __device__ __forceinline__ void logits(const Call& d, const Shared& s, const Til
 
 constexpr int TAKERS = 5;  // columns of the resized map that are made of one of x, at a time: as many as there are where it is doubled
 
-// dT of the tile's own pixels, as taps[pixel * TAPS + tap], from the gradient of the logits, gradients[(o * y.outs + row) * x.outs + column].
-// A thread takes a column of x and of the window, and an output: it goes down the rows of the gradient, each of which adds to at most two
+// dT of the tile's own pixels, as taps[pixel * TAPS + tap], from the gradient of z, gradients[(o * y.outs + row) * x.outs + column].
+// A thread takes a column of x and of the window, and a channel of z: it goes down the rows of the gradient, each of which adds to at most two
 // rows of each dT, whose sums it holds.
 __device__ __forceinline__ void collect(const Call& d, const Shared& s, const Tile& t) {
   const Line &rows = d.s.rows, &columns = d.s.columns;
@@ -346,13 +356,15 @@ __device__ __forceinline__ void weights(const Call& d, const Shared& s, const Ti
     for (int j = 0; j < GROUP; j++) partial[(warp * GROUP + j) * TAPS + tap] = sums[j];
 }
 
-// d_weight += the warps' shares.
-__device__ __forceinline__ void add_weights(const Call& d, const Shared& s, int c0, const float* partial) {
+// d_weight (K, C, 9) of three channels of z and GROUP of x += the warps' shares, or = where these are the first.
+__device__ __forceinline__ void add_weights(const Call& d, int channel, int c0, const float* partial, float* d_weight, bool first) {
   for (int i = threadIdx.x; i < smaller(GROUP, d.s.C - c0) * TAPS; i += THREADS) {
-    const int c = c0 + i / TAPS, tap = i % TAPS;
+    const int c = c0 + i / TAPS, tap = i % TAPS, k = channel + tap / 9;
     float sum = 0.0f;
     for (int warp = 0; warp < WARPS; warp++) sum += partial[warp * GROUP * TAPS + i];
-    s.d_weight[(tap / 9 * d.s.C + c) * 9 + tap % 9] += sum;
+    if (k >= d.s.K) continue;
+    float* to = d_weight + (k * d.s.C + c) * 9 + tap % 9;
+    *to = first ? sum : *to + sum;
   }
 }
 

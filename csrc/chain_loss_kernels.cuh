@@ -1,5 +1,6 @@
-// The kernels of a chain decoder's last stage: parameters and tables in the order they are read; one sweep over the tiles a direction, by
-// as many blocks as the device holds at a time; and the sums over blocks. Neither the resized map nor the logits leave a block.
+// The kernels of a chain decoder's last stage, one sweep over the tiles a direction, by as many blocks as the device holds at a time; and,
+// of every stage, those that prepare parameters and tables in the order they are read, and add up what blocks have found.
+// Neither the resized map nor the logits leave a block.
 #pragma once
 
 #include "chain_block.cuh"
@@ -7,23 +8,23 @@
 namespace infopro::gpu::chain {
 
 struct Given {
-  Numbers weight, bias;             // (3, C, 3, 3), (3)
+  Numbers weight, bias;             // (K, C, 3, 3), (K)
   Numbers mean, var, gamma, beta;   // (C)
   double eps;
 };
 
 __global__ void __launch_bounds__(THREADS) chain_prepare_kernel(Call d, Given given) {
-  const int C = d.s.C, padded = round_up(C, STEP), first = blockIdx.x * THREADS + threadIdx.x, step = gridDim.x * THREADS;
-  for (int i = first; i < padded * W_ROW; i += step) {
-    const int c = i / W_ROW, tap = i % W_ROW;
-    d.w.weight[i] = c < C && tap < TAPS ? given.weight[(tap / 9 * int64_t(C) + c) * 9 + tap % 9] : 0.0f;
+  const int C = d.s.C, K = d.s.K, padded = d.s.padded(), groups = d.s.groups(), first = blockIdx.x * THREADS + threadIdx.x, step = gridDim.x * THREADS;
+  for (int i = first; i < groups * padded * W_ROW; i += step) {
+    const int tap = i % W_ROW, c = i / W_ROW % padded, k = i / W_ROW / padded * OUTPUTS + tap / 9;
+    d.w.weight[i] = c < C && tap < TAPS && k < K ? given.weight[(int64_t(k) * C + c) * 9 + tap % 9] : 0.0f;
   }
   for (int c = first; c < padded; c += step) {
     const float inverse_std = c < C && d.norm ? float(1.0 / sqrt(double(given.var[c]) + given.eps)) : 0.0f;
     const bool real = c < C && d.norm;
     store4(d.w.norm + 4 * c, {real ? given.mean[c] : 0.0f, real ? given.gamma[c] * inverse_std : 0.0f, real ? given.beta[c] : 0.0f, inverse_std});
   }
-  for (int o = first; o < 4; o += step) d.w.bias[o] = o < OUTPUTS ? given.bias[o] : 0.0f;
+  for (int k = first; k < groups * OUTPUTS; k += step) d.w.bias[k] = k < K ? given.bias[k] : 0.0f;
   const Line &rows = d.s.rows, &columns = d.s.columns;
   for (int y = first; y < rows.out; y += step) d.w.rows[y] = rows.at(y);
   for (int x = first; x < columns.out; x += step) d.w.columns[x] = columns.at(x);
@@ -49,13 +50,15 @@ __device__ __forceinline__ auto target_of(const Call& d, const Tile& t) {
 __global__ void __launch_bounds__(THREADS, 2) chain_loss_kernel(Call d, double* partial) {
   INFOPRO_DYNAMIC_SHARED(memory);
   const Shared s(d, reinterpret_cast<float*>(memory), false);
-  load_constants(d, s);
+  load_weight(d, s, 0);
+  load_norm(d, s);
   double total = 0.0;
   for (int tile = blockIdx.x; tile < d.tiles(); tile += gridDim.x) {
     const Tile t(d, tile, false);
     start_tile(d, s, t);
     float sum = 0.0f;
-    logits(d, s, t, target_of(d, t), [&](int, int, int, float logit, float target) { sum += pixel_loss(d.pixel, logit, target).loss; });
+    auto use = [&](int, int, int, float logit, float target) { sum += pixel_loss(d.pixel, logit, target).loss; };
+    logits(d, s, t, 0, target_of(d, t), use, [](int) {});
     total += sum;
   }
 #pragma unroll
@@ -68,8 +71,8 @@ __global__ void __launch_bounds__(THREADS, 2) chain_loss_kernel(Call d, double* 
   partial[blockIdx.x] = total;
 }
 
-// What a block adds up in backward: (2, C) sums of dy, (3, C, 9) dW, (3) db.
-__host__ __device__ inline int sums_columns(int C) { return 2 * C + TAPS * C + OUTPUTS; }
+// What a block adds up in backward: (2, C) sums of dy, (K, C, 9) dW, of the last stage (3) db.
+__host__ __device__ inline int sums_columns(const Shape& s, bool last) { return 2 * s.C + 9 * s.K * s.C + (last ? OUTPUTS : 0); }
 
 __device__ __forceinline__ void write_sums(const Call& d, const Shared& s, float* to) {
   const int C = d.s.C;
@@ -78,7 +81,7 @@ __device__ __forceinline__ void write_sums(const Call& d, const Shared& s, float
     for (int warp = 0; warp < WARPS; warp++) sum += s.sums[warp * Shared::sums_row(d) + column];
     return sum;
   };
-  for (int i = threadIdx.x; i < sums_columns(C); i += THREADS)
+  for (int i = threadIdx.x; i < sums_columns(d.s, true); i += THREADS)
     to[i] = i < 2 * C ? of_warps(i) : i < 2 * C + TAPS * C ? s.d_weight[i - 2 * C] : of_warps(i - TAPS * C);
 }
 
@@ -86,20 +89,22 @@ __device__ __forceinline__ void write_sums(const Call& d, const Shared& s, float
 __device__ __forceinline__ void logit_gradients(const Call& d, const Shared& s, const Tile& t, float weight, float (&bias)[OUTPUTS]) {
   const int top = d.w.first_row[t.y.own] - t.y.out, bottom = d.w.first_row[t.y.own + t.y.owned] - t.y.out;
   const int left = d.w.first_column[t.x.own] - t.x.out, right = d.w.first_column[t.x.own + t.x.owned] - t.x.out;
-  logits(d, s, t, target_of(d, t), [&](int o, int y, int x, float logit, float target) {
+  auto use = [&](int o, int y, int x, float logit, float target) {
     const float gradient = pixel_loss(d.pixel, logit, target).gradient * weight;
     s.gradients[(o * t.y.outs + y) * t.x.outs + x] = gradient;
     const float counted = y >= top && y < bottom && x >= left && x < right ? gradient : 0.0f;
 #pragma unroll
     for (int i = 0; i < OUTPUTS; i++) bias[i] += i == o ? counted : 0.0f;
-  });
+  };
+  logits(d, s, t, 0, target_of(d, t), use, [](int) {});
 }
 
 // partial (blocks, sums_columns); d_x where needs_x.
 __global__ void __launch_bounds__(THREADS, 2) chain_gradient_kernel(Call d, bool needs_x, bool needs_weight, Maps d_x, float* partial) {
   INFOPRO_DYNAMIC_SHARED(memory);
   const Shared s(d, reinterpret_cast<float*>(memory), true);
-  load_constants(d, s);
+  load_weight(d, s, 0);
+  load_norm(d, s);
   for (int i = threadIdx.x; i < TAPS * d.s.C; i += THREADS) s.d_weight[i] = 0.0f;
   for (int i = threadIdx.x; i < WARPS * Shared::sums_row(d); i += THREADS) s.sums[i] = 0.0f;
   const float weight = d.pixel_weight * *d.upstream;
@@ -119,7 +124,7 @@ __global__ void __launch_bounds__(THREADS, 2) chain_gradient_kernel(Call d, bool
       __syncthreads();  // a is whole
       weights(d, s, t, a, s.gradients);
       __syncthreads();
-      add_weights(d, s, c0, s.gradients);
+      add_weights(d, 0, c0, s.gradients, s.d_weight, tile == int(blockIdx.x));
     }
   }
 #pragma unroll
@@ -128,7 +133,7 @@ __global__ void __launch_bounds__(THREADS, 2) chain_gradient_kernel(Call d, bool
     if (threadIdx.x % WARP == 0) s.sums[threadIdx.x / WARP * Shared::sums_row(d) + 2 * d.s.C + o] = sum;
   }
   __syncthreads();
-  write_sums(d, s, partial + int64_t(blockIdx.x) * sums_columns(d.s.C));
+  write_sums(d, s, partial + int64_t(blockIdx.x) * sums_columns(d.s, true));
 }
 
 // value = factor times the sum of partial (rows), in float64.
@@ -137,13 +142,13 @@ __global__ void __launch_bounds__(SUM_COLUMNS* SUM_ROWS) chain_reduce_loss_kerne
   if (threadIdx.x == 0) *value = float(factor * sum);
 }
 
-// The blocks' partial (rows, sums_columns) added up; d_weight may be null.
-__global__ void __launch_bounds__(SUM_COLUMNS* SUM_ROWS) chain_reduce_kernel(const float* partial, int rows, int C, float* sums, float* d_weight,
-                                                                             float* d_bias) {
-  const int columns = sums_columns(C), column = blockIdx.x * SUM_COLUMNS + threadIdx.x;
+// The blocks' partial (rows, columns), sums_columns(s, last), added up; d_weight may be null, d_bias is where this is not the last stage.
+__global__ void __launch_bounds__(SUM_COLUMNS* SUM_ROWS) chain_reduce_kernel(const float* partial, int rows, int columns, Shape s, float* sums,
+                                                                             float* d_weight, float* d_bias) {
+  const int column = blockIdx.x * SUM_COLUMNS + threadIdx.x;
   const double sum = column_sum(partial, rows, columns, -1);
   if (threadIdx.x >= SUM_COLUMNS || column >= columns) return;
-  const int tap = column - 2 * C, output = tap - TAPS * C;
+  const int tap = column - 2 * s.C, output = tap - 9 * s.K * s.C;
   if (tap < 0)
     sums[column] = float(sum);
   else if (output >= 0)

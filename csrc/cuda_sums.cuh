@@ -24,6 +24,20 @@ __device__ __forceinline__ float transposed_sum(float (&v)[WARP]) {
   return v[0];
 }
 
+// Sum over a block of THREADS, a power of two; the same in every thread.
+template <int THREADS>
+__device__ __forceinline__ double block_sum(double x, double* memory) {
+  memory[threadIdx.x] = x;
+  for (int half = THREADS / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (int(threadIdx.x) < half) memory[threadIdx.x] += memory[threadIdx.x + half];
+  }
+  __syncthreads();
+  const double sum = memory[0];
+  __syncthreads();
+  return sum;
+}
+
 constexpr int SUM_COLUMNS = 32, SUM_ROWS = 16;  // of a block of a kernel that adds up rows
 
 // The sum of column blockIdx.x * SUM_COLUMNS + threadIdx.x % SUM_COLUMNS of partial (rows, columns), in float64, in the first SUM_COLUMNS

@@ -191,19 +191,6 @@ __device__ __forceinline__ void set_norm(const Call& d, int k, float mean, float
   d.w.norm[INVERSE_STD * K + k] = inverse_std;
 }
 
-// Sum over the block; the same in every thread.
-__device__ __forceinline__ double block_sum(double x, double* memory) {
-  memory[threadIdx.x] = x;
-  for (int half = THREADS / 2; half > 0; half /= 2) {
-    __syncthreads();
-    if (int(threadIdx.x) < half) memory[threadIdx.x] += memory[threadIdx.x + half];
-  }
-  __syncthreads();
-  const double sum = memory[0];
-  __syncthreads();
-  return sum;
-}
-
 // Block k: mean and biased variance of channel k, those given or those of the tiles' moments (Chan, Golub & LeVeque 1983) in float64,
 // to saved[k] and saved[K + k], and the coefficients of the norm.
 __global__ void __launch_bounds__(THREADS) decoder_norm_kernel(Call d, Numbers running_mean, Numbers running_var, const double* moments, double eps,
@@ -221,13 +208,13 @@ __global__ void __launch_bounds__(THREADS) decoder_norm_kernel(Call d, Numbers r
     };
     double sum = 0;
     for (int i = threadIdx.x; i < d.tiles(); i += THREADS) sum += pixels(i) * moments[(int64_t(i) * K + k) * 2];
-    const double center = block_sum(sum, memory) / count;
+    const double center = block_sum<THREADS>(sum, memory) / count;
     double squares = 0;
     for (int i = threadIdx.x; i < d.tiles(); i += THREADS) {
       const double* m = moments + (int64_t(i) * K + k) * 2;
       squares += m[1] + pixels(i) * (m[0] - center) * (m[0] - center);
     }
-    squares = block_sum(squares, memory);
+    squares = block_sum<THREADS>(squares, memory);
     mean = float(center), var = float(squares / count);
   }
   if (threadIdx.x != 0) return;

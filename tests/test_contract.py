@@ -437,7 +437,7 @@ def test_no_value_is_read_back_to_the_host(case, impl):
 # torch.library
 
 
-def raw_calls(op: str, dtype: torch.dtype):
+def raw_calls(op: str, dtype: torch.dtype, impl: str = "cpu"):
     """(overload, arguments) of the opaque ops behind an op, as autograd calls them."""
     calls = []
 
@@ -450,7 +450,7 @@ def raw_calls(op: str, dtype: torch.dtype):
     case = FORMS[op]()
     inputs = case.inputs(dtype)
     with Record():
-        gradients(case.function("cpu")(inputs), inputs)
+        gradients(case.function(impl)(inputs), inputs)
     return calls
 
 

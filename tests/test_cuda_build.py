@@ -20,18 +20,21 @@ PACKAGE = os.path.dirname(os.path.abspath(infopro_fast.__file__))
 
 # Everything that the launchers launch, without torch's headers: these take nvcc longer than the kernels do.
 SOURCE = """
-#include "chain_loss_launch.cuh"
+#include "chain_launch.cuh"
 #include "decoder_launch.cuh"
 auto forward = &infopro::gpu::Forward::run;
 auto backward = &infopro::gpu::Backward::run;
-auto chain_forward = &infopro::gpu::chain::Forward::run;
-auto chain_backward = &infopro::gpu::chain::Backward::run;
+auto loss_forward = &infopro::gpu::chain::LossForward::run;
+auto loss_backward = &infopro::gpu::chain::LossBackward::run;
+auto stage_forward = &infopro::gpu::chain::StageForward::run;
+auto stage_backward = &infopro::gpu::chain::StageBackward::run;
 """
 THREADS = {"decoder_prepare": 256, "decoder_statistics": 256, "decoder_loss": 256, "decoder_backward": 256, "decoder_overlap": 256,
            "decoder_norm": 256, "decoder_norm_backward": 256, "reduce_rows": 512, "chain_prepare": 256, "chain_loss": 256,
-           "chain_gradient": 256, "chain_reduce_loss": 512, "chain_reduce": 512}  # fmt: skip
+           "chain_gradient": 256, "chain_reduce_loss": 512, "chain_reduce": 512, "chain_stage": 256, "chain_stage_gradient": 256,
+           "chain_outer": 256, "chain_statistics": 256}  # fmt: skip
 VARIANTS = ("decoder_statistics", "decoder_loss", "decoder_backward")  # of two each
-SWEEPS = (*VARIANTS, "chain_loss", "chain_gradient")  # two blocks to a multiprocessor
+SWEEPS = (*VARIANTS, "chain_loss", "chain_gradient", "chain_stage", "chain_stage_gradient")  # two blocks to a multiprocessor
 REGISTERS = 65536  # of a multiprocessor, on every architecture since 2012
 
 
@@ -125,8 +128,8 @@ def test_the_object_loads_without_a_gpu(built):
         import torch
         from infopro_fast import ops
         torch.ops.load_library({built!r})
-        for name in ("reconstruction_loss_forward", "reconstruction_loss_backward", "chain_loss_forward", "chain_loss_backward"):
-            name = f"infopro_fast::{{name}}_cuda"
+        names = [f"{{op}}_{{way}}" for op in ("reconstruction_loss", "chain_loss", "chain_stage") for way in ("forward", "backward")]
+        for name in (f"infopro_fast::{{name}}_cuda" for name in names):
             assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"), name
             assert not torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU"), name
         print(ops.available("reconstruction_loss", "cuda")["cuda"])

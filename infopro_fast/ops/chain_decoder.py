@@ -9,10 +9,10 @@ and the last stage, to 3 channels, makes the loss. Layer by layer, torch keeps z
 map and the rest for backward; here autograd keeps the z and their statistics alone. Neither a nor resize(a) is ever whole, nor are
 the logits: conv(resize(a)) is resize and shift of 1x1 convolutions of a, one product of matrices at the size of a.
 
-On the CPU all of that happens within a stage's kernel (`csrc/chain_decoder.h`). On a GPU the last stage has CUDA C++ kernels, which do
-it tile by tile in shared memory (`csrc/chain_block.cuh`). The stages in front of it have products of matrices so large that they are best
-left to cuBLAS, chunk by chunk of samples (`chain_stage_triton`), whichever of "cuda" and "triton" is asked for; where the last stage is
-Triton's, too (`chain_loss_triton`), the logits exist while it runs.
+On the CPU all of that happens within a stage's kernel (`csrc/chain_decoder.h`). On a GPU stages of few channels, the last above all, have
+CUDA C++ kernels, which do it tile by tile in shared memory (`csrc/chain_block.cuh`). Others, and 1x1 convolutions, are products of matrices
+above all else, best left to cuBLAS, chunk by chunk of samples (`chain_stage_triton`), whichever of "cuda" and "triton" is asked for. Where
+the last stage is Triton's, too (`chain_loss_triton`), the logits exist while it runs.
 
 Each stage is an opaque op, in both directions, so that the statistics of a SyncBatchNorm, and the sums its gradient needs, are
 added up across processes between them.
@@ -158,24 +158,46 @@ def triton_limitation(sizes: tuple[Resize, ...], h: int, w: int) -> str | None:
     return None
 
 
-# As csrc/chain_plan.cuh has them: channels, where the product of matrices becomes most of the work, and what any GPU's shared memory holds.
-MOST_CHANNELS, MOST_ENLARGED = 64, 16
+# As csrc/chain_plan.cuh has them: channels of a stage's input and output, beyond which its products of matrices are most of the work (and
+# done again where tiles meet, in float32 alone), and what any GPU's shared memory holds.
+MOST_CHANNELS, MOST_OUTPUTS, MOST_ENLARGED = 64, 16, 16
+
+
+def _cuda_stage_limitation(stage: ChainStage, size: Resize, N: int, h: int, w: int) -> str | None:
+    """Why the CUDA C++ kernels cannot run a stage, on features of size (h, w), None if they can."""
+    (H, W), conv = size[:2], stage.conv
+    if conv.kernel_size != (3, 3):
+        return "a 1x1 convolution is left to cuBLAS"
+    if conv.in_channels > MOST_CHANNELS or conv.out_channels > MOST_OUTPUTS:
+        most = f"{MOST_CHANNELS} and {MOST_OUTPUTS}"
+        return f"a convolution has {conv.in_channels} input and {conv.out_channels} output channels, the CUDA C++ kernels take {most}"
+    if not (h <= H <= MOST_ENLARGED * h and w <= W <= MOST_ENLARGED * w):
+        return f"maps of ({h}, {w}) become ({H}, {W}); the CUDA C++ kernels enlarge 1 to {MOST_ENLARGED} times"
+    return "maps have 2^31 pixels or more" if N * H * W >= 2**31 else None
 
 
 def cuda_limitation(stages: tuple[ChainStage, ...], sizes: tuple[Resize, ...], features: torch.Tensor) -> str | None:
-    """Why the CUDA C++ kernels cannot run these stages: their own for the last, Triton's for those in front of it. None if they can."""
+    """Why impl="cuda" cannot run these stages: Triton's kernels run those in front of the last that the CUDA C++ ones do not take."""
     N, _, h, w = features.shape
-    if len(stages) > 1:
-        missing = dispatch.missing(OP, "triton", features.device) or triton_limitation(sizes[:-1], h, w)
-        if missing is not None:
-            return f"the stages in front of a decoder's last have Triton kernels alone: {missing}"
-        h, w = sizes[-2][:2]
-    (H, W), C = sizes[-1][:2], stages[-1].conv.in_channels
-    if C > MOST_CHANNELS:
-        return f"the last convolution has {C} input channels, of which the CUDA C++ kernels take {MOST_CHANNELS}"
-    if not (h <= H <= MOST_ENLARGED * h and w <= W <= MOST_ENLARGED * w):
-        return f"maps of ({h}, {w}) become ({H}, {W}); the CUDA C++ kernels of the last stage enlarge 1 to {MOST_ENLARGED} times"
-    return "the images have 2^31 pixels or more" if N * H * W >= 2**31 else None
+    for stage, size in zip(stages, sizes, strict=True):
+        reason = _cuda_stage_limitation(stage, size, N, h, w)
+        if reason is not None and stage is stages[-1]:
+            return f"the last stage: {reason}"
+        if reason is not None:
+            missing = dispatch.missing(OP, "triton", features.device) or triton_limitation((size,), h, w)
+            if missing is not None:
+                return f"an earlier stage has Triton kernels alone ({reason}): {missing}"
+        h, w = size[:2]
+    return None
+
+
+def _implementations(impl: str, stages: tuple[ChainStage, ...], sizes: tuple[Resize, ...], features: torch.Tensor) -> tuple[str, ...]:
+    """What runs each stage."""
+    if impl != "cuda":
+        return (impl,) * len(stages)
+    inputs = [features.shape[2:], *(size[:2] for size in sizes[:-1])]
+    limits = [_cuda_stage_limitation(*of, features.shape[0], *own) for *of, own in zip(stages, sizes, inputs, strict=True)]
+    return tuple("cuda" if limit is None else "triton" for limit in limits)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -217,11 +239,13 @@ _STAGE_FORWARD = define_kernels(
     f"chain_stage_forward(Tensor x, {_NORM}, Tensor weight, Tensor? bias, int H, int W, int mode, float[] factors, bool in_f64) "
     "-> (Tensor z, Tensor statistics)",
     _stage_forward_fake,
+    cuda=True,
 )
 _STAGE_BACKWARD = define_kernels(
     "chain_stage_backward(Tensor dy, Tensor z, Tensor z_mean, Tensor z_var, Tensor? z_gamma, float z_eps, Tensor? mean_dy, "
     f"Tensor x, {_NORM}, Tensor weight, int mode, float[] factors, bool needs_x, bool needs_weight) -> (Tensor, Tensor, Tensor)",
     _stage_backward_fake,
+    cuda=True,
 )
 _LOSS_FORWARD = define_kernels(
     f"chain_loss_forward(Tensor x, {_NORM}, Tensor weight, Tensor? bias, Tensor image, float[] restore, int mode, float[] factors, "
@@ -235,7 +259,6 @@ _LOSS_BACKWARD = define_kernels(
     _loss_backward_fake,
     cuda=True,
 )
-_OF_STAGES = {"cuda": "triton"}  # what runs the stages in front of the last, where it is not what runs that
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -245,7 +268,8 @@ PER_STAGE = 6  # tensors of a stage: weight, bias, gamma, beta, running mean, ru
 
 
 class _Plan(typing.NamedTuple):
-    """What is not a tensor: each stage's resize and eps, whether it takes the batch's statistics, its process group; the loss."""
+    """What is not a tensor: each stage's resize and eps, whether it takes the batch's statistics, its process group; the loss; what
+    runs each stage."""
 
     resizes: tuple[Resize, ...]
     eps: tuple[float, ...]
@@ -253,7 +277,7 @@ class _Plan(typing.NamedTuple):
     groups: tuple
     restore: tuple[float, ...]
     loss: int
-    impl: str
+    impls: tuple[str, ...]
 
 
 def _arguments(resize: Resize) -> tuple:
@@ -277,8 +301,8 @@ class _ChainLoss(torch.autograd.Function):
         *stages, last = _split(parameters)
         in_f64 = compute_dtype(features, image, parameters[0]) == torch.float64
         x, norm, maps, statistics, counts = features, NO_NORM, [], [], []
-        for (weight, bias, gamma, beta, *running), resize, eps, of_batch, group in zip(stages, *plan[:4], strict=False):
-            x, found = _STAGE_FORWARD[_OF_STAGES.get(plan.impl, plan.impl)](x, *norm, weight, bias, *_arguments(resize), in_f64)
+        for (weight, bias, gamma, beta, *running), resize, eps, of_batch, group, impl in zip(stages, *plan[:4], plan.impls, strict=False):
+            x, found = _STAGE_FORWARD[impl](x, *norm, weight, bias, *_arguments(resize), in_f64)
             count = x.shape[0] * x.shape[2] * x.shape[3]
             if not of_batch:
                 found = torch.stack([t.to(x.dtype) for t in running])
@@ -289,7 +313,7 @@ class _ChainLoss(torch.autograd.Function):
             statistics.append(found)
             counts.append(count)
         restore, loss = list(plan.restore), plan.loss
-        value = _LOSS_FORWARD[plan.impl](x, *norm, *last[:2], image, restore, *_arguments(plan.resizes[-1])[2:], loss, in_f64)
+        value = _LOSS_FORWARD[plan.impls[-1]](x, *norm, *last[:2], image, restore, *_arguments(plan.resizes[-1])[2:], loss, in_f64)
         ctx.save_for_backward(features, image, *parameters, *maps, *statistics)
         ctx.plan = plan
         ctx.counts = counts
@@ -324,7 +348,7 @@ def _gradients(ctx, grad):
     grads = [[None] * PER_STAGE for _ in range(number)]
 
     _, _, mode, factors = _arguments(plan.resizes[-1])
-    dy, sums, grads[-1][0], grads[-1][1] = _LOSS_BACKWARD[plan.impl](
+    dy, sums, grads[-1][0], grads[-1][1] = _LOSS_BACKWARD[plan.impls[-1]](
         grad, inputs[-1], *norms[-1], *last[:2], image, list(plan.restore), mode, factors, plan.loss, earlier[-1], needed[-1][0]
     )
     for i in range(number - 2, -1, -1):
@@ -341,7 +365,7 @@ def _gradients(ctx, grad):
         if not earlier[i] and not needed[i][0]:
             break
         _, _, mode, factors = _arguments(plan.resizes[i])
-        dy, sums, grads[i][0] = _STAGE_BACKWARD[_OF_STAGES.get(plan.impl, plan.impl)](
+        dy, sums, grads[i][0] = _STAGE_BACKWARD[plan.impls[i]](
             dy, maps[i], mean, var, gamma, eps, mean_dy, inputs[i], *norms[i], stages[i][0], mode, factors, earlier[i], needed[i][0]
         )
     given = [
@@ -362,7 +386,8 @@ def chain_loss(features, image, stages, interpolate_mode, loss, restore, impl) -
         running = [] if norm is None or uses_batch_statistics(norm) else [norm.running_mean, norm.running_var]
         own = [conv.weight, conv.bias, *([] if norm is None else affine(norm)), *running]
         parameters += own + [None] * (PER_STAGE - len(own))
-    plan = (sizes, tuple(n.eps for n in hidden), tuple(map(uses_batch_statistics, hidden)), tuple(groups), tuple(restore), loss, impl)
+    impls = _implementations(impl, stages, sizes, features)
+    plan = (sizes, tuple(n.eps for n in hidden), tuple(map(uses_batch_statistics, hidden)), tuple(groups), tuple(restore), loss, impls)
     value, *moved = _ChainLoss.apply(plan, features, image, *parameters)
     statistics, synced = moved[: 2 * len(hidden)], iter(moved[2 * len(hidden) :])
     for i, norm in enumerate(hidden):

@@ -63,8 +63,9 @@ def reconstruction_loss(
         that has no Upsample of its own.
     loss: "bce", "mse" or "l1", the mean over all N*3*H*W elements.
     impl: "auto", "reference", "cpu", "triton" or "cuda"; one that is named runs or raises. Of decoders other than the CIFAR one, "cuda"
-        runs the last stage in CUDA C++ kernels, where it enlarges at most 64 channels, at most 16 times, and those in front of it in
-        Triton's, of which there are none for an Upsample whose factor makes no whole size: "auto" then takes the reference, and says so.
+        runs 3x3 convolutions of at most 64 to at most 16 channels, enlarged at most 16 times, in CUDA C++ kernels; the last has to be one.
+        Others run in Triton's, of which there are none for an Upsample whose factor makes no whole size: "auto" then takes the reference,
+        and says so.
 
     Returns a 0-d tensor, float64 if any input is float64, else float32 (arithmetic too). An empty batch gives 0.
     Kept for backward by the kernels: the inputs and, of the CIFAR decoder (one hidden convolution of K channels, 3x3, no Upsample),

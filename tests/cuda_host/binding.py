@@ -1,9 +1,9 @@
 """The CUDA kernels of reconstruction_loss, compiled by g++ and run on the host, as the torch ops that they are on a GPU.
 
 `build` compiles csrc/*.cuh with cuda_host.h in place of the CUDA runtime; `Kernels`, of the CIFAR decoder, and `ChainKernels`, of a chain
-decoder's last stage, call the launchers in the object through ctypes; `register` gives the ops `infopro_fast::reconstruction_loss_*_cuda`
-and `chain_loss_*_cuda` an implementation for CPU tensors, that of `current`. What runs a chain's other stages on a GPU, Triton's kernels,
-are here the ones for the CPU.
+decoder's stages, call the launchers in the object through ctypes; `register` gives the ops `infopro_fast::reconstruction_loss_*_cuda` and
+`chain_*_cuda` an implementation for CPU tensors, that of `current`. Triton's kernels, which run stages that have no CUDA C++ ones, are
+here the ones for the CPU.
 """
 
 from __future__ import annotations
@@ -160,11 +160,18 @@ class ChainPlan(typing.NamedTuple):
 
 class _ChainCall(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("N", "C", "h", "w", "H", "W", "mode", "loss")),
+        *((name, ctypes.c_int64) for name in ("N", "C", "K", "h", "w", "H", "W", "mode", "loss")),
         *((name, ctypes.c_double) for name in ("eps", "factor_y", "factor_x")),
         *((name, ctypes.c_int64) for name in ("multiprocessors", "shared_per_block", "shared_per_multiprocessor", "seed")),
         *((name, _Array) for name in ("x", "image", "weight", "bias", "mean", "var", "gamma", "beta")),
         ("restore", ctypes.POINTER(ctypes.c_double)),
+    ]  # fmt: skip
+
+
+class _Outer(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("dy", "z", "mean_dy")), *((name, _Array) for name in ("mean", "var", "gamma")),
+        ("eps", ctypes.c_double),
     ]  # fmt: skip
 
 
@@ -173,51 +180,76 @@ class ChainKernels:
 
     def __init__(self, path: str, device: Device = TWO_BLOCKS, seed: int = 0):
         self.library = ctypes.CDLL(path)
-        for name in ("chain_loss_forward", "chain_loss_backward"):
+        for name in ("chain_loss_forward", "chain_loss_backward", "chain_stage_forward", "chain_stage_backward"):
             getattr(self.library, name).restype = ctypes.c_char_p
         self.device, self.seed = device, seed
-        self.calls = 0
+        self.calls: list[str] = []
 
-    def forward(self, x, mean, var, gamma, beta, eps, weight, bias, image, restore, mode, factors, loss, in_f64):
+    def loss_forward(self, x, mean, var, gamma, beta, eps, weight, bias, image, restore, mode, factors, loss, in_f64):
         assert not in_f64
         if not len(x):
             return torch.zeros(())
-        kept = [None if t is None else t.contiguous() for t in (weight, bias, mean, var, gamma, beta)]
-        call = self._call(x, kept, eps, image, restore, mode, factors, loss)
+        kept = self._contiguous(weight, bias, mean, var, gamma, beta)
+        call = self._call("loss_forward", x, kept, eps, image.shape, mode, factors, image, restore, loss)
         value = torch.full((), torch.nan)
         self._check(self.library.chain_loss_forward(ctypes.byref(call), _pointer(value)))
         return value
 
-    def backward(self, grad, x, mean, var, gamma, beta, eps, weight, bias, image, restore, mode, factors, loss, needs_x, needs_weight):
-        C = x.shape[1]
-        d_x = torch.full_like(x, torch.nan) if mean is None else torch.full(x.shape, torch.nan)
-        d_x = d_x if needs_x else x.new_empty((0,))
-        sums, d_bias, d_weight = (torch.full(shape, torch.nan) for shape in ((2, C), (3,), (3, C, 3, 3) if needs_weight else (0,)))
+    def loss_backward(self, grad, x, mean, var, gamma, beta, eps, weight, bias, image, restore, mode, factors, loss, needs_x, needs_weight):
+        found, d_bias = self._gradients(x, mean, weight, needs_x, needs_weight), torch.full((3,), torch.nan)
         if not len(x):
-            return d_x, sums.zero_(), d_weight.zero_(), d_bias.zero_()
-        kept, grad = [None if t is None else t.contiguous() for t in (weight, bias, mean, var, gamma, beta)], grad.contiguous()
-        call = self._call(x, kept, eps, image, restore, mode, factors, loss)
-        arguments = (
-            _pointer(grad), ctypes.c_int64(needs_x), ctypes.byref(_array(d_x if needs_x else None)), _pointer(sums),
-            _pointer(d_weight) if needs_weight else None, _pointer(d_bias),
-        )  # fmt: skip
-        self._check(self.library.chain_loss_backward(ctypes.byref(call), *arguments))
-        return d_x, sums, d_weight, d_bias
+            return *(t.zero_() for t in found), d_bias.zero_()
+        kept, grad = self._contiguous(weight, bias, mean, var, gamma, beta), grad.contiguous()
+        call = self._call("loss_backward", x, kept, eps, image.shape, mode, factors, image, restore, loss)
+        arguments = *_pointers(*found, needs_x, needs_weight), _pointer(d_bias)
+        self._check(self.library.chain_loss_backward(ctypes.byref(call), _pointer(grad), *arguments))
+        return *found, d_bias
 
-    def plan(self, backward: bool, N, C, h, w, H, W, mode=0, factor=0.0) -> ChainPlan:
-        call = _ChainCall(N=N, C=C, h=h, w=w, H=H, W=W, mode=mode, factor_y=factor, factor_x=factor, **self.device._asdict())
+    def stage_forward(self, x, mean, var, gamma, beta, eps, weight, bias, H, W, mode, factors, in_f64):
+        assert not in_f64
+        z, statistics = torch.full((len(x), len(weight), H, W), torch.nan), torch.full((2, len(weight)), torch.nan)
+        if not len(x):
+            return z, statistics.zero_()
+        kept = self._contiguous(weight, bias, mean, var, gamma, beta)
+        call = self._call("stage_forward", x, kept, eps, z.shape, mode, factors)
+        self._check(self.library.chain_stage_forward(ctypes.byref(call), _pointer(z), _pointer(statistics)))
+        return z, statistics
+
+    def stage_backward(self, dy, z, z_mean, z_var, z_gamma, z_eps, mean_dy, x, mean, var, gamma, beta, eps, weight, mode, factors, needs_x,
+                       needs_weight):  # fmt: skip
+        found = self._gradients(x, mean, weight, needs_x, needs_weight)
+        if not len(x):
+            return tuple(t.zero_() for t in found)
+        kept = self._contiguous(weight, None, mean, var, gamma, beta)
+        dy, z, mean_dy, z_mean, z_var, z_gamma = self._contiguous(dy, z, mean_dy, z_mean, z_var, z_gamma)
+        means = None if mean_dy is None else mean_dy.data_ptr()
+        outer = _Outer(dy.data_ptr(), z.data_ptr(), means, _array(z_mean), _array(z_var), _array(z_gamma), z_eps)
+        call = self._call("stage_backward", x, kept, eps, dy.shape, mode, factors)
+        self._check(self.library.chain_stage_backward(ctypes.byref(call), ctypes.byref(outer), *_pointers(*found, needs_x, needs_weight)))
+        return found
+
+    def plan(self, last: bool, backward: bool, N, C, h, w, H, W, K=3, mode=0, factor=0.0) -> ChainPlan:
+        call = _ChainCall(N=N, C=C, K=K, h=h, w=w, H=H, W=W, mode=mode, factor_y=factor, factor_x=factor, **self.device._asdict())
         numbers = (ctypes.c_int64 * len(ChainPlan._fields))()
-        self.library.chain_loss_plan(ctypes.byref(call), ctypes.c_int64(backward), numbers)
+        self.library.chain_plan(ctypes.byref(call), ctypes.c_int64(last), ctypes.c_int64(backward), numbers)
         return ChainPlan(*numbers)
 
-    def _call(self, x, parameters, eps, image, restore, mode, factors, loss) -> _ChainCall:
-        self.calls += 1
-        (N, C, h, w), (H, W) = x.shape, image.shape[-2:]
-        factor_y, factor_x = factors or (0.0, 0.0)
-        numbers = dict(N=N, C=C, h=h, w=w, H=H, W=W, mode=mode, loss=loss, eps=eps, factor_y=factor_y, factor_x=factor_x, seed=self.seed)
+    def _contiguous(self, *tensors):
+        return [None if t is None else t.contiguous() for t in tensors]
+
+    def _gradients(self, x, mean, weight, needs_x, needs_weight):
+        d_x = torch.full_like(x, torch.nan) if mean is None else torch.full(x.shape, torch.nan)
+        d_weight = torch.full(tuple(weight.shape) if needs_weight else (0,), torch.nan)
+        return d_x if needs_x else x.new_empty((0,)), torch.full((2, x.shape[1]), torch.nan), d_weight
+
+    def _call(self, name, x, parameters, eps, out, mode, factors, image=None, restore=(), loss=0) -> _ChainCall:
+        self.calls.append(name)
+        (N, C, h, w), (H, W) = x.shape, out[2:]
+        numbers = dict(N=N, C=C, K=len(parameters[0]), h=h, w=w, H=H, W=W, mode=mode, loss=loss, eps=eps)
+        numbers |= dict(zip(("factor_y", "factor_x"), factors or (0.0, 0.0), strict=True))
         names = ("x", "image", "weight", "bias", "mean", "var", "gamma", "beta")
         arrays = {name: _array(t) for name, t in zip(names, (x, image, *parameters), strict=True)}
-        call = _ChainCall(**numbers, **self.device._asdict(), **arrays)
+        call = _ChainCall(**numbers, seed=self.seed, **self.device._asdict(), **arrays)
         if restore:
             call.restore = (ctypes.c_double * 6)(*restore)
         return call
@@ -231,6 +263,12 @@ def _pointer(t: torch.Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(t.data_ptr())
 
 
+def _pointers(d_x, sums, d_weight, needs_x, needs_weight):
+    """Of the results of a chain stage's backward."""
+    to = ctypes.byref(_array(d_x if needs_x else None))
+    return ctypes.c_int64(needs_x), to, _pointer(sums), _pointer(d_weight) if needs_weight else None
+
+
 class current:
     """The kernels that the ops call."""
 
@@ -242,12 +280,13 @@ def register() -> torch.library.Library:
     """The ops' implementation for CPU tensors, for as long as what is returned lives."""
     library = torch.library.Library("infopro_fast", "IMPL")
     for direction in ("forward", "backward"):
-        for op, held in (("reconstruction_loss", "kernels"), ("chain_loss", "chain")):
-            library.impl(f"{op}_{direction}_cuda", functools.partial(_call, held, direction), "CPU")
+        library.impl(f"reconstruction_loss_{direction}_cuda", functools.partial(_call, "kernels", direction), "CPU")
+        for part in ("loss", "stage"):
+            library.impl(f"chain_{part}_{direction}_cuda", functools.partial(_call, "chain", f"{part}_{direction}"), "CPU")
         if not dispatch.INTERPRETED:
             library.impl(f"chain_stage_{direction}_triton", getattr(torch.ops.infopro_fast, f"chain_stage_{direction}").default, "CPU")
     return library
 
 
-def _call(held: str, direction: str, *args):
-    return getattr(getattr(current, held), direction)(*args)
+def _call(held: str, method: str, *args):
+    return getattr(getattr(current, held), method)(*args)
