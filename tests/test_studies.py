@@ -17,6 +17,8 @@ import time
 import pytest
 import tyro
 
+import infopro_fast
+from infopro_fast.modules import split
 from infopro_fast.studies import costs, figures, known, runner, summary, tables
 from infopro_fast.studies.reproduce import reproduce
 from infopro_fast.trainer import report
@@ -50,9 +52,25 @@ def test_settings_of_a_cell():
     assert tables.config(study, tables.Cell("async", 4), 0).order == "sequential"
     assert tables.config(study, tables.Cell("plain", 4), 0).impl == "reference"
     assert tables.config(tables.Study("table3"), tables.Cell("checkpoint", 1), 0).recompute == "sqrt"
-    assert tables.config(tables.Study("table3"), tables.Cell("contrast", 3), 0).balanced
+    assert tables.config(tables.Study("table3", scale="full"), tables.Cell("contrast", 3), 0).balanced
     searched = tables.config(tables.Study("lambdas"), tables.Cell("softmax", 8, (1.0, 0.0, 0.0, 1.0)), 0)
     assert searched.hold_out == tables.HOLD_OUT and searched.lambdas == (1, 0, 0, 1)
+
+
+@pytest.mark.parametrize("scale", tables.SCALES)
+def test_cells_of_table3_can_be_built(scale):
+    """At every scale, cut where the published splits of whole images are; K and networks without one are an error before training."""
+    study = tables.Study("table3", scale=scale)
+    for job in tables.jobs(dataclasses.replace(study, seeds=1)):
+        config = job.config.resolved()
+        net = infopro_fast.build(
+            config.arch, config.modules, config.local_loss, config.lambdas, config.balanced, cuts=config.cuts, image_size=config.image_size
+        )
+        cuts = split.BALANCED.get(("resnet110", 32, config.modules), ())
+        assert [list(stage._modules)[-1] for stage in net.stages[:-1]] == [f"layer{stage}_{block}" for stage, block in cuts]
+    for wrong in (dict(modules=(5,)), dict(arch="resnet32")):
+        with pytest.raises(ConfigError, match="table3: the published balanced splits are of"):
+            tables.jobs(dataclasses.replace(study, **wrong))
 
 
 def test_scale_paper_is_the_published_recipe(tmp_path):
@@ -75,7 +93,7 @@ def test_flags_say_the_settings():
     """The command line makes the same settings of them."""
     for settings in (
         dict(modules=16, lambdas=(5.0, 0.05, 0.2, 0.5), augment=False, shrink=2),
-        dict(local_loss="none", recompute="sqrt", amp="bfloat16", epochs=3),
+        dict(local_loss="none", recompute="sqrt", amp="bfloat16", epochs=3), dict(modules=3, cuts=((1, 9), (2, 2))),
     ):
         config = TrainConfig(**settings)
         assert tyro.cli(TrainConfig, args=runner.flags(config)) == config
@@ -173,13 +191,14 @@ def test_every_method_against_greedy():
     """With its K; not end to end, and nothing where there is no greedy."""
     results = [
         result("e2e", 1, (10, 11)), result("greedy", 8, (20, 21, 22)), result("dgl", 8, (22, 23, 24)), result("contrast", 8, (14, 15, 16)),
-        result("contrast", 4, (1, 2, 3)), result("greedy", 2, (7,)), result("softmax", 2, (5,)),
+        result("contrast", 4, (1, 3)), result("greedy", 2, (7,)), result("softmax", 2, (5,)),
     ]  # fmt: skip
     found = {cell.name: difference for cell, difference in summary.below_greedy(results).items()}
     assert set(found) == {"dgl-k8", "contrast-k8", "softmax-k2"}
     assert found["dgl-k8"] == pytest.approx((-2, math.sqrt(2 / 3))) and found["contrast-k8"] == pytest.approx((6, math.sqrt(2 / 3)))
     assert found["softmax-k2"][0] == 2 and math.isnan(found["softmax-k2"][1])
     text = summary.markdown(tables.Study("table2"), results)
+    assert "| InfoPro, contrast |  |  | 2.00 ± 1.41 (2 runs) | 15.00 ± 1.00 |" in text and "| greedy SL |  | 7.00 (one run) |" in text
     for line in ("| DGL |  | -2.00 (-2.4) |", "| InfoPro, contrast |  | 6.00 (7.3) |", "| InfoPro, softmax | 2.00 |  |"):
         assert line in text
     assert summary.AGAINST_GREEDY not in summary.markdown(tables.Study("table2"), results[:1])

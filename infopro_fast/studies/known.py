@@ -14,7 +14,7 @@ from infopro_fast.trainer.config import TrainConfig
 from .runner import StudyError
 from .tables import FREE, Cell, Study, config, jobs
 
-OF_A_CELL = ("modules", "local_loss", "lambdas", "balanced", "recompute", "order", "impl", "hold_out")
+OF_A_CELL = ("modules", "local_loss", "lambdas", "balanced", "cuts", "recompute", "order", "impl", "hold_out")
 
 
 @dataclass(frozen=True)

@@ -38,8 +38,13 @@ def flags(config: TrainConfig) -> list[str]:
         if isinstance(value, bool):
             found.append(flag if value else flag.replace("--", "--no-", 1))
         else:
-            found += [flag, *(str(v) for v in (value if isinstance(value, tuple) else (value,)))]
+            found += [flag, *_words(value)]
     return found
+
+
+def _words(value: Any) -> list[str]:
+    """Tuples word by word, those in them (cuts are pairs) too."""
+    return [word for v in value for word in _words(v)] if isinstance(value, tuple) else [str(value)]
 
 
 def finished(job: Job) -> bool:

@@ -170,11 +170,14 @@ def _errors(results: Sequence[Result]) -> str:
             weights = ", ".join(f"{w:g}" for w in r.cell.weights)
             lines.append(f"| {NAMES[r.cell.method]} | {r.cell.modules} | {weights} | {_error(r)} |")
         return "\n".join(lines)
-    return _grid(results, _error)
+    most = max(len(r.errors) for r in results)
+    return _grid(results, lambda r: _error(r, most))
 
 
-def _error(r: Result) -> str:
+def _error(r: Result, runs: int = 1) -> str:
+    """runs: of a whole cell; one that has fewer says so."""
     deviation = f" ± {r.deviation:.2f}" if len(r.errors) > 1 else " (one run)"
+    deviation += f" ({len(r.errors)} runs)" if 1 < len(r.errors) < runs else ""
     return f"{r.mean:.2f}{deviation}" + (f" [{r.paper[0]:.2f} ± {r.paper[1]:.2f}]" if r.paper else "")
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from infopro_fast.trainer import recipes
-from infopro_fast.trainer.config import ConfigError, TrainConfig
+from infopro_fast.trainer.config import IMAGE_SIZES, ConfigError, TrainConfig
 
 Method = Literal["e2e", "greedy", "dgl", "softmax", "contrast", "async", "checkpoint", "infopro_l", "auglocal"]
 NAMES = {
@@ -177,8 +177,19 @@ def _method(study: Study, cell: Cell) -> dict[str, Any]:
     if cell.weights is not None:
         found |= {"lambdas": cell.weights, "hold_out": HOLD_OUT}
     if study.table == "table3":
-        found["balanced"] = True
+        found |= _balanced(study, cell)
     return found
+
+
+def _balanced(study: Study, cell: Cell) -> dict[str, Any]:
+    """The published split by memory. It is of whole images; of a scale that shrinks them too, since that divides every map alike."""
+    from infopro_fast.modules.split import BALANCED  # imports torch, which --help does without
+
+    of_side = (study.network, IMAGE_SIZES[study.dataset], cell.modules)
+    if of_side not in BALANCED:
+        raise ConfigError(f"table3: the published balanced splits are of (arch, image side, modules) {sorted(BALANCED)}, got {of_side}")
+    shrunk = study.scale != "paper" and SCALES[study.scale].get("shrink", 1) > 1
+    return {"cuts": BALANCED[of_side]} if shrunk else {"balanced": True}
 
 
 def published(study: Study, cell: Cell) -> tuple[float, float] | None:
