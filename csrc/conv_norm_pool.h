@@ -2,7 +2,7 @@
 //
 // A sample lies pixel after pixel, the channels of a pixel together, with a border of zero pixels: an output pixel is then the sum over
 // taps and channels of a number of x times a row of weights, and so is the gradient of an input pixel, of those of z; the gradient
-// of the weights is the sum over pixels of a number of x times a row of z's gradient. No map is ever spread out or turned.
+// of the weights is the sum over pixels of a number of x times a row of z's gradient.
 //
 // With stride 1 the same is done with 4 products an output in place of 9, by Winograd's F(2x2, 3x3) (Lavin and Gray, 2016): of tiles of
 // 2x2 outputs, 4x4 inputs x,
@@ -37,7 +37,8 @@ template <class T>
 struct ConvScratch {
   int64_t C, K, x_row, z_row;    // channels of x and of z; elements of a row of pixels
   int64_t across, tiles;         // tiles of Winograd's in a row, and in all; 0 where the stride is 2
-  T *x, *z, *dx, *in, *out;      // (h + 2, w + 2, C), (H + 2, W + 2, K), (h, w, C); in and out: (CELLS, tiles, C or K)
+  // (h + 2, w + 2, C), one row and column more where they are odd; (H + 2, W + 2, K); (h, w, C); in and out: (CELLS, tiles, C or K)
+  T *x, *z, *dx, *in, *out;
   T* end;
 
   ConvScratch(const ConvPool<T>& d, T* memory) {
@@ -351,14 +352,14 @@ INLINE void convolve_pixels(const ConvPool<T>& d, const ConvScratch<T>& s, T* z)
   }
 }
 
-// z of sample n, channels last, and of each of its channels the mean and the sum of squared deviations from it.
+// z of sample n, pixel after pixel, and, where `mean` is wanted, of each of its channels that and the sum of squared deviations from it.
 template <class T>
 void conv_pool_forward(const ConvPool<T>& d, int64_t n, T* scratch, double* mean, double* squares) {
   const ConvScratch<T> s(d, scratch);
   read_pixels(d, s, n);
   T *to = d.z + n * d.H * d.W * d.K, *z = d.K == s.K ? to : s.z;
   convolve_pixels(d, s, z);
-  pixel_statistics(z, d.H * d.W, s.K, d.K, mean, squares);
+  if (mean) pixel_statistics(z, d.H * d.W, s.K, d.K, mean, squares);
   for (int64_t p = 0; z != to && p < d.H * d.W; p++)
     for (int64_t k = 0; k < d.K; k++) to[p * d.K + k] = z[p * s.K + k];
 }

@@ -115,7 +115,7 @@ struct NormPool {
   const T *center, *inverse_std, *scale, *shift;  // (C): y = (x - center) scale + shift, scale = gamma inverse_std
 };
 
-// One call of norm_relu_pool with a convolution before it: x (N, C, h, w), of T, gives z (N, K, H, W), channels last.
+// One call of norm_relu_pool with a convolution before it: x (N, C, h, w), of T, gives z (N, H, W, K).
 template <class T>
 struct ConvPool {
   int64_t N, C, K, h, w, H, W, stride;

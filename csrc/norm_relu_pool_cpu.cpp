@@ -1,5 +1,5 @@
 // norm_relu_pool on the CPU: two sweeps over the samples forward (one in eval mode), one backward. A convolution before it is part of
-// the first and of the last, sample by sample: its output is written once, and the gradient of that never.
+// the first, in eval mode too, and of the last, sample by sample: its output is written once, and the gradient of that never.
 #include <algorithm>
 #include <cmath>
 
@@ -60,9 +60,9 @@ struct Convolution {
   ConvPool<T> d;
   Buffer<T> packed;
 
-  // backward: whether the weights are wanted as the gradient of x takes them
+  // z: (N, H, W, K), contiguous. backward: whether the weights are wanted as the gradient of x takes them
   Convolution(const Tensor& x, const Tensor& weight, int64_t stride, const Tensor& z, bool backward)
-      : d{x.size(0), x.size(1), z.size(1), x.size(2), x.size(3), z.size(2), z.size(3), stride, maps(OP, "x", x), {}, nullptr, pointer<T>(z),
+      : d{x.size(0), x.size(1), z.size(3), x.size(2), x.size(3), z.size(1), z.size(2), stride, maps(OP, "x", x), {}, nullptr, pointer<T>(z),
           nullptr, nullptr, nullptr, nullptr},
         packed(weights()) {
     packed.fill(T(0), weights());
@@ -99,7 +99,9 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Convolution<T>* conv, 
   const NormPool<T>& d = call.d;
   Buffer<double> means(N * C), squares(N * C);
   if (conv)
-    conv->sweep([&](int64_t n, T* scratch, int64_t) { conv->kernel.conv_pool_forward(conv->d, n, scratch, &means[n * C], &squares[n * C]); });
+    conv->sweep([&](int64_t n, T* scratch, int64_t) {
+      conv->kernel.conv_pool_forward(conv->d, n, scratch, running_mean ? nullptr : &means[n * C], &squares[n * C]);
+    });
   else if (!running_mean)
     call.sweep([&](int64_t n, T* rows) { call.kernel.norm_pool_statistics(d, n, rows, &means[n * C], &squares[n * C]); });
   if (running_mean) {
@@ -113,6 +115,9 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Convolution<T>* conv, 
   call.sweep([&](int64_t n, T* rows) { call.kernel.norm_pool_forward(d, n, rows, pooled + n * C, positive + n * C, positive_xhat + n * C); });
   return {result, saved};
 }
+
+// (N, H, W, C) as maps (N, C, H, W).
+Tensor channels_first(const Tensor& pixels) { return torch::stable::transpose(torch::stable::transpose(pixels, 2, 3), 1, 2); }
 
 // What the sweep of backward needs, and the gradients of gamma and beta.
 template <class T>
@@ -160,10 +165,9 @@ template <class T>
 std::tuple<Tensor, Tensor, Tensor> conv_forward(const Tensor& x, const Tensor& weight, int64_t stride, const OptionalTensor& gamma,
                                                 const OptionalTensor& beta, const OptionalTensor& running_mean,
                                                 const OptionalTensor& running_var, double eps) {
-  const int64_t N = x.size(0), K = weight.size(0), H = (x.size(2) - 1) / stride + 1, W = (x.size(3) - 1) / stride + 1;
-  Tensor z = torch::stable::transpose(torch::stable::transpose(empty({N, H, W, K}, scalar_type<T>), 2, 3), 1, 2);  // channels last
+  Tensor z = empty({x.size(0), (x.size(2) - 1) / stride + 1, (x.size(3) - 1) / stride + 1, weight.size(0)}, scalar_type<T>);
   const Convolution<T> conv(x, weight, stride, z, false);
-  auto [pooled, saved] = forward<T>(z, &conv, gamma, beta, running_mean, running_var, eps);
+  auto [pooled, saved] = forward<T>(channels_first(z), &conv, gamma, beta, running_mean, running_var, eps);
   return {pooled, z, saved};
 }
 
@@ -175,7 +179,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_backward(const Tensor& grad, con
   Tensor g_x = needs_x ? torch::stable::empty_like(x) : empty(none, scalar_type<T>);
   Tensor g_weight = needs_weight ? torch::stable::empty_like(weight) : empty(none, scalar_type<T>);
   torch::stable::zero_(g_weight);
-  const Backward<T> b(grad, z, gamma, beta, saved, batch_statistics, eps);
+  STD_TORCH_CHECK(z.scalar_type() == scalar_type<T> && z.is_contiguous() && z.dim() == 4 && z.size(0) == x.size(0) &&
+                      z.size(1) == (x.size(2) - 1) / stride + 1 && z.size(2) == (x.size(3) - 1) / stride + 1 && z.size(3) == weight.size(0),
+                  OP, ": expected the convolution's output as forward gave it");
+  const Backward<T> b(grad, channels_first(z), gamma, beta, saved, batch_statistics, eps);
+  if (!needs_x && !needs_weight) return {g_x, g_weight, b.g_gamma, b.g_beta};
   Convolution<T> conv(x, weight, stride, z, true);
   ConvPool<T>& d = conv.d;
   if (needs_x) d.dx = maps(OP, "x", g_x);
@@ -183,11 +191,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_backward(const Tensor& grad, con
   const int64_t part = needs_weight ? conv.weights() : 0;
   Buffer<T> partial(conv.workers() * part);
   partial.fill(T(0), conv.workers() * part);
-  if (needs_x || needs_weight)
-    conv.sweep([&](int64_t n, T* scratch, int64_t worker) {
-      conv.kernel.conv_pool_backward(d, n, b.upstream.get() + n * d.K, b.mean_dy.get(), b.mean_dy_xhat.get(),
-                                     needs_weight ? partial.get() + worker * part : nullptr, scratch);
-    });
+  conv.sweep([&](int64_t n, T* scratch, int64_t worker) {
+    conv.kernel.conv_pool_backward(d, n, b.upstream.get() + n * d.K, b.mean_dy.get(), b.mean_dy_xhat.get(),
+                                   needs_weight ? partial.get() + worker * part : nullptr, scratch);
+  });
   for (int64_t t = 0; t < conv.workers() && needs_weight; t++)
     conv.kernel.conv_pool_weight_reduce(d, partial.get() + t * part, maps(OP, "weight", g_weight));
   return {g_x, g_weight, b.g_gamma, b.g_beta};

@@ -10,8 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils import prune
 
 from infopro_fast import ops
+from infopro_fast.modules.heads import GlobalAveragePool, run_head
 from tests import compare, op_cases
 from tests.op_cases import norm_pool
 
@@ -124,7 +126,7 @@ NAMES = ("x", "conv.weight", "bn.weight", "bn.bias")
 @pytest.fixture
 def fused(monkeypatch, cpu):
     """Channels that the kernels would leave to oneDNN go through them, too."""
-    monkeypatch.setattr(MODULE, "_pays", lambda conv: True)
+    monkeypatch.setattr(MODULE, "_pays", lambda shape, conv: True)
     return cpu
 
 
@@ -201,7 +203,7 @@ def test_convolution_of_any_shape_and_layout(size, stride, training, layout):
     x = torch.randn(N, C, h, w, dtype=torch.float64)
     expected = pooled_and_gradients(plain, x, conv, bn)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MODULE, "_pays", lambda conv: True)
+        patch.setattr(MODULE, "_pays", lambda shape, conv: True)
         stored, _ = op_cases.relayout(x, layout)
         leaf = stored.detach().requires_grad_()
         pooled = ops.norm_relu_pool(leaf, bn, conv=conv, impl="cpu")
@@ -274,6 +276,9 @@ def test_convolution_opcheck(fused, stride, dtype):
     pooled, z, saved = forward(*arguments)
     torch.library.opcheck(backward.default, (pooled, *arguments[:3], z, *arguments[3:5], saved, True, 1e-5, True, True))
     torch.library.opcheck(backward.default, (pooled, *arguments[:3], z, *arguments[3:5], saved, True, 1e-5, False, False))
+    for wrong in (z[:1], z.permute(0, 2, 1, 3), z[..., :4], z.half()):
+        with pytest.raises(RuntimeError, match="norm_relu_pool: expected the convolution's output as forward gave it"):
+            backward(pooled, *arguments[:3], wrong, *arguments[3:5], saved, True, 1e-5, True, True)
 
 
 @pytest.mark.compile
@@ -284,6 +289,75 @@ def test_convolution_compiles(fused, stride):
     compiled = torch.compile(ours(fused), fullgraph=True)
     for a, b in zip(pooled_and_gradients(compiled, x, conv, bn), pooled_and_gradients(ours(fused), x, conv, bn), strict=True):
         compare.assert_close(a, b, what="compiled")
+
+
+@pytest.mark.parametrize("stride", (1, 2))
+def test_convolution_with_kept_tensors_stored_anew(fused, stride):
+    """saved_tensors_hooks may hand back other strides, as torch.autograd.graph.save_on_cpu does."""
+    conv, bn = head(5, 6, stride)
+    x = torch.randn(3, 5, 6, 7, dtype=torch.float64)
+    expected = pooled_and_gradients(ours(fused), x, conv, bn)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.mT.contiguous().mT if t.dim() > 1 else t, lambda t: t):
+        found = pooled_and_gradients(ours(fused), x, conv, bn)
+    for name, a, b in zip(("pooled", *NAMES), found, expected):
+        compare.assert_close(a, b, what=name)
+
+
+@pytest.mark.parametrize("stride", (1, 2))
+def test_convolution_of_weights_of_any_strides(fused, stride):
+    conv, bn = head(5, 6, stride)
+    x = torch.randn(3, 5, 6, 7, dtype=torch.float64)
+    expected = pooled_and_gradients(plain, x, conv, bn)
+    for layout in op_cases.LAYOUTS:
+        conv.weight = nn.Parameter(op_cases.relayout(conv.weight, layout)[0].detach())
+        for name, a, b in zip(("pooled", *NAMES), pooled_and_gradients(ours(fused), x, conv, bn), expected):
+            compare.assert_close(a, b, what=f"{layout}: {name}")
+
+
+def test_a_nan_stays_in_its_sample(fused):
+    for stride in (1, 2):
+        conv, bn = head(5, 6, stride, training=False)
+        x = torch.randn(4, 5, 6, 7, dtype=torch.float64)
+        expected = plain(x, conv, bn)
+        x[2, 1, 3, 3] = torch.nan
+        found = ops.norm_relu_pool(x, bn, conv=conv, impl=fused)
+        assert found[2].isnan().all()
+        for n in (0, 1, 3):
+            compare.assert_close(found[n], expected[n], what="another sample")
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, x):
+        return self._conv_forward(x, self.weight - self.weight.mean((1, 2, 3), keepdim=True), None)
+
+
+def test_what_else_a_layer_does_is_done(fused):
+    """Hooks, pruning, norms of weights, parametrisations and subclasses: the layer's own call, in the op and in a head."""
+    x, bn, calls = torch.randn(4, 16, 8, 8), nn.BatchNorm2d(32), []
+    conv = lambda kind=nn.Conv2d: kind(16, 32, 3, stride=2, padding=1, bias=False)  # noqa: E731
+    hooked, pruned, normed, parametrised, standardised = conv(), conv(), conv(), conv(), conv(Standardised)
+    hooked.register_forward_hook(lambda *_: calls.append(1))
+    prune.l1_unstructured(pruned, "weight", 0.5)
+    pruned.weight_orig.data.mul_(0.1)
+    nn.utils.weight_norm(normed)
+    nn.utils.parametrizations.weight_norm(parametrised)
+    for layer in (hooked, pruned, normed, parametrised, standardised):
+        expected = ops.norm_relu_pool(layer(x), bn, impl=fused)
+        compare.assert_same(ops.norm_relu_pool(x, bn, conv=layer, impl=fused), expected, str(layer))
+        compare.assert_same(run_head([layer, bn, nn.ReLU(), GlobalAveragePool()], x, fused), expected, str(layer))
+    assert len(calls) == 3
+    plain_layer = conv()
+    assert MODULE.fuses(x, plain_layer)
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        assert not MODULE.fuses(x, plain_layer)
+    finally:
+        handle.remove()
+
+
+def test_large_maps_are_left_to_the_library():
+    conv = nn.Conv2d(16, 32, 3, stride=2, padding=1, bias=False)
+    assert MODULE.fuses(torch.empty(1, 16, 32, 32), conv) and not MODULE.fuses(torch.empty(1, 16, 224, 224), conv)
 
 
 def test_other_convolutions_are_the_layers_own(cpu, impl):

@@ -90,7 +90,8 @@ class AuxClassifier(nn.Module):
 
 
 def run_head(layers: Sequence[nn.Module], x: torch.Tensor, impl: str) -> torch.Tensor:
-    """The layers one after the other, but BatchNorm - ReLU - global average pooling in one op that keeps its input alone.
+    """The layers one after the other, but BatchNorm - ReLU - global average pooling in one op that keeps its input alone, with the
+    convolution in front of them, if there is one.
 
     A SyncBatchNorm is not fused: its statistics come from other processes, and the layers run, and keep their maps, one by one.
     """

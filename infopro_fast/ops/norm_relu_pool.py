@@ -8,7 +8,8 @@ keep x and 2 N C + 2 C numbers: with g the gradient of a pooled number over h w,
 g times how many y are positive, and g times the sum of their normalised x.
 
 A convolution in front, as an auxiliary head has one, can be part of it: sample by sample, its output is written once, with its
-statistics, and the gradient of that is made and used up in a core's cache.
+statistics, and the gradient of that is made and used up in a core's cache. With stride 1 it is Winograd's, which takes sums of four x:
+an infinite x makes nan of what the layer might still have as a number.
 """
 
 from __future__ import annotations
@@ -59,25 +60,42 @@ def norm_relu_pool(x: torch.Tensor, bn: nn.BatchNorm2d, *, conv: nn.Conv2d | Non
 
 
 def fuses(x: torch.Tensor, conv: nn.Conv2d) -> bool:
-    """Whether the CPU kernels take the convolution, too: where they can, and where its weights stay in a core's cache.
+    """Whether the CPU kernels take the convolution, too: where they can, nothing else happens at a call of the layer (hooks, which pruning
+    and torch.nn.utils.weight_norm are, a parametrisation, a subclass), and a sample stays in a core's cache.
 
     Under autocast, and in half precision, the layer runs: oneDNN has faster instructions for it there.
     """
     form = (conv.kernel_size, conv.padding, conv.dilation, conv.groups, conv.bias, conv.padding_mode)
     return (
-        form == ((3, 3), (1, 1), (1, 1), 1, None, "zeros")
+        type(conv) is nn.Conv2d
+        and form == ((3, 3), (1, 1), (1, 1), 1, None, "zeros")
         and conv.stride in ((1, 1), (2, 2))
         and x.dtype == conv.weight.dtype
         and x.dtype in (torch.float32, torch.float64)
+        and not _has_hooks(conv)
         and not torch.is_autocast_enabled("cpu")
-        and _pays(conv)
+        and _pays(x.shape, conv)
     )
 
 
-def _pays(conv: nn.Conv2d) -> bool:
+def _has_hooks(layer: nn.Module) -> bool:
+    own = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    return any(own) or nn.modules.module._has_any_global_hook()
+
+
+MOST_NUMBERS = 2**18  # of a sample with what is made of it, and of the weights: 1 MiB of float32, a core's second cache
+
+
+def _pays(shape: torch.Size, conv: nn.Conv2d) -> bool:
     """Whether that is faster than oneDNN's convolution: measured so at all of the released CIFAR heads (2 cores with AVX-512, batch 128,
-    forward + backward: 7.0, 6.2 and 6.4 ms against 8.7, 6.8 and 8.7), and not for few outputs, which leave lanes of the vectors empty."""
-    return conv.out_channels >= 16 and conv.in_channels * conv.out_channels <= 64 * 128
+    forward + backward: 6.8, 5.5 and 6.5 ms against 10.3, 6.1 and 9.2), and taken to be where sample and weights fit the cache; not for
+    few outputs, which leave lanes of the vectors empty."""
+    C, K, stride = conv.in_channels, conv.out_channels, conv.stride[0]
+    h, w = shape[-2:]
+    H, W = (h - 1) // stride + 1, (w - 1) // stride + 1
+    cells = 16 if stride == 1 else 0  # of Winograd's, for each 2x2 of the output
+    sample = (h + 3) * (w + 3) * C * stride + (H + 2) * (W + 2) * K + cells * ((H + 1) // 2) * ((W + 1) // 2) * (C + K)
+    return K >= 16 and sample <= MOST_NUMBERS and (cells or 9) * C * K <= MOST_NUMBERS
 
 
 def norm_relu_pool_ref(x: torch.Tensor, bn: nn.BatchNorm2d) -> torch.Tensor:
@@ -155,7 +173,7 @@ class _NormReluPool(torch.autograd.Function):
 
 def _conv_forward_fake(x, weight, stride, gamma, beta, running_mean, running_var, eps):
     N, K = x.shape[0], weight.shape[0]
-    z = x.new_empty((N, (x.shape[2] - 1) // stride + 1, (x.shape[3] - 1) // stride + 1, K)).permute(0, 3, 1, 2)
+    z = x.new_empty((N, (x.shape[2] - 1) // stride + 1, (x.shape[3] - 1) // stride + 1, K))  # pixel after pixel
     return x.new_empty((N, K)), z, x.new_empty((2 * K + 2 * N * K,))
 
 
@@ -196,7 +214,7 @@ class _ConvNormReluPool(torch.autograd.Function):
         needs = ctx.needs_input_grad
         with torch.no_grad():
             g_x, g_weight, g_gamma, g_beta = _CONV_BACKWARD(
-                grad, x, weight, ctx.stride, z, gamma, beta, saved, *ctx.options, needs[0], needs[1]
+                grad, x, weight, ctx.stride, z.contiguous(), gamma, beta, saved, *ctx.options, needs[0], needs[1]
             )
             found = (
                 g_x if needs[0] else None, g_weight if needs[1] else None, None, g_gamma.to(gamma.dtype) if needs[3] else None,
