@@ -201,6 +201,10 @@ def test_every_method_against_greedy():
     assert "| InfoPro, contrast |  |  | 2.00 ± 1.41 (2 runs) | 15.00 ± 1.00 |" in text and "| greedy SL |  | 7.00 (one run) |" in text
     for line in ("| DGL |  | -2.00 (-2.4) |", "| InfoPro, contrast |  | 6.00 (7.3) |", "| InfoPro, softmax | 2.00 |  |"):
         assert line in text
+    # Squares about the means: 0.5, 2, 2, 2, 2 of cells with 1, 2, 2, 2, 1 degrees of freedom; single runs have none.
+    assert summary.pooled_deviation(results) == pytest.approx(math.sqrt(8.5 / 8))
+    assert "Pooled over all cells it is 1.03 points" in text and "means of 3 runs then has a standard error of 0.84" in text
+    assert math.isnan(summary.pooled_deviation(results[-2:])) and "Pooled" not in summary.markdown(tables.Study("table2"), results[-2:])
     assert summary.AGAINST_GREEDY not in summary.markdown(tables.Study("table2"), results[:1])
 
 

@@ -128,6 +128,21 @@ def below_greedy(results: Sequence[Result]) -> dict[Cell, tuple[float, float]]:
     }
 
 
+def pooled_deviation(results: Sequence[Result]) -> float:
+    """Of a run about the mean of its cell, over all cells with several: less a matter of luck than that of three runs. nan for none."""
+    freedom = sum(len(r.errors) - 1 for r in results)
+    squares = sum((error - r.mean) ** 2 for r in results for error in r.errors)
+    return math.sqrt(squares / freedom) if freedom else math.nan
+
+
+def _pooled(results: Sequence[Result]) -> str:
+    deviation, runs = pooled_deviation(results), max(len(r.errors) for r in results)
+    return (
+        f"A deviation of {runs} runs is itself uncertain. Pooled over all cells it is {deviation:.2f} points, and the difference of two "
+        f"means of {runs} runs then has a standard error of {deviation * math.sqrt(2 / runs):.2f}."
+    )
+
+
 def _difference(margin: float, error: float) -> str:
     return f"{margin:.2f}" + (f" ({margin / error:.1f})" if error > 0 else "")
 
@@ -142,6 +157,7 @@ def markdown(study: Study, results: Sequence[Result]) -> str:
     differences = below_greedy(results)
     if differences:
         parts += [AGAINST_GREEDY, _grid([r for r in results if r.cell in differences], lambda r: _difference(*differences[r.cell]))]
+        parts += [_pooled(results)] if any(len(r.errors) > 1 for r in results) else []
     for row in compare(results):
         gap = "" if row["gap_to_e2e"] is None else f"; {row['gap_to_e2e']:+.2f} points from end to end"
         parts.append(
