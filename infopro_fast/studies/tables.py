@@ -32,7 +32,7 @@ SCALES: dict[str, dict[str, Any]] = {
 # published contrastive ones of K = 8 and 16, reconstruction alone early, and little of it.
 CANDIDATES = ((5.0, 0.5, 0.5, 1.0), (5.0, 0.0, 0.0, 2.0), (5.0, 0.05, 0.2, 0.5), (1.0, 0.2, 0.1, 1.0))
 HOLD_OUT = 1000  # training images that the search for weights tests on
-FREE = ("out", "threads", "device", "data_root", "checkpoint_minutes", "log_every", "workers")  # settings that change no result
+FREE = ("out", "threads", "device", "data_root", "checkpoint_minutes", "log_every", "workers", "patience")  # settings that change no result
 
 
 @dataclass(frozen=True)

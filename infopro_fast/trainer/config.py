@@ -206,8 +206,7 @@ class TrainConfig:
     in_flight: int = 2
     """With parallel pipeline: batches that may be on their way between two processes."""
     patience: float | None = None
-    """Seconds without progress, down to single images and pieces of files, after which a run stops and says where it stood still.
-    Default: 20 with several processes; a run of one is looked at only if this is given."""
+    """Seconds without progress, by single images and pieces of files, after which a run stops. Default: 20 for several processes."""
 
     recipe: str | None = None
     """Row of the paper's tables (`infopro-fast recipes`) whose settings these are, but for those given; of one process, so of several."""
