@@ -82,26 +82,26 @@ def add_peak(row: Row, shape) -> None:
 
 
 def measure_steps(rounds: int, threads: int) -> list[Row]:
-    """A training step at each K with each method, K = 1 and K = 16 of ours in the same rounds.
+    """A training step at each K with each method: the Ks of a method in the same rounds, each method in a process of its own.
 
-    In a process of its own, as training is: the heap that the ops' benchmarks leave behind spares a step at K = 1, whose maps are
-    the largest, a fifth of its time (page faults).
+    A training has a process to itself, and what else it has run decides what its step costs: where the heap of another method, or of
+    the ops' benchmarks, keeps the allocator from giving memory back, a step at K = 1, whose maps are the largest, is spared a fifth
+    of its time (page faults).
     """
-    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        return process.submit(_measure_steps, rounds, threads).result()
-
-
-def _measure_steps(rounds: int, threads: int) -> list[Row]:
-    torch.set_num_threads(threads)
-    calls = {(K, method): train_step.step(method, K) for K in shapes.TRAIN_STEP for method in train_step.METHODS}
-    named = {f"{K} {method}": call for (K, method), call in calls.items()}
-    seconds = timing.interleaved(named, rounds, warm_up=1)
     rows = []
-    for K, method in calls:
-        peak = memory.peak_bytes("benchmarks.train_step:for_peak", method=method, K=K)["peak"]
-        shape = f"resnet32 N{shapes.TRAIN_BATCH} K{K}"
-        rows.append(Row("train_step", shape, method, "step", seconds[f"{K} {method}"], peak_bytes=peak, **provenance()))
+    for method in train_step.METHODS:
+        with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            seconds = process.submit(_seconds_of_steps, method, rounds, threads).result()
+        for K in shapes.TRAIN_STEP:
+            peak = memory.peak_bytes("benchmarks.train_step:for_peak", method=method, K=K)["peak"]
+            shape = f"resnet32 N{shapes.TRAIN_BATCH} K{K}"
+            rows.append(Row("train_step", shape, method, "step", seconds[str(K)], peak_bytes=peak, **provenance()))
     return rows
+
+
+def _seconds_of_steps(method: str, rounds: int, threads: int) -> dict[str, float]:
+    torch.set_num_threads(threads)
+    return timing.interleaved({str(K): train_step.step(method, K) for K in shapes.TRAIN_STEP}, rounds)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
