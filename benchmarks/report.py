@@ -81,27 +81,30 @@ def add_peak(row: Row, shape) -> None:
     row.peak_bytes, row.transient_bytes = found["peak"], found["peak"] - found["returned"]
 
 
-def measure_steps(rounds: int, threads: int) -> list[Row]:
-    """A training step at each K with each method: the Ks of a method in the same rounds, each method in a process of its own.
+def alone(call: typing.Callable, threads: int, *arguments):
+    """``call(*arguments)`` in a process of its own.
 
-    A training has a process to itself, and what else it has run decides what its step costs: where the heap of another method, or of
-    the ops' benchmarks, keeps the allocator from giving memory back, a step at K = 1, whose maps are the largest, is spared a fifth
-    of its time (page faults).
+    What a process has run decides what the next call costs: where a heap that others left behind keeps the allocator from giving memory
+    back, large maps are spared their page faults, a fifth of a step at K = 1. So no op's numbers hang on which ones came before.
     """
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), torch.set_num_threads, (threads,)) as process:
+        return process.submit(call, *arguments).result()
+
+
+def measure_steps(rounds: int, threads: int) -> list[Row]:
+    """A training step at each K with each method: the Ks of a method in the same rounds, each method alone, as a training is."""
     rows = []
     for method in train_step.METHODS:
-        with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-            seconds = process.submit(_seconds_of_steps, method, rounds, threads).result()
+        seconds = alone(_seconds_of_steps, threads, method, rounds)
         for K in shapes.TRAIN_STEP:
             peak = memory.peak_bytes("benchmarks.train_step:for_peak", method=method, K=K)["peak"]
             shape = f"resnet32 N{shapes.TRAIN_BATCH} K{K}"
-            rows.append(Row("train_step", shape, method, "step", seconds[str(K)], peak_bytes=peak, **provenance()))
+            rows.append(Row("train_step", shape, method, "step", seconds[K], peak_bytes=peak, **provenance()))
     return rows
 
 
-def _seconds_of_steps(method: str, rounds: int, threads: int) -> dict[str, float]:
-    torch.set_num_threads(threads)
-    return timing.interleaved({str(K): train_step.step(method, K) for K in shapes.TRAIN_STEP}, rounds)
+def _seconds_of_steps(method: str, rounds: int) -> dict[int, float]:
+    return timing.interleaved({K: train_step.step(method, K) for K in shapes.TRAIN_STEP}, rounds)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -296,10 +299,10 @@ def main() -> int:
     sizes: list[Row] = []
     for op in [op for op in CLAIMS if options.only in (None, op)]:
         over, claims = CLAIMS[op]
-        own = [row for shape in over for row in measure(op, shape, workloads.OPS[op][2], options.rounds)]
+        own = [row for shape in over for row in alone(measure, options.threads, op, shape, workloads.OPS[op][2], options.rounds)]
         rows, bars = rows + own, bars + claims(own)
         if options.plots and op in PLOTS:
-            curve = over_size(op, int(options.limit * 2**30), 7)
+            curve = alone(over_size, options.threads, op, int(options.limit * 2**30), 7)
             plot(op, curve)
             sizes += curve
     if options.only in (None, "train_step"):

@@ -8,6 +8,7 @@ import time
 import typing
 
 Call = typing.Callable[[], object]
+Name = typing.TypeVar("Name")
 
 
 def seconds(call: Call) -> float:
@@ -18,14 +19,14 @@ def seconds(call: Call) -> float:
     return elapsed
 
 
-def interleaved(calls: dict[str, Call], rounds: int = 15, warm_up: int = 2, budget: float = 60.0) -> dict[str, float]:
+def interleaved(calls: dict[Name, Call], rounds: int = 15, warm_up: int = 2, budget: float = 60.0) -> dict[Name, float]:
     """Median seconds of each call. budget: seconds for all rounds together; at least five rounds are run."""
     for call in calls.values():
         for _ in range(warm_up):
             call()
     once = sum(seconds(call) for call in calls.values())
     rounds = max(5, min(rounds, int(budget / once)))
-    taken: dict[str, list[float]] = {name: [] for name in calls}
+    taken: dict[Name, list[float]] = {name: [] for name in calls}
     gc.collect()
     gc.disable()
     try:

@@ -279,7 +279,7 @@ struct Gradients {
 
 template <class T>
 Tensor in_order(const Tensor& t) {  // contiguous and of type T
-  return torch::stable::contiguous(t.scalar_type() == scalar_type<T> ? t : torch::stable::to(t, scalar_type<T>));
+  return as_contiguous(t.scalar_type() == scalar_type<T> ? t : torch::stable::to(t, scalar_type<T>));
 }
 
 template <class T>

@@ -7,6 +7,8 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <memory>
+#include <new>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -52,22 +54,33 @@ inline Maps maps(const char* op, const char* name, const Tensor& t) {
   return {const_cast<void*>(t.const_data_ptr()), dtype_of(op, name, t), t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
 }
 
-// Memory that lives as long as the object; 64-byte aligned, not set to anything.
+// Memory that lives as long as the object; 64-byte aligned, not set to anything. Not a tensor: to make one, through the dispatcher, takes
+// microseconds, which a call that needs twenty of them would notice.
 template <class T>
 class Buffer {
  public:
-  explicit Buffer(int64_t n)
-      : tensor_(empty({(n > 0 ? n : 1) * int64_t(sizeof(T))}, ScalarType::Byte)), data_(static_cast<T*>(tensor_.mutable_data_ptr())) {}
-  T* get() const { return data_; }
-  T& operator[](int64_t i) const { return data_[i]; }
+  explicit Buffer(int64_t n) : data_(static_cast<T*>(::operator new(size_t(n > 0 ? n : 1) * sizeof(T), ALIGNMENT))) {}
+  T* get() const { return data_.get(); }
+  T& operator[](int64_t i) const { return data_.get()[i]; }
   void fill(T value, int64_t n) const {
-    for (int64_t i = 0; i < n; i++) data_[i] = value;
+    for (int64_t i = 0; i < n; i++) data_.get()[i] = value;
   }
 
  private:
-  Tensor tensor_;
-  T* data_;
+  static constexpr std::align_val_t ALIGNMENT{64};
+  struct Free {
+    void operator()(T* p) const { ::operator delete(p, ALIGNMENT); }
+  };
+  std::unique_ptr<T, Free> data_;
 };
+
+// The tensor itself where it is contiguous, which asking is quicker than torch's own answer through the dispatcher.
+inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+// Labels of any integer dtype as a row of int64.
+inline Tensor wide_labels(const Tensor& t) {
+  return as_contiguous(t.scalar_type() == ScalarType::Long ? t : torch::stable::to(t, ScalarType::Long));
+}
 
 // The numbers of a tensor of any floating dtype and any shape whose elements are in order, as T; `missing` n times where
 // there is no tensor.
@@ -75,7 +88,7 @@ template <class T>
 Buffer<T> numbers(const char* op, const char* name, const OptionalTensor& t, int64_t n, T missing) {
   Buffer<T> to(n);
   if (t) {
-    Tensor flat = torch::stable::contiguous(*t);
+    Tensor flat = as_contiguous(*t);
     STD_TORCH_CHECK(flat.numel() == n, op, ": ", name, ": expected ", n, " numbers, got ", flat.numel());
     kernels<T>().read_row(to.get(), flat.const_data_ptr(), dtype_of(op, name, flat), 0, 1, n);
   } else {

@@ -63,7 +63,7 @@ struct Batch {
         weight(matrix(OP, "weight", w)), input_size(x.element_size()), weight_size(w.element_size()),
         bias(numbers<T>(OP, "bias", bias_, C, T(0))), class_weight(numbers<T>(OP, "class_weight", class_weight_, C, T(1))),
         has_bias(bias_.has_value()), weighted(class_weight_.has_value()), target(padded), kept(padded), weight_sum(0), target_sum(0) {
-    Tensor wide = torch::stable::contiguous(torch::stable::to(target_, ScalarType::Long));
+    Tensor wide = wide_labels(target_);
     const int64_t* y = static_cast<const int64_t*>(wide.const_data_ptr());
     for (int64_t i = 0; i < padded; i++) {
       kept[i] = i < N && y[i] != ignore_index;

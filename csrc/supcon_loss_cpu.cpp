@@ -16,7 +16,7 @@ constexpr int64_t CHUNK = 768;  // others a tile, a multiple of every mr
 // counts: of each sample, how many others have its label.
 template <class T>
 Buffer<label<T>> dense_labels(const Tensor& labels, int64_t padded, Buffer<T>& counts) {
-  Tensor wide = torch::stable::contiguous(torch::stable::to(labels, ScalarType::Long));
+  Tensor wide = wide_labels(labels);
   const int64_t* y = static_cast<const int64_t*>(wide.const_data_ptr());
   const int64_t M = wide.numel();
   Buffer<label<T>> dense(padded);
