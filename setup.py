@@ -43,6 +43,7 @@ CXX_FLAGS = [
     "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-unknown-pragmas",
     # -std=c++17 alone turns contraction off, and most Pythons add -fwrapv, which hinders vectorisation and hides overflow from UBSan
     "-ffp-contract=fast", "-fno-math-errno", "-fno-wrapv",
+    f"-ffile-prefix-map={ROOT}{os.sep}=",  # error messages name csrc/<file>, not the folder it was built in
 ]  # fmt: skip
 OPTIMIZE = ["-O3", "-g0", "-DNDEBUG"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
