@@ -14,6 +14,7 @@ from .config import ConfigError, TrainConfig
 
 # The settings that say how processes share a run, which --resume may change.
 SHARING = ("parallel", "pipeline_modules", "wire", "in_flight", "sync_batch_norm", "global_contrast", "patience")
+CHANGEABLE = (*SHARING, "data_root")  # all that --resume may change: the files may have been moved, too
 OF_PIPELINE = ("pipeline_modules", "wire", "in_flight")
 
 

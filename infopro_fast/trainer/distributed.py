@@ -11,7 +11,6 @@ import contextlib
 import copy
 import dataclasses
 import json
-import math
 import signal
 import time
 from collections.abc import Iterator
@@ -46,8 +45,7 @@ def fit(config: TrainConfig) -> Path | None:
         if begun:
             return _continue(group, config.out, None, previous=False)
         images = _load_data(config, group)
-        if config.iterations is not None:
-            config = dataclasses.replace(config, epochs=math.ceil(config.iterations / images.batches(config.batch_size, config.drop_last)))
+        config = config.in_epochs(images.batches(config.batch_size, config.drop_last))
         _check_batches(config, images, group)
         shared = recipes.shared(config, group.layout.replicas)
         with loop._machine(config), contextlib.ExitStack() as held:
@@ -129,6 +127,7 @@ def _check_batches(config: TrainConfig, images: data.ImageSet | data.FolderSet, 
     replicas = group.layout.replicas
     if smallest < replicas:
         raise ConfigError(f"batch_size {config.batch_size}: {replicas} processes cannot share a batch of {smallest} (drop_last?)")
+    loop.check_batches(recipes.shared(config, replicas), images, replicas)
 
 
 class DistributedTraining(loop._Training):

@@ -15,7 +15,7 @@ from typing import Any
 from . import recipes
 from .checkpoint import ASIDE, Moved, nobody, replace_file, sync_folder
 from .config import ConfigError, TrainConfig
-from .continuing import SHARING
+from .continuing import CHANGEABLE
 from .evaluation import headline
 
 CONFIG, METRICS, WEIGHTS, CURVE, CHECKPOINTS, RECIPE = (
@@ -73,8 +73,8 @@ def read_config(folder: Path) -> TrainConfig:
 
 
 def share(folder: Path, config: TrainConfig, anew: TrainConfig) -> TrainConfig:
-    """``config``, a checkpoint's, shared as ``anew`` says, which is noted in config.json for those who continue the run after this."""
-    config = dataclasses.replace(config, **{name: getattr(anew, name) for name in SHARING})
+    """``config``, a checkpoint's, shared as ``anew`` says and with its data_root, noted in config.json for those who continue after this."""
+    config = dataclasses.replace(config, **{name: getattr(anew, name) for name in CHANGEABLE})
     if anew != read_config(folder):
         replace_file(folder / CONFIG, anew.to_json().encode())
     return config

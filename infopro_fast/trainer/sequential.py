@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,8 +35,8 @@ TRAINED, CACHE = "trained", "cache"
 def fit(config: TrainConfig) -> Path:
     """`loop.fit` of a resolved config, one module after the other."""
     images = loop._load_data(config)
-    if config.iterations is not None:
-        config = dataclasses.replace(config, epochs=math.ceil(config.iterations / images.batches(config.batch_size, config.drop_last)))
+    config = config.in_epochs(images.batches(config.batch_size, config.drop_last))
+    loop.check_batches(config, images)
     with loop._machine(config):
         sequence = _Sequence(config, config.out or Path("runs"), images)  # raises what is wrong before there is a folder
         sequence.check_space()
