@@ -266,7 +266,8 @@ def test_images_that_have_been_moved(tmp_path, monkeypatch):
     with pytest.raises(DataError, match=f"--data-root {tmp_path}/here/images is not a folder"):
         resume(run)
     resume(run, data_root="moved")
-    assert evaluate_run(run) == report.read_metrics(run, "epoch")[-1]["test"] and asked == [tmp_path / "here/images"] + 2 * [tmp_path / "moved"]
+    assert evaluate_run(run) == report.read_metrics(run, "epoch")[-1]["test"]
+    assert asked == [tmp_path / "here/images", tmp_path / "moved", tmp_path / "moved"]
     state = checkpoint.load(checkpoint.list_checkpoints(run / "checkpoints")[-1])
     assert report.read_config(run).data_root == TrainConfig.from_json(state["config"]).data_root == tmp_path / "moved"
 
@@ -302,6 +303,20 @@ def test_metrics_that_are_too_short_are_refused(tmp_path, monkeypatch):
     (run / "metrics.jsonl").write_text("")
     with pytest.raises(report.RunError, match="metrics.jsonl: expected at least the .* bytes that the checkpoint has seen, got 0"):
         resume(run)
+
+
+def test_metrics_that_are_being_written(tmp_path):
+    """A line is one when its newline is there; what is no line is named."""
+    epoch = json.dumps({"kind": "epoch", "epoch": 1}).encode() + b"\n"
+    path = tmp_path / report.METRICS
+    assert report.read_metrics(tmp_path, "epoch") == []
+    for cut in range(len(epoch)):
+        path.write_bytes(epoch + epoch[:cut])
+        assert len(report.read_metrics(tmp_path, "epoch")) == 1 and report.read_metrics(tmp_path, "step") == []
+    for line in (b"\xff\n", b"{\n", b"3\n", b"{}\n", b"\n"):
+        path.write_bytes(epoch + line + epoch)
+        with pytest.raises(report.RunError, match="metrics.jsonl, line 2: expected an object of JSON with its kind"):
+            report.read_metrics(tmp_path, "epoch")
 
 
 def test_two_processes_cannot_share_a_run(finished):

@@ -270,8 +270,9 @@ class TrainConfig:
         # So that the run finds its images from any folder that it is continued or tested in.
         data_root = None if self.data_root is None else self.data_root.absolute()
         return dataclasses.replace(
-            self, data_root=data_root, arch=arch, local_loss=local_loss, modules=modules, lambdas=lambdas, crop=crop, workers=workers, device=device,
-            threads=threads, aux_depth=self.aux_depth or (AUX_DEPTH if local_loss == "auglocal" and modules > 1 else None), **written,
+            self, data_root=data_root, arch=arch, local_loss=local_loss, modules=modules, lambdas=lambdas, crop=crop, workers=workers,
+            device=device, threads=threads, **written,
+            aux_depth=self.aux_depth or (AUX_DEPTH if local_loss == "auglocal" and modules > 1 else None),
         )  # fmt: skip
 
     def in_epochs(self, batches: int) -> TrainConfig:
