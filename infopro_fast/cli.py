@@ -389,6 +389,11 @@ def _plan(command: MakePlan) -> None:
     from .memory import chains, figures, largest_batch, largest_image, make_plan
     from .plan import PlanError, parse_bytes
 
+    _check_file(command.out)
+    for name in ("batch_size", "modules"):
+        value = getattr(command, name)
+        if value is not None and value < 1:
+            raise PlanError(f"{name}: expected at least 1, got {value}")
     if command.image_size is not None and len(command.image_size) not in (1, 2):
         raise PlanError(f"image_size: expected a side, or height and width, got {command.image_size}")
     size = command.image_size[0] if command.image_size is not None and len(command.image_size) == 1 else command.image_size
@@ -402,7 +407,7 @@ def _plan(command: MakePlan) -> None:
         raise PlanError("grow batch: expected no batch_size, it is what is looked for")
     if grow == "image" and command.image_size is not None:
         raise PlanError("grow image: expected no image_size, it is what is looked for")
-    batch_size = command.batch_size or 128
+    batch_size = 128 if command.batch_size is None else command.batch_size
     if grow == "batch":
         plan = largest_batch(command.arch, size, modules=command.modules, budget=budget, **how)
     elif grow == "image":
@@ -415,10 +420,21 @@ def _plan(command: MakePlan) -> None:
     print(f"written: {command.out}, {command.out.with_suffix('.png')}")
 
 
+def _check_file(path: Path) -> None:
+    """Raises PlanError for one that cannot be written, before what is to be in it takes minutes."""
+    from .plan import PlanError
+
+    if path.is_dir():
+        raise PlanError(f"out: {path} is a folder: expected a file to write")
+    if not path.parent.is_dir():
+        raise PlanError(f"out: {path}: there is no folder {path.parent}")
+
+
 def _memory(command: CompareMemory) -> None:
     from .memory import compare, figures
 
-    found = []
+    c, found = command, []
+    compare.check(c.arch, c.batch_size, c.image_size, c.modules, c.budgets, rounds=c.rounds, device=c.device, threads=c.threads)
     for way in compare.ways(list(command.modules), list(command.budgets)):
         print(f"{way.name} ...", file=sys.stderr)
         found.append(
@@ -452,8 +468,11 @@ def _scale(command: Scale) -> None:
     for name in ("batch_size", "machine", "link", "network", "latency", "micro_batches", "speedup"):
         if not getattr(c, name) > 0:
             raise PlanError(f"{name}: expected a positive number, got {getattr(c, name)}")
-    if not c.gpus or min(c.gpus) < 1:
-        raise PlanError(f"gpus: expected numbers of at least 1, got {c.gpus}")
+    for name, numbers in (("gpus", c.gpus), ("modules", c.modules), ("threads", () if c.threads is None else (c.threads,))):
+        if min(numbers, default=1) < 1:
+            raise PlanError(f"{name}: expected numbers of at least 1, got {', '.join(map(str, numbers))}")
+    if not c.gpus:
+        raise PlanError("gpus: expected numbers of at least 1, got none")
     if c.threads is not None:
         torch.set_num_threads(c.threads)
     cluster = scale.Cluster(c.machine, scale.Link(1e9 * c.link, 1e-6 * c.latency), scale.Link(1e9 * c.network, 3e-6 * c.latency))
