@@ -389,13 +389,7 @@ def _plan(command: MakePlan) -> None:
     from .memory import chains, figures, largest_batch, largest_image, make_plan
     from .plan import PlanError, parse_bytes
 
-    _check_file(command.out)
-    for name in ("batch_size", "modules"):
-        value = getattr(command, name)
-        if value is not None and value < 1:
-            raise PlanError(f"{name}: expected at least 1, got {value}")
-    if command.image_size is not None and len(command.image_size) not in (1, 2):
-        raise PlanError(f"image_size: expected a side, or height and width, got {command.image_size}")
+    _check_plan(command)
     size = command.image_size[0] if command.image_size is not None and len(command.image_size) == 1 else command.image_size
     budget = None if command.budget is None else parse_bytes(command.budget)
     ours = command.arch not in (*chains.IMAGENET, *chains.CITYSCAPES)
@@ -420,14 +414,20 @@ def _plan(command: MakePlan) -> None:
     print(f"written: {command.out}, {command.out.with_suffix('.png')}")
 
 
-def _check_file(path: Path) -> None:
-    """Raises PlanError for one that cannot be written, before what is to be in it takes minutes."""
+def _check_plan(command: MakePlan) -> None:
+    """Raises PlanError for numbers that are none, and for a file that cannot be written, before what is to be in it takes minutes."""
     from .plan import PlanError
 
-    if path.is_dir():
-        raise PlanError(f"out: {path} is a folder: expected a file to write")
-    if not path.parent.is_dir():
-        raise PlanError(f"out: {path}: there is no folder {path.parent}")
+    for name in ("batch_size", "modules"):
+        value = getattr(command, name)
+        if value is not None and value < 1:
+            raise PlanError(f"{name}: expected at least 1, got {value}")
+    if command.image_size is not None and len(command.image_size) not in (1, 2):
+        raise PlanError(f"image_size: expected a side, or height and width, got {command.image_size}")
+    if command.out.is_dir():
+        raise PlanError(f"out: {command.out} is a folder: expected a file to write")
+    if not command.out.parent.is_dir():
+        raise PlanError(f"out: {command.out}: there is no folder {command.out.parent}")
 
 
 def _memory(command: CompareMemory) -> None:
@@ -435,16 +435,11 @@ def _memory(command: CompareMemory) -> None:
 
     c, found = command, []
     compare.check(c.arch, c.batch_size, c.image_size, c.modules, c.budgets, rounds=c.rounds, device=c.device, threads=c.threads)
-    for way in compare.ways(list(command.modules), list(command.budgets)):
+    for way in compare.ways(list(c.modules), list(c.budgets)):
         print(f"{way.name} ...", file=sys.stderr)
-        found.append(
-            compare.measure(
-                way, command.arch, command.batch_size, command.image_size, rounds=command.rounds, device=command.device,
-                threads=command.threads,
-            )
-        )  # fmt: skip
+        found.append(compare.measure(way, c.arch, c.batch_size, c.image_size, rounds=c.rounds, device=c.device, threads=c.threads))
     print(figures.aligned([figures.COLUMNS, *figures.comparison_rows(found)]))
-    paths = compare.write(found, command.arch, command.batch_size, command.image_size, command.out)
+    paths = compare.write(found, c.arch, c.batch_size, c.image_size, c.out)
     print("written: " + ", ".join(str(path) for path in paths))
 
 
