@@ -413,7 +413,7 @@ def test_impossible_settings_leave_no_folder(tmp_path, settings, message):
 def test_dgl_needs_two_images_in_every_part(tmp_path):
     dgl = tiny_run.config(tmp_path, local_loss="dgl", lambdas=None).resolved()
     images = fashion_mnist.load()
-    shared = dataclasses.replace(dgl, parallel="data", batch_size=26)  # twice 26: 13 and 13, or 9, 9 and 8, or 4 with 3
+    shared = dataclasses.replace(dgl, parallel="data", batch_size=26)  # two batches of 26: parts of 13, or of 4 and 3
     for fits, replicas in ((dgl, 1), (shared, 2), (shared, 8), (dataclasses.replace(shared, sync_batch_norm=True), 26)):
         loop.check_batches(fits, images, replicas)
     loop.check_batches(dataclasses.replace(dgl, drop_last=True), images.held_out(3))
