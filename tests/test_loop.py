@@ -265,6 +265,9 @@ def test_images_that_have_been_moved(tmp_path, monkeypatch):
     (tmp_path / "here/images").rename(tmp_path / "moved")
     with pytest.raises(DataError, match=f"--data-root {tmp_path}/here/images is not a folder"):
         resume(run)
+    with pytest.raises(DataError, match="nowhere is not a folder"):
+        resume(run, data_root="nowhere")
+    assert report.read_config(run).data_root == tmp_path / "here/images"  # what cannot be is not kept
     resume(run, data_root="moved")
     assert evaluate_run(run) == report.read_metrics(run, "epoch")[-1]["test"]
     assert asked == [tmp_path / "here/images", tmp_path / "moved", tmp_path / "moved"]

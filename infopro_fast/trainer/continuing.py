@@ -39,6 +39,11 @@ def shared_anew(config: TrainConfig, sharing: dict[str, Any]) -> TrainConfig:
     return anew
 
 
+def continued(config: TrainConfig, anew: TrainConfig) -> TrainConfig:
+    """``config``, a checkpoint's, with what the run's own settings, ``anew``, may have in another way by now."""
+    return dataclasses.replace(config, **{name: getattr(anew, name) for name in CHANGEABLE})
+
+
 def _check(before: TrainConfig, after: TrainConfig) -> None:
     if before.order == "sequential" and after.parallel != "none":
         raise ConfigError(f"parallel {after.parallel}: the run has order sequential, which is of one process")

@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from infopro_fast import data, modules
 
-from . import checkpoint, display, loop, processes, recipes, report
+from . import checkpoint, continuing, display, loop, processes, recipes, report
 from .config import ConfigError, TrainConfig
 from .parallel import ParallelTrainer, modules_of
 from .pipeline import REQUESTS, EvaluationPart, Packet, Receiver, Sender, Waiting
@@ -81,14 +81,16 @@ def _continue(group: Processes, run: Path, anew: TrainConfig | None, previous: b
             held.enter_context(report.locked(run))
             checkpoint.clean(run / report.CHECKPOINTS)
             path, state = checkpoint.load_latest(run / report.CHECKPOINTS, previous)
-            config = TrainConfig.from_json(state["config"])
-            state["config"] = report.share(run, config, anew or report.read_config(run)).to_json()
+            anew = anew or report.read_config(run)
+            state["config"] = continuing.continued(TrainConfig.from_json(state["config"]), anew).to_json()
         path = group.share(path, main)
         state = _broadcast(state, main, group.watch.waiting)  # the others may have no such folder
         config = TrainConfig.from_json(state["config"])
         config = dataclasses.replace(config, device=processes.local_device(config.device))
         images = _load_data(config, group)
         _check_batches(config, images, group)
+        if group.layout.is_main:
+            report.keep_config(run, anew)
         group.watch.at("building the network", slow=True)
         with loop._machine(config):
             training = DistributedTraining(config, run, images, loop._build(config, images), group)

@@ -101,8 +101,9 @@ def resume(
     with report.locked(run):
         checkpoint.clean(run / report.CHECKPOINTS)
         path, state = checkpoint.load_latest(run / report.CHECKPOINTS, previous)
-        config = report.share(run, TrainConfig.from_json(state["config"]), config)
+        config, anew = continuing.continued(TrainConfig.from_json(state["config"]), config), config
         images = _load_data(config)
+        report.keep_config(run, anew)
         with _machine(config), alone(config.patience, run) as looking:
             training = _Training(config, run, images, _build(config, images))
             training.watch = looking

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import fcntl
 import json
 import os
@@ -15,7 +14,6 @@ from typing import Any
 from . import recipes
 from .checkpoint import ASIDE, Moved, nobody, replace_file, sync_folder
 from .config import ConfigError, TrainConfig
-from .continuing import CHANGEABLE
 from .evaluation import headline
 
 CONFIG, METRICS, WEIGHTS, CURVE, CHECKPOINTS, RECIPE = (
@@ -72,12 +70,10 @@ def read_config(folder: Path) -> TrainConfig:
         raise RunError(f"{folder / CONFIG}: {error}") from error
 
 
-def share(folder: Path, config: TrainConfig, anew: TrainConfig) -> TrainConfig:
-    """``config``, a checkpoint's, with what of ``anew`` may change, noted in config.json for those who continue after this."""
-    config = dataclasses.replace(config, **{name: getattr(anew, name) for name in CHANGEABLE})
-    if anew != read_config(folder):
-        replace_file(folder / CONFIG, anew.to_json().encode())
-    return config
+def keep_config(folder: Path, config: TrainConfig) -> None:
+    """Note what a run goes on with in its config.json, for those who continue it after this."""
+    if config != read_config(folder):
+        replace_file(folder / CONFIG, config.to_json().encode())
 
 
 @contextlib.contextmanager

@@ -50,7 +50,7 @@ def resume(run: Path, config: TrainConfig, *, previous: bool = False) -> Path:
     """`loop.resume` of such a run of ``config``. previous: take the checkpoint before the last of the module in progress."""
     images = loop._load_data(config)
     with report.locked(run), loop._machine(config):
-        report.share(run, config, config)
+        report.keep_config(run, config)
         sequence = _Sequence(config, run, images)
         with alone(config.patience, run) as sequence.watch:
             sequence.run_to_end(previous)
