@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import pickle
+import shutil
 import struct
 import sys
 
@@ -143,11 +144,12 @@ def test_fashion_mnist_full_damaged(clothes):
 
 
 def test_fashion_mnist_full_download_repairs(clothes, tmp_path, monkeypatch):
-    """What is damaged or missing is fetched, what is whole is left; by torchvision, from a folder in the place of the server."""
-    pytest.importorskip("torchvision")
+    """What is damaged or missing is fetched, what is whole is left; by torchvision, with a folder in the place of the server."""
+    utils = pytest.importorskip("torchvision.datasets.utils")
     root, _ = clothes
     md5, own = md5_of(root, fashion_mnist_full.MD5), tmp_path / "own"
-    monkeypatch.setattr(fashion_mnist_full, "URL", root.as_uri() + "/")
+    monkeypatch.setattr(utils, "_get_redirect_url", lambda url, **_: url)
+    monkeypatch.setattr(utils, "_urlretrieve", lambda url, to: shutil.copy(root / url.removeprefix(fashion_mnist_full.URL), to))
     damaged, missing, *whole = md5
     fashion_mnist_full.load(own, download=True, md5=md5)
     for name in whole:
