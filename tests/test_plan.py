@@ -255,7 +255,7 @@ def test_plan_command(capsys, tmp_path):
         ("--arch resnet20 --modules 2 --image-size 0", "image_size: expected at least 4, got 0x0"),
         ("--arch resnet20 --modules 2 --image-size 2", "image_size: expected at least 4, got 2x2"),
         ("--arch resnet50 --modules 2 --image-size 225", "image_size: expected multiples of 8 for resnet50, got 225x225"),
-        ("--arch resnet20 --modules 2 --batch-size 1 --image-size 4", "resnet20, batch 1 of images 4x4: Expected more than 1 value"),
+        ("--arch resnet20 --modules 2 --batch-size 1 --image-size 4", "resnet20, batch 1 of images 4x4: norm_relu_pool: x: expected more than 1 value"),
         ("--arch resnet20 --modules 2 --batch-size 0", "batch_size: expected at least 1, got 0"),
         ("--arch resnet20 --modules 0 --budget 1GiB", "modules: expected at least 1, got 0"),
     ],
@@ -290,7 +290,7 @@ def test_plan_that_cannot_be_written_is_not_made(capsys, tmp_path, monkeypatch, 
 )
 def test_memory_command_errors(capsys, tmp_path, monkeypatch, flags, message):
     monkeypatch.setattr(comparing, "measure", lambda *a, **k: pytest.fail("measured"))
-    code, out, err = run_here(capsys, "memory", "--arch", "resnet20", *flags.split(), "--out", tmp_path / "m")
+    code, out, err = run_here(capsys, "memory", "--arch", "resnet20", "--modules", 4, *flags.split(), "--out", tmp_path / "m")
     assert code == 2 and out == "" and message in err and not list(tmp_path.iterdir())
     assert_one_line(err)
 

@@ -96,7 +96,7 @@ def make_plan(
         chain = _Chain(arch, batch_size, size, recompute, losses, objective == "time")
     except PlanError:
         raise
-    except ValueError as error:  # torch's, of batch norms that would have a single value
+    except ValueError as error:  # of batch norms that would have a single value
         raise PlanError(f"{arch}, batch {batch_size} of images {size[0]}x{size[1]}: {error}") from error
     for K in range(1, len(chain.costs) + 1) if modules is None else [modules]:
         try:
