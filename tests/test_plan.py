@@ -255,7 +255,7 @@ def test_plan_command(capsys, tmp_path):
         ("--arch resnet20 --modules 2 --image-size 0", "image_size: expected at least 4, got 0x0"),
         ("--arch resnet20 --modules 2 --image-size 2", "image_size: expected at least 4, got 2x2"),
         ("--arch resnet50 --modules 2 --image-size 225", "image_size: expected multiples of 8 for resnet50, got 225x225"),
-        ("--arch resnet20 --modules 2 --batch-size 1 --image-size 4", "resnet20, batch 1 of images 4x4: norm_relu_pool: x: expected more than 1 value"),
+        ("--arch resnet20 --modules 2 --batch-size 1 --image-size 4", "images 4x4: norm_relu_pool: x: expected more than 1 value"),
         ("--arch resnet20 --modules 2 --batch-size 0", "batch_size: expected at least 1, got 0"),
         ("--arch resnet20 --modules 0 --budget 1GiB", "modules: expected at least 1, got 0"),
     ],
