@@ -77,7 +77,7 @@ def measure(op: str, shape, methods: typing.Sequence[str], rounds: int, directio
 
 def add_peak(row: Row, shape) -> None:
     arguments = dict(op=row.op, method=row.method, shape=list(shape), small=list(small_of(row.op, shape)), direction=row.direction)
-    found = memory.peak_bytes("benchmarks.workloads:for_peak", **arguments)
+    found = memory.peak_bytes("benchmarks.workloads:for_peak", threads=torch.get_num_threads(), **arguments)
     row.peak_bytes, row.transient_bytes = found["peak"], found["peak"] - found["returned"]
 
 
@@ -97,7 +97,7 @@ def measure_steps(rounds: int, threads: int) -> list[Row]:
     for method in train_step.METHODS:
         seconds = alone(_seconds_of_steps, threads, method, rounds)
         for K in shapes.TRAIN_STEP:
-            peak = memory.peak_bytes("benchmarks.train_step:for_peak", method=method, K=K)["peak"]
+            peak = memory.peak_bytes("benchmarks.train_step:for_peak", threads=threads, method=method, K=K)["peak"]
             shape = f"resnet32 N{shapes.TRAIN_BATCH} K{K}"
             rows.append(Row("train_step", shape, method, "step", seconds[K], peak_bytes=peak, **provenance()))
     return rows

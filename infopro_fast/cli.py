@@ -22,7 +22,7 @@ import tyro
 
 from .studies.tables import Study
 from .trainer.config import ConfigError, TrainConfig
-from .trainer.continuing import SHARING, kept
+from .trainer.continuing import CHANGEABLE, SHARING, kept
 
 PROG = "infopro-fast"
 COMMANDS = ("train", "eval", "plan", "memory", "recipes", "scale", "analyze", "reproduce", "info")
@@ -37,8 +37,8 @@ class Train:
     """
 
     resume: Path | None = None
-    """Continue the run in this folder, with its own settings, from its last checkpoint. Of other flags only those that say how processes
-    share it may be given, parallel to patience: other processes than before may go on, where it stays the same training."""
+    """Continue the run in this folder, with its own settings, from its last checkpoint. Of other flags only data_root may be given, and
+    those that say how processes share it, parallel to patience: other processes may go on, where it stays the same training."""
     resume_previous: bool = False
     """With --resume: from the checkpoint before the last one, for when the last is damaged."""
     config: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
@@ -231,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _parse(argv: list[str]) -> Train | Eval | MakePlan | CompareMemory | Recipes | Scale | Analyze | Study | Info:
     """The command; its errors, which tyro draws in a box, on one line."""
     errors = io.StringIO()
-    argv = _with_run(_with_recipe(argv))
+    argv = _with_run(_with_recipe(_in_epochs_or_steps(argv)))
     try:
         with contextlib.redirect_stderr(errors):
             return tyro.cli(Command, prog=PROG, args=argv, description=__doc__.split("\n")[0], config=(tyro.conf.DisallowNone,))
@@ -248,24 +248,36 @@ def _with_recipe(argv: list[str]) -> list[str]:
         return argv
     for i, word in enumerate(argv):
         if word == "--recipe" and i + 1 < len(argv) or word.startswith("--recipe="):
-            from .trainer.recipes import as_flags, settings
+            from .trainer.recipes import as_flags, settings_beside
 
-            return ["train", *as_flags(settings(word.partition("=")[2] or argv[i + 1])), *argv[1:]]
+            name = word.partition("=")[2] or argv[i + 1]
+            return ["train", *as_flags(settings_beside(name, _given(argv))), *argv[1:]]
     return argv
 
 
-def _sharing(argv: list[str]) -> tuple[dict[str, str], list[str]]:
-    """Of the words behind `train`: the flags that say how processes share a run, by setting, and the others but those of --resume."""
-    flags = [word for word in argv if word.startswith("--") and not re.match(r"--resume([-_]previous)?(=|$)", word)]
-    names = {flag: re.sub(r"^(no_)?", "", flag[2:].partition("=")[0].replace("-", "_")) for flag in flags}
-    return {names[flag]: flag for flag in flags if names[flag] in SHARING}, [flag for flag in flags if names[flag] not in SHARING]
+def _in_epochs_or_steps(argv: list[str]) -> list[str]:
+    """The words as they are. Raises ConfigError for a training whose length is given twice: one would silently lose."""
+    if argv[:1] == ["train"] and {"epochs", "iterations"} <= _given(argv).keys():
+        raise ConfigError("epochs and iterations: each says how long to train: expected one of them")
+    return argv
+
+
+def _given(argv: Sequence[str]) -> dict[str, str]:
+    """The flags among the words, by the setting that each is of."""
+    return {re.sub(r"^no_", "", word[2:].partition("=")[0].replace("-", "_")): word for word in argv if word.startswith("--")}
+
+
+def _beside_resume(argv: list[str]) -> tuple[set[str], list[str]]:
+    """Of the words behind `train`: the settings that --resume may change, and the other flags but those of --resume itself."""
+    given = _given(argv)
+    return set(CHANGEABLE) & given.keys(), [flag for name, flag in given.items() if name not in (*CHANGEABLE, "resume", "resume_previous")]
 
 
 def _with_run(argv: list[str]) -> list[str]:
     """`train --resume RUN --parallel ...` with the run's settings in front of these."""
-    sharing, others = _sharing(argv[1:])
+    changed, others = _beside_resume(argv[1:])
     run = _value(argv, "--resume")
-    if argv[:1] != ["train"] or run is None or not sharing or others:
+    if argv[:1] != ["train"] or run is None or not changed or others:
         return argv
     from .trainer.recipes import as_flags
     from .trainer.report import read_config
@@ -351,7 +363,7 @@ def _result(found: dict) -> str:
 
 
 def _train(command: Train, argv: list[str]) -> None:
-    sharing, others = _sharing(argv)
+    changed, others = _beside_resume(argv)
     if command.resume is not None and others:
         raise ConfigError(f"--resume continues a run with its own settings: leave out {', '.join(others)}")
     if command.resume is None and command.resume_previous:
@@ -361,8 +373,9 @@ def _train(command: Train, argv: list[str]) -> None:
     if command.resume is None:
         run = loop.fit(command.config)
     else:
-        anew = {name: getattr(command.config, name) for name in SHARING} if sharing else None
-        run = loop.resume(command.resume, previous=command.resume_previous, sharing=anew)
+        anew = {name: getattr(command.config, name) for name in SHARING} if changed & set(SHARING) else None
+        moved = command.config.data_root if "data_root" in changed else None
+        run = loop.resume(command.resume, previous=command.resume_previous, sharing=anew, data_root=moved)
     if run is None:  # another process of the run says it
         return
     last = report.read_metrics(run, "epoch")[-1]
@@ -376,8 +389,7 @@ def _plan(command: MakePlan) -> None:
     from .memory import chains, figures, largest_batch, largest_image, make_plan
     from .plan import PlanError, parse_bytes
 
-    if command.image_size is not None and len(command.image_size) not in (1, 2):
-        raise PlanError(f"image_size: expected a side, or height and width, got {command.image_size}")
+    _check_plan(command)
     size = command.image_size[0] if command.image_size is not None and len(command.image_size) == 1 else command.image_size
     budget = None if command.budget is None else parse_bytes(command.budget)
     ours = command.arch not in (*chains.IMAGENET, *chains.CITYSCAPES)
@@ -389,7 +401,7 @@ def _plan(command: MakePlan) -> None:
         raise PlanError("grow batch: expected no batch_size, it is what is looked for")
     if grow == "image" and command.image_size is not None:
         raise PlanError("grow image: expected no image_size, it is what is looked for")
-    batch_size = command.batch_size or 128
+    batch_size = 128 if command.batch_size is None else command.batch_size
     if grow == "batch":
         plan = largest_batch(command.arch, size, modules=command.modules, budget=budget, **how)
     elif grow == "image":
@@ -402,20 +414,32 @@ def _plan(command: MakePlan) -> None:
     print(f"written: {command.out}, {command.out.with_suffix('.png')}")
 
 
+def _check_plan(command: MakePlan) -> None:
+    """Raises PlanError for numbers that are none, and for a file that cannot be written, before what is to be in it takes minutes."""
+    from .plan import PlanError
+
+    for name in ("batch_size", "modules"):
+        value = getattr(command, name)
+        if value is not None and value < 1:
+            raise PlanError(f"{name}: expected at least 1, got {value}")
+    if command.image_size is not None and len(command.image_size) not in (1, 2):
+        raise PlanError(f"image_size: expected a side, or height and width, got {command.image_size}")
+    if command.out.is_dir():
+        raise PlanError(f"out: {command.out} is a folder: expected a file to write")
+    if not command.out.parent.is_dir():
+        raise PlanError(f"out: {command.out}: there is no folder {command.out.parent}")
+
+
 def _memory(command: CompareMemory) -> None:
     from .memory import compare, figures
 
-    found = []
-    for way in compare.ways(list(command.modules), list(command.budgets)):
+    c, found = command, []
+    compare.check(c.arch, c.batch_size, c.image_size, c.modules, c.budgets, rounds=c.rounds, device=c.device, threads=c.threads)
+    for way in compare.ways(list(c.modules), list(c.budgets)):
         print(f"{way.name} ...", file=sys.stderr)
-        found.append(
-            compare.measure(
-                way, command.arch, command.batch_size, command.image_size, rounds=command.rounds, device=command.device,
-                threads=command.threads,
-            )
-        )  # fmt: skip
+        found.append(compare.measure(way, c.arch, c.batch_size, c.image_size, rounds=c.rounds, device=c.device, threads=c.threads))
     print(figures.aligned([figures.COLUMNS, *figures.comparison_rows(found)]))
-    paths = compare.write(found, command.arch, command.batch_size, command.image_size, command.out)
+    paths = compare.write(found, c.arch, c.batch_size, c.image_size, c.out)
     print("written: " + ", ".join(str(path) for path in paths))
 
 
@@ -439,8 +463,11 @@ def _scale(command: Scale) -> None:
     for name in ("batch_size", "machine", "link", "network", "latency", "micro_batches", "speedup"):
         if not getattr(c, name) > 0:
             raise PlanError(f"{name}: expected a positive number, got {getattr(c, name)}")
-    if not c.gpus or min(c.gpus) < 1:
-        raise PlanError(f"gpus: expected numbers of at least 1, got {c.gpus}")
+    for name, numbers in (("gpus", c.gpus), ("modules", c.modules), ("threads", () if c.threads is None else (c.threads,))):
+        if min(numbers, default=1) < 1:
+            raise PlanError(f"{name}: expected numbers of at least 1, got {', '.join(map(str, numbers))}")
+    if not c.gpus:
+        raise PlanError("gpus: expected numbers of at least 1, got none")
     if c.threads is not None:
         torch.set_num_threads(c.threads)
     cluster = scale.Cluster(c.machine, scale.Link(1e9 * c.link, 1e-6 * c.latency), scale.Link(1e9 * c.network, 3e-6 * c.latency))

@@ -87,6 +87,23 @@ def test_keeps_the_last_two(tmp_path):
     assert_same(state, state_of(13))
 
 
+@pytest.mark.parametrize("places", [((9999, 0), (10000, 0), (10001, 0)), ((3, 999_999), (3, 1_000_000), (3, 1_000_001))])
+def test_numbers_of_any_length_are_in_order(tmp_path, places):
+    """Where a number gets one more digit, the checkpoint just written is the last one, and stays."""
+    for seed, place in enumerate(places):
+        assert save(tmp_path, name_of(*place), state_of(seed)).is_dir()
+    assert [path.name for path in list_checkpoints(tmp_path)] == [name_of(*place) for place in places[1:]]
+    assert_same(load_latest(tmp_path)[1], state_of(2))
+
+
+def test_folders_of_other_names_are_left_alone(tmp_path):
+    (tmp_path / "epoch0001-batch000000.copy").mkdir()
+    for epoch in range(3):
+        save(tmp_path, name_of(epoch, 0), state_of())
+    assert [path.name for path in list_checkpoints(tmp_path)] == [name_of(1, 0), name_of(2, 0)]
+    assert (tmp_path / "epoch0001-batch000000.copy").is_dir()
+
+
 def test_checksums_are_those_of_coreutils(tmp_path):
     path = save(tmp_path, name_of(0, 0), state_of())
     subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=path, check=True, capture_output=True)

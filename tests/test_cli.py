@@ -51,6 +51,7 @@ def assert_one_line(err):
         (["train", "--dataset", "cifar10"], "dataset cifar10 needs data_root"),
         (["train", "--download"], "fashion_mnist comes with the package"),
         (["train", "--modules", "40"], "modules: expected 1 to 16 for resnet32"),
+        (["train", "--epochs", "3", "--iterations", "100"], "epochs and iterations: each says how long to train: expected one of them"),
         (["train", "--resume-previous"], "--resume-previous says which checkpoint --resume takes: add --resume RUN"),
         (["train", "--resume", "run", "--lr", "1", "--epochs=3"], "its own settings: leave out --lr, --epochs=3"),
         (["train", "--resume", "no/such/run"], "no/such/run is not a run folder"),

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -66,6 +67,22 @@ def test_refuses_by_name(settings, message):
 def test_a_short_run_has_a_short_warmup(epochs, warmup):
     recipe = RECIPES["fashion_mnist"]
     assert TrainConfig(epochs=epochs).resolved().warmup == min(warmup, recipe.warmup)
+
+
+def test_a_run_counted_in_steps():
+    """Its epochs, and how long a warm-up there can be, are known with the images."""
+    config = TrainConfig(iterations=100).resolved()
+    assert config.warmup is None and config.resolved() == config
+    assert (config.in_epochs(125).epochs, config.in_epochs(125).warmup) == (1, 0)
+    assert (config.in_epochs(30).epochs, config.in_epochs(30).warmup, config.in_epochs(30).iterations) == (4, 1, 100)
+    assert TrainConfig(iterations=10000, warmup=6).resolved().in_epochs(125).warmup == 6  # more than the 5 epochs of the recipe
+    with pytest.raises(ConfigError, match="warmup 2: expected fewer than the 2 epochs of 100 iterations"):
+        TrainConfig(iterations=100, warmup=2).resolved().in_epochs(50)
+    assert TrainConfig().resolved().in_epochs(50) == TrainConfig().resolved()
+
+
+def test_the_folder_of_the_images_is_absolute():
+    assert TrainConfig(dataset="cifar10", data_root="data").resolved().data_root == Path.cwd() / "data"
 
 
 def test_defaults_are_written_out():

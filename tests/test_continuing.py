@@ -99,7 +99,7 @@ def test_a_recipe_is_the_run_of_one_process():
 
 
 def test_flags_beside_resume(tmp_path, monkeypatch, capsys):
-    """Those of SHARING, in every spelling, on top of the run's own; no others."""
+    """Those of SHARING, in every spelling, on top of the run's own, and the folder of the images; no others."""
     run, seen = tmp_path / "run", []
     run.mkdir()
     (run / report.CONFIG).write_text(config(cuts=((1, 1), (2, 1)), lambdas=(1, 0, 1, 1), batch_size=48).to_json())
@@ -124,6 +124,13 @@ def test_flags_beside_resume(tmp_path, monkeypatch, capsys):
         }  # fmt: skip
         assert options["sharing"].keys() == set(continuing.SHARING)
     assert command("--resume", run)[0] == 0 and seen.pop()[1]["sharing"] is None
+    code, error = command("--resume", run, "--data-root", "d")
+    assert code == 2 and "fashion_mnist comes with the package" in error and not seen
+    (run / report.CONFIG).write_text(config(dataset="cifar10", data_root="c").to_json())
+    for words in (("--data-root", "d"), ("--data-root=d", "--parallel", "pipeline")):
+        assert command("--resume", run, *words)[0] == 0
+        args, options = seen.pop()
+        assert args == (run,) and options["data_root"] == Path("d") and (options["sharing"] is None) == (len(words) == 2)
     code, error = command("--resume", run, "--parallel", "data", "--lr", "1")
     assert code == 2 and "leave out --lr" in error and not seen
     code, error = command("--resume", run, "--parallel", "pipeline", "--pipeline-modules", "2", "2")

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import pickle
+import shutil
 import struct
 import sys
 
@@ -140,6 +141,30 @@ def test_fashion_mnist_full_damaged(clothes):
         path.write_bytes(content)
         with pytest.raises(DataError, match=f"fashion_mnist_full: .* is damaged or another version: MD5 expected .*, got {got}"):
             fashion_mnist_full.load(root, md5=md5)
+
+
+def test_fashion_mnist_full_download_repairs(clothes, tmp_path, monkeypatch):
+    """What is damaged or missing is fetched, what is whole is left; by torchvision, with a folder in the place of the server."""
+    utils = pytest.importorskip("torchvision.datasets.utils")
+    root, _ = clothes
+    md5, own = md5_of(root, fashion_mnist_full.MD5), tmp_path / "own"
+    monkeypatch.setattr(utils, "_get_redirect_url", lambda url, **_: url)
+    monkeypatch.setattr(utils, "_urlretrieve", lambda url, to: shutil.copy(root / url.removeprefix(fashion_mnist_full.URL), to))
+    damaged, missing, *whole = md5
+    fashion_mnist_full.load(own, download=True, md5=md5)
+    for name in whole:
+        (root / name).unlink()  # cannot be fetched again
+    (own / damaged).write_bytes((own / damaged).read_bytes()[:-9])
+    (own / missing).unlink()
+    assert len(fashion_mnist_full.load(own, download=True, md5=md5).train) == 7
+    (own / whole[0]).write_bytes(b"")
+    with pytest.raises(DataError, match=f"fashion_mnist_full: download into {own} failed: .*{whole[0]}"):
+        fashion_mnist_full.load(own, download=True, md5=md5)
+
+
+def test_fashion_mnist_full_address_is_one_that_answers():
+    """An S3 bucket's website has no HTTPS."""
+    assert fashion_mnist_full.URL.startswith("http://") and ".s3-website." in fashion_mnist_full.URL
 
 
 @pytest.fixture

@@ -12,8 +12,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import setuptools.command.egg_info
+import torch
 
-from benchmarks import step_figure
+from benchmarks import report, step_figure
 from infopro_fast import cli
 from infopro_fast.memory import make_plan
 from infopro_fast.studies import known, summary, tables
@@ -101,6 +103,24 @@ def test_what_documents_show_is_there(document):
     assert not missing
 
 
+@pytest.mark.parametrize("folder", ["modules", "trainer", "memory", "studies"])
+def test_the_layout_names_every_file(folder):
+    layout = (ROOT / "README.md").read_text().partition("\n## Layout\n")[2]
+    (own,) = re.findall(rf"(?m)^      {folder}/ (?:.*\n)(?:       .*\n)*", layout)
+    assert not {path.name for path in (ROOT / "infopro_fast" / folder).glob("*.py")} - {"__init__.py"} - set(re.findall(r"\w+\.py", own))
+
+
+def test_a_source_distribution_has_what_documents_and_tests_read(monkeypatch):
+    """By MANIFEST.in, which setuptools follows: the documents, what they show, and whatever the repository has beside the code."""
+    monkeypatch.chdir(ROOT)
+    files = setuptools.command.egg_info.FileList()
+    for line in Path("MANIFEST.in").read_text().splitlines():
+        files.process_template_line(line)
+    folders = ("docs", "benchmarks", "tests", "csrc")
+    there = {str(path) for folder in folders for path in Path(folder).rglob("*") if path.is_file() and path.suffix not in (".pyc", ".so")}
+    assert len(there) > 150 and not there - set(files.files)
+
+
 STUDIES = [command for command in commands(ROOT / "docs/results.md") if command.startswith("infopro-fast reproduce ")]
 
 
@@ -139,6 +159,21 @@ def test_step_table_and_figure(tmp_path):
     assert "| released formulation, eager | 200 (2.0) | 900 (3.0) |" in text and "| here | 100 | 300 |" in text
     assert "| released formulation, eager | 300 | 100 |" in text and "| here | 290 | 50 |" in text
     assert figure.read_bytes()[:4] == b"\x89PNG" and {path.name for path in tmp_path.iterdir()} == {"train_step.md", "train_step.png"}
+
+
+def test_peaks_are_of_as_many_threads_as_times(monkeypatch):
+    """As --threads says, for an op and for a step."""
+    asked = []
+    monkeypatch.setattr(report.memory, "peak_bytes", lambda target, threads=2, **_: asked.append(threads) or {"peak": 2, "returned": 1})
+    monkeypatch.setattr(report, "alone", lambda call, threads, *arguments: dict.fromkeys(report.shapes.TRAIN_STEP, 0.1))
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # as `alone` does in the process that measures an op
+    try:
+        report.add_peak(report.Row("supcon_loss", "", "ours", "both", 0.1), report.shapes.SUPCON[0])
+    finally:
+        torch.set_num_threads(before)
+    steps = report.measure_steps(rounds=1, threads=5)
+    assert asked == [1] + [5] * len(steps) and len(steps) > 2
 
 
 def test_no_rows_of_a_step_is_an_error(tmp_path):

@@ -1,6 +1,7 @@
 """The training loop: what it computes, what it writes, how it stops; test_kill.py has the violent ends."""
 
 import contextlib
+import dataclasses
 import functools
 import io
 import json
@@ -14,7 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import infopro_fast
-from infopro_fast.data import fashion_mnist
+from infopro_fast.data import DataError, cifar10, fashion_mnist
 from infopro_fast.trainer import checkpoint, display, evaluate_run, fit, loop, report, resume, schedule
 from infopro_fast.trainer.config import ConfigError, TrainConfig
 from infopro_fast.trainer.meters import Meters
@@ -250,6 +251,39 @@ def test_continuing_a_finished_run_changes_nothing(tmp_path, finished, capsys):
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.suffix != ".png"} == before
 
 
+def test_images_that_have_been_moved(tmp_path, monkeypatch):
+    """A run keeps where its images are from the root of the disk; continued with another place it keeps that, and eval finds it."""
+    asked = []
+    monkeypatch.setattr(cifar10, "load", lambda root, download: asked.append(root) or tiny_run.load())
+    (tmp_path / "here/images").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    run = tmp_path / "run"
+    at_step(monkeypatch, 2, lambda trainer, metrics: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(loop.Stopped):
+        fit(tiny_run.config(run, dataset="cifar10", data_root="images", epochs=1, warmup=0, schedule="one_cycle"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here/images").rename(tmp_path / "moved")
+    with pytest.raises(DataError, match=f"--data-root {tmp_path}/here/images is not a folder"):
+        resume(run)
+    with pytest.raises(DataError, match="nowhere is not a folder"):
+        resume(run, data_root="nowhere")
+    assert report.read_config(run).data_root == tmp_path / "here/images"  # what cannot be is not kept
+    resume(run, data_root="moved")
+    assert evaluate_run(run) == report.read_metrics(run, "epoch")[-1]["test"]
+    assert asked == [tmp_path / "here/images", tmp_path / "moved", tmp_path / "moved"]
+    state = checkpoint.load(checkpoint.list_checkpoints(run / "checkpoints")[-1])
+    assert report.read_config(run).data_root == TrainConfig.from_json(state["config"]).data_root == tmp_path / "moved"
+
+
+def test_a_run_counted_in_steps_has_the_warmup_there_is_room_for(tmp_path):
+    """One that was not given; of two epochs, the second of a single step."""
+    for steps, epochs, warmup in ((2, 1, 0), (5, 2, 1)):
+        config = report.read_config(fit(tiny_run.config(tmp_path / str(steps), iterations=steps, epochs=None, warmup=None)))
+        assert (config.epochs, config.warmup, config.iterations) == (epochs, warmup, steps)
+        epoch = report.read_metrics(tmp_path / str(steps), "step")[-1]
+        assert (epoch["epoch"], epoch["batch"]) == (epochs, steps - 4 * (epochs - 1))
+
+
 def test_damaged_checkpoint(tmp_path, monkeypatch, finished):
     """Refused by name; the one before it is used only when asked, and leads to the same end."""
     with monkeypatch.context() as patch:
@@ -272,6 +306,20 @@ def test_metrics_that_are_too_short_are_refused(tmp_path, monkeypatch):
     (run / "metrics.jsonl").write_text("")
     with pytest.raises(report.RunError, match="metrics.jsonl: expected at least the .* bytes that the checkpoint has seen, got 0"):
         resume(run)
+
+
+def test_metrics_that_are_being_written(tmp_path):
+    """A line is one when its newline is there; what is no line is named."""
+    epoch = json.dumps({"kind": "epoch", "epoch": 1}).encode() + b"\n"
+    path = tmp_path / report.METRICS
+    assert report.read_metrics(tmp_path, "epoch") == []
+    for cut in range(len(epoch)):
+        path.write_bytes(epoch + epoch[:cut])
+        assert len(report.read_metrics(tmp_path, "epoch")) == 1 and report.read_metrics(tmp_path, "step") == []
+    for line in (b"\xff\n", b"{\n", b"3\n", b"{}\n", b"\n"):
+        path.write_bytes(epoch + line + epoch)
+        with pytest.raises(report.RunError, match="metrics.jsonl, line 2: expected an object of JSON with its kind"):
+            report.read_metrics(tmp_path, "epoch")
 
 
 def test_two_processes_cannot_share_a_run(finished):
@@ -354,12 +402,27 @@ def test_default_folder_says_what_it_is(tmp_path, monkeypatch):
         (dict(balanced=True), "balanced: expected one of"),
         (dict(device="tpu"), "device: expected auto, cpu, cuda or cuda:N, got 'tpu'"),
         (dict(drop_last=True, batch_size=53), "batch_size 53 and drop_last: there are only 52 training images"),
+        (dict(local_loss="dgl", lambdas=None, hold_out=3), "local_loss dgl: .* need 2 images, and 49 in batches of 16 leave 1 alone"),
+        (dict(local_loss="dgl", lambdas=None, batch_size=13, accumulate=4), "52 in batches of 13 leave 1 alone"),  # parts of 4, 4, 4, 1
+        (dict(iterations=4, warmup=1, epochs=None), "warmup 1: expected fewer than the 1 epochs of 4 iterations"),
     ],
 )
 def test_impossible_settings_leave_no_folder(tmp_path, settings, message):
     with pytest.raises(ConfigError, match=message):
         fit(tiny_run.config(tmp_path / "run", **settings))
     assert not (tmp_path / "run").exists()
+
+
+def test_dgl_needs_two_images_in_every_part(tmp_path):
+    dgl = tiny_run.config(tmp_path, local_loss="dgl", lambdas=None).resolved()
+    images = fashion_mnist.load()
+    shared = dataclasses.replace(dgl, parallel="data", batch_size=26)  # two batches of 26: parts of 13, or of 4 and 3
+    for fits, replicas in ((dgl, 1), (shared, 2), (shared, 8), (dataclasses.replace(shared, sync_batch_norm=True), 26)):
+        loop.check_batches(fits, images, replicas)
+    loop.check_batches(dataclasses.replace(dgl, drop_last=True), images.held_out(3))
+    for alone, replicas in ((shared, 26), (shared, 20), (dataclasses.replace(shared, accumulate=4), 2)):
+        with pytest.raises(ConfigError, match="local_loss dgl: .* leave 1 alone"):
+            loop.check_batches(alone, images, replicas)
 
 
 def test_folders_that_are_no_runs(tmp_path, finished):

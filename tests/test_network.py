@@ -107,6 +107,14 @@ def test_loading_is_strict_and_all_or_nothing():
     message = str(caught.value)
     assert "missing layer2.1.bn1.bias" in message and "unexpected layer4.0.conv1.weight" in message
     assert "fc.bias: expected (10,), got (100,)" in message
+    whole = {name: tensor + 1 for name, tensor in before.items()}
+    for wrong, message in (
+        (whole | {"fc.bias": [1.0] * 10}, "fc.bias: expected a tensor, got list"),
+        (whole | {0: torch.zeros(1)}, "expected tensors by name, got dict"),
+        (list(whole.values()), "expected tensors by name, got list"),
+    ):
+        with pytest.raises(ValueError, match=f"load_released_state_dict: {message}"):
+            net.load_released_state_dict(wrong)
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.released_state_dict().items())
 
 
@@ -147,7 +155,8 @@ def test_default_head(local_loss, config):
 @pytest.mark.parametrize("modules", [2, 10])
 @pytest.mark.parametrize("local_loss", [name for name in LOCAL_LOSSES if name != "none"])
 def test_every_local_loss_at_other_image_sizes(local_loss, modules):
-    net = infopro_fast.build("resnet20", modules, local_loss, num_classes=3, image_size=20, feature_dim=8, widen=0.5)
+    small = {} if local_loss in ("dgl", "auglocal") else {"feature_dim": 8, "widen": 0.5}
+    net = infopro_fast.build("resnet20", modules, local_loss, num_classes=3, image_size=20, **small)
     trainer = infopro_fast.LocalTrainer(net, lambda params: torch.optim.SGD(params, lr=0.1))
     metrics = trainer.step(torch.randn(4, 3, 20, 20), torch.tensor([0, 1, 2, 0]))
     infopro_fast.trainer.check_finite(metrics)
@@ -171,6 +180,18 @@ def test_every_local_loss_at_other_image_sizes(local_loss, modules):
         ({"lambdas": (1, 1, 1, 1), "modules": 1}, "lambdas: modules=1 has no local loss"),
         ({"lambdas": (5, 0, 0, 0), "modules": 4}, r"lambdas: \(5, 0, 0, 0\) leave local module 3 of 4 without any loss"),
         ({"net_config": "1c2f", "local_loss": "dgl"}, "net_config: local_loss='dgl' has no such head"),
+        ({"widen": 2, "local_loss": "dgl"}, "widen: local_loss='dgl' has no such net, got 2"),
+        ({"feature_dim": 64, "local_loss": "none"}, "feature_dim: local_loss='none' has no such net, got 64"),
+        ({"widen": 2, "local_loss": lambda place: None, "modules": 2}, "widen: local_loss=.* has no such net, got 2"),
+        ({"impl": "tpu"}, r"impl: expected one of \('auto', 'reference', 'cpu', 'triton', 'cuda'\), got 'tpu'"),
+        ({"modules": 2.0}, "modules: expected an integer, got 2.0"),
+        ({"modules": "4"}, "modules: expected an integer, got '4'"),
+        ({"image_size": 32.0}, r"image_size: expected an integer, or two \(height, width\), got 32.0"),
+        ({"image_size": (32, 32.5)}, r"image_size: expected an integer, or two \(height, width\), got \(32, 32.5\)"),
+        ({"cuts": [1, 2]}, r"cuts: expected pairs \(stage, block\) of integers, or names, got 1"),
+        ({"cuts": [(1, 0.5)]}, r"cuts: expected pairs \(stage, block\) of integers, or names, got \(1, 0.5\)"),
+        ({"cuts": "layer1.0"}, "cuts: expected a list of .* got 'layer1.0'"),
+        ({"cuts": 3}, "cuts: expected a list of .* got 3"),
         ({"net_config": "4c4f"}, "net_config: expected one of"),
         ({"num_classes": 0}, "num_classes: expected at least 1"),
         ({"image_size": 2}, "image_size: expected at least 4"),

@@ -252,10 +252,45 @@ def test_plan_command(capsys, tmp_path):
         ("--arch resnet20 --modules 2 --grow image", "grow image: expected a budget and modules"),
         ("--arch resnet20 --modules 2 --budget 1GiB --grow batch --batch-size 3", "grow batch: expected no batch_size"),
         ("--arch resnet20 --modules 2 --image-size 1 2 3", "image_size: expected a side, or height and width"),
+        ("--arch resnet20 --modules 2 --image-size 0", "image_size: expected at least 4, got 0x0"),
+        ("--arch resnet20 --modules 2 --image-size 2", "image_size: expected at least 4, got 2x2"),
+        ("--arch resnet50 --modules 2 --image-size 225", "image_size: expected multiples of 8 for resnet50, got 225x225"),
+        ("--arch resnet20 --modules 2 --batch-size 1 --image-size 4", "images 4x4: norm_relu_pool: x: expected more than 1 value"),
+        ("--arch resnet20 --modules 2 --batch-size 0", "batch_size: expected at least 1, got 0"),
+        ("--arch resnet20 --modules 0 --budget 1GiB", "modules: expected at least 1, got 0"),
     ],
 )
 def test_plan_command_errors(capsys, tmp_path, flags, message):
     code, out, err = run_here(capsys, "plan", *flags.split(), "--out", tmp_path / "p.json")
+    assert code == 2 and out == "" and message in err and not list(tmp_path.iterdir())
+    assert_one_line(err)
+
+
+@pytest.mark.parametrize("out, message", [("none/p.json", "there is no folder {}/none"), ("", "is a folder: expected a file")])
+def test_plan_that_cannot_be_written_is_not_made(capsys, tmp_path, monkeypatch, out, message):
+    monkeypatch.setattr(memory, "make_plan", lambda *a, **k: pytest.fail("measured"))
+    code, _, err = run_here(capsys, "plan", "--arch", "resnet20", "--modules", 2, "--out", tmp_path / out)
+    assert code == 2 and f"out: {tmp_path / out}" in err and message.format(tmp_path) in err and not list(tmp_path.iterdir())
+    assert_one_line(err)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--batch-size 0", "batch_size: expected at least 1, got 0"),
+        ("--image-size 0", "image_size: expected at least 4, got 0"),
+        ("--rounds 0", "rounds: expected at least 1, got 0"),
+        ("--threads 0", "threads: expected at least 1, got 0"),
+        ("--modules 40", r"modules: expected 2 to 10 for resnet20 (stem and 9 blocks), got 40"),
+        ("--modules 4 1", r"modules: expected 2 to 10 for resnet20 (stem and 9 blocks), got 1"),
+        ("--budgets 1.5", "budgets: expected numbers in [0, 1], got 1.5"),
+        ("--device abacus", "device: expected cpu, cuda or cuda:N, got 'abacus'"),
+        ("--device cuda:99", "device: cuda:99: torch sees "),
+    ],
+)
+def test_memory_command_errors(capsys, tmp_path, monkeypatch, flags, message):
+    monkeypatch.setattr(comparing, "measure", lambda *a, **k: pytest.fail("measured"))
+    code, out, err = run_here(capsys, "memory", "--arch", "resnet20", "--modules", 4, *flags.split(), "--out", tmp_path / "m")
     assert code == 2 and out == "" and message in err and not list(tmp_path.iterdir())
     assert_one_line(err)
 

@@ -135,6 +135,29 @@ def test_overrides_and_their_difference(monkeypatch, capsys):
     assert stop.value.code == 2 and "no row of this name: 'table9'" in capsys.readouterr().err
 
 
+def test_epochs_in_the_place_of_a_rows_steps(monkeypatch, capsys):
+    """Given epochs are what is trained; the difference says so, and a warm-up that there is no room for is shorter."""
+    got = []
+    monkeypatch.setattr(cli, "_run", lambda command, argv: got.append(command.config))
+    steps, warm = "table5/deeplabv3/e2e", "table2/cifar10/resnet32/k4/contrast"
+    for words in (f"--recipe {steps} --epochs 1", f"--epochs=1 --recipe={steps}", f"--recipe {warm} --epochs 4",
+                  f"--recipe {warm} --epochs 4 --warmup 2", f"--recipe {warm} --iterations 100"):  # fmt: skip
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["train", *words.split(), "--data-root", "d"])
+        assert stop.value.code == 0, capsys.readouterr().err
+    one, again, four, given, hundred = (config.resolved() for config in got)
+    assert (one.epochs, one.iterations) == (1, None) and again == one
+    assert recipes.config(steps, data_root="d", epochs=1).resolved() == one
+    assert recipes.difference(one) == {"epochs": (108, 1), "iterations": (40000, None)}
+    assert "  iterations: None here, 40000 in the recipe" in report.recipe_text(one)
+    assert recipes.difference(four) == {"epochs": (160, 4), "warmup": (10, 3)} and given.warmup == 2
+    counted = hundred.in_epochs(49)
+    assert (counted.epochs, counted.warmup, counted.iterations) == (3, 2, 100)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train", "--recipe", steps, "--epochs", "1", "--iterations=5", "--data-root", "d"])
+    assert stop.value.code == 2 and "epochs and iterations: each says how long to train" in capsys.readouterr().err
+
+
 def test_the_list(capsys):
     done = subprocess.run([sys.executable, "-m", "infopro_fast", "recipes"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and len(done.stdout.splitlines()) == len(recipes.ROWS)
@@ -328,8 +351,11 @@ def test_init(few_scenes, tmp_path):
     torch.save({"other": torch.zeros(3)}, tmp_path / "other.pth")
     with pytest.raises(ConfigError, match="none of its 1 entries"):
         loop.load_init(target, tmp_path / "other.pth")
-    (tmp_path / "text.pth").write_text("no weights")
-    for name in ("text.pth", "missing.pth"):
+    for name, content in (("text.pth", b"no weights"), ("word.pth", b"hello"), ("empty.pth", b""), ("bad.safetensors", b"no weights")):
+        (tmp_path / name).write_bytes(content)
+    for name, content in (("list.pth", [torch.zeros(3)]), ("numbers.pth", {1: torch.zeros(3)}), ("inside.pth", {"state_dict": 3})):
+        torch.save(content, tmp_path / name)
+    for name in sorted(path.name for path in tmp_path.iterdir() if path.name not in ("weights.pth", "other.pth")) + ["missing.pth"]:
         with pytest.raises(ConfigError, match=f"{name}: not a file of weights"):
             loop.load_init(target, tmp_path / name)
 

@@ -104,9 +104,16 @@ def test_command(tmp_path, capsys):
     assert {p["gpus"] for p in network["predictions"]} == {1, 4}
 
 
-def test_errors(capsys):
+def test_errors(capsys, monkeypatch):
+    """Before anything is timed."""
+    measure = scale.measure_chain
+    monkeypatch.setattr(scale, "measure_chain", lambda *given, timed=False: pytest.fail("timed") if timed else measure(*given))
     few, uneven = "gpus: expected numbers of at least 1", "modules: expected one number"
-    for words, message in ((["--gpus", "0"], few), (["--modules", "2", "3"], uneven)):
+    for words, message in (
+        (["--gpus", "0"], few), (["--modules", "2", "3"], uneven), (["--threads", "0"], "threads: expected numbers of at least 1, got 0"),
+        (["--modules", "0"], "modules: expected numbers of at least 1, got 0"),
+        (["--modules", "11"], "modules: expected 1 to 10 for resnet20, got 11"),
+    ):  # fmt: skip
         with pytest.raises(SystemExit) as stop:
             cli.main(["scale", "--arch", "resnet20", *words])
         assert stop.value.code == 2 and message in capsys.readouterr().err

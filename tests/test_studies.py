@@ -21,7 +21,7 @@ import infopro_fast
 from infopro_fast.modules import split
 from infopro_fast.studies import costs, figures, known, runner, summary, tables
 from infopro_fast.studies.reproduce import reproduce
-from infopro_fast.trainer import report
+from infopro_fast.trainer import checkpoint, report
 from infopro_fast.trainer.config import ConfigError, TrainConfig
 
 pytestmark = pytest.mark.xdist_group("studies")
@@ -79,6 +79,10 @@ def test_scale_paper_is_the_published_recipe(tmp_path):
     assert (config.epochs, config.batch_size, config.lr, config.schedule) == (160, 1024, 0.8, "cosine")
     with pytest.raises(ConfigError, match="scale paper: the published recipe is of cifar10"):
         tables.Study("table2", scale="paper")
+    digits = tables.Study("table2", scale="paper", dataset="svhn", data_root=tmp_path)
+    with pytest.raises(ConfigError, match="the paper has arch resnet110 on svhn, got resnet32: give --arch resnet110"):
+        tables.jobs(digits)
+    assert tables.jobs(dataclasses.replace(digits, arch="resnet110"))[0].config.epochs == 160
 
 
 def test_published_numbers():
@@ -87,6 +91,31 @@ def test_published_numbers():
     assert tables.published(study, tables.Cell("e2e", 1)) == (7.37, 0.10)
     assert tables.published(study, tables.Cell("auglocal", 8)) is None
     assert tables.published(tables.Study("table3"), tables.Cell("checkpoint", 1)) == (6.50, 0.34)
+    digits = tables.Study("table2", dataset="svhn", arch="resnet110")
+    assert tables.published(digits, tables.Cell("contrast", 16)) == (3.91, 0.16)
+    for none in (dataclasses.replace(digits, arch="resnet32"), dataclasses.replace(digits, table="table3")):
+        assert tables.published(none, tables.Cell("e2e", 1)) is None and tables.published_memory(none, tables.Cell("e2e", 1)) is None
+    photos = tables.Study("table3", dataset="stl10")
+    assert tables.published(photos, tables.Cell("contrast", 3)) == (21.00, 0.52)
+    assert tables.published_memory(photos, tables.Cell("contrast", 3)) == 4.96
+
+
+@pytest.mark.parametrize(
+    "settings, text",
+    [
+        (dict(), "on CIFAR-10 after 160 epochs. Other images, other numbers: what can be compared is the order of the methods."),
+        (dict(dataset="cifar10", scale="paper"), "on CIFAR-10 after 160 epochs."),
+        (dict(dataset="svhn", scale="paper", arch="resnet110"), "on SVHN after 160 epochs."),
+        (dict(dataset="cifar10", scale="paper", epochs=20), "on CIFAR-10 after 160 epochs. Another schedule, other numbers: what can be "
+         "compared is the order of the methods."),
+        (dict(dataset="stl10", scale="full"), "on STL-10 after 160 epochs. Another schedule, other numbers: what can be compared is the "
+         "order of the methods."),
+    ],
+)  # fmt: skip
+def test_what_the_text_says_of_the_papers_numbers(tmp_path, settings, text):
+    root = {"data_root": tmp_path} if "dataset" in settings else {}
+    whole = summary.markdown(tables.Study("table2", **settings, **root), [dataclasses.replace(result("e2e", 1, (7,)), paper=(7.37, 0.10))])
+    assert f"\n\nIn brackets: what the paper has in this cell, {text}\n" in whole
 
 
 def test_flags_say_the_settings():
@@ -163,7 +192,7 @@ def test_stopped_study_goes_on(tmp_path):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     _, error = process.communicate(timeout=60)
-    assert process.returncode == 130 and "stopped by SIGTERM; the same command goes on from here" in error, error
+    assert process.returncode == 128 + signal.SIGTERM and "stopped by SIGTERM; the same command goes on from here" in error, error
     before = report.read_metrics(folder, "epoch")
     assert 0 < len(before) < 4
     with report.locked(folder):  # nobody is left in it
@@ -185,6 +214,18 @@ def test_comparison():
     text = summary.markdown(tables.Study("table2"), results)
     assert "| greedy SL |  | 21.00 ± 1.00 |" in text and "100 ms, 1.0, 2.0" in text
     assert "K = 8: greedy SL 21.00 %, InfoPro, contrast 15.00 %: 6.00 points lower, 7.3 standard errors" in text
+
+
+def test_single_runs_have_no_standard_error(tmp_path):
+    """Neither in the text nor in the JSON, which has no word for what is not a number."""
+    results = [result("e2e", 1, (10,)), result("greedy", 8, (20,)), result("contrast", 8, (14,))]
+    (row,) = summary.compare(results)
+    assert (row["margin"], row["standard_error"], row["in_standard_errors"]) == (6, None, None)
+    study = tables.Study("table2", out=tmp_path)
+    text, numbers, *_ = summary.write(study, results, known.Known({}, {}, []))
+    assert "InfoPro, contrast 14.00 %: 6.00 points lower; +4.00 points from end to end." in text.read_text()
+    assert "nan" not in text.read_text()
+    json.loads(numbers.read_text(), parse_constant=pytest.fail)
 
 
 def test_every_method_against_greedy():
@@ -218,6 +259,10 @@ def test_table3_has_memory_beside_the_papers():
     alone = summary.markdown(study, results[1:])  # end to end has not been trained yet
     assert "| InfoPro, contrast | 4 | 0.2 |  | 1.0 |  | 200 | 3.52 | 37.4 % |" in alone
     assert tables.published_memory(tables.Study("table2"), tables.Cell("e2e", 1)) is None
+    assert "on a Titan Xp, images of 32x32, batch 1024." in text
+    photos = summary.markdown(tables.Study("table3", dataset="stl10", data_root="d"), results)
+    assert "on a Titan Xp, images of 96x96, batch 128." in photos and "| 100 | 10.77 | 100.0 % |" in photos
+    assert "Titan" not in summary.markdown(tables.Study("table3", dataset="svhn", data_root="d"), results)
 
 
 def test_table_of_weights():
@@ -260,10 +305,25 @@ def test_wrong_settings(settings, message):
 
 
 def test_impossible_cells_are_found_before_training(tmp_path):
+    with pytest.raises(ConfigError, match=r"modules: expected at most 16 for resnet32 \(stem and 15 blocks\), got 40"):
+        reproduce(tables.Study("table2", modules=(40, 2), out=tmp_path))
     for table, message in (("fused", "methods: fused has its own"), ("lambdas", "methods: lambdas are of softmax and contrast")):
         with pytest.raises(ConfigError, match=message):
             reproduce(tables.Study(table, methods=("e2e",), out=tmp_path))
     assert not any(os.scandir(tmp_path))
+
+
+@pytest.mark.parametrize("there", ["", "checkpoints/{name}", "checkpoints/module001/{name}", "trained/module001"])
+def test_what_a_killed_run_has_to_go_on_from(tmp_path, there):
+    """A whole checkpoint, or a trained module. Half of one, as a kill leaves it, is nothing: the run begins again."""
+    run = tmp_path / "run"
+    for half in (f"checkpoints/.aside-{checkpoint.name_of(0, 0)}", "checkpoints/module001", "trained/.aside-module001"):
+        (run / half).mkdir(parents=True)
+    (run / report.CONFIG).touch()
+    if there:
+        (run / there.format(name=checkpoint.name_of(0, 0))).mkdir(exist_ok=True)
+    runner._remove_if_nothing_ran(run)
+    assert run.is_dir() == bool(there)
 
 
 def test_modules_trained_in_turn(tmp_path, monkeypatch):
@@ -387,3 +447,24 @@ def test_known_tables_of_other_settings_are_an_error(study, tmp_path):
             reproduce(dataclasses.replace(study, known=(tmp_path / "none.json",), out=tmp_path))
     with pytest.raises(runner.StudyError, match="absent.json: not the JSON of a table"):
         reproduce(dataclasses.replace(study, known=(tmp_path / "absent.json",), out=tmp_path))
+
+
+def test_the_depth_of_auglocals_nets_is_of_a_cell(study, tmp_path):
+    """It keeps no table from being known whose other rows have none; in a row of auglocal it is compared, where the table says it."""
+    path, deep = study.out / "table2.json", dataclasses.replace(study, methods=("auglocal", "e2e"))
+    assert [cell.name for cell, _ in known.read(dataclasses.replace(deep, known=(path,))).runs] == ["e2e-k1"]
+    content = json.loads(path.read_text())
+    e2e, row = content["cells"]
+    cell = tables.Cell("auglocal", 2)
+    for depth in (3, 5, None):
+        settings = known.settings_of_a_cell(tables.config(deep, cell, 0)) | {"aux_depth": depth}
+        if depth is None:
+            del settings["aux_depth"]
+        row |= {"method": "auglocal", "settings": settings}
+        (tmp_path / "table.json").write_text(json.dumps(content))
+        there = dataclasses.replace(deep, known=(tmp_path / "table.json",))
+        if depth == 5:
+            with pytest.raises(runner.StudyError, match="auglocal-k2: runs with other settings .aux_depth: expected 3, got 5"):
+                known.read(there)
+        else:
+            assert set(known.read(there).runs) == {(cell, 0), (tables.Cell("e2e", 1), 0)}

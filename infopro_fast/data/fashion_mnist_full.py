@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from . import fashion_mnist
-from .files import require
+from .files import problem, require
 from .image_set import DataError, ImageSet, Split
 
-URL = "https://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
+URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"  # has no https; MD5 tells whether what comes is whole
 MD5 = {  # of what is in them; Debian's package packs it anew
     "train-images-idx3-ubyte.gz": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
     "train-labels-idx1-ubyte.gz": "9018921c3c673c538a1fc5bad174d6f9",
@@ -30,16 +30,18 @@ UNSIGNED_BYTES = 8
 def load(root: str | Path, download: bool = False, md5: dict[str, str] = MD5) -> ImageSet:
     """root: the folder that holds the four files. md5: the sums they must have. Raises DataError for what is missing or damaged."""
     folder = Path(root)
-    require("fashion_mnist_full", folder, md5, (lambda: _download(root)) if download else None)
+    require("fashion_mnist_full", folder, md5, (lambda: _download(folder, md5)) if download else None)
     train, test = (_split(folder / f"{part}-images-idx3-ubyte.gz", folder / f"{part}-labels-idx1-ubyte.gz") for part in ("train", "t10k"))
     return ImageSet("fashion_mnist_full", train, test, 10, fashion_mnist.MEAN, fashion_mnist.STD, fashion_mnist.AUGMENTATION)
 
 
-def _download(root):
+def _download(folder: Path, md5: dict[str, str]) -> None:
     from torchvision.datasets.utils import download_url
 
-    for name in MD5:
-        download_url(URL + name, str(root), name)
+    for name, expected in md5.items():
+        if problem(folder / name, expected) is not None:
+            (folder / name).unlink(missing_ok=True)  # whatever is there would be taken for the file: its own sum is not known
+            download_url(URL + name, str(folder), name)
 
 
 def _split(images: Path, labels: Path) -> Split:

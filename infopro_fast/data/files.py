@@ -16,31 +16,32 @@ def require(name: str, folder: Path, md5: dict[str, str], fetch: Callable[[], No
 
     Raises DataError naming the file that is missing or damaged.
     """
-    problem = _first_problem(folder, md5)
-    if problem is None:
+    found = _first_problem(folder, md5)
+    if found is None:
         return
     if fetch is None:
-        raise DataError(f"{name}: {problem}; put the original files there or add --download")
+        raise DataError(f"{name}: {found}; put the original files there or add --download")
     try:
         fetch()
     except ImportError as error:
         raise DataError(f"{name}: downloading needs torchvision ({error}): pip install torchvision") from error
     except (OSError, RuntimeError) as error:  # URLError is an OSError; torchvision says RuntimeError for a wrong checksum
         raise DataError(f"{name}: download into {folder} failed: {error}") from error
-    problem = _first_problem(folder, md5)
-    if problem is not None:
-        raise DataError(f"{name}: after the download: {problem}")
+    found = _first_problem(folder, md5)
+    if found is not None:
+        raise DataError(f"{name}: after the download: {found}")
 
 
 def _first_problem(folder: Path, md5: dict[str, str]) -> str | None:
-    for name, expected in md5.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{path} not found"
-        got = _md5(path)
-        if got != expected:
-            return f"{path} is damaged or another version: MD5 expected {expected}, got {got}"
-    return None
+    return next(filter(None, (problem(folder / name, expected) for name, expected in md5.items())), None)
+
+
+def problem(path: Path, expected: str) -> str | None:
+    """What is wrong with a file of this MD5 sum, or None."""
+    if not path.is_file():
+        return f"{path} not found"
+    got = _md5(path)
+    return None if got == expected else f"{path} is damaged or another version: MD5 expected {expected}, got {got}"
 
 
 def _md5(path: Path) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from infopro_fast import info
-from infopro_fast.modules import CIFAR10_MEAN, CIFAR10_STD, LocalNetwork, build
+from infopro_fast.modules import CIFAR10_MEAN, CIFAR10_STD, LocalNetwork, backbones, build
+from infopro_fast.plan import PlanError
 from infopro_fast.trainer.checkpoint import replace_file
 from infopro_fast.trainer.schedule import released_sgd
 from infopro_fast.trainer.step import LocalTrainer
@@ -83,6 +84,29 @@ def ways(modules: list[int], budgets: list[float]) -> list[Way]:
     for K in modules:
         found += [Way(K, losses="released", planned=False), Way(K), Way(K, "norm"), Way(K, "block")]
     return found
+
+
+def check(
+    arch: str, batch_size: int, image_size: int, modules: Sequence[int], budgets: Sequence[float], *, rounds: int, device: str,
+    threads: int | None,
+) -> None:  # fmt: skip
+    """Raises PlanError naming what cannot be measured, before anything is."""
+    least = {"batch_size": (batch_size, 1), "image_size": (image_size, 4), "rounds": (rounds, 1), "threads": (threads, 1)}
+    for name, (value, smallest) in least.items():
+        if value is not None and value < smallest:
+            raise PlanError(f"{name}: expected at least {smallest}, got {value}")
+    blocks = len(backbones.units(arch))
+    for K in modules:
+        if not 2 <= K <= blocks:
+            raise PlanError(f"modules: expected 2 to {blocks} for {arch} (stem and {blocks - 1} blocks), got {K}")
+    for budget in budgets:
+        if not 0 <= budget <= 1:
+            raise PlanError(f"budgets: expected numbers in [0, 1], got {budget}")
+    kind, _, index = device.partition(":")
+    if kind not in ("cpu", "cuda") or not (index == "" or index.isdecimal()):
+        raise PlanError(f"device: expected cpu, cuda or cuda:N, got {device!r}")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise PlanError(f"device: {device}: torch sees {torch.cuda.device_count()} GPUs")
 
 
 def measure(way: Way, arch: str, batch_size: int, image_size: int, *, rounds: int = 5, device: str = "cpu", threads: int | None = None):

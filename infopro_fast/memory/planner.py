@@ -90,9 +90,14 @@ def make_plan(
     """
     _check(objective, losses, recompute, modules, budget, batch_size)
     size = _size(arch, image_size)
-    chain = _Chain(arch, batch_size, size, recompute, losses, objective == "time")
     if modules is None and budget is None:
         raise PlanError("plan: expected modules or a budget")
+    try:
+        chain = _Chain(arch, batch_size, size, recompute, losses, objective == "time")
+    except PlanError:
+        raise
+    except ValueError as error:  # of batch norms that would have a single value
+        raise PlanError(f"{arch}, batch {batch_size} of images {size[0]}x{size[1]}: {error}") from error
     for K in range(1, len(chain.costs) + 1) if modules is None else [modules]:
         try:
             plan = chain.plan(K, objective)
@@ -181,7 +186,12 @@ class _Chain:
 def _size(arch: str, image_size: int | tuple[int, int] | None) -> tuple[int, int]:
     if image_size is None:
         return chains.published_size(arch)
-    return (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    released = arch in (*chains.IMAGENET, *chains.CITYSCAPES)  # whose decoders give 8 pixels for one
+    if min(size) < 4 or (released and any(side % 8 for side in size)):
+        expected = f"multiples of 8 for {arch}" if released else "at least 4"
+        raise PlanError(f"plan: image_size: expected {expected}, got {size[0]}x{size[1]}")
+    return size
 
 
 def _check(objective: str, losses: str, recompute: str, modules: int | None, budget: int | None, batch_size: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -187,7 +188,10 @@ def _segmenter(arch: str, num_classes: int | None, common: dict) -> Family:
 def _image_size(arch, image_size, square: bool) -> tuple[int, int]:
     if image_size is None:
         image_size = 32 if square else 48 if arch in SMALL else (512, 1024) if arch in cityscapes.ARCHS else 224
-    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    try:
+        size = (image_size, image_size) if isinstance(image_size, int) else tuple(operator.index(side) for side in image_size)
+    except TypeError as error:
+        raise ValueError(f"build: image_size: expected an integer, or two (height, width), got {image_size!r}") from error
     if len(size) != 2 or min(size) < 4:
         raise ValueError(f"build: image_size: expected at least 4 (the network divides it by 4), got {image_size}")
     if square and size[0] != size[1]:

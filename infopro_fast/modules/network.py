@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import math
+import operator
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint as run_checkpointed
+
+from infopro_fast.ops.dispatch import IMPLEMENTATIONS
 
 from . import backbones, norm_recompute, split
 from .auglocal import AUX_DEPTH
@@ -130,13 +133,17 @@ class LocalNetwork(nn.Module):
 
         Strict: ValueError names the missing and unexpected keys and the shapes that differ, before anything is copied.
         """
+        if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
+            raise ValueError(f"load_released_state_dict: expected tensors by name, got {type(state).__name__}")
         if state and all(name.startswith("module.") for name in state):
             state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
         own = self.released_state_dict()
         problems = [f"missing {_listed(own.keys() - state.keys())}"] if own.keys() - state.keys() else []
         problems += [f"unexpected {_listed(state.keys() - own.keys())}"] if state.keys() - own.keys() else []
         for name in sorted(own.keys() & state.keys()):
-            if own[name].shape != state[name].shape:
+            if not isinstance(state[name], torch.Tensor):
+                problems.append(f"{name}: expected a tensor, got {type(state[name]).__name__}")
+            elif own[name].shape != state[name].shape:
                 problems.append(f"{name}: expected {tuple(own[name].shape)}, got {tuple(state[name].shape)}")
         if problems:
             raise ValueError("load_released_state_dict: " + "; ".join(problems))
@@ -191,7 +198,7 @@ def build(
     cuts: last block of each module but the last, in place of a published split: (stage, block), (0, 0) being the stem, or a name as
         "layer2.0" where the network has names. DeepLab's FCN head keeps the end of its third stage inside the last module.
     net_config, widen, feature_dim: of the auxiliary nets of the CIFAR networks (`AuxClassifier`, `Decoder`); net_config None: "1c2f",
-        for greedy "0c1f". The others have `ChainDecoder` and `StridedHead` or `DenseHead`.
+        for greedy "0c1f". The others have `ChainDecoder` and `StridedHead` or `DenseHead`. Refused where the loss has no such nets.
     aux_depth: blocks of the first module's auxiliary network of auglocal, later ones have fewer (`auglocal.aux_depths`); None: 3.
     label_smoothing: of every cross entropy.
     recompute: "none"; "norm": keep no map between a BatchNorm and the convolution behind it, and norm again in backward (residual
@@ -209,7 +216,8 @@ def build(
     units = found.units
     positions = [unit.position for unit in units]
     modules = _number_of_modules(modules, local_loss, cuts, balanced, 4 if found.cifar else 2)
-    _check(found, local_loss, lambdas, modules, net_config, widen, recompute, label_smoothing)
+    _check(found, local_loss, lambdas, modules, recompute, label_smoothing, impl)
+    _check_auxiliary(found, local_loss, net_config=net_config, widen=widen, feature_dim=feature_dim)
     _check_aux_depth(found, local_loss, aux_depth)
     if modules > len(units) and found.reasons:
         why = "; ".join(f"not after {name}, since {reason}" for name, reason in list(found.reasons.items())[:4])
@@ -256,6 +264,12 @@ def _made(make: Callable[[Place], LocalLoss], place: Place) -> LocalLoss:
 def _number_of_modules(modules: int | None, local_loss, cuts, balanced: bool, default: int) -> int:
     if cuts is not None and balanced:
         raise ValueError("build: cuts, balanced: expected one or the other, a split is either given or taken from the balanced table")
+    if cuts is not None and (isinstance(cuts, str) or not hasattr(cuts, "__len__")):
+        raise ValueError(f"build: cuts: expected a list of (stage, block) pairs or names, got {cuts!r}")
+    try:
+        modules = None if modules is None else operator.index(modules)
+    except TypeError as error:
+        raise ValueError(f"build: modules: expected an integer, got {modules!r}") from error
     if modules is None:
         modules = len(cuts) + 1 if cuts is not None else 1 if local_loss == "none" else default
     if local_loss == "none" and modules != 1:
@@ -263,7 +277,9 @@ def _number_of_modules(modules: int | None, local_loss, cuts, balanced: bool, de
     return modules
 
 
-def _check(found: Family, local_loss, lambdas, modules, net_config, widen, recompute, label_smoothing):
+def _check(found: Family, local_loss, lambdas, modules, recompute, label_smoothing, impl) -> None:
+    if impl not in ("auto", *IMPLEMENTATIONS):
+        raise ValueError(f"build: impl: expected one of {('auto', *IMPLEMENTATIONS)}, got {impl!r}")
     if lambdas is not None:
         if len(lambdas) != 4 or not all(math.isfinite(v) and v >= 0 for v in lambdas):
             raise ValueError(f"build: lambdas: expected 4 numbers of at least 0 (reconstruction and task, first and last), got {lambdas}")
@@ -271,8 +287,6 @@ def _check(found: Family, local_loss, lambdas, modules, net_config, widen, recom
             raise ValueError(f"build: lambdas: local_loss={local_loss!r} has no weights, got {tuple(lambdas)}")
         if any(lambdas) and modules == 1:
             raise ValueError(f"build: lambdas: modules=1 has no local loss to weigh, got {tuple(lambdas)}")
-    if net_config is not None and (callable(local_loss) or local_loss in ("dgl", "auglocal", "none")):
-        raise ValueError(f"build: net_config: local_loss={local_loss!r} has no such head, got {net_config!r}")
     if recompute not in RECOMPUTE:
         raise ValueError(f"build: recompute: expected one of {RECOMPUTE}, got {recompute!r}")
     if recompute == "norm" and not any(norm_recompute.has_chain(unit.block) for unit in found.units):
@@ -282,10 +296,21 @@ def _check(found: Family, local_loss, lambdas, modules, net_config, widen, recom
         )
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"build: label_smoothing: expected a number in [0, 1), got {label_smoothing}")
-    if not found.cifar and (net_config is not None or widen != 1):
-        raise ValueError(f"build: net_config, widen: the auxiliary nets of {found.name} have no such settings, got {net_config}, {widen}")
     if found.dense and local_loss in ("contrast", "dgl", "infopro_l", "auglocal"):
         raise ValueError(f"build: local_loss: {found.name} segments images: expected 'softmax', 'greedy' or 'none', got {local_loss!r}")
+
+
+def _check_auxiliary(found: Family, local_loss, **given) -> None:
+    """The settings of the auxiliary nets of InfoPro and greedy."""
+    defaults = {"net_config": None, "widen": 1, "feature_dim": 128}
+    for name, value in given.items():
+        if value == defaults[name]:
+            continue
+        if callable(local_loss) or local_loss in ("dgl", "auglocal", "none"):
+            what = "head" if name == "net_config" else "net"
+            raise ValueError(f"build: {name}: local_loss={local_loss!r} has no such {what}, got {value!r}")
+        if not found.cifar and name != "feature_dim":
+            raise ValueError(f"build: {name}: the auxiliary nets of {found.name} have no such settings, got {value!r}")
 
 
 def _check_aux_depth(found: Family, local_loss, aux_depth) -> None:

@@ -6,6 +6,7 @@ network being the last module.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 Cut = tuple[int, int]
@@ -91,7 +92,10 @@ def check_cuts(
                 why = f": {reasons[cut]}" if reasons and cut in reasons else f"; expected one of {tuple(filter(None, labels))[:-1]}"
                 raise ValueError(f"build: cuts: no module of {arch} can end with {cut!r}{why}")
             cut = positions[labels.index(cut)]
-        cut = tuple(int(i) for i in cut)
+        try:
+            cut = tuple(operator.index(i) for i in cut)
+        except TypeError as error:
+            raise ValueError(f"build: cuts: expected pairs (stage, block) of integers, or names, got {cut!r}") from error
         if cut not in positions[:-1]:
             last = positions[-1]
             raise ValueError(f"build: cuts: expected (stage, block) of {arch} from (0, 0) to the one before {last}, got {cut}")

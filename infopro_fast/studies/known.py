@@ -14,7 +14,7 @@ from infopro_fast.trainer.config import TrainConfig
 from .runner import StudyError
 from .tables import FREE, Cell, Study, config, jobs
 
-OF_A_CELL = ("modules", "local_loss", "lambdas", "balanced", "cuts", "recompute", "order", "impl", "hold_out")
+OF_A_CELL = ("modules", "local_loss", "lambdas", "balanced", "cuts", "recompute", "order", "impl", "hold_out", "aux_depth")
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,9 @@ def _check_same(path: Path, study: Study, theirs: dict[str, Any]) -> None:
 
 
 def _check_cell(path: Path, study: Study, cell: Cell, theirs: dict[str, Any]) -> None:
-    _refuse(path, f"{cell.name}: ", settings_of_a_cell(config(study, cell, study.first_seed)), theirs)
+    ours = settings_of_a_cell(config(study, cell, study.first_seed))
+    earlier = {"aux_depth": ours["aux_depth"]}  # tables from before it was noted have the default, as every cell has
+    _refuse(path, f"{cell.name}: ", ours, earlier | theirs)
 
 
 def _refuse(path: Path, of: str, ours: dict[str, Any], theirs: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from infopro_fast.memory.resident import KEEPING
-from infopro_fast.trainer import report, sequential
+from infopro_fast.trainer import checkpoint, report, sequential
 from infopro_fast.trainer.config import TrainConfig
 
 from .tables import Job, same_run
@@ -25,6 +25,14 @@ POLL_SECONDS = 0.5
 
 class StudyError(RuntimeError):
     """Runs of a study that failed, or a folder that holds another run; the message names them."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A study that a signal stopped; what it had begun has a checkpoint. signum: which signal."""
+
+    def __init__(self, signum: int):
+        super().__init__(f"stopped by {signal.Signals(signum).name}; the same command goes on from here")
+        self.signum = signum
 
 
 def flags(config: TrainConfig) -> list[str]:
@@ -106,8 +114,9 @@ def _start(job: Job) -> subprocess.Popen:
 
 def _remove_if_nothing_ran(folder: Path) -> None:
     """A run that was killed before its first checkpoint, and its first trained module, cannot be continued, and holds nothing."""
-    kept = (folder / report.CHECKPOINTS, folder / sequential.TRAINED)
-    if (folder / report.CONFIG).is_file() and not any(path.is_dir() and any(path.iterdir()) for path in kept):
+    checkpoints, trained = folder / report.CHECKPOINTS, folder / sequential.TRAINED
+    begun = any(checkpoint.list_checkpoints(place) for place in (checkpoints, *checkpoints.glob("module*")))
+    if (folder / report.CONFIG).is_file() and not begun and not any(trained.glob("module*")):  # what is half-written has other names
         shutil.rmtree(folder)
 
 
@@ -125,7 +134,7 @@ def _stopping(running: dict[subprocess.Popen, Job]) -> Iterator[None]:
     """However this ends, no run is left behind: each is asked to stop, which it does after a checkpoint, and waited for."""
 
     def stop(signum, frame):
-        raise KeyboardInterrupt(f"stopped by {signal.Signals(signum).name}; the same command goes on from here")
+        raise Interrupted(signum)
 
     before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -11,23 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from infopro_fast.trainer.checkpoint import replace_file
+from infopro_fast.trainer.config import IMAGE_SIZES, RECIPES
 
 from . import costs
 from .known import Known, Run, settings_of_a_cell
 from .provenance import provenance
 from .runner import finished, tested_epochs
-from .tables import NAMES, Cell, Job, Study, cells, config, jobs, published, published_memory
+from .tables import NAMES, PAPERS, Cell, Job, Study, cells, config, jobs, papers_dataset, published, published_memory
 
 INFOPRO = ("softmax", "contrast")
-PAPER = (
-    "In brackets: what the paper has in this cell, on CIFAR-10 after 160 epochs. Other images, other numbers: what can be compared is the "
-    "order of the methods."
-)
 COSTS = "What a step costs: milliseconds; MiB kept for backward, and at the highest point beyond model, optimizer and batch."
-MEMORY = (
-    "Memory of a step: MiB kept for backward, and at the highest point beyond model, optimizer and batch. In the last two columns the "
-    "paper's: GB of all that its process had on a Titan Xp, images of 32x32, batch 1024."
-)
+MEMORY = "Memory of a step: MiB kept for backward, and at the highest point beyond model, optimizer and batch."
 AGAINST_GREEDY = "Points of error below greedy SL with the same K (negative: above it), in brackets in standard errors of the difference."
 
 
@@ -108,11 +102,11 @@ def compare(results: Sequence[Result]) -> list[dict[str, Any]]:
         if not ours:
             continue
         best = min(ours, key=lambda r: r.mean)
-        error = math.hypot(greedy.standard_error, best.standard_error)
+        error = math.hypot(greedy.standard_error, best.standard_error)  # nan of single runs, which JSON does not have
         margin = greedy.mean - best.mean
         found.append({
             "modules": K, "greedy": greedy.mean, "infopro": best.mean, "which": best.cell.method, "margin": margin,
-            "standard_error": error, "in_standard_errors": margin / error if error > 0 else math.nan,
+            "standard_error": None if math.isnan(error) else error, "in_standard_errors": margin / error if error > 0 else None,
             "gap_to_e2e": None if end_to_end is None else best.mean - end_to_end.mean,
         })  # fmt: skip
     return found
@@ -151,21 +145,44 @@ def markdown(study: Study, results: Sequence[Result]) -> str:
     """Errors, then costs, then what they say."""
     parts = [_title(study), _errors(results)]
     if any(r.paper for r in results):
-        parts.append(PAPER)
+        parts.append(_about_paper(study))
     if any(r.cost for r in results):
-        parts += [MEMORY, _memory(study, results)] if study.table == "table3" else [COSTS, _costs(results)]
+        parts += [_about_memory(study), _memory(study, results)] if study.table == "table3" else [COSTS, _costs(results)]
     differences = below_greedy(results)
     if differences:
         parts += [AGAINST_GREEDY, _grid([r for r in results if r.cell in differences], lambda r: _difference(*differences[r.cell]))]
         parts += [_pooled(results)] if any(len(r.errors) > 1 for r in results) else []
     for row in compare(results):
         gap = "" if row["gap_to_e2e"] is None else f"; {row['gap_to_e2e']:+.2f} points from end to end"
+        errors = row["in_standard_errors"]
+        of_errors = "" if errors is None else f", {abs(errors):.1f} standard errors of the difference"
         parts.append(
             f"K = {row['modules']}: greedy SL {row['greedy']:.2f} %, {NAMES[row['which']]} {row['infopro']:.2f} %: "
-            f"{abs(row['margin']):.2f} points {'lower' if row['margin'] >= 0 else 'higher'}, "
-            f"{abs(row['in_standard_errors']):.1f} standard errors of the difference{gap}."
+            f"{abs(row['margin']):.2f} points {'lower' if row['margin'] >= 0 else 'higher'}{of_errors}{gap}."
         )
     return "\n\n".join(parts) + "\n"
+
+
+def _about_paper(study: Study) -> str:
+    """What the numbers in brackets are, and how far they can be compared."""
+    theirs = papers_dataset(study)
+    epochs = RECIPES[theirs].epochs
+    text = f"In brackets: what the paper has in this cell, on {PAPERS[theirs]} after {epochs} epochs."
+    if study.dataset == theirs and study.scale == "paper" and study.epochs in (None, epochs):
+        return text
+    other = "Another schedule" if study.dataset == theirs else "Other images"
+    return f"{text} {other}, other numbers: what can be compared is the order of the methods."
+
+
+def _about_memory(study: Study) -> str:
+    theirs = papers_dataset(study)
+    if published_memory(study, Cell("e2e", 1)) is None:
+        return MEMORY
+    side, batch_size = IMAGE_SIZES[theirs], RECIPES[theirs].batch_size
+    return (
+        f"{MEMORY} In the last two columns the paper's: GB of all that its process had on a Titan Xp, images of {side}x{side}, "
+        f"batch {batch_size}."
+    )
 
 
 def _title(study: Study) -> str:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from infopro_fast.trainer import recipes
-from infopro_fast.trainer.config import IMAGE_SIZES, ConfigError, TrainConfig
+from infopro_fast.trainer.config import CIFAR_RESNETS, IMAGE_SIZES, ConfigError, TrainConfig
 
 Method = Literal["e2e", "greedy", "dgl", "softmax", "contrast", "async", "checkpoint", "infopro_l", "auglocal"]
 NAMES = {
@@ -21,7 +21,9 @@ NAMES = {
     "plain": "InfoPro, contrast, plain losses",
 }  # fmt: skip
 
-# How long, on what images. "full" is a day of two CPU cores, or minutes of a GPU; "paper" is the published recipe, on CIFAR-10.
+PAPERS = {"cifar10": "CIFAR-10", "svhn": "SVHN", "stl10": "STL-10"}  # data sets of its Table 2
+
+# How long, on what images. "full" is a day of two CPU cores, or minutes of a GPU; "paper" is the published recipe, of one of PAPERS.
 SCALES: dict[str, dict[str, Any]] = {
     "tiny": {"shrink": 4, "epochs": 2, "batch_size": 64, "lr": 0.1, "schedule": "one_cycle", "warmup": 1},
     "small": {"shrink": 2, "epochs": 8, "batch_size": 64, "lr": 0.1, "schedule": "one_cycle", "warmup": 1},
@@ -85,7 +87,7 @@ class Study:
                 raise ConfigError(f"{name}: expected an integer of at least 1, got {value}")
         if self.first_seed < 0:
             raise ConfigError(f"first_seed: expected an integer of at least 0, got {self.first_seed}")
-        if self.scale == "paper" and self.dataset.startswith("fashion_mnist"):
+        if self.scale == "paper" and self.dataset not in PAPERS:
             raise ConfigError("scale paper: the published recipe is of cifar10, svhn and stl10: give --dataset and --data-root")
         if self.modules is not None and (not self.modules or min(self.modules) < 2):
             raise ConfigError(f"modules: expected numbers of at least 2, got {self.modules}")
@@ -143,9 +145,21 @@ def cells(study: Study) -> list[Cell]:
 
 
 def jobs(study: Study) -> list[Job]:
-    """All runs of a study, those of one seed before those of the next, so that a study that is cut short has whole seeds."""
+    """All runs of a study, those of one seed before those of the next, so that a study that is cut short has whole seeds.
+
+    Raises ConfigError for a cell that cannot be trained.
+    """
+    _check_modules(study)
     seeds = range(study.first_seed, study.first_seed + study.seeds)
     return [Job(cell, seed, config(study, cell, seed)) for seed in seeds for cell in cells(study)]
+
+
+def _check_modules(study: Study) -> None:
+    from infopro_fast.modules.backbones import BLOCKS  # imports torch, which --help does without
+
+    blocks, most = 1 + 3 * BLOCKS[study.network], max(cell.modules for cell in cells(study))
+    if most > blocks:
+        raise ConfigError(f"modules: expected at most {blocks} for {study.network} (stem and {blocks - 1} blocks), got {most}")
 
 
 def config(study: Study, cell: Cell, seed: int) -> TrainConfig:
@@ -162,6 +176,10 @@ def config(study: Study, cell: Cell, seed: int) -> TrainConfig:
 
 def _recipe(study: Study, cell: Cell) -> dict[str, Any]:
     """The published settings, but for what makes the cell."""
+    networks = [arch for dataset, arch in recipes.TABLE2 if dataset == study.dataset and arch in CIFAR_RESNETS]
+    if study.network not in networks:
+        expected = " or ".join(networks)
+        raise ConfigError(f"scale paper: the paper has arch {expected} on {study.dataset}, got {study.network}: give --arch {networks[-1]}")
     known = recipes.row(f"table2/{study.dataset}/{study.network}/e2e").settings
     return {k: v for k, v in known.items() if k not in ("dataset", "arch", "local_loss", "modules")}
 
@@ -192,11 +210,17 @@ def _balanced(study: Study, cell: Cell) -> dict[str, Any]:
     return {"cuts": BALANCED[of_side]} if shrunk else {"balanced": True}
 
 
+def papers_dataset(study: Study) -> str:
+    """Whose numbers stand beside those of a study: the same data set's where the paper has it, else CIFAR-10's."""
+    return study.dataset if study.dataset in PAPERS else "cifar10"
+
+
 def published(study: Study, cell: Cell) -> tuple[float, float] | None:
-    """Mean and deviation of the test error (%) that the paper has in this cell, of CIFAR-10; None where it has none."""
+    """Mean and deviation of the test error (%) that the paper has in this cell, of `papers_dataset`; None where it has none."""
     if cell.weights is not None:
         return None
-    table = recipes.TABLE3["cifar10"] if study.table == "table3" else recipes.TABLE2.get(("cifar10", study.network), {})
+    dataset = papers_dataset(study)
+    table = recipes.TABLE3.get(dataset, {}) if study.table == "table3" else recipes.TABLE2.get((dataset, study.network), {})
     if study.table == "table3":
         found = table.get(cell.modules if cell.method == "contrast" else cell.method)
         return found and found[0]
@@ -205,10 +229,10 @@ def published(study: Study, cell: Cell) -> tuple[float, float] | None:
 
 
 def published_memory(study: Study, cell: Cell) -> float | None:
-    """GB on a Titan Xp that the paper has in this cell of Table 3, of CIFAR-10 at batch 1024; None where it has none."""
+    """GB on a Titan Xp that the paper has in this cell of Table 3, of `papers_dataset` and its batch size; None where it has none."""
     if study.table != "table3":
         return None
-    found = recipes.TABLE3["cifar10"].get(cell.modules if cell.method == "contrast" else cell.method)
+    found = recipes.TABLE3.get(papers_dataset(study), {}).get(cell.modules if cell.method == "contrast" else cell.method)
     return found and found[1]
 
 

@@ -21,6 +21,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,7 +30,7 @@ from typing import Any
 import torch
 
 KEPT = 2
-PREFIX = "epoch"  # epoch0003-batch000120: 3 epochs and 120 batches of the next one are done
+NAME = re.compile(r"epoch(\d+)-batch(\d+)")  # epoch0003-batch000120: 3 epochs and 120 batches of the next one are done
 ASIDE = ".aside-"  # a folder being written or removed
 UNUSED = "unused-"  # a checkpoint that was passed over by request
 PIECE = 16 * 2**20  # bytes that are given to the disk at once
@@ -42,12 +43,13 @@ class CheckpointError(RuntimeError):
 
 
 def name_of(epoch: int, batch: int) -> str:
-    return f"{PREFIX}{epoch:04d}-batch{batch:06d}"
+    return f"epoch{epoch:04d}-batch{batch:06d}"
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Whole or damaged, the oldest first."""
-    return sorted(path for path in folder.glob(PREFIX + "*") if path.is_dir())
+    """Whole or damaged, the oldest first: in the order of their numbers, of which large ones have more digits."""
+    named = [(NAME.fullmatch(path.name), path) for path in folder.glob("epoch*") if path.is_dir()]
+    return [path for _, path in sorted((tuple(map(int, match.groups())), path) for match, path in named if match)]
 
 
 def nobody() -> None:

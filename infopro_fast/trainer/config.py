@@ -234,7 +234,10 @@ class TrainConfig:
         _check_order(self)
 
     def resolved(self) -> TrainConfig:
-        """The same settings with every default of data set, network and machine written out."""
+        """The same settings with every default of data set, network and machine written out, and data_root from the root of the disk.
+
+        Of a run counted in iterations, `in_epochs` finds the epochs, and the warm-up where it was not given and the schedule has one.
+        """
         import torch
 
         from infopro_fast.modules.auglocal import AUX_DEPTH
@@ -259,14 +262,31 @@ class TrainConfig:
         if self.dataset in FOLDERS:
             crop, workers = self.image_size, min(8, os.cpu_count() or 1) if workers is None else workers
         if self.warmup is None:
-            written["warmup"] = _default_warmup(recipe, written["schedule"], written["epochs"])
+            later = written["iterations"] is not None and written["schedule"] in WARM
+            written["warmup"] = None if later else _default_warmup(recipe, written["schedule"], written["epochs"])
         device = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
         _check_device(self, device)
         threads = torch.get_num_threads() if self.threads is None else self.threads
+        # So that the run finds its images from any folder that it is continued or tested in.
+        data_root = None if self.data_root is None else self.data_root.absolute()
         return dataclasses.replace(
-            self, arch=arch, local_loss=local_loss, modules=modules, lambdas=lambdas, crop=crop, workers=workers, device=device,
-            threads=threads, aux_depth=self.aux_depth or (AUX_DEPTH if local_loss == "auglocal" and modules > 1 else None), **written,
+            self, data_root=data_root, arch=arch, local_loss=local_loss, modules=modules, lambdas=lambdas, crop=crop, workers=workers,
+            device=device, threads=threads, **written,
+            aux_depth=self.aux_depth or (AUX_DEPTH if local_loss == "auglocal" and modules > 1 else None),
         )  # fmt: skip
+
+    def in_epochs(self, batches: int) -> TrainConfig:
+        """This resolved config with its iterations as epochs of ``batches`` steps each, of which the last may be cut short.
+
+        Raises ConfigError if a warm-up that was given is as long.
+        """
+        if self.iterations is None:
+            return self
+        epochs = math.ceil(self.iterations / batches)
+        warmup = _default_warmup(RECIPES[self.dataset], self.schedule, epochs) if self.warmup is None else self.warmup
+        if self.schedule in WARM and warmup >= epochs:
+            raise ConfigError(f"warmup {warmup}: expected fewer than the {epochs} epochs of {self.iterations} iterations")
+        return dataclasses.replace(self, epochs=epochs, warmup=warmup)
 
     @property
     def network(self) -> str:
@@ -495,5 +515,5 @@ def _check_contradictions(c: TrainConfig) -> None:
         raise ConfigError(f"zero_last_epoch: schedule {schedule} has no such epoch")
     if schedule not in WARM and c.warmup:
         raise ConfigError(f"schedule {schedule} has no warm-up, got warmup {c.warmup}")
-    if schedule in WARM and warmup >= epochs:
+    if schedule in WARM and warmup >= epochs and c.iterations is None:  # else `in_epochs` knows how many there are
         raise ConfigError(f"warmup {warmup}: expected fewer than the {epochs} epochs")

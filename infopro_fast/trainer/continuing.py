@@ -14,6 +14,7 @@ from .config import ConfigError, TrainConfig
 
 # The settings that say how processes share a run, which --resume may change.
 SHARING = ("parallel", "pipeline_modules", "wire", "in_flight", "sync_batch_norm", "global_contrast", "patience")
+CHANGEABLE = (*SHARING, "data_root")  # all that --resume may change: the files may have been moved, too
 OF_PIPELINE = ("pipeline_modules", "wire", "in_flight")
 
 
@@ -36,6 +37,11 @@ def shared_anew(config: TrainConfig, sharing: dict[str, Any]) -> TrainConfig:
     anew = TrainConfig(**{**kept(config, parallel if parallel != config.parallel else None), **sharing})
     _check(config, anew)
     return anew
+
+
+def continued(config: TrainConfig, anew: TrainConfig) -> TrainConfig:
+    """``config``, a checkpoint's, with what the run's own settings, ``anew``, may have in another way by now."""
+    return dataclasses.replace(config, **{name: getattr(anew, name) for name in CHANGEABLE})
 
 
 def _check(before: TrainConfig, after: TrainConfig) -> None:

@@ -11,7 +11,6 @@ import contextlib
 import copy
 import dataclasses
 import json
-import math
 import signal
 import time
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ import torch.distributed as dist
 
 from infopro_fast import data, modules
 
-from . import checkpoint, display, loop, processes, recipes, report
+from . import checkpoint, continuing, display, loop, processes, recipes, report
 from .config import ConfigError, TrainConfig
 from .parallel import ParallelTrainer, modules_of
 from .pipeline import REQUESTS, EvaluationPart, Packet, Receiver, Sender, Waiting
@@ -46,8 +45,7 @@ def fit(config: TrainConfig) -> Path | None:
         if begun:
             return _continue(group, config.out, None, previous=False)
         images = _load_data(config, group)
-        if config.iterations is not None:
-            config = dataclasses.replace(config, epochs=math.ceil(config.iterations / images.batches(config.batch_size, config.drop_last)))
+        config = config.in_epochs(images.batches(config.batch_size, config.drop_last))
         _check_batches(config, images, group)
         shared = recipes.shared(config, group.layout.replicas)
         with loop._machine(config), contextlib.ExitStack() as held:
@@ -83,14 +81,16 @@ def _continue(group: Processes, run: Path, anew: TrainConfig | None, previous: b
             held.enter_context(report.locked(run))
             checkpoint.clean(run / report.CHECKPOINTS)
             path, state = checkpoint.load_latest(run / report.CHECKPOINTS, previous)
-            config = TrainConfig.from_json(state["config"])
-            state["config"] = report.share(run, config, anew or report.read_config(run)).to_json()
+            anew = anew or report.read_config(run)
+            state["config"] = continuing.continued(TrainConfig.from_json(state["config"]), anew).to_json()
         path = group.share(path, main)
         state = _broadcast(state, main, group.watch.waiting)  # the others may have no such folder
         config = TrainConfig.from_json(state["config"])
         config = dataclasses.replace(config, device=processes.local_device(config.device))
         images = _load_data(config, group)
         _check_batches(config, images, group)
+        if group.layout.is_main:
+            report.keep_config(run, anew)
         group.watch.at("building the network", slow=True)
         with loop._machine(config):
             training = DistributedTraining(config, run, images, loop._build(config, images), group)
@@ -129,6 +129,7 @@ def _check_batches(config: TrainConfig, images: data.ImageSet | data.FolderSet, 
     replicas = group.layout.replicas
     if smallest < replicas:
         raise ConfigError(f"batch_size {config.batch_size}: {replicas} processes cannot share a batch of {smallest} (drop_last?)")
+    loop.check_batches(recipes.shared(config, replicas), images, replicas)
 
 
 class DistributedTraining(loop._Training):

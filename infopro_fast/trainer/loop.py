@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
-import pickle
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -60,8 +58,8 @@ def fit(config: TrainConfig) -> Path:
 
         return sequential.fit(config)
     images = _load_data(config)
-    if config.iterations is not None:
-        config = dataclasses.replace(config, epochs=math.ceil(config.iterations / images.batches(config.batch_size, config.drop_last)))
+    config = config.in_epochs(images.batches(config.batch_size, config.drop_last))
+    check_batches(config, images)
     with _machine(config):
         torch.manual_seed(config.seed)
         net = _build(config, images)
@@ -75,15 +73,20 @@ def fit(config: TrainConfig) -> Path:
     return run
 
 
-def resume(run: str | Path, *, previous: bool = False, sharing: dict[str, Any] | None = None) -> Path:
+def resume(
+    run: str | Path, *, previous: bool = False, sharing: dict[str, Any] | None = None, data_root: str | Path | None = None
+) -> Path:
     """Continue a run from its last checkpoint, or with ``previous`` from the one before it; on the same machine, to the same bits.
 
     (On a GPU as far as torch's kernels are deterministic.) sharing: settings of `continuing.SHARING`, for other processes than those
-    that the run is of: {"parallel": "pipeline"} in what torchrun started, say; from then on it is of these.
+    that the run is of: {"parallel": "pipeline"} in what torchrun started, say; from then on it is of these. data_root: where the data
+    set's files are from now on, if not where the run found them.
     Raises CheckpointError for a damaged checkpoint, ConfigError for processes that would not do the same training, and what `fit` raises.
     """
     run = Path(run)
     config = report.read_config(run)
+    if data_root is not None:
+        config = dataclasses.replace(config, data_root=Path(data_root).absolute())
     if sharing:
         config = continuing.shared_anew(config, sharing)
     if config.parallel != "none" and (processes.launched() or sharing):
@@ -98,8 +101,9 @@ def resume(run: str | Path, *, previous: bool = False, sharing: dict[str, Any] |
     with report.locked(run):
         checkpoint.clean(run / report.CHECKPOINTS)
         path, state = checkpoint.load_latest(run / report.CHECKPOINTS, previous)
-        config = report.share(run, TrainConfig.from_json(state["config"]), config)
+        config, anew = continuing.continued(TrainConfig.from_json(state["config"]), config), config
         images = _load_data(config)
+        report.keep_config(run, anew)
         with _machine(config), alone(config.patience, run) as looking:
             training = _Training(config, run, images, _build(config, images))
             training.watch = looking
@@ -399,17 +403,7 @@ def learning_rate(config: TrainConfig, epoch: int, batch: int, batches: int) -> 
 
 def load_init(net: modules.LocalNetwork, path: Path) -> None:
     """Copy the weights in ``path`` that the network has at the same names and shapes. Raises ConfigError if none of them fits."""
-    try:
-        if path.suffix == ".safetensors":
-            import safetensors.torch
-
-            state = safetensors.torch.load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            state = state.get("state_dict", state)
-    except (OSError, RuntimeError, ValueError, pickle.UnpicklingError, AttributeError) as error:
-        raise ConfigError(f"init {path}: not a file of weights: {str(error).splitlines()[0]}") from error
-    own, copied = net.released_state_dict(), 0
+    own, state, copied = net.released_state_dict(), _read_init(path), 0
     with torch.no_grad():
         for name, tensor in state.items():
             for known in (name, name.removeprefix("module."), f"backbone.{name.removeprefix('module.')}"):
@@ -419,6 +413,42 @@ def load_init(net: modules.LocalNetwork, path: Path) -> None:
                     break
     if not copied:
         raise ConfigError(f"init {path}: none of its {len(state)} entries has the name and shape of a weight of this network")
+
+
+def _read_init(path: Path) -> dict[str, Any]:
+    """What is in a file of weights, by name. Raises ConfigError naming a file that is none."""
+    try:
+        if path.suffix == ".safetensors":
+            import safetensors.torch
+
+            state = safetensors.torch.load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # what is no file of weights can fail in any way: as a pickle, a zip archive, a header of JSON
+        why = next(iter(str(error).splitlines()), "")
+        raise ConfigError(f"init {path}: not a file of weights: {type(error).__name__}: {why}") from error
+    state = state.get("state_dict", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise ConfigError(f"init {path}: not a file of weights: expected tensors by name, got {type(state).__name__}")
+    return state
+
+
+def check_batches(config: TrainConfig, images: data.ImageSet | data.FolderSet, replicas: int = 1) -> None:
+    """Raises ConfigError where a head of DGL, whose batch norms are over the images alone, would be given a single one.
+
+    replicas: processes that share a batch, of which each goes through its own part in ``accumulate`` parts.
+    """
+    if config.loss != "dgl" or config.modules == 1 or (config.sync_batch_norm and replicas > 1):
+        return
+    size, count = config.batch_size, images.train_count
+    for batch in {min(size, count), 0 if config.drop_last else count % size} - {0}:
+        for own in {batch // replicas, -(-batch // replicas)} - {0}:
+            part = -(-own // config.accumulate)  # as `Tensor.chunk` cuts
+            if 1 in (part, own % part):
+                raise ConfigError(
+                    f"local_loss dgl: the batch norms of its heads need 2 images, and {count} in batches of {size} leave 1 alone "
+                    "(other batch_size, accumulate or number of processes? drop_last?)"
+                )
 
 
 def _load_data(config: TrainConfig) -> data.ImageSet | data.FolderSet:

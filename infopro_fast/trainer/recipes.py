@@ -7,6 +7,7 @@ weights of the losses of the softmax and DenseNet rows, for one, which are this 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -235,9 +236,19 @@ def settings(name: str) -> dict[str, Any]:
     return found.settings
 
 
+def settings_beside(name: str, given: Collection[str]) -> dict[str, Any]:
+    """The settings of a row that stay where those named in ``given`` are given.
+
+    Steps, which would stand in the place of epochs, go where epochs are given. The warm-up goes where either is, so that it is the data
+    set's, which is the row's, as far as a shorter run has room for it.
+    """
+    gone = ("iterations", "warmup") if "epochs" in given else ("warmup",) if "iterations" in given else ()
+    return {key: value for key, value in settings(name).items() if key not in gone}
+
+
 def config(name: str, **overrides: Any) -> TrainConfig:
     """The settings of a row, with others in the place of some of them. Raises ConfigError where there are none to train."""
-    return TrainConfig(**{**settings(name), "recipe": name, **overrides})
+    return TrainConfig(**{**settings_beside(name, overrides), "recipe": name, **overrides})
 
 
 def as_flags(settings: dict[str, Any]) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import fcntl
 import json
 import os
@@ -15,7 +14,6 @@ from typing import Any
 from . import recipes
 from .checkpoint import ASIDE, Moved, nobody, replace_file, sync_folder
 from .config import ConfigError, TrainConfig
-from .continuing import SHARING
 from .evaluation import headline
 
 CONFIG, METRICS, WEIGHTS, CURVE, CHECKPOINTS, RECIPE = (
@@ -72,12 +70,10 @@ def read_config(folder: Path) -> TrainConfig:
         raise RunError(f"{folder / CONFIG}: {error}") from error
 
 
-def share(folder: Path, config: TrainConfig, anew: TrainConfig) -> TrainConfig:
-    """``config``, a checkpoint's, shared as ``anew`` says, which is noted in config.json for those who continue the run after this."""
-    config = dataclasses.replace(config, **{name: getattr(anew, name) for name in SHARING})
-    if anew != read_config(folder):
-        replace_file(folder / CONFIG, anew.to_json().encode())
-    return config
+def keep_config(folder: Path, config: TrainConfig) -> None:
+    """Note what a run goes on with in its config.json, for those who continue it after this."""
+    if config != read_config(folder):
+        replace_file(folder / CONFIG, config.to_json().encode())
 
 
 @contextlib.contextmanager
@@ -118,10 +114,20 @@ class MetricsLog:
 
 
 def read_metrics(folder: Path, kind: str) -> list[dict[str, Any]]:
-    """The lines of one kind ("step": every `log_every` steps, or "epoch") in order."""
-    path = folder / METRICS
-    records = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    return [record for record in records if record["kind"] == kind]
+    """The lines of one kind ("step": every `log_every` steps, or "epoch") in order.
+
+    What follows the last newline is a line that is being written, or whose writing was cut short: no line yet.
+    Raises RunError naming a line that is none of a run.
+    """
+    path, found = folder / METRICS, []
+    lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            found += [record] if record["kind"] == kind else []
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunError(f"{path}, line {number}: expected an object of JSON with its kind, got {line[:60]!r}") from error
+    return found
 
 
 def write_weights(folder: Path, state: dict[str, Any], about: dict[str, Any], moved: Moved = nobody) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,8 +35,8 @@ TRAINED, CACHE = "trained", "cache"
 def fit(config: TrainConfig) -> Path:
     """`loop.fit` of a resolved config, one module after the other."""
     images = loop._load_data(config)
-    if config.iterations is not None:
-        config = dataclasses.replace(config, epochs=math.ceil(config.iterations / images.batches(config.batch_size, config.drop_last)))
+    config = config.in_epochs(images.batches(config.batch_size, config.drop_last))
+    loop.check_batches(config, images)
     with loop._machine(config):
         sequence = _Sequence(config, config.out or Path("runs"), images)  # raises what is wrong before there is a folder
         sequence.check_space()
@@ -51,7 +50,7 @@ def resume(run: Path, config: TrainConfig, *, previous: bool = False) -> Path:
     """`loop.resume` of such a run of ``config``. previous: take the checkpoint before the last of the module in progress."""
     images = loop._load_data(config)
     with report.locked(run), loop._machine(config):
-        report.share(run, config, config)
+        report.keep_config(run, config)
         sequence = _Sequence(config, run, images)
         with alone(config.patience, run) as sequence.watch:
             sequence.run_to_end(previous)
