@@ -68,7 +68,7 @@ def case(request, kernel) -> Case:
 @pytest.fixture(autouse=True)
 def full_precision():
     """Products in float32, as torch's own default is for matrices."""
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # `flags` turns cuDNN off where it is not told
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")
         yield
