@@ -10,6 +10,7 @@ With --device cpu --small everything runs on small shapes without a GPU: to see 
 from __future__ import annotations
 
 import argparse
+import gc
 import pathlib
 import re
 import sys
@@ -79,7 +80,8 @@ def measure_op(
                 why = next(filter(None, (meter.attempt(call, 5 if "autotune" in method else 3) for call in calls.values())), "")
         if why:
             results.append(Result(op, workloads.label(shape), method, dtype=dtype, note=why))
-            meter.free()
+            if why == "out of memory":
+                meter.free()
         else:
             made[method] = workload, calls
     for direction in directions:
@@ -94,7 +96,8 @@ def measure_op(
     made.clear()
     if any("compile" in r.method and not r.note.startswith("not measured") for r in results):
         torch.compiler.reset()  # what was compiled keeps the memory of its CUDA graphs
-    meter.free()
+    if any(r.seconds for r in results):
+        meter.free()
     return results
 
 
@@ -321,8 +324,21 @@ def main(given: list[str] | None = None) -> int:
     meter, budget = Meter(options.device), Budget(options.seconds)
     name = re.sub(r"[^a-z0-9]+", "-", provenance(options.device)["device"].lower()).strip("-")
     folder = options.out or RESULTS / name
+    gc.collect()
+    gc.freeze()  # torch's own objects: to look through them again for every peak would take a good part of the time
+    try:
+        results = report(meter, budget, options.small, folder)
+    finally:
+        gc.unfreeze()
+    print(gpu_claims.claims_table(results))
+    print(f"written: {folder}")
+    return 0
+
+
+def report(meter: Meter, budget: Budget, small: bool, folder: pathlib.Path) -> list[Result]:
+    """All parts, as far as time goes, and their files."""
     results: list[Result] = []
-    for part in parts(meter, options.small):
+    for part in parts(meter, small):
         print(f"{part.what}, {budget.left():.0f} s left", file=sys.stderr)
         for found in part.measure(budget.share(part.share)):
             results += found
@@ -334,9 +350,7 @@ def main(given: list[str] | None = None) -> int:
                 gpu_files.plot(folder, results)
             except ImportError as error:
                 print(f"no plot: {error}", file=sys.stderr)
-    print(gpu_claims.claims_table(results))
-    print(f"written: {folder}")
-    return 0
+    return results
 
 
 if __name__ == "__main__":
