@@ -136,6 +136,21 @@ def test_a_step_that_checkpoints_trains_as_it_would_without(method, cpu, threads
     assert a == pytest.approx(b, rel=1e-4) and a[0] != a[1]
 
 
+@pytest.mark.parametrize("method, K, count, mode", (
+    ("compile", 1, 1, None), ("released compile", 4, 4 + 3 + 3, None), ("released compile max-autotune", 4, 10, "max-autotune"),
+))  # fmt: skip
+def test_compiled_steps_are_compiled_for_their_batch_size(method, K, count, mode, cpu, threads, monkeypatch):
+    """Stages, and of the released step decoders and heads; dynamic shapes would make the second batch size another program."""
+    threads(1)
+    compiled, begun = [], []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kwargs: compiled.append(kwargs))
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: begun.append(True))
+    call = train_step.step(method, K, 2)
+    call(), call()
+    assert compiled == count * [dict(dynamic=False, mode=mode)]
+    assert len(begun) == (2 if mode else 0), "a step's results may be written over by the next's graphs"
+
+
 def test_peers_that_are_missing_or_broken_are_a_note(tmp_path, monkeypatch):
     (tmp_path / "memeff.py").write_text("raise RuntimeError('made for\\nanother triton')")
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -161,7 +176,7 @@ def test_a_peer_with_another_loss_is_measured_and_says_so(tmp_path, monkeypatch)
     (found,) = gpu.measure_op(Meter("cpu"), "supcon_loss", shapes.SupConShape(16), "float32", ("memeff",), Budget(60), ("both",))
     assert found.seconds > 0 and found.error is None and found.note == workloads.OTHER_LOSS["memeff"]
     assert found.note in gpu_files.line(found) and " ms" in gpu_files.line(found)
-    monkeypatch.delitem(sys.modules, "memeff")
+    del sys.modules["memeff"]  # monkeypatch would put it back
 
 
 @pytest.mark.parametrize("most, expected", ((16, [4, 16]), (3, [4])))
