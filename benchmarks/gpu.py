@@ -345,7 +345,7 @@ def report(meter: Meter, budget: Budget, small: bool, folder: pathlib.Path) -> l
             gpu_files.write(folder, results)  # whatever comes, what was measured stays
             for r in found:
                 print(f"  {r.part} {r.shape} {r.dtype} {r.method} {r.direction}: {gpu_files.line(r)}", file=sys.stderr, flush=True)
-        if part.what == "batch sizes":
+        if part.what == "batch sizes" and any(r.part == "batch size" and r.seconds for r in results):
             try:
                 gpu_files.plot(folder, results)
             except ImportError as error:
