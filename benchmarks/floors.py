@@ -6,8 +6,9 @@
 What counts: each tensor that does not fit on the chip is read once for every sweep over the batch that the mathematics force (batch
 norm's statistics force one of their own), outputs are written once, sums of a few numbers are free. Arithmetic is that of the
 cheapest exact form we know, recomputing included, since nothing is kept. Elementwise work (exponentials, resizing weights) is counted
-only where it is named: where products of matrices are none, or few. A kernel cannot be faster than `Floor.seconds`; a measured time is
-printed as a multiple of it.
+only where it is named: where products of matrices are none, or few. float32 products cost the cheaper of the float32 units and, where
+the op's kernels know how, three products of float16 or TF32 parts on tensor cores, which are as exact. A kernel cannot be faster than
+`Floor.seconds`; a measured time is printed as a multiple of it.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Device:
     bfloat16: float
 
     def rate(self, precision: str) -> float:
-        return {"float32": self.float32, "tf32": self.tf32, "bfloat16": self.bfloat16}[precision]
+        return {"float32": self.float32, "tf32": self.tf32, "bfloat16": self.bfloat16, "float16": self.bfloat16}[precision]
 
 
 DEVICES = {
@@ -50,21 +51,31 @@ def find(name: str) -> Device | None:
     return next((device for key, device in DEVICES.items() if key in name), None)
 
 
+PRODUCTS = 3  # high by high, high by low, low by high: low by low is below float32's last bit
+
+
 @dataclasses.dataclass(frozen=True)
 class Floor:
-    """bytes: to and from memory; macs: multiply-adds, in products of matrices or convolutions; elementwise: others, always of float32."""
+    """bytes: to and from memory; macs: multiply-adds, in products of matrices or convolutions; elementwise: others, always of float32.
+
+    parts: "float16" or "tf32" if a float32 product can be `PRODUCTS` of two such parts of each operand, "" if not.
+    """
 
     bytes: float
     macs: float
     elementwise: float = 0
+    parts: str = ""
 
     def __add__(self, other: Floor) -> Floor:
-        return Floor(self.bytes + other.bytes, self.macs + other.macs, self.elementwise + other.elementwise)
+        sums = self.bytes + other.bytes, self.macs + other.macs, self.elementwise + other.elementwise
+        return Floor(*sums, parts=self.parts or other.parts)
 
     def arithmetic_seconds(self, device: Device, precision: str = "float32") -> float:
-        if precision == "float32":  # one kind of units does both
-            return 2 * (self.macs + self.elementwise) / device.float32
-        return max(2 * self.macs / device.rate(precision), 2 * self.elementwise / device.float32)
+        elementwise = 2 * self.elementwise / device.float32
+        if precision != "float32":
+            return max(2 * self.macs / device.rate(precision), elementwise)
+        on_units = 2 * self.macs / device.float32 + elementwise  # one kind of units does both
+        return min(on_units, max(PRODUCTS * 2 * self.macs / device.rate(self.parts), elementwise)) if self.parts else on_units
 
     def seconds(self, device: Device, precision: str = "float32") -> float:
         """Time of the slower of memory and arithmetic, as if they overlapped perfectly."""
@@ -107,22 +118,25 @@ def decoder_backward(s: shapes.DecoderShape, size: int = 4) -> Floor:
 
 def supcon_forward(s: shapes.SupConShape, size: int = 4) -> Floor:
     """Half of the symmetric N x N products."""
-    return Floor(2 * s.N * s.D * size, s.N * (s.N + 1) / 2 * s.D)
+    return Floor(2 * s.N * s.D * size, s.N * (s.N + 1) / 2 * s.D, parts="float16")
 
 
 def supcon_backward(s: shapes.SupConShape, size: int = 4) -> Floor:
     """That half again, then each coefficient times a row for both of its samples."""
-    return Floor(3 * s.N * s.D * size, s.N * (s.N + 1) / 2 * s.D + s.N**2 * s.D)
+    return Floor(3 * s.N * s.D * size, s.N * (s.N + 1) / 2 * s.D + s.N**2 * s.D, parts="float16")
+
+
+FEW_CLASSES = 64  # with more the products are cuBLAS's, on float32 units
 
 
 def linear_forward(s: shapes.LinearShape, size: int = 4) -> Floor:
     """The logits."""
-    return Floor((s.N + s.C) * s.D * size, s.N * s.C * s.D)
+    return Floor((s.N + s.C) * s.D * size, s.N * s.C * s.D, parts="tf32" if s.C <= FEW_CLASSES else "")
 
 
 def linear_backward(s: shapes.LinearShape, size: int = 4) -> Floor:
     """The logits again, and the gradients of input and weight."""
-    return Floor(2 * (s.N + s.C) * s.D * size, 3 * s.N * s.C * s.D)
+    return Floor(2 * (s.N + s.C) * s.D * size, 3 * s.N * s.C * s.D, parts="tf32" if s.C <= FEW_CLASSES else "")
 
 
 def pool_forward(s: shapes.PoolShape, size: int = 4) -> Floor:
@@ -337,7 +351,9 @@ def document() -> str:
     return (
         "# The floor under each kernel\n\n"
         "Written by `python -m benchmarks.floors --write`; `benchmarks/floors.py` has the formulas and says what they count.\n"
-        "m: bound by memory; a: bound by arithmetic. float32 inputs and outputs; tf32: products on tensor cores.\n\n"
+        "m: bound by memory; a: bound by arithmetic. float32 inputs and outputs; tf32: products on tensor cores. Under float32 the\n"
+        "products of supcon_loss and of linear_cross_entropy with few classes are three of float16 or TF32 parts, which are as exact, on\n"
+        "a GPU that is faster so.\n\n"
         f"{table()}\n\n"
         "## The last two stages of a chain decoder, by implementation\n\n"
         "Of 64 images, float32: 12 channels of 112x112, doubled, to the logits and the loss; and 32 of 56x56, doubled, to those 12.\n"

@@ -1,172 +1,119 @@
 """What the README claims of a GPU, measured on one: ``python -m benchmarks.gpu``; `benchmarks/gpu.sh` builds and tests first.
 
-Every op and the whole step against what a user could run instead: time (CUDA events, methods in turn, medians), peak memory above the
-inputs (torch's allocator), multiples of the counted floor, error against float64, and batch sizes up to running out of memory. A part
-that the time left does not allow is left out, and says so. Into benchmarks/results/<gpu>/: results.jsonl, results.md, bars.md, PNGs.
+Every op and the whole step against what a user could run instead: time (CUDA events, methods in turn, medians), the host's time of a call,
+peak memory above the inputs (torch's allocator), multiples of the counted floor, error against float64, and batch sizes up to running out
+of memory. What the claims need comes first (`parts`); what the time left does not allow is left out, and says so. Files are written after
+every shape, into benchmarks/results/<gpu>/: results.jsonl, results.md, bars.md, and a PNG.
 With --device cpu --small everything runs on small shapes without a GPU: to see that it works, not to measure.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import gc
-import json
 import pathlib
 import re
-import statistics
 import sys
-import time
 import typing
 
 import torch
 
-from benchmarks import floors, shapes, timing, train_step, workloads
+from benchmarks import floors, gpu_claims, gpu_files, shapes, train_step, workloads
 from benchmarks.device import provenance
-from benchmarks.table import size
+from benchmarks.gpu_meter import Budget, Meter, Result, reason
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-OURS = (workloads.OURS, workloads.TRITON)
-METHODS = {
-    "reconstruction_loss": ("eager", "channels_last", "compile", "compile channels_last", "compile max-autotune", "checkpoint",
-                            *OURS, workloads.CUDA),
-    "chain_decoder": ("eager", "channels_last", "compile", "compile channels_last", "checkpoint", *OURS, workloads.CUDA),
-    "supcon_loss": ("eager", "eager short", "compile", "compile max-autotune", "checkpoint", *OURS),
-    "linear_cross_entropy": ("eager", "compile", "compile max-autotune", "checkpoint", "Liger", "cut-cross-entropy", *OURS),
-    "upsample_cross_entropy": ("eager", "channels_last", "compile", "checkpoint", *OURS),
-    "upsample_conv3x3": ("eager", "channels_last", "compile", "compile channels_last", "checkpoint", *OURS),
-    "norm_relu_pool": ("eager", "channels_last", "compile", "checkpoint", *OURS),
+BY_NAME = (workloads.TRITON, workloads.CUDA)  # where "ours" is one of two
+COMPILED = ("compile", "compile channels_last", workloads.TUNED)
+METHODS = {  # ours first, then what the claims compare with
+    "reconstruction_loss": (workloads.OURS, "eager", "channels_last", *BY_NAME, "checkpoint", *COMPILED),
+    "chain_decoder": (workloads.OURS, "eager", "channels_last", *BY_NAME, "checkpoint", *COMPILED),
+    "supcon_loss": (workloads.OURS, "eager", "eager short", "checkpoint", "memeff", "compile", workloads.TUNED),
+    "linear_cross_entropy": (workloads.OURS, "eager", "checkpoint", "Liger", "cut-cross-entropy", "compile", workloads.TUNED),
+    "upsample_cross_entropy": (workloads.OURS, "eager", "channels_last", "checkpoint", "compile", workloads.TUNED),
+    "upsample_conv3x3": (workloads.OURS, "eager", "channels_last", "checkpoint", *COMPILED),
+    "norm_relu_pool": (workloads.OURS, "eager", "channels_last", "checkpoint", "compile", workloads.TUNED),
 }
 OPS = tuple(METHODS)
-
-
-@dataclasses.dataclass
-class Result:
-    """One measurement, or why there is none. seconds: median; multiple: of the floor; peak_bytes: above the inputs."""
-
-    part: str
-    shape: str
-    method: str
-    direction: str = "both"
-    dtype: str = "float32"
-    seconds: float | None = None
-    multiple: float | None = None
-    peak_bytes: int | None = None
-    error: float | None = None
-    note: str = ""
-
-
-class Budget:
-    """Seconds that are left."""
-
-    def __init__(self, seconds: float):
-        self.end = time.monotonic() + seconds
-
-    def left(self) -> float:
-        return self.end - time.monotonic()
-
-
-class Meter:
-    """Time and memory of calls on one device."""
-
-    def __init__(self, device: str):
-        self.device = device
-        self.gpu = device == "cuda"
-        self.floor = floors.find(torch.cuda.get_device_name()) if self.gpu else None
-
-    def seconds(self, call: typing.Callable) -> float:
-        if not self.gpu:
-            return timing.seconds(call)
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        call()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1e3
-
-    def medians(self, calls: dict[str, typing.Callable], budget: float) -> dict[str, float]:
-        """All calls in turn, round after round. (They are warm: `attempt` ran them.)"""
-        once = sum(self.seconds(call) for call in calls.values())
-        taken = {name: [] for name in calls}
-        for _ in range(max(5, min(50, int(budget / max(once, 1e-6))))):
-            for name, call in calls.items():
-                taken[name].append(self.seconds(call))
-        return {name: statistics.median(values) for name, values in taken.items()}
-
-    def peak(self, call: typing.Callable) -> int | None:
-        if not self.gpu:
-            call()
-            return None
-        gc.collect()
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        call()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-
-    def attempt(self, call: typing.Callable, times: int = 3) -> str:
-        """"" if the call runs, else why it does not."""
-        try:
-            for _ in range(times):
-                call()
-            if self.gpu:
-                torch.cuda.synchronize()
-        except torch.OutOfMemoryError:
-            self.free()
-            return "out of memory"
-        except Exception as error:  # a method that fails is a result, not the end of the report
-            self.free()
-            return f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
-        return ""
-
-    def free(self) -> None:
-        gc.collect()
-        if self.gpu:
-            torch.cuda.empty_cache()
+IN_BFLOAT16 = (workloads.OURS, "eager", *BY_NAME, *workloads.PEERS)
+IN_A_GRAPH = "in CUDA graphs, whose memory the allocator does not see"
+Rows = typing.Iterator[list[Result]]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Ops
 
 
-def measure_op(meter: Meter, op: str, shape, dtype: str, methods: typing.Iterable[str], budget: Budget) -> list[Result]:
-    """Forward and forward + backward of every method that runs."""
-    make = workloads.OPS[op][0]
+SECONDS_TO_START = {"released compile max-autotune": 150, "released compile": 90, "max-autotune": 45, "compile": 20}
+
+
+def seconds_to_start(method: str) -> float:
+    """What has to be left for a method to be tried at all: compilers are not to be interrupted in vain."""
+    return next((seconds for name, seconds in SECONDS_TO_START.items() if name in method), 1)
+
+
+def why_not(method: str, left: float) -> str:
+    """"" if the method can be tried."""
+    if method in workloads.PEERS and (missing := workloads.missing(method)):
+        return missing
+    return "" if left >= seconds_to_start(method) else "not measured: out of time"
+
+
+def measure_op(
+    meter: Meter, op: str, shape, dtype: str, methods: typing.Sequence[str], budget: Budget,
+    directions: typing.Sequence[str] = ("forward", "both"), with_error: bool = True,
+) -> list[Result]:  # fmt: skip
+    """Every method that runs. directions: "forward" and "both", of which torch.compile makes a program each."""
     results, made = [], {}
     for method in methods:
-        if method in ("Liger", "cut-cross-entropy") and method not in workloads.peers():
-            results.append(Result(op, workloads.label(shape), method, dtype=dtype, note="not installed"))
-            continue
-        if budget.left() < (45 if "autotune" in method else 20 if "compile" in method else 2):
-            results.append(Result(op, workloads.label(shape), method, dtype=dtype, note="not measured: out of time"))
-            continue
-        try:
-            workload = make(method, shape, DTYPES[dtype], meter.device)
-        except torch.OutOfMemoryError:
-            why = "out of memory"
-        else:
-            why = meter.attempt(workload.both)
+        why = why_not(method, budget.left())
+        if not why:
+            try:
+                workload = workloads.OPS[op][0](method, shape, DTYPES[dtype], meter.device)
+                calls = {d: workload.both if d == "both" else workload.forward_only for d in directions}
+            except torch.OutOfMemoryError:
+                why = "out of memory"
+            except Exception as error:  # a peer that cannot take the call
+                why = reason(error)
+            else:  # CUDA graphs are recorded at the third call
+                why = next(filter(None, (meter.attempt(call, 5 if "autotune" in method else 3) for call in calls.values())), "")
         if why:
             results.append(Result(op, workloads.label(shape), method, dtype=dtype, note=why))
+            if why == "out of memory":
+                meter.free()
         else:
-            made[method] = workload
-    for direction in ("forward", "both"):
-        calls = {method: w.both if direction == "both" else w.forward_only for method, w in made.items()}
-        for method, seconds in meter.medians(calls, 1.0).items() if calls else ():
-            results.append(_result(meter, op, shape, dtype, method, direction, seconds, made[method]))
-    meter.free()
+            made[method] = workload, calls
+    for direction in directions:
+        calls = {method: calls[direction] for method, (_, calls) in made.items()}
+        try:
+            for method, seconds in meter.medians(calls, 0.5).items() if calls else ():
+                workload = made[method][0] if with_error else None
+                results.append(_result(meter, op, shape, dtype, method, direction, seconds, calls[method], workload))
+        except torch.OutOfMemoryError:  # where a method alone had room
+            done = {r.method for r in results if r.direction == direction}
+            results += [Result(op, workloads.label(shape), m, direction, dtype, note="out of memory") for m in calls if m not in done]
+    made.clear()
+    if any("compile" in r.method and not r.note.startswith("not measured") for r in results):
+        torch.compiler.reset()  # what was compiled keeps the memory of its CUDA graphs
+    if any(r.seconds for r in results):
+        meter.free()
     return results
 
 
-def _result(meter: Meter, op: str, shape, dtype: str, method: str, direction: str, seconds: float, workload) -> Result:
-    found = Result(op, workloads.label(shape), method, direction, dtype, seconds)
-    if meter.floor is not None:
+def _result(meter: Meter, op: str, shape, dtype: str, method: str, direction: str, seconds: float, call, workload) -> Result:
+    """workload: for the error; None: it is not looked for."""
+    found = Result(op, workloads.label(shape), method, direction, dtype, seconds, meter.host_seconds(call, seconds))
+    if method in workloads.OTHER_LOSS:
+        found.note, workload = workloads.OTHER_LOSS[method], None
+    elif meter.floor is not None:
         element = DTYPES[dtype].itemsize
         found.multiple = seconds / floors.floor(op, shape, direction, element).seconds(meter.floor, dtype)
-    found.peak_bytes = meter.peak(workload.both if direction == "both" else workload.forward_only)
-    if direction == "both" and getattr(shape, "N", 0) <= 8192 and dtype == "float32":
+    if meter.gpu and method == workloads.TUNED:
+        found.note = IN_A_GRAPH
+    else:
+        found.peak_bytes = meter.peak(call)
+    if workload is not None and direction == "both" and getattr(shape, "N", 0) <= 8192 and dtype == "float32":
         try:
             found.error = workloads.relative_errors(op, workload, shape)
         except torch.OutOfMemoryError:
@@ -174,276 +121,236 @@ def _result(meter: Meter, op: str, shape, dtype: str, method: str, direction: st
     return found
 
 
-def op_shapes(op: str, small: bool) -> list:
-    if not small:
-        return list(floors.KERNELS[op][2])
-    return {
-        "reconstruction_loss": [shapes.DecoderShape(2, 8, 8, 16)], "chain_decoder": [shapes.ChainShape(1, 8, 2)],
-        "supcon_loss": [shapes.SupConShape(48)],
-        "linear_cross_entropy": [shapes.LinearShape(32, 16, 10)], "upsample_cross_entropy": [shapes.DenseShape(1, 5, 4, 8, 16, 32)],
-        "upsample_conv3x3": [shapes.UpsampleConvShape(2, 8, 4, 6)], "norm_relu_pool": [shapes.PoolShape(4, 8, 4)],
-    }[op]  # fmt: skip
+SMALL = {
+    "reconstruction_loss": shapes.DecoderShape(2, 8, 8, 16), "chain_decoder": shapes.ChainShape(1, 8, 2),
+    "supcon_loss": shapes.SupConShape(48), "linear_cross_entropy": shapes.LinearShape(32, 16, 10),
+    "upsample_cross_entropy": shapes.DenseShape(1, 5, 4, 8, 16, 32), "upsample_conv3x3": shapes.UpsampleConvShape(2, 8, 4, 6),
+    "norm_relu_pool": shapes.PoolShape(4, 8, 4),
+}  # fmt: skip
 
 
-def measure_ops(meter: Meter, budget: Budget, small: bool, compiled: bool) -> list[Result]:
-    """compiled: the methods of torch.compile, of which each takes longer to make than all others together, or those others.
+def claimed_ops(small: bool) -> list[tuple[str, typing.NamedTuple]]:
+    if small:
+        return [(op, SMALL[op]) for op in ("reconstruction_loss", "supcon_loss")]
+    return [
+        ("reconstruction_loss", gpu_claims.DECODER), ("supcon_loss", gpu_claims.SUPCON), ("supcon_loss", gpu_claims.SUPCON_LARGE),
+    ]  # fmt: skip
 
-    Of those, the shapes that a claim is about, an op's last, come first.
-    """
-    results, todo = [], [(op, shape) for op in OPS for shape in op_shapes(op, small)[:: -1 if compiled else 1]]
+
+def other_ops(small: bool) -> list[tuple[str, typing.NamedTuple]]:
+    every = [(op, shape) for op in OPS for shape in ([SMALL[op]] if small else floors.KERNELS[op][2])]
+    return [pair for pair in every if pair not in claimed_ops(small)]
+
+
+def measure_ops(meter: Meter, budget: Budget, todo: list[tuple[str, typing.NamedTuple]], dtype: str) -> Rows:
+    """The methods that nothing is compiled for, a share of the time for each shape."""
     for i, (op, shape) in enumerate(todo):
-        if compiled and getattr(shape, "N", 0) > 8192:  # dense maps of 17 GB each
+        methods = [m for m in METHODS[op] if "compile" not in m and (dtype == "float32" or m in IN_BFLOAT16)]
+        yield measure_op(meter, op, shape, dtype, methods, budget.share(1 / (len(todo) - i)))
+
+
+def measure_compiled(meter: Meter, budget: Budget, todo: list[tuple[str, typing.NamedTuple]], tuned: bool) -> Rows:
+    """Forward with backward, of those that torch.compile makes: longer to make, each, than all others together. tuned: max-autotune."""
+    for op, shape in todo:
+        if getattr(shape, "N", 0) > 8192:  # dense maps of 17 GB each
             continue
-        methods = [m for m in METHODS[op] if ("compile" in m) == compiled]
-        share = Budget(budget.left() if compiled else budget.left() / (len(todo) - i))
-        results += measure_op(meter, op, shape, "float32", methods, share)
-        if not compiled:
-            results += measure_op(meter, op, shape, "bfloat16", [m for m in methods if m in ("eager", *OURS, workloads.CUDA)], share)
-        _say(results, op, shape)
-    return results
-
-
-def _say(results: list[Result], op: str, shape) -> None:
-    for r in results:
-        if r.part == op and r.shape == workloads.label(shape) and r.direction == "both":
-            print(f"  {op} {r.shape} {r.dtype} {r.method}: {line(r)}", file=sys.stderr, flush=True)
+        methods = [m for m in METHODS[op] if "compile" in m and (m == workloads.TUNED) == tuned]
+        yield measure_op(meter, op, shape, "float32", methods, budget, directions=("both",))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Batch sizes up to running out of memory
 
 
-def measure_sizes(meter: Meter, budget: Budget, small: bool, limit: int) -> list[Result]:
-    """Peak and time of the decoder over the batch size, each method until it passes ``limit`` bytes or fails."""
-    results, op = [], "reconstruction_loss"
-    first = shapes.DecoderShape(8 if small else 256, 64, 8, 32)
-    for method in ("eager", "channels_last", "compile", "checkpoint", workloads.OURS):
-        shape = first
-        while budget.left() > 20:
-            found = measure_op(meter, op, shape, "float32", [method], budget)[-1]
-            found.part = "batch size"
-            results.append(found)
-            if found.note or shape.N >= (16 if small else 1 << 17) or (found.peak_bytes or 0) > limit / 2:
+def measure_sizes(meter: Meter, budget: Budget, small: bool) -> Rows:
+    """Peak and time of the decoder over the batch size: four times as many until a method fails, then twice as many as ran last.
+
+    Of the device's whole memory, or (small) up to 16 images.
+    """
+    for method in (workloads.OURS, "eager", "channels_last", "checkpoint", "compile"):
+        shape, ran, last = gpu_claims.DECODER._replace(N=4 if small else 256), 0, False
+        while not (small and shape.N > 16):
+            found = measure_op(meter, "reconstruction_loss", shape, "float32", [method], budget, ("both",), with_error=False)
+            for r in found:
+                r.part = "batch size"
+            yield found
+            failed = found[-1].seconds is None
+            if last or (failed and not ran) or found[-1].note.startswith("not measured"):
                 break
-            shape = shape._replace(N=2 * shape.N)
-    return results
+            ran, last = (ran, True) if failed else (shape.N, False)
+            shape = shape._replace(N=2 * ran if failed else 4 * ran)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The whole step
 
 
-def step_cases(small: bool) -> list[tuple[str, int, int, str, bool, tuple[str, ...]]]:
-    """(arch, K, N, what, balanced, methods)."""
+class Step(typing.NamedTuple):
+    """One update of a network in K modules, on N images."""
+
+    arch: str
+    K: int
+    N: int
+    methods: tuple[str, ...]
+    balanced: bool = False
+
+    @property
+    def label(self) -> str:
+        return gpu_claims.step_label(self.arch, self.K, self.N, self.balanced)
+
+
+def claimed_steps(small: bool) -> list[Step]:
+    released, own = gpu_claims.RELEASED, ("ours", train_step.GRAPH)
     if small:
-        return [("resnet32", 1, 8, "step", False, ("ours",)), ("resnet32", 16, 8, "step", False, ("released", "ours"))]
-    every = ("released", "released channels_last", "ours", train_step.GRAPH)
+        return [Step("resnet32", 16, 8, ("ours", "released")), Step("resnet32", 1, 8, ("ours",))]
     return [
-        *[("resnet32", 1, N, "step", False, (*every, "compile")) for N in (1024, 128)],
-        *[("resnet32", K, N, "step", False, every) for N in (1024, 128) for K in (16, 4)],
-        ("resnet110", 1, 1024, "step", False, ("released", "ours")),
-        ("resnet110", 4, 1024, "step", True, ("released", "ours")),
-    ]
+        Step("resnet32", 16, 1024, own), Step("resnet32", 1, 1024, (*own, *released)),
+        Step("resnet32", 16, 128, (train_step.GRAPH, *released)),
+        Step("resnet110", 4, 1024, ("ours",), balanced=True), Step("resnet110", 1, 1024, ("released",)),
+    ]  # fmt: skip
 
 
-def measure_steps(meter: Meter, budget: Budget, small: bool) -> list[Result]:
-    results = []
-    for arch, K, N, part, balanced, methods in step_cases(small):
-        label = f"{arch} K{K} N{N}" + (" balanced" if balanced else "")
-        for method in methods:
-            if budget.left() < 15:
-                results.append(Result(part, label, method, note="not measured: out of time"))
-                continue
-            results.append(_measure_step(meter, part, label, method, K, N, arch, balanced))
-            print(f"  {label} {method}: {line(results[-1])}", file=sys.stderr, flush=True)
-    return results
+def claimed_compiled_steps(small: bool) -> list[Step]:
+    return [] if small else [Step("resnet32", 1, 1024, ("compile",))]
 
 
-def _measure_step(meter: Meter, part: str, label: str, method: str, K: int, N: int, arch: str, balanced: bool) -> Result:
-    """Peak: everything that training holds, network, batch, gradients and optimizer state too, over the first two steps."""
+def other_steps(small: bool) -> list[Step]:
+    released, every = gpu_claims.RELEASED, ("ours", train_step.GRAPH, *gpu_claims.RELEASED)
+    if small:
+        return [Step("resnet32", 1, 8, ("checkpoint",)), Step("resnet32", 16, 8, ("released checkpoint",))]
+    return [
+        Step("resnet32", 16, 1024, released), Step("resnet32", 16, 128, ("ours",)),
+        *[Step("resnet32", K, N, every) for K, N in ((4, 1024), (4, 128), (1, 128))],
+        Step("resnet110", 4, 1024, ("released",), balanced=True), Step("resnet110", 1, 1024, ("ours",)),
+        Step("resnet32", 1, 1024, ("checkpoint", "compile max-autotune")),
+        Step("resnet32", 1, 128, ("compile",)),
+        Step("resnet32", 16, 1024, ("released checkpoint", "released compile", "released compile max-autotune")),
+    ]  # fmt: skip
+
+
+def measure_steps(meter: Meter, budget: Budget, todo: list[Step], needed: float) -> Rows:
+    """needed: seconds that have to be left for a method, one that takes less to start than `seconds_to_start` has of its own."""
+    for case in todo:
+        for method in case.methods:
+            if budget.left() < max(needed, seconds_to_start(method)):
+                yield [Result("step", case.label, method, "step", note="not measured: out of time")]
+            else:
+                yield [_measure_step(meter, case, method)]
+
+
+FIRST_STEPS = 5  # momentum buffers are made in the first; the step is captured in the fourth
+
+
+def _measure_step(meter: Meter, case: Step, method: str) -> Result:
+    """Peak: of everything that training holds, network, batch, gradients and optimizer state too, over the first steps.
+
+    Of torch.compile's, over later ones: what its tuning takes is not the step's.
+    """
+    compiled = "compile" in method
+    if compiled:
+        torch.compiler.reset()
     meter.free()
-    made = []
+    made, peak, note, before = [], None, "", meter.held()
 
     def start() -> None:
-        made.append(train_step.step(method, K, N, device=meter.device, arch=arch, balanced=balanced))
-        made[0]()
-        made[0]()
-
-    peak = None
+        made.append(train_step.step(method, case.K, case.N, device=meter.device, arch=case.arch, balanced=case.balanced))
+        for _ in range(FIRST_STEPS):
+            made[0]()
 
     def first() -> None:
         nonlocal peak
         peak = meter.peak(start)
 
-    why = meter.attempt(first, 1) or meter.attempt(made[0], 5)
+    def later() -> None:
+        nonlocal peak
+        held = meter.held() - before
+        peak = meter.peak(made[0])
+        peak = None if peak is None else peak + held
+
+    why = (meter.attempt(start, 1) or meter.attempt(later, 1)) if compiled else meter.attempt(first, 1)
     if why:
         made.clear()
-        return Result(part, label, method, "step", note=why, peak_bytes=peak)
-    return Result(part, label, method, "step", seconds=meter.medians({method: made[0]}, 1.5)[method], peak_bytes=peak)
+        return Result("step", case.label, method, "step", note=why)
+    if meter.gpu and "autotune" in method:
+        peak, note = None, IN_A_GRAPH
+    seconds = meter.medians({method: made[0]}, 1.0)[method]
+    host = meter.host_seconds(made[0], seconds)
+    return Result("step", case.label, method, "step", seconds=seconds, host_seconds=host, peak_bytes=peak, note=note)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Claims
 
 
-def pick(results: list[Result], part: str, shape: str, method: str, direction: str = "both", dtype: str = "float32") -> Result | None:
-    wanted = (part, shape, method, direction, dtype)
-    return next((r for r in results if (r.part, r.shape, r.method, r.direction, r.dtype) == wanted and r.seconds), None)
+class Part(typing.NamedTuple):
+    what: str
+    share: float  # of the time that is left when its turn comes
+    measure: typing.Callable[[Budget], Rows]
 
 
-def claims(results: list[Result]) -> list[tuple[str, float | None, str, float]]:
-    """(what, measured, "at least" or "at most", bar)."""
-    decoder = workloads.label(shapes.DecoderShape(1024, 64, 8, 32))
-    supcon = workloads.label(shapes.SupConShape(8192))
-    large = pick(results, "supcon_loss", workloads.label(shapes.SupConShape(65536)), workloads.OURS)
-
-    def ratio(a: Result | None, b: Result | None, of: str = "seconds") -> float | None:
-        a, b = (getattr(r, of) if r else None for r in (a, b))
-        return a / b if a and b else None
-
-    def op(name: str, shape: str, method: str) -> Result | None:
-        return pick(results, name, shape, method)
-
-    def step(shape: str, method: str) -> Result | None:
-        return pick(results, "step", shape, method, "step")
-
-    def fastest(found: typing.Iterable[Result | None]) -> Result | None:
-        return min((r for r in found if r), key=lambda r: r.seconds, default=None)
-
-    ours = op("reconstruction_loss", decoder, workloads.OURS)
-    others = [op("reconstruction_loss", decoder, m) for m in METHODS["reconstruction_loss"] if "compile" in m or m == "channels_last"]
-    released = fastest(step("resnet32 K16 N128", m) for m in ("released", "released channels_last"))
-    end_to_end = fastest(step("resnet32 K1 N1024", m) for m in ("released", "released channels_last", "ours"))
+def parts(meter: Meter, small: bool) -> list[Part]:
+    """In the order in which they are missed: everything that a claim needs, then the rest. What a part leaves goes to those behind it."""
+    claimed, others = claimed_ops(small), other_ops(small)
+    last_first = [*claimed, *reversed(others)]  # an op's last shape is its largest
+    needed = 0.5 if small else 6  # seconds: Triton's kernels of a step are compiled
     return [
-        ("decoder C64 N1024 float32, faster than eager", ratio(op("reconstruction_loss", decoder, "eager"), ours), "at least", 10),
-        ("same, faster than the best of torch.compile and channels_last", ratio(fastest(others), ours), "at least", 4),
-        ("same, multiple of its floor", ours.multiple if ours else None, "at most", 3),
-        (
-            "supcon N8192, faster than eager",
-            ratio(op("supcon_loss", supcon, "eager"), op("supcon_loss", supcon, workloads.OURS)), "at least", 5,
-        ),
-        ("supcon N65536, peak in GB", large.peak_bytes / 1e9 if large and large.peak_bytes else None, "at most", 2),
-        (
-            "step of ResNet-32, K 16, N 1024, over the fastest end to end",
-            ratio(fastest(step("resnet32 K16 N1024", m) for m in ("ours", train_step.GRAPH)), end_to_end), "at most", 1.25,
-        ),
-        (
-            "step of ResNet-32, K 16, N 128, CUDA graph, faster than the released code",
-            ratio(released, step("resnet32 K16 N128", train_step.GRAPH)), "at least", 3,
-        ),
-        (
-            "ResNet-110, K 4 balanced, N 1024, peak over end to end",
-            ratio(step("resnet110 K4 N1024 balanced", "ours"), step("resnet110 K1 N1024", "released"), "peak_bytes"), "at most", 0.30,
-        ),
-    ]  # fmt: skip
+        Part("ops of the claims", 0.25, lambda b: measure_ops(meter, b, claimed, "float32")),
+        Part("steps of the claims", 0.5, lambda b: measure_steps(meter, b, claimed_steps(small), needed)),
+        Part("ops of the claims, compiled", 0.35, lambda b: measure_compiled(meter, b, claimed[:1], tuned=False)),
+        Part("steps of the claims, compiled", 0.5, lambda b: measure_steps(meter, b, claimed_compiled_steps(small), needed)),
+        Part("ops of the claims, tuned", 0.9, lambda b: measure_compiled(meter, b, claimed[:1], tuned=True)),
+        Part("other ops", 0.4, lambda b: measure_ops(meter, b, others, "float32")),
+        Part("ops in bfloat16", 0.4, lambda b: measure_ops(meter, b, [*claimed, *others], "bfloat16")),
+        Part("batch sizes", 0.4, lambda b: measure_sizes(meter, b, small)),
+        Part("ops, compiled", 0.4, lambda b: measure_compiled(meter, b, last_first[1:], tuned=False)),
+        Part("ops, tuned", 0.5, lambda b: measure_compiled(meter, b, last_first[1:], tuned=True)),
+        Part("other steps", 1.0, lambda b: measure_steps(meter, b, other_steps(small), needed)),
+    ]
 
 
-def claims_table(results: list[Result]) -> str:
-    lines = ["| what | measured | bar | holds |", "| --- | --- | --- | --- |"]
-    for what, value, sense, bar in claims(results):
-        holds = "not measured" if value is None else "yes" if (value >= bar if sense == "at least" else value <= bar) else "**no**"
-        lines.append(f"| {what} | {'' if value is None else f'{value:.3g}'} | {sense} {bar:g} | {holds} |")
-    return "\n".join(lines)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Writing
-
-
-def line(r: Result) -> str:
-    if r.note:
-        return r.note
-    multiple = "" if r.multiple is None else f", {r.multiple:.1f} x floor"
-    return f"{1e3 * r.seconds:.3g} ms{multiple}" + (f", peak {size(r.peak_bytes)}" if r.peak_bytes is not None else "")
-
-
-def table(results: list[Result]) -> str:
-    head = ("part", "shape", "dtype", "direction", "method", "ms", "x floor", "peak", "error", "note")
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    for r in results:
-        cells = (
-            r.part, r.shape, r.dtype, r.direction, r.method, "" if r.seconds is None else f"{1e3 * r.seconds:.3g}",
-            "" if r.multiple is None else f"{r.multiple:.2f}", size(r.peak_bytes), "" if r.error is None else f"{r.error:.1e}", r.note,
-        )  # fmt: skip
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def plot(results: list[Result], to: pathlib.Path) -> None:
-    """Time and peak of the decoder over the batch size."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.2), constrained_layout=True)
-    FigureCanvasAgg(figure)
-    for axes, of, unit in zip(figure.subplots(1, 2), ("seconds", "peak_bytes"), ("forward + backward, ms", "peak above inputs, MiB")):
-        for method in dict.fromkeys(r.method for r in results if r.part == "batch size"):
-            own = [r for r in results if r.part == "batch size" and r.method == method and getattr(r, of)]
-            x = [int(re.match(r"N(\d+)", r.shape).group(1)) for r in own]
-            y = [getattr(r, of) * (1e3 if of == "seconds" else 2**-20) for r in own]
-            axes.plot(x, y, marker="o", linewidth=2.5 if method == workloads.OURS else 1.2, label=method)
-        axes.set(xscale="log", yscale="log" if axes.lines and any(len(own.get_xdata()) for own in axes.lines) else "linear")
-        axes.set(xlabel="batch size", ylabel=unit)
-        axes.grid(True, which="both", alpha=0.25)
-        axes.legend()
-    where = "{device}, torch {torch}, {commit}".format(**here())
-    figure.suptitle(f"reconstruction_loss, 64 channels 8x8 to 32x32: {where}", fontsize=9)
-    figure.savefig(to, dpi=130)
-
-
-def here() -> dict[str, str | int]:
-    return provenance("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def write(folder: pathlib.Path, results: list[Result]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    where = here()
-    texts = {
-        "results.jsonl": "".join(json.dumps(dataclasses.asdict(r) | where) + "\n" for r in results),
-        "results.md": table(results) + "\n\n" + ", ".join(f"{k} {v}" for k, v in where.items()) + "\n",
-        "bars.md": claims_table(results) + "\n\n" + ", ".join(f"{k} {v}" for k, v in where.items()) + "\n",
-    }
-    for name, text in texts.items():
-        aside = folder / (name + ".part")
-        aside.write_text(text)
-        aside.replace(folder / name)
-    if any(r.part == "batch size" and r.seconds for r in results):
-        try:
-            plot(results, folder / "batch_size.png")
-        except ImportError as error:
-            print(f"no plot: {error}", file=sys.stderr)
-
-
-def arguments() -> argparse.Namespace:
+def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--small", action="store_true", help="small shapes, to see that everything runs")
     parser.add_argument("--seconds", type=float, default=300, help="time for all parts together")
-    parser.add_argument("--limit", type=float, default=32, help="GiB a method may take in the batch sizes")
     parser.add_argument("--out", type=pathlib.Path, help="folder; default: benchmarks/results/<gpu>")
-    return parser.parse_args()
+    return parser.parse_args(given)
 
 
-def main() -> int:
-    options = arguments()
+def main(given: list[str] | None = None) -> int:
+    options = arguments(given)
     if options.device == "cuda" and not torch.cuda.is_available():
         print("benchmarks.gpu: torch sees no CUDA device", file=sys.stderr)
         return 2
     meter, budget = Meter(options.device), Budget(options.seconds)
     name = re.sub(r"[^a-z0-9]+", "-", provenance(options.device)["device"].lower()).strip("-")
     folder = options.out or RESULTS / name
-    results: list[Result] = []
-    for part in (
-        lambda: measure_ops(meter, Budget(budget.left() * 0.3), options.small, compiled=False),
-        lambda: measure_steps(meter, Budget(budget.left() * 0.5), options.small),
-        lambda: measure_ops(meter, Budget(budget.left() * 0.75), options.small, compiled=True),
-        lambda: measure_sizes(meter, budget, options.small, int(options.limit * 2**30)),
-    ):
-        results += part()
-        write(folder, results)  # after every part: what was measured stays, whatever comes
-    print(claims_table(results))
+    gc.collect()
+    gc.freeze()  # torch's own objects: to look through them again for every peak would take a good part of the time
+    try:
+        results = report(meter, budget, options.small, folder)
+    finally:
+        gc.unfreeze()
+    print(gpu_claims.claims_table(results))
     print(f"written: {folder}")
     return 0
+
+
+def report(meter: Meter, budget: Budget, small: bool, folder: pathlib.Path) -> list[Result]:
+    """All parts, as far as time goes, and their files."""
+    results: list[Result] = []
+    for part in parts(meter, small):
+        print(f"{part.what}, {budget.left():.0f} s left", file=sys.stderr)
+        for found in part.measure(budget.share(part.share)):
+            results += found
+            gpu_files.write(folder, results)  # whatever comes, what was measured stays
+            for r in found:
+                print(f"  {r.part} {r.shape} {r.dtype} {r.method} {r.direction}: {gpu_files.line(r)}", file=sys.stderr, flush=True)
+        if part.what == "batch sizes" and any(r.part == "batch size" and r.seconds for r in results):
+            try:
+                gpu_files.plot(folder, results)
+            except ImportError as error:
+                print(f"no plot: {error}", file=sys.stderr)
+    return results
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import importlib.util
 import itertools
 import types
@@ -22,6 +23,7 @@ from infopro_fast import ops
 
 OURS = "ours"
 TRITON, CUDA = "ours triton", "ours cuda"  # one implementation by name, on a GPU
+TUNED = "compile max-autotune"
 
 
 @dataclasses.dataclass
@@ -43,7 +45,10 @@ class Workload:
 
 
 def compiled(function: typing.Callable, budget: float = 1.0, mode: str | None = None) -> typing.Callable:
-    """torch.compile; budget: share of the activations it may keep (0: recompute all it can)."""
+    """torch.compile; budget: share of the activations it may keep (0: recompute all it can).
+
+    mode "max-autotune" runs in CUDA graphs on a GPU: a call's results are written over by the next.
+    """
 
     def forward(*args):
         return function(*args)
@@ -54,6 +59,8 @@ def compiled(function: typing.Callable, budget: float = 1.0, mode: str | None = 
     fast = torch.compile(own, fullgraph=True, dynamic=False, mode=mode)
 
     def call(*args):
+        if mode == "max-autotune":
+            torch.compiler.cudagraph_mark_step_begin()
         with torch._functorch.config.patch(activation_memory_budget=budget):
             return fast(*args)
 
@@ -68,11 +75,13 @@ def checkpointed(function: typing.Callable) -> typing.Callable:
 
 
 def draw(*shape: int, dtype=torch.float32, device: str = "cpu") -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64).to(device, dtype)
+    """The same numbers for every dtype, drawn where they are needed: on a CPU large batches would take seconds a method."""
+    numbers = torch.float64 if device == "cpu" else torch.float32  # the latter for memory
+    return torch.randn(shape, generator=torch.Generator(device).manual_seed(sum(shape)), dtype=numbers, device=device).to(dtype)
 
 
 def labels(N: int, classes: int, device: str) -> torch.Tensor:
-    return torch.randint(classes, (N,), generator=torch.Generator().manual_seed(1)).to(device)
+    return torch.randint(classes, (N,), generator=torch.Generator(device).manual_seed(1), device=device)
 
 
 def ours(op: typing.Callable, device: str, **options) -> dict[str, typing.Callable[[], typing.Callable]]:
@@ -81,12 +90,37 @@ def ours(op: typing.Callable, device: str, **options) -> dict[str, typing.Callab
     return {name: lambda impl=impl: functools.partial(op, impl=impl, **options) for name, impl in fused.items()}
 
 
+# Other packages that have one of these losses, for GPUs: where it is.
+PEERS = {
+    "Liger": ("liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy"),
+    "cut-cross-entropy": ("cut_cross_entropy", "linear_cross_entropy"),
+    "memeff": ("memeff", "MemoryEfficientCLIPLoss"),
+}
+OTHER_LOSS = {"memeff": "another loss: two views, of which each row has one positive"}  # the nearest there is
+
+
+def peer(name: str) -> typing.Callable:
+    module, attribute = PEERS[name]
+    return getattr(importlib.import_module(module), attribute)
+
+
+def missing(name: str) -> str:
+    """"" if the peer can be used, else why not."""
+    if importlib.util.find_spec(PEERS[name][0].partition(".")[0]) is None:
+        return "not installed"
+    try:
+        peer(name)
+    except Exception as error:  # one that this torch or Triton is too new for is not the end of a report
+        return f"installed, and does not import: {type(error).__name__}: {' '.join(str(error).split())[:120]}"
+    return ""
+
+
 def compile_methods(function: typing.Callable) -> dict[str, typing.Callable[[], typing.Callable]]:
     return {
         "compile": lambda: compiled(function),
         "compile channels_last": lambda: compiled(function),
         "compile budget 0": lambda: compiled(function, 0.0),
-        "compile max-autotune": lambda: compiled(function, mode="max-autotune-no-cudagraphs"),
+        TUNED: lambda: compiled(function, mode="max-autotune"),
         "checkpoint": lambda: checkpointed(function),
     }
 
@@ -155,6 +189,9 @@ SUPCON_METHODS = ("eager", "eager short", "compile", "compile short", "compile b
 
 def supcon(method: str, shape: shapes.SupConShape, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Workload:
     features, label = draw(shape.N, shape.D, dtype=dtype, device=device).requires_grad_(), labels(shape.N, shape.classes, device)
+    if method == "memeff":
+        loss, other = peer(method)(temperature=0.07, stable=False), features.detach().roll(1, 0).requires_grad_()
+        return Workload(lambda: loss(features, other), [features, other], [features, other])
     formula = baselines.short_supcon if method.endswith("short") else baselines.released_supcon
     calls = compile_methods(formula) | {"compile short": lambda: compiled(formula)} | ours(ops.supcon_loss, device)
     call = calls.get(method, lambda: formula)()
@@ -164,20 +201,6 @@ def supcon(method: str, shape: shapes.SupConShape, dtype: torch.dtype = torch.fl
 # ---------------------------------------------------------------------------------------------------------------------
 
 CHUNKED = "torch chunked"
-def peers() -> dict[str, typing.Callable[[], typing.Callable]]:
-    """Linear cross entropies of other packages, where they are installed; for GPUs."""
-    found = {}
-    if importlib.util.find_spec("liger_kernel"):
-        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
-
-        found["Liger"] = lambda: liger_fused_linear_cross_entropy
-    if importlib.util.find_spec("cut_cross_entropy"):
-        from cut_cross_entropy import linear_cross_entropy
-
-        found["cut-cross-entropy"] = lambda: linear_cross_entropy
-    return found
-
-
 LINEAR_METHODS = ("eager", "compile", "compile budget 0", "checkpoint", *([CHUNKED] if hasattr(F, "linear_cross_entropy") else []), OURS)
 
 
@@ -187,7 +210,8 @@ def linear(method: str, shape: shapes.LinearShape, dtype: torch.dtype = torch.fl
     target = labels(shape.N, shape.C, device)
     formula = baselines.cross_entropy
     chunked = lambda: functools.partial(F.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions())  # noqa: E731
-    calls = compile_methods(formula) | {CHUNKED: chunked} | peers() | ours(ops.linear_cross_entropy, device)
+    peers = {name: functools.partial(peer, name) for name in ("Liger", "cut-cross-entropy")}
+    calls = compile_methods(formula) | {CHUNKED: chunked} | peers | ours(ops.linear_cross_entropy, device)
     call = calls.get(method, lambda: formula)()
     return Workload(lambda: call(input, weight, target), [input, weight], [input, weight, target])
 

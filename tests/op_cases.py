@@ -202,6 +202,12 @@ def chain(
     return _reconstruction(decoder, (N, C, h, w), size, magnified, options)
 
 
+def chain_block_sums(multiprocessors: int, C: int, K: int) -> int:
+    """Bytes of the partial sums of a stage's backward in CUDA C++, C channels to K: two blocks a multiprocessor, each with those of the
+    weight's gradient, of the batch norm in front of it and, of the last stage, of the bias."""
+    return 4 * 2 * multiprocessors * (9 * C * K + 2 * C + 3)
+
+
 def _cancellation(decoder: nn.Sequential, features: torch.Tensor, image: torch.Tensor, options: dict) -> float:
     """How far the gradients of the batch norms' parameters, which are sums over the batch, cancel: sum of magnitudes over the sum.
 

@@ -320,6 +320,9 @@ def test_plans_of_the_papers_shapes(shape, device, library, on_host):
         plan = kernels.plan(backward=backward, **s)
         assert plan.blocks * (plan.shared + 1024) <= limits.shared_per_multiprocessor
         assert plan.blocks == 2 or (device == "RTX4090" and not s["last"] and backward)
+        if s["N"] == 64:  # the bound of tests/test_cuda.py: a sixteenth of the logits of 64 images, and what does not grow with them
+            sums = op_cases.chain_block_sums(limits.multiprocessors, s["C"], s["K"]) if backward else 0
+            assert plan.bytes <= 4 * 64 * 3 * 224**2 / 16 + sums
         if (shape, device) == ("ImageNet, last", "A100"):
             counted = floors.LAST_TILE["backward" if backward else "forward"]
             assert (plan.tile_h, plan.tile_w) == counted, "what benchmarks/floors.py counts with"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -97,6 +99,38 @@ def test_tensor_cores_do_products_alone():
     device = floors.Device("", bandwidth=100.0, float32=10.0, tf32=1000.0, bfloat16=1000.0)
     found = floors.Floor(bytes=0.0, macs=30.0, elementwise=5.0)
     assert found.seconds(device) == 7.0 and found.seconds(device, "tf32") == 1.0
+
+
+def test_float32_products_are_the_cheaper_of_two_ways():
+    """Three products of parts on tensor cores, or one on the float32 units; elementwise work is always the latter's."""
+    whole, of_parts = (floors.Floor(bytes=0.0, macs=30.0, elementwise=5.0, parts=parts) for parts in ("", "float16"))
+    fast, slow = (floors.Device("", bandwidth=100.0, float32=10.0, tf32=rate, bfloat16=2 * rate) for rate in (20.0, 10.0))
+    assert whole.seconds(fast) == whole.seconds(slow) == 7.0
+    assert of_parts.seconds(fast) == 180 / 40 and of_parts.seconds(slow) == 7.0
+    assert dataclasses.replace(of_parts, parts="tf32").seconds(fast) == 7.0
+    assert (of_parts + whole).parts == "float16"
+
+
+PARTS = {"supcon_loss": (shapes.SupConShape(8192), "float16"), "linear_cross_entropy": (shapes.LinearShape(65536, 1024, 64), "tf32")}
+
+
+@pytest.mark.parametrize("op", PARTS)
+def test_ops_whose_kernels_multiply_in_parts_have_floors_below_them(op):
+    """On an H100 three products of parts are ahead: a floor of float32 units would be above what the kernels can do."""
+    device, (shape, parts) = floors.DEVICES["H100"], PARTS[op]
+    for direction in ("forward", "backward", "both"):
+        found = floors.floor(op, shape, direction)
+        in_parts = floors.PRODUCTS * 2 * found.macs / device.rate(parts)
+        assert found.parts == parts and found.seconds(device) == max(in_parts, found.bytes / device.bandwidth)
+        assert in_parts < 2 * found.macs / device.float32
+    assert floors.linear_forward(shapes.LinearShape(64, 64, floors.FEW_CLASSES + 1)).parts == ""
+
+
+def test_few_classes_are_as_many_as_the_kernels_take():
+    pytest.importorskip("triton")
+    from infopro_fast.ops.linear_cross_entropy_triton import _few
+
+    assert _few(floors.FEW_CLASSES, 128) and not _few(floors.FEW_CLASSES + 1, 128)
 
 
 def test_seconds_are_those_of_the_slower():

@@ -150,3 +150,15 @@ def plan(shape: Shape, sweep: str, places: int) -> Plan:
         if rows <= (1 if sweep == "backward" else 4):
             return best[1]
         rows = -(-rows // 2)
+
+
+def workspace(shape: Shape, sweep: str, places: int) -> int:
+    """Bytes that a launch of the sweep allocates for itself: scratch and partial sums of its programs.
+
+    Of "statistics" the sums are of every item, mean and squares in float64: all that grows with N where the programs do not.
+    """
+    cut, K = plan(shape, sweep, places), shape.K
+    sums = {
+        "statistics": 4 * K * shape.N * cut.strips, "loss": cut.programs * (29 * K + 4), "backward": cut.programs * 9 * K * shape.C,
+    }[sweep]  # fmt: skip
+    return 4 * (cut.programs * cut.scratch + sums)
