@@ -13,6 +13,7 @@ import torch
 
 import infopro_fast
 from infopro_fast import ops
+from infopro_fast.data import Augmentation, ImageSet, Split
 from infopro_fast.data.prefetch import prefetch
 from infopro_fast.trainer.schedule import released_sgd
 from tests import compare, op_cases
@@ -303,6 +304,23 @@ def test_steps_do_not_wait_for_the_device(options):
             t.step(*batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("resident", (True, False))
+def test_batches_do_not_wait_for_the_device(resident):
+    """From the second one on: an epoch begins with copies of its order, and a run with those of mean and deviation."""
+    generator = torch.Generator().manual_seed(0)
+    split = Split(torch.randint(256, (64, 3, 32, 32), dtype=torch.uint8, generator=generator), torch.arange(64) % 10)
+    images = ImageSet("images", split, split, 10, (0.5,) * 3, (0.25,) * 3, Augmentation(4, "reflect", True))
+    images = images.to("cuda") if resident else images
+    batches = images.train_epoch(8, seed=0, epoch=0, device="cuda")
+    next(batches)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        left = list(batches)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(left) == 7 and all(image.is_cuda and image.dtype == torch.float32 for image, _ in left)
 
 
 def test_float16_trains():
