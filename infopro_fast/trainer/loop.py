@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from infopro_fast import data, modules, ops
 
 from . import checkpoint, continuing, display, evaluation, processes, report, schedule
 from .config import ConfigError, TrainConfig
 from .meters import Clock, Meters
+from .moving_average import MovingAverage
 from .step import LocalTrainer
 from .watch import Unwatched, Watch, alone
 
@@ -153,7 +153,7 @@ class _Training:
         self.trainer = self.make_trainer(make_optimizer)
         self.ema = None
         if config.ema is not None:
-            self.ema = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
+            self.ema = MovingAverage(net, config.ema)
         self.meters = Meters(config.log_every)
         self.epoch = self.batch = 0
         self._begun: set[str] = set()  # what this process has done before
