@@ -101,6 +101,19 @@ def test_auto_on_cuda_takes_the_compiled_kernels_for_the_stages_of_a_chain_that_
         chain_call("cuda", doubled)
 
 
+def test_auto_on_cuda_resizes_and_classifies_with_triton_what_its_counters_hold(on_cuda):
+    def call(C, h, H):
+        with _Calls() as calls:
+            logits, target = torch.empty(70, C, h, 1, device="cuda"), torch.zeros(70, H, 1, dtype=torch.uint8, device="cuda")
+            ops.upsample_cross_entropy(logits, target)
+        return calls.names
+
+    assert call(1000, 2, 70000) == ["upsample_cross_entropy_forward_triton"]
+    dispatch._warn_slow.cache_clear()
+    with pytest.warns(UserWarning, match="impl='auto' takes the slow reference: logits .* need more than 32 bits to count in"):
+        assert call(2, 40000, 40000) == []
+
+
 def test_auto_on_cuda_runs_the_triton_op(on_cuda):
     with _Calls() as calls:
         loss = ops.supcon_loss(torch.empty(6, 4, device="cuda", requires_grad=True), torch.zeros(6, dtype=torch.long, device="cuda"))
