@@ -101,6 +101,25 @@ def test_auto_on_cuda_takes_the_compiled_kernels_for_the_stages_of_a_chain_that_
         chain_call("cuda", doubled)
 
 
+def test_auto_on_cuda_takes_triton_for_more_hidden_channels_than_shared_memory_holds(on_cuda, monkeypatch):
+    def call(impl, K, H):
+        nn = torch.nn
+        with torch.device("cuda"):
+            layers = nn.Conv2d(2, K, 3, padding=1), nn.BatchNorm2d(K), nn.ReLU(), nn.Conv2d(K, 3, 3, padding=1), nn.Sigmoid()
+        with _Calls() as calls:
+            features, image = torch.empty(2, 2, 8, 8, device="cuda"), torch.empty(2, 3, H, H, device="cuda")
+            ops.reconstruction_loss(features, image, nn.Sequential(*layers), impl=impl)
+        return calls.names
+
+    monkeypatch.setattr(dispatch, "_CUDA_KERNELS_MISSING", None)
+    cuda, triton = (["reconstruction_loss_forward_" + impl] for impl in ("cuda", "triton"))
+    assert call("auto", 140, 32) == call("cuda", 140, 32) == cuda
+    assert call("auto", 141, 32) == call("triton", 141, 32) == triton
+    assert call("auto", 12, 2**15) == triton  # 2^31 pixels
+    with pytest.raises(ValueError, match=r"impl='cuda' cannot run this call: 141 hidden channels of maps of \(8, 8\) resized"):
+        call("cuda", 141, 32)
+
+
 def test_auto_on_cuda_resizes_and_classifies_with_triton_what_its_counters_hold(on_cuda):
     def call(C, h, H):
         with _Calls() as calls:
