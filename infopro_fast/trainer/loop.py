@@ -156,7 +156,8 @@ class _Training:
             self.ema = MovingAverage(net, config.ema)
         self.meters = Meters(config.log_every)
         self.epoch = self.batch = 0
-        self._begun: set[str] = set()  # what this process has done before
+        self._shapes: tuple[torch.Size, ...] = ()  # of the batch at hand
+        self._begun: set[tuple] = set()  # what this process has done before, and with which shapes
         self.best: float | None = None
         self.test: dict[str, float] | None = None
         self.seconds, self.metrics_bytes, self.came_from = 0.0, 0, ""
@@ -191,14 +192,18 @@ class _Training:
             batch = next(batches, None)
             if batch is None:
                 return
+            self._shapes = tuple(t.shape for t in batch)
             self.at(working)
             yield batch
 
-    def at(self, what: str) -> None:
-        """Go on to a step or an evaluation. The first one on a GPU compiles and chooses kernels."""
-        first = self.device.type == "cuda" and what not in self._begun
-        self.watch.at(f"{what}, {self.place}", slow=first)
-        self._begun.add(what)
+    def at(self, what: str, images: int | None = None) -> None:
+        """Go on to a step, or to a module with a part of so many images of a batch, or to an evaluation.
+
+        On a GPU the first one of a shape compiles and chooses kernels: the last, smaller batch of an epoch, too.
+        """
+        begun = what, self._shapes, images
+        self.watch.at(f"{what}, {self.place}", slow=self.device.type == "cuda" and begun not in self._begun)
+        self._begun.add(begun)
 
     def train_step(self, image: torch.Tensor, label: torch.Tensor) -> None:
         self.meters.add(self.trainer.step(image, label), len(label))
