@@ -13,6 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import infopro_fast
 from infopro_fast import ops
 from infopro_fast.ops import dispatch
 from tests.op_cases import SMALL
@@ -131,6 +132,21 @@ def test_auto_on_cuda_resizes_and_classifies_with_triton_what_its_counters_hold(
     dispatch._warn_slow.cache_clear()
     with pytest.warns(UserWarning, match="impl='auto' takes the slow reference: logits .* need more than 32 bits to count in"):
         assert call(2, 40000, 40000) == []
+
+
+def test_a_network_by_cuda_has_the_compiled_kernels_where_there_are_some(on_cuda, monkeypatch):
+    assert [op for op in ops.OPS if ops.has_kernels(op, "cuda")] == ["reconstruction_loss"]
+    monkeypatch.setattr(dispatch, "_CUDA_KERNELS_MISSING", None)
+    with torch.device("cuda"):
+        net = infopro_fast.build("resnet20", 2, "contrast", lambdas=(1, 1, 1, 1), impl="cuda")
+        image, label = torch.empty(4, 3, 32, 32), torch.zeros(4, dtype=torch.long)
+    with _Calls() as calls:
+        h = image
+        for stage, local_loss in zip(net.stages, net.local_losses, strict=True):
+            h = stage(h)
+            assert list(local_loss.terms(h, image, label))
+    expected = {f"{op}_forward_triton" for op in ("norm_relu_pool", "supcon_loss", "linear_cross_entropy")}
+    assert set(calls.names) == expected | {"reconstruction_loss_forward_cuda"}
 
 
 def test_auto_on_cuda_runs_the_triton_op(on_cuda):

@@ -7,6 +7,7 @@ import json
 import math
 import signal
 import threading
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -34,6 +35,29 @@ def finished(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fashion_mnist, "load", tiny_run.load)
         return fit(tiny_run.config(tmp_path_factory.mktemp("runs") / "alone"))
+
+
+def test_cuda_is_asked_of_the_op_that_has_it_and_triton_of_all(monkeypatch):
+    """On a machine with a GPU, as `available` and `build` are told here."""
+    reasons = {}
+
+    def available(op, device):
+        return {"cuda": reasons.get(op) if op == "reconstruction_loss" else f"{op} has no CUDA C++ kernels", "triton": reasons.get(op)}
+
+    monkeypatch.setattr(loop.ops, "available", available)
+    monkeypatch.setattr(loop.modules, "build", lambda *args, **options: SimpleNamespace(to=lambda *_: options["impl"]))
+
+    def build(impl):
+        return loop._build(TrainConfig(impl=impl, device="cuda").resolved(), tiny_run.load())
+
+    assert build("cuda") == "cuda" and build("triton") == "triton"
+    reasons["supcon_loss"] = "not installed"
+    assert build("cuda") == "cuda"
+    with pytest.raises(ConfigError, match="impl triton: supcon_loss: not installed"):
+        build("triton")
+    reasons["reconstruction_loss"] = "none were built"
+    with pytest.raises(ConfigError, match="impl cuda: reconstruction_loss: none were built"):
+        build("cuda")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

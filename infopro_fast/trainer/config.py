@@ -182,7 +182,7 @@ class TrainConfig:
     resident: bool = True
     """Keep all images on the device, as uint8; otherwise batches are made on the CPU and copied ahead of their use."""
     impl: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"
-    """Implementation of the losses."""
+    """Implementation of the losses. cuda: CUDA C++ kernels of the reconstruction, which alone has some; the others as with auto."""
     threads: int | None = None
     """CPU threads. Default: torch's."""
 
