@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import importlib.util
 import io
 import json
 import math
@@ -384,6 +385,39 @@ def test_impossible_settings_leave_no_folder(tmp_path, settings, message):
     with pytest.raises(ConfigError, match=message):
         fit(tiny_run.config(tmp_path / "run", **settings))
     assert not (tmp_path / "run").exists()
+
+
+def without_torchao(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "torchao" else find(name, *rest))
+
+
+@pytest.mark.parametrize(
+    "trained",
+    [
+        {"device": "cuda", "tf32": True, "cuda_graph": True, "impl": "triton"}, {"device": "cuda:1", "tf32": True, "impl": "cuda"},
+        {"optimizer_state": "8bit"},
+    ],
+)  # fmt: skip
+def test_what_a_run_had_in_training_alone_is_not_needed_to_evaluate_it(finished, tmp_path, monkeypatch, trained):
+    without_torchao(monkeypatch)
+    content = json.loads((finished / report.CONFIG).read_text())
+    (tmp_path / report.CONFIG).write_text(json.dumps(content | trained))
+    (tmp_path / report.WEIGHTS).write_bytes((finished / report.WEIGHTS).read_bytes())
+    assert evaluate_run(tmp_path, device="cpu") == evaluate_run(finished)
+
+
+def test_training_needs_torchao_for_8_bits(finished, tmp_path, monkeypatch):
+    """Before there is a folder, and before a checkpoint is read."""
+    without_torchao(monkeypatch)
+    message = r"optimizer_state 8bit needs torchao: pip install 'infopro-fast\[8bit\]'"
+    with pytest.raises(ConfigError, match=message):
+        fit(tiny_run.config(tmp_path / "run", optimizer_state="8bit"))
+    assert not (tmp_path / "run").exists()
+    content = json.loads((finished / report.CONFIG).read_text())
+    (tmp_path / report.CONFIG).write_text(json.dumps(content | {"optimizer_state": "8bit"}))
+    with pytest.raises(ConfigError, match=message):
+        resume(tmp_path)
 
 
 def test_folders_that_are_no_runs(tmp_path, finished):

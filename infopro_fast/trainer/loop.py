@@ -84,6 +84,7 @@ def resume(run: str | Path, *, previous: bool = False, sharing: dict[str, Any] |
     """
     run = Path(run)
     config = report.read_config(run)
+    config.check_installed()
     if sharing:
         config = continuing.shared_anew(config, sharing)
     if config.parallel != "none" and (processes.launched() or sharing):
@@ -118,12 +119,13 @@ def evaluate_run(
 ) -> dict[str, float]:
     """What `evaluation.evaluate` finds of a run's weights.safetensors on its test images.
 
-    data_root, device: if not those of the run. scales, flip: as there. Raises RunError, DataError or ConfigError.
+    data_root, device: if not those of the run (`TrainConfig.to_look_at`). scales, flip: as there.
+    Raises RunError, DataError or ConfigError.
     """
     run = Path(run)
     config, weights = report.read_config(run), report.read_weights(run)
-    config = dataclasses.replace(config, data_root=data_root or config.data_root, device=device or config.device)
-    images = _load_data(dataclasses.replace(config, download=False))
+    config = config.to_look_at(device=device, data_root=data_root)
+    images = _load_data(config)
     if not images.dense and (flip or tuple(scales) != (1.0,)):
         raise ConfigError(f"{run}: scales and flip are for segmentation, and {config.dataset} is not")
     with _machine(config):
