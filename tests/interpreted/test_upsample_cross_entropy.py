@@ -182,10 +182,6 @@ def test_programs_are_counted_in_the_one_dimension_that_takes_so_many(N, C, h, H
     assert kernels["_backward_kernel"].grids == [(N * -(-C // tiles.block_c) * h * -(-40 // tiles.block_w),)]
 
 
-def test_many_classes_and_samples():
-    check(upsample_ce(40, 1700, 1, 1, 1, 1, reduction="mean"), "triton", torch.float32)
-
-
 def test_sizes_beyond_its_counters_are_refused():
     logits, target = torch.zeros(1, 2, 40000, 1), torch.zeros(1, 40000, 1, dtype=torch.uint8)
     with pytest.raises(ValueError, match="upsample_cross_entropy: impl='triton' cannot run this call: logits .* need more than 32 bits"):
