@@ -150,7 +150,7 @@ def _module_seconds(net: scale.Network) -> list[float]:
     torch.manual_seed(0)
     images, marks, rows = data.load("fashion_mnist"), [], []
     local = build(ARCH, MODULES, cuts=net.cuts, image_mean=images.mean, image_std=images.std)
-    trainer = ParallelTrainer(local, schedule.released_sgd(0.1), at=lambda module: marks.append(time.perf_counter()))
+    trainer = ParallelTrainer(local, schedule.released_sgd(0.1), at=lambda *_: marks.append(time.perf_counter()))
     batches = images.train_epoch(net.batch_size, seed=0, epoch=0)
     _barrier.wait(300)
     for _ in range(UNTIMED + TIMED):

@@ -345,6 +345,16 @@ def test_runs_are_known_by_their_weights(analyzed, runs, few_images, tmp_path, m
     assert entry["where"]["isa"] == ops.cpu_isa() and entry["where"]["torch"] == torch.__version__
 
 
+def test_a_run_of_a_gpu_is_analyzed_on_the_cpu(runs, few_images, tmp_path):
+    """With what only a GPU has: the numbers are those of the run without."""
+    run = shutil.copytree(runs / "whole", tmp_path / "run")
+    content = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(content | {"device": "cuda", "tf32": True, "cuda_graph": True, "impl": "triton"}))
+    settings = ProbeSettings(depths=1, epochs=1, batch_size=16)
+    found = [analyze.analyze([at], tmp_path / f"of {at.name}", settings, threads=1, device="cpu", show=str) for at in (run, runs / "whole")]
+    assert found[0][0]["blocks"] == found[1][0]["blocks"]
+
+
 def test_a_run_with_other_weights_is_probed_again(runs, few_images, tmp_path):
     run = shutil.copytree(runs / "whole", tmp_path / "run")
     settings, said = ProbeSettings(depths=1, epochs=1, batch_size=16), []

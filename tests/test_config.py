@@ -161,3 +161,16 @@ def test_every_field_is_explained():
 def test_importing_config_needs_no_torch():
     code = "import sys, infopro_fast.trainer.config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_settings_to_look_at_a_run_with():
+    """On the same kind of device they are those of the run; the other kind has neither its precision nor its kernels."""
+    gpu = {"device": "cuda", "tf32": True, "cuda_graph": True, "impl": "triton"}
+    run = TrainConfig(dataset="cifar10", data_root="there", download=True, threads=3, **gpu)
+    same = dataclasses.replace(run, download=False)
+    assert run.to_look_at() == same and run.to_look_at(device="cuda:1") == dataclasses.replace(same, device="cuda:1")
+    plain = dataclasses.replace(same, device="cpu", tf32=False, cuda_graph=False, impl="auto", threads=1)
+    assert run.to_look_at(device="cpu", threads=1) == plain
+    assert run.to_look_at(data_root="here") == dataclasses.replace(same, data_root="here")
+    assert TrainConfig(device="cpu", impl="cpu").to_look_at(device="cuda").impl == "auto"
+    assert TrainConfig(device="cpu", impl="reference").to_look_at(device="cuda").impl == "reference"

@@ -13,7 +13,9 @@ import torch
 
 import infopro_fast
 from infopro_fast import ops
+from infopro_fast.data import Augmentation, ImageSet, Split
 from infopro_fast.data.prefetch import prefetch
+from infopro_fast.trainer.moving_average import MovingAverage
 from infopro_fast.trainer.schedule import released_sgd
 from tests import compare, op_cases
 from tests.op_cases import FORMS, SMALL, Case, gradients
@@ -264,9 +266,9 @@ def test_supcon_peak():
 # Trainer
 
 
-def trainer(**options):
+def trainer(device: str = "cuda", **options):
     torch.manual_seed(0)
-    net = infopro_fast.build("resnet20", 3, "contrast", cuts=[(1, 1), (2, 1)], lambdas=(5, 0.5, 0.5, 1)).cuda()
+    net = infopro_fast.build("resnet20", 3, "contrast", cuts=[(1, 1), (2, 1)], lambdas=(5, 0.5, 0.5, 1)).to(device)
     return infopro_fast.LocalTrainer(net, released_sgd(lr=0.02), **options)
 
 
@@ -312,6 +314,19 @@ def test_state_from_before_the_graph_is_taken_after_it():
         compare.assert_close(value.double(), expected[name].double(), dtype=torch.float32, what=name)
 
 
+def test_a_graph_on_a_device_that_is_not_the_current_one():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU")
+    torch.backends.cudnn.deterministic = True
+    runs = []
+    for device in ("cuda:0", "cuda:1"):
+        t = trainer(cuda_graph=True, device=device)
+        runs.append([t.step(image.to(device), label.to(device))["loss"].cpu() for image, label in batches(6)])
+        assert t._graphed._graph is not None and torch.cuda.current_device() == 0
+    for found, expected in zip(*runs, strict=True):
+        compare.assert_close(found, expected.double(), what="loss")
+
+
 @pytest.mark.parametrize("options", ({}, {"amp": torch.bfloat16}, {"amp": torch.float16}, {"cuda_graph": True}))
 def test_steps_do_not_wait_for_the_device(options):
     t = trainer(**options)
@@ -324,6 +339,37 @@ def test_steps_do_not_wait_for_the_device(options):
             t.step(*batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_moving_average_does_not_wait_for_the_device():
+    t = trainer()
+    average = MovingAverage(t.net, 0.9)
+    (batch,) = batches(1)
+    for i in range(4):
+        t.step(*batch)
+        torch.cuda.set_sync_debug_mode("error" if i else "default")
+        try:
+            average.update_parameters(t.net)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert average.n_averaged == 4
+
+
+@pytest.mark.parametrize("resident", (True, False))
+def test_batches_do_not_wait_for_the_device(resident):
+    """From the second one on: an epoch begins with copies of its order, and a run with those of mean and deviation."""
+    generator = torch.Generator().manual_seed(0)
+    split = Split(torch.randint(256, (64, 3, 32, 32), dtype=torch.uint8, generator=generator), torch.arange(64) % 10)
+    images = ImageSet("images", split, split, 10, (0.5,) * 3, (0.25,) * 3, Augmentation(4, "reflect", True))
+    images = images.to("cuda") if resident else images
+    batches = images.train_epoch(8, seed=0, epoch=0, device="cuda")
+    next(batches)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        left = list(batches)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(left) == 7 and all(image.is_cuda and image.dtype == torch.float32 for image, _ in left)
 
 
 def test_float16_trains():

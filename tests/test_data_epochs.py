@@ -8,6 +8,7 @@ import torch
 
 from infopro_fast import data
 from infopro_fast.data import Augmentation, DataError, ImageSet, Split, fashion_mnist, normalize
+from infopro_fast.data.augment import _per_channel
 from infopro_fast.data.image_set import epoch_seed
 
 
@@ -97,6 +98,23 @@ def test_dtypes_and_test_batches():
     batches = list(images.test_batches(2))
     assert [len(label) for _, label in batches] == [2, 1]
     assert torch.equal(torch.cat([i for i, _ in batches]), normalize(images.test.images, images.mean, images.std))
+
+
+def test_mean_and_deviation_are_made_once(monkeypatch):
+    """On a GPU to make one is to wait for it. Those that an evaluation made serve training."""
+    made, tensor = [], torch.tensor
+    monkeypatch.setattr(torch, "tensor", lambda *args, **kwargs: (made.append(args), tensor(*args, **kwargs))[1])
+    _per_channel.cache_clear()
+    images = small(10)
+    with torch.inference_mode():
+        assert len(list(images.test_batches(2))) == 2
+    for epoch in range(2):
+        batches = [image for image, _ in images.train_epoch(4, seed=0, epoch=epoch)]
+        assert len(batches) == 3 and not any(image.is_inference() for image in batches)
+    assert [values for (values,) in made] == [images.mean, images.std]
+    assert not _per_channel(images.mean, torch.float32, images.train.images.device).is_inference()
+    monkeypatch.undo()
+    _per_channel.cache_clear()
 
 
 def test_refuses_inconsistent_tensors():

@@ -13,6 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import infopro_fast
 from infopro_fast import ops
 from infopro_fast.ops import dispatch
 from tests.op_cases import SMALL
@@ -99,6 +100,54 @@ def test_auto_on_cuda_takes_the_compiled_kernels_for_the_stages_of_a_chain_that_
     monkeypatch.setattr(dispatch, "_TRITON_MISSING", "triton is not installed")
     with pytest.raises(ValueError, match=r"an earlier stage has Triton kernels alone \(a 1x1 convolution .*\): triton is not installed"):
         chain_call("cuda", doubled)
+
+
+def test_auto_on_cuda_takes_triton_for_more_hidden_channels_than_shared_memory_holds(on_cuda, monkeypatch):
+    def call(impl, K, H):
+        nn = torch.nn
+        with torch.device("cuda"):
+            layers = nn.Conv2d(2, K, 3, padding=1), nn.BatchNorm2d(K), nn.ReLU(), nn.Conv2d(K, 3, 3, padding=1), nn.Sigmoid()
+        with _Calls() as calls:
+            features, image = torch.empty(2, 2, 8, 8, device="cuda"), torch.empty(2, 3, H, H, device="cuda")
+            ops.reconstruction_loss(features, image, nn.Sequential(*layers), impl=impl)
+        return calls.names
+
+    monkeypatch.setattr(dispatch, "_CUDA_KERNELS_MISSING", None)
+    cuda, triton = (["reconstruction_loss_forward_" + impl] for impl in ("cuda", "triton"))
+    assert call("auto", 140, 32) == call("cuda", 140, 32) == cuda
+    assert call("auto", 141, 32) == call("triton", 141, 32) == triton
+    assert call("auto", 12, 2**15) == triton  # 2^31 pixels
+    with pytest.raises(ValueError, match=r"impl='cuda' cannot run this call: 141 hidden channels of maps of \(8, 8\) resized"):
+        call("cuda", 141, 32)
+
+
+def test_auto_on_cuda_resizes_and_classifies_with_triton_what_its_counters_hold(on_cuda):
+    def call(C, h, H):
+        with _Calls() as calls:
+            logits, target = torch.empty(70, C, h, 1, device="cuda"), torch.zeros(70, H, 1, dtype=torch.uint8, device="cuda")
+            ops.upsample_cross_entropy(logits, target)
+        return calls.names
+
+    assert call(1000, 2, 70000) == ["upsample_cross_entropy_forward_triton"]
+    dispatch._warn_slow.cache_clear()
+    with pytest.warns(UserWarning, match="impl='auto' takes the slow reference: logits .* need more than 32 bits to count in"):
+        assert call(2, 40000, 40000) == []
+
+
+def test_a_network_by_cuda_has_the_compiled_kernels_where_there_are_some(on_cuda, monkeypatch):
+    assert [op for op in ops.OPS if ops.has_kernels(op, "cuda")] == ["reconstruction_loss"]
+    monkeypatch.setattr(dispatch, "_CUDA_KERNELS_MISSING", None)
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, *args, **options: self)  # into another format: fake parameters cannot be
+    with torch.device("cuda"):
+        net = infopro_fast.build("resnet20", 2, "contrast", lambdas=(1, 1, 1, 1), impl="cuda")
+        image, label = torch.empty(4, 3, 32, 32), torch.zeros(4, dtype=torch.long)
+    with _Calls() as calls:
+        h = image
+        for stage, local_loss in zip(net.stages, net.local_losses, strict=True):
+            h = stage(h)
+            assert list(local_loss.terms(h, image, label))
+    expected = {f"{op}_forward_triton" for op in ("norm_relu_pool", "supcon_loss", "linear_cross_entropy")}
+    assert set(calls.names) == expected | {"reconstruction_loss_forward_cuda"}
 
 
 def test_auto_on_cuda_runs_the_triton_op(on_cuda):

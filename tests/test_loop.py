@@ -3,11 +3,13 @@
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 import io
 import json
 import math
 import signal
 import threading
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -35,6 +37,29 @@ def finished(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fashion_mnist, "load", tiny_run.load)
         return fit(tiny_run.config(tmp_path_factory.mktemp("runs") / "alone"))
+
+
+def test_cuda_is_asked_of_the_op_that_has_it_and_triton_of_all(monkeypatch):
+    """On a machine with a GPU, as `available` and `build` are told here."""
+    reasons = {}
+
+    def available(op, device):
+        return {"cuda": reasons.get(op) if op == "reconstruction_loss" else f"{op} has no CUDA C++ kernels", "triton": reasons.get(op)}
+
+    monkeypatch.setattr(loop.ops, "available", available)
+    monkeypatch.setattr(loop.modules, "build", lambda *args, **options: SimpleNamespace(to=lambda *_: options["impl"]))
+
+    def build(impl):
+        return loop._build(TrainConfig(impl=impl, device="cuda").resolved(), tiny_run.load())
+
+    assert build("cuda") == "cuda" and build("triton") == "triton"
+    reasons["supcon_loss"] = "not installed"
+    assert build("cuda") == "cuda"
+    with pytest.raises(ConfigError, match="impl triton: supcon_loss: not installed"):
+        build("triton")
+    reasons["reconstruction_loss"] = "none were built"
+    with pytest.raises(ConfigError, match="impl cuda: reconstruction_loss: none were built"):
+        build("cuda")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -423,6 +448,39 @@ def test_dgl_needs_two_images_in_every_part(tmp_path):
     for alone, replicas in ((shared, 26), (shared, 20), (dataclasses.replace(shared, accumulate=4), 2)):
         with pytest.raises(ConfigError, match="local_loss dgl: .* leave 1 alone"):
             loop.check_batches(alone, images, replicas)
+
+
+def without_torchao(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "torchao" else find(name, *rest))
+
+
+@pytest.mark.parametrize(
+    "trained",
+    [
+        {"device": "cuda", "tf32": True, "cuda_graph": True, "impl": "triton"}, {"device": "cuda:1", "tf32": True, "impl": "cuda"},
+        {"optimizer_state": "8bit"},
+    ],
+)  # fmt: skip
+def test_what_a_run_had_in_training_alone_is_not_needed_to_evaluate_it(finished, tmp_path, monkeypatch, trained):
+    without_torchao(monkeypatch)
+    content = json.loads((finished / report.CONFIG).read_text())
+    (tmp_path / report.CONFIG).write_text(json.dumps(content | trained))
+    (tmp_path / report.WEIGHTS).write_bytes((finished / report.WEIGHTS).read_bytes())
+    assert evaluate_run(tmp_path, device="cpu") == evaluate_run(finished)
+
+
+def test_training_needs_torchao_for_8_bits(finished, tmp_path, monkeypatch):
+    """Before there is a folder, and before a checkpoint is read."""
+    without_torchao(monkeypatch)
+    message = r"optimizer_state 8bit needs torchao: pip install 'infopro-fast\[8bit\]'"
+    with pytest.raises(ConfigError, match=message):
+        fit(tiny_run.config(tmp_path / "run", optimizer_state="8bit"))
+    assert not (tmp_path / "run").exists()
+    content = json.loads((finished / report.CONFIG).read_text())
+    (tmp_path / report.CONFIG).write_text(json.dumps(content | {"optimizer_state": "8bit"}))
+    with pytest.raises(ConfigError, match=message):
+        resume(tmp_path)
 
 
 def test_folders_that_are_no_runs(tmp_path, finished):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from collections import OrderedDict
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import infopro_fast
 from infopro_fast.data.prefetch import prefetch
@@ -16,6 +19,7 @@ from infopro_fast.modules import Stage
 from infopro_fast.modules.segmentation import PixelClassifier, Tap, dense_head
 from infopro_fast.trainer import released_sgd
 from infopro_fast.trainer.config import ConfigError, TrainConfig
+from infopro_fast.trainer.cuda_graph import WARM_UP, GraphedStep, with_tensor_learning_rates
 from tests import compare
 
 AMP = (torch.bfloat16, torch.float16)
@@ -254,10 +258,46 @@ def test_prefetch_on_the_cpu_hands_batches_through():
         assert a is c and b is d
 
 
+def test_a_graph_is_captured_on_the_device_of_its_batch(monkeypatch):
+    """Which is not the current one in a run with --device cuda:1. Of torch.cuda all but the current device and stream is left out."""
+    current, steps, captures = [0], [], []
+
+    @contextlib.contextmanager
+    def on(device):
+        current.append(torch.device(device).index)
+        yield
+        current.pop()
+
+    @contextlib.contextmanager
+    def capture(graph, stream):
+        captures.append((current[-1], stream.device.index))
+        with on(stream.device):
+            yield
+
+    def make_stream(device):
+        return SimpleNamespace(device=torch.device(device), wait_stream=lambda other: None)
+
+    fakes = {
+        "device": on, "stream": lambda stream: on(stream.device), "Stream": make_stream, "current_stream": make_stream,
+        "graph": capture, "CUDAGraph": lambda: SimpleNamespace(replay=lambda: None),
+    }  # fmt: skip
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+
+    def step(image, label):
+        steps.append(current[-1])
+        return {"loss": image.sum()}
+
+    graphed = GraphedStep(step)
+    with FakeTensorMode():
+        image, label = torch.empty(2, 3, device="cuda:1"), torch.empty(2, device="cuda:1")
+        for _ in range(WARM_UP + 2):
+            assert list(graphed(image, label)) == ["loss"]
+    assert steps == [1] * (WARM_UP + 1) and captures == [(1, 1)] and current == [0]
+
+
 def test_learning_rate_as_a_tensor_is_the_same_rate():
     """What a captured step reads; on the CPU the same code runs without the graph."""
-    from infopro_fast.trainer.cuda_graph import with_tensor_learning_rates
-
     image, label = _batch()
     plain, other = _trainer(), _trainer()
     with_tensor_learning_rates(other.optimizers, torch.device("cpu"))

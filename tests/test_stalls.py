@@ -3,10 +3,12 @@
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from infopro_fast.trainer import checkpoint, report, watch
+from infopro_fast.trainer import checkpoint, loop, report, watch
 from tests.process_tasks import DEFAULT_PATIENCE, STALLS
 from tests.test_distributed import drive
 
@@ -118,3 +120,36 @@ def test_a_pulse_is_a_move(monkeypatch):
         one._tell(tick)
         found.append(one._look(tick))
     assert found[:4] == [None] * 4 and found[4].startswith("rank 0, in a step: stalled (no progress for 4 s)")
+
+
+def test_the_first_step_of_a_shape_is_given_longer_on_a_gpu():
+    """It compiles kernels: a whole batch's, the last one's of an epoch, that of an evaluation; of modules, each part of a batch."""
+
+    class Seen(watch.Unwatched):
+        def __init__(self):
+            self.places = []
+
+        def at(self, place, *, slow=False, pulse=None):
+            self.places.append((place.partition(",")[0], slow))
+
+    def seen(device: str) -> list[tuple[str, bool]]:
+        training = object.__new__(loop._Training)
+        training.device, training.watch, training.images = torch.device(device), Seen(), SimpleNamespace(images_read=lambda: 0)
+        training.epoch, training.batch, training.batches, training.steps = 0, 0, 3, 6
+        training._begun = set()
+        for working, counts in (("in a step", (8, 8, 3)), ("in evaluation", (8, 3)), ("in a step", (8, 8, 3))):
+            for image, _ in training.told(iter([(torch.empty(n, 3, 4, 4), torch.empty(n)) for n in counts]), "reading", working):
+                for part in image.chunk(2):
+                    training.at("in module 1", len(part))
+        return [(place, slow) for place, slow in training.watch.places if place != "reading"]
+
+    expected = [
+        ("in a step", True), ("in module 1", True), ("in module 1", False),
+        ("in a step", False), ("in module 1", False), ("in module 1", False),
+        ("in a step", True), ("in module 1", True), ("in module 1", True),
+        ("in evaluation", True), ("in module 1", False), ("in module 1", False),
+        ("in evaluation", True), ("in module 1", False), ("in module 1", False),
+        *[("in a step", False), ("in module 1", False), ("in module 1", False)] * 3,
+    ]  # fmt: skip
+    assert seen("cuda") == expected
+    assert seen("cpu") == [(place, False) for place, _ in expected]

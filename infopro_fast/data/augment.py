@@ -6,6 +6,7 @@ uint8 the result is the same pixels. Here one batch is one gather of windows: 1 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -78,6 +79,12 @@ def _reflected(size: int, padding: int, device: torch.device) -> torch.Tensor:
 
 def normalize(images: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """(N, C, H, W) uint8 to ``dtype``: (x / 255 - mean) / std per channel, rounded as `ToTensor` then `Normalize` round."""
-    channel = (1, -1, 1, 1)
-    mean, std = (torch.tensor(v, dtype=dtype, device=images.device).view(channel) for v in (mean, std))
+    mean, std = (_per_channel(tuple(v), dtype, images.device) for v in (mean, std))
     return images.to(dtype).div_(255).sub_(mean).div_(std)
+
+
+@functools.lru_cache(maxsize=64)
+def _per_channel(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """(1, C, 1, 1). Made once: a copy of Python numbers to a GPU waits for it, which no batch should."""
+    with torch.inference_mode(False):  # an evaluation may be the first to ask, and training asks for the same one
+        return torch.tensor(values, dtype=dtype, device=device).view(1, -1, 1, 1)

@@ -29,6 +29,7 @@ class Family:
 
     units: its blocks. make_end: from the blocks of the last module to the network's own loss. cifar: has the small auxiliary nets of
     the CIFAR networks. dense: labels are pixels'. ours: its weights are drawn here. reasons: why it cannot be cut at other places.
+    impl, decoder_impl: of the ops of heads and the network's own loss; of `ops.reconstruction_loss`.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Family:
     image_std: Sequence[float] | None
     label_smoothing: float
     impl: str
+    decoder_impl: str
     cifar: bool = False
     dense: bool = False
     ours: bool = True
@@ -107,7 +109,7 @@ class Family:
         return imagenet.StridedHead(unit.channels, self.size(unit), self.num_classes, mode, feature_dim, **options)
 
     def _decoder(self, unit: Unit, widen: float):
-        options = {"image_mean": self.image_mean, "image_std": self.image_std, "impl": self.impl}
+        options = {"image_mean": self.image_mean, "image_std": self.image_std, "impl": self.decoder_impl}
         if self.cifar:
             return Decoder(unit.channels, self.image_size[0], widen=widen, **options)
         return ChainDecoder(unit.channels, self.size(unit), self.image_size, **options)
@@ -132,14 +134,17 @@ def family(
     mean, std = _normalisation(image_mean, image_std, small)
     if num_classes is not None and num_classes < 1:
         raise ValueError(f"build: num_classes: expected at least 1, got {num_classes}")
-    common = {"image_size": size, "image_mean": mean, "image_std": std, "label_smoothing": label_smoothing, "impl": impl}
+    others = "auto" if impl == "cuda" else impl  # than reconstruction_loss, which alone has CUDA C++ kernels
+    common = {
+        "image_size": size, "image_mean": mean, "image_std": std, "label_smoothing": label_smoothing, "impl": others, "decoder_impl": impl,
+    }  # fmt: skip
     if own or arch in imagenet.ARCHS:
         return _classifier_of_maps(arch, num_classes, common)
     if arch in cityscapes.ARCHS or arch in SMALL:
         return _segmenter(arch, num_classes, common)
     classes = num_classes or 10
     units = backbones.units(arch) if arch in backbones.BLOCKS else densenet.units(arch)
-    tail = Classifier(units[-1].channels, classes, label_smoothing=label_smoothing, impl=impl)
+    tail = Classifier(units[-1].channels, classes, label_smoothing=label_smoothing, impl=others)
     return Family(arch, units, lambda _: tail, classes, cifar=True, **common)
 
 

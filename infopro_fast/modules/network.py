@@ -205,7 +205,7 @@ def build(
         and dense blocks; a pass over memory, no arithmetic worth counting); "block": keep each residual block's input alone and run
         the block again in backward (gradient checkpointing inside every module); "sqrt": the same for segments of sqrt(blocks)
         blocks (Chen et al. 2016).
-    impl: implementation of the losses, as in the ops.
+    impl: implementation of the losses, as in the ops; "cuda" of those that have CUDA C++ kernels (the reconstruction), "auto" of others.
 
     Raises ValueError naming the argument for unknown names, splits that do not exist, arguments that contradict each other, and
     networks or places that cannot be cut, with the reason; ImportError where torchvision is needed and missing.

@@ -146,16 +146,21 @@ def available(op: str, device: str | torch.device) -> dict[str, str | None]:
     return {"reference": None} | reasons
 
 
+def has_kernels(op: str, impl: str) -> bool:
+    """Whether ``op`` is implemented by ``impl`` on any machine. Every op is in plain torch, for the CPU and in Triton; some in CUDA C++."""
+    return op in {"triton": _TRITON_OPS, "cuda": _CUDA_OPS}.get(impl, (op,))
+
+
 def missing(op: str, impl: str, device: torch.device) -> str | None:
     """Why the kernels of ``impl`` cannot run on ``device``, None if they can."""
     kind = device.type
     if impl == "cpu":
         return load_cpu_kernels() if kind == "cpu" else f"runs on CPU tensors, not on {kind}"
     if impl == "cuda":
-        if op not in _CUDA_OPS:
+        if not has_kernels(op, impl):
             return f"{op} has no CUDA C++ kernels"
         return (_CUDA_KERNELS_MISSING or _too_old(device)) if kind == "cuda" else f"runs on CUDA tensors, not on {kind}"
-    if op not in _TRITON_OPS:
+    if not has_kernels(op, impl):
         return f"{op} has no Triton kernels"
     if kind == "cpu" and not INTERPRETED:
         return "runs on CUDA tensors; on CPU tensors in Triton's interpreter alone, if TRITON_INTERPRET=1 was set at import"

@@ -62,7 +62,8 @@ def reconstruction_loss(
     interpolate_mode: "bilinear" (align_corners=True, as released) or "nearest": how features are resized to (H, W) for a decoder
         that has no Upsample of its own.
     loss: "bce", "mse" or "l1", the mean over all N*3*H*W elements.
-    impl: "auto", "reference", "cpu", "triton" or "cuda"; one that is named runs or raises. Of decoders other than the CIFAR one, "cuda"
+    impl: "auto", "reference", "cpu", "triton" or "cuda"; one that is named runs or raises. Of the CIFAR decoder "cuda" takes as many
+        hidden channels as fit the shared memory of every GPU, 140 at the usual sizes; "auto" runs more in Triton. Of other decoders it
         runs 3x3 convolutions of at most 64 to at most 16 channels, enlarged at most 16 times, in CUDA C++ kernels; the last has to be one.
         Others run in Triton's, of which there are none for an Upsample whose factor makes no whole size: "auto" then takes the reference,
         and says so.
@@ -77,9 +78,12 @@ def reconstruction_loss(
     stage = single_stage(stages)
     tensors = {"features": features, "image": image} | {f"decoder.{n}": p for n, p in decoder.named_parameters()}
     limitation = "image requires grad, which the reference alone supports" if image.requires_grad else None
-    if stage is None and limitation is None and (impl in ("triton", "cuda") or features.device.type == "cuda"):
-        sizes = resizes(stages, features, image, interpolate_mode)
-        limitation = {"cuda": cuda_limitation(stages, sizes, features), "triton": triton_limitation(sizes, *features.shape[2:])}
+    if limitation is None and (impl in ("triton", "cuda") or features.device.type == "cuda"):
+        if stage is None:
+            sizes = resizes(stages, features, image, interpolate_mode)
+            limitation = {"cuda": cuda_limitation(stages, sizes, features), "triton": triton_limitation(sizes, *features.shape[2:])}
+        else:
+            limitation = {"cuda": _single_stage_limitation(stage, features, image)}
     chosen = resolve(OP, impl, tensors, limitation)
     if chosen == "reference":
         return reconstruction_loss_ref(features, image, decoder, interpolate_mode, loss, image_mean, image_std)
@@ -126,6 +130,36 @@ def single_stage(stages: tuple[ChainStage, ...]) -> Stage | None:
         return None
     norm = stages[0].norm
     return Stage(stages[0].conv, norm, stages[1].conv) if sync_group(norm) is None else None
+
+
+SHARED_MEMORY = 99 * 1024  # bytes that a block has on every GPU of compute capability 8.0 or later; many have more
+
+
+def _single_stage_limitation(stage: Stage, features: torch.Tensor, image: torch.Tensor) -> str | None:
+    """Why the CUDA C++ kernels cannot take these shapes on every GPU, None if they can."""
+    (N, C, h, w), (H, W), K = features.shape, image.shape[2:], stage.conv1.out_channels
+    if max(N * H * W, 12 * C * (K + 6), C * h * w) >= 2**31:
+        return "2^31 or more pixels, weights, or features of a sample"
+    if least_shared_memory(h, w, H, W, K) > SHARED_MEMORY:
+        return f"{K} hidden channels of maps of ({h}, {w}) resized to ({H}, {W}) do not fit the shared memory of every GPU"
+    return None
+
+
+def least_shared_memory(h: int, w: int, H: int, W: int, K: int) -> int:
+    """Bytes of the smallest plan of csrc/decoder_plan.cuh, tiles of one pixel and hidden channels one by one, or a few more."""
+    low_h, low_w = _under_five(h, H), _under_five(w, W)
+    pixels = 4 * (-(-low_h * low_w // 4) | 1)
+    z, logits = 20 * K, 3 * 56 + 4 * 27 * K  # with their borders
+    fixed = 34 * K + 20 + 2 * (low_h + low_w) + 8 * (2 * K + 4) + 3 * 4 + 8 * 3  # the last two: rounding to whole float4
+    taps, late = 9 * pixels, 4 * pixels
+    scratch = max(9 * low_h, 36, pixels + 12, logits - taps) + 3
+    return 4 * (z + fixed + taps + late + scratch)
+
+
+def _under_five(n_in: int, n_out: int) -> int:
+    """At least as many inputs as lie under five outputs side by side, by either resize."""
+    steps = min(4, n_out - 1)
+    return min(n_in, steps * (n_in - 1) // max(n_out - 1, 1) + 3)
 
 
 def _check(features, image, stages, interpolate_mode, loss, image_mean, image_std):

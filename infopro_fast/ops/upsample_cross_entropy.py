@@ -19,6 +19,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from .chain_decoder import fits
 from .dispatch import compute_dtype, define_kernels, first_order, no_autocast, resolve
 from .linear_cross_entropy import REDUCTIONS, reduce_rows
 
@@ -50,14 +51,16 @@ def upsample_cross_entropy(
         "mean" is 0 with zero gradients, where torch gives nan.
     return_confusion: also return the confusion matrix, (C, C) int64: pixels that are not ignored by their target (row) and the class of
         their largest logit (column; the first of equal logits).
-    impl: "auto", "reference", "cpu" or "triton"; one that is named runs or raises.
+    impl: "auto", "reference", "cpu" or "triton"; one that is named runs or raises. Triton's kernels take 2 H h and 2 W w below 2^31.
 
     Returns float64 for float64 logits, else float32 (arithmetic too).
     Kept for backward beside the inputs: on the CPU nothing, or C h w numbers a sample where those are at most H W; by Triton H W numbers.
     Raises ValueError or TypeError naming the argument, what was expected and what came.
     """
     _check(logits, target, class_weight, reduction, label_smoothing)
-    chosen = resolve(OP, impl, {"logits": logits, "target": target, "class_weight": class_weight})
+    on_gpu = impl == "triton" or logits.device.type == "cuda"
+    limitation = {"triton": _triton_limitation(logits, target)} if on_gpu else None
+    chosen = resolve(OP, impl, {"logits": logits, "target": target, "class_weight": class_weight}, limitation)
     if chosen == "reference":
         loss, confusion = upsample_cross_entropy_ref(
             logits, target, align_corners=align_corners, ignore_index=ignore_index, class_weight=class_weight,
@@ -70,6 +73,16 @@ def upsample_cross_entropy(
         options += (KEEP.index(keep),)
         loss, confusion = _UpsampleCrossEntropy.apply(logits, target, class_weight, options, bool(return_confusion), chosen)
     return (loss, confusion) if return_confusion else loss
+
+
+def _triton_limitation(logits: torch.Tensor, target: torch.Tensor) -> str | None:
+    """Why the Triton kernels cannot take these shapes, None if they can: positions between source pixels and programs have 32 bits."""
+    (N, C, h, w), (H, W) = logits.shape, target.shape[1:]
+    # A program has 32 pixels of a row or more; in backward 16 classes of 32 source pixels.
+    programs = max(N * H * -(-W // 32), N * -(-C // 16) * h * -(-w // 32))
+    if fits(h, w, H, W) and programs < 2**30:
+        return None
+    return f"logits {tuple(logits.shape)} and target {tuple(target.shape)} need more than 32 bits to count in"
 
 
 def upsample_cross_entropy_ref(

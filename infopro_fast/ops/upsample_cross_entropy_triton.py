@@ -77,7 +77,9 @@ def _forward_kernel(
     CONFUSION: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Losses and l of BLOCK_P pixels; their sum, and that of their targets' weights, in ``partial`` (programs, 2)."""
-    X, Y, n = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    program, blocks = tl.program_id(0), tl.cdiv(W, BLOCK_P)
+    X, row = program % blocks * BLOCK_P + tl.arange(0, BLOCK_P), program // blocks
+    Y, n = row % H, (row // H).to(tl.int64)
     label, kept = _labels(target + n * target_stride_n + Y.to(tl.int64) * target_stride_y, X, W, C, target_stride_x, ignore_index)
     y_low, y_high, weight_y = taps(Y, h, H, 0 if ALIGN_CORNERS else 2)
     x_low, x_high, weight_x = taps(tl.minimum(X, W - 1), w, W, 0 if ALIGN_CORNERS else 2)
@@ -121,9 +123,9 @@ def _forward_kernel(
     if CONFUSION:  # whole numbers: the same sum in any order
         counted = label.to(tl.int64) * C + largest
         tl.atomic_add(confusion + counted, tl.full((BLOCK_P,), 1, tl.int64), mask=kept, sem="relaxed")
-    program = (n * H + Y) * tl.num_programs(0) + tl.program_id(0)
-    tl.store(partial + 2 * program, tl.sum(value, 0))
-    tl.store(partial + 2 * program + 1, tl.sum(weight, 0))
+    sums = partial + 2 * program.to(tl.int64)
+    tl.store(sums, tl.sum(value, 0))
+    tl.store(sums + 1, tl.sum(weight, 0))
 
 
 @triton.jit
@@ -153,9 +155,11 @@ def _backward_kernel(
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """Gradient of BLOCK_C classes of BLOCK_W source pixels of one row y."""
-    columns, y = tl.program_id(0) * BLOCK_W + tl.arange(0, BLOCK_W), tl.program_id(1)
-    blocks = tl.cdiv(C, BLOCK_C)
-    n, classes = (tl.program_id(2) // blocks).to(tl.int64), tl.program_id(2) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    blocks_w, blocks_c = tl.cdiv(w, BLOCK_W), tl.cdiv(C, BLOCK_C)
+    first_column, rest = tl.program_id(0) % blocks_w * BLOCK_W, tl.program_id(0) // blocks_w
+    y, rest = rest % h, rest // h
+    n, classes = (rest // blocks_c).to(tl.int64), rest % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    columns = first_column + tl.arange(0, BLOCK_W)
     class_weights = _weights_of(class_weight, classes, classes < C, WEIGHTED)
     weights = tl.cast(C, tl.float32)
     if SMOOTH and WEIGHTED:
@@ -166,7 +170,6 @@ def _backward_kernel(
     scale = 1.0
     if not EACH:
         scale = tl.load(grad) / tl.load(divisor).to(tl.float32)
-    first_column = tl.program_id(0) * BLOCK_W
     last_X = _first(first_column + BLOCK_W, w, W, ALIGN_CORNERS)
     first_Y, last_Y = _first(y - 1, h, H, ALIGN_CORNERS), _first(y + 1, h, H, ALIGN_CORNERS)
     gradient = tl.zeros((BLOCK_C, BLOCK_W), tl.float32)
@@ -210,7 +213,6 @@ def _backward_kernel(
 
 def forward(logits, target, class_weight, align_corners, ignore_index, label_smoothing, reduction, keep, needs_confusion):
     """Loss, l of every pixel (or nothing), what the sum was divided by, and counts (or nothing). No tensor is copied but class_weight."""
-    _check_size(logits, target)
     N, C, h, w = logits.shape
     H, W = target.shape[1:]
     each = reduction == NONE
@@ -220,12 +222,11 @@ def forward(logits, target, class_weight, align_corners, ignore_index, label_smo
     divisor = torch.empty((), dtype=torch.float64, device=logits.device)
     confusion = torch.zeros((C, C) if needs_confusion else (0,), dtype=torch.int64, device=logits.device)
     tiles = choose_tiles(C)
-    grid = (triton.cdiv(W, tiles.forward_p), H, N)
-    count = grid[0] * H * N
+    count = N * H * triton.cdiv(W, tiles.forward_p)  # programs, all of them in x: a grid has at most 65535 in y and in z
     partial = torch.empty((count, 2), **numbers)
     weighted = class_weight is not None
     if count:
-        _forward_kernel[grid](
+        _forward_kernel[(count,)](
             logits, target, class_weight.contiguous() if weighted else partial, loss, lse, partial, confusion, C, h, w, H, W,
             ignore_index, label_smoothing, *logits.stride(), *target.stride(), align_corners, weighted, label_smoothing > 0, each,
             keep == KEEP_LSE, needs_confusion, tiles.block_c, tiles.forward_p, num_warps=4,
@@ -248,24 +249,13 @@ def backward(
     each, weighted = reduction == NONE, class_weight is not None
     tiles = choose_tiles(C)
     precision = dot_precision(torch.float32, capability(logits.device))
-    grid = (triton.cdiv(w, tiles.block_w), h, N * triton.cdiv(C, tiles.block_c))
-    _backward_kernel[grid](
+    _backward_kernel[(N * triton.cdiv(C, tiles.block_c) * h * triton.cdiv(w, tiles.block_w),)](
         grad, logits, target, class_weight.contiguous() if weighted else kept, kept, divisor, out, C, h, w, H, W,
         ignore_index, label_smoothing, *(grad.stride() if each else (0, 0, 0)), *logits.stride(), *target.stride(), *out.stride(),
         align_corners, weighted, label_smoothing > 0, each, precision, tiles.block_c, tiles.backward_p, tiles.block_w,
         num_warps=BACKWARD_WARPS, num_stages=2,
     )  # fmt: skip
     return out
-
-
-def _check_size(logits: torch.Tensor, target: torch.Tensor) -> None:
-    """Positions between source pixels are 32-bit fractions; rows and samples are the second and third dimension of a grid."""
-    (N, C, h, w), (H, W) = logits.shape, target.shape[1:]
-    if max((2 * H + 1) * h, (2 * W + 1) * w) >= 2**31 or max(H, h, N * C) >= 2**16:
-        raise ValueError(
-            "upsample_cross_entropy: impl='triton' takes 2 H h and 2 W w below 2^31, and H, h and N C below 65536, "
-            f"got logits {tuple(logits.shape)} and target {tuple(target.shape)}"
-        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from infopro_fast import data
 from infopro_fast.trainer import loop, report
 from infopro_fast.trainer.checkpoint import replace_file
@@ -96,7 +98,7 @@ def analyze(
                 show(f"{subject.run}: in {out / JSON} already")
         images, began = None, time.monotonic()
         for number, subject in enumerate(left, 1):
-            config = _here(subject.config, threads, device, data_root)
+            config = subject.config.to_look_at(threads=threads or torch.get_num_threads(), device=device, data_root=data_root)
             progress = _Progress(show, subject, number, len(left), settings.epochs, began)
             with loop._machine(config):
                 images = images or loop._load_data(config).to(config.device)  # the same of all
@@ -157,15 +159,6 @@ def _check_same_but_seed(a: Subject, b: Subject) -> None:
         raise ConfigError(f"{where} differ in more than their seed, so their mean has no meaning: {said}; analyze them into two folders")
     if a.config.seed == b.config.seed:
         raise ConfigError(f"{where} have the same seed {a.config.seed}: they are one run twice, and no error bar comes of that")
-
-
-def _here(config: TrainConfig, threads: int | None, device: str | None, data_root: str | Path | None) -> TrainConfig:
-    import torch
-
-    return dataclasses.replace(
-        config, threads=threads or torch.get_num_threads(), device=device or config.device, data_root=data_root or config.data_root,
-        download=False,
-    )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------

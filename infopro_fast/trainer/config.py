@@ -182,7 +182,7 @@ class TrainConfig:
     resident: bool = True
     """Keep all images on the device, as uint8; otherwise batches are made on the CPU and copied ahead of their use."""
     impl: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"
-    """Implementation of the losses."""
+    """Implementation of the losses. cuda: CUDA C++ kernels of the reconstruction, which alone has some; the others as with auto."""
     threads: int | None = None
     """CPU threads. Default: torch's."""
 
@@ -243,6 +243,7 @@ class TrainConfig:
         from infopro_fast.modules.auglocal import AUX_DEPTH
         from infopro_fast.modules.local_loss import default_lambdas
 
+        self.check_installed()
         recipe, modules, arch, local_loss = RECIPES[self.dataset], self.number_of_modules(), self.network, self.loss
         lambdas = self.lambdas
         if lambdas is None and local_loss in WEIGHTED and modules > 1:
@@ -287,6 +288,24 @@ class TrainConfig:
         if self.schedule in WARM and warmup >= epochs:
             raise ConfigError(f"warmup {warmup}: expected fewer than the {epochs} epochs of {self.iterations} iterations")
         return dataclasses.replace(self, epochs=epochs, warmup=warmup)
+
+    def check_installed(self) -> None:
+        """Raises ConfigError for what training needs, though not a look at what was trained, and is not installed."""
+        if self.optimizer_state == "8bit" and importlib.util.find_spec("torchao") is None:
+            raise ConfigError("optimizer_state 8bit needs torchao: pip install 'infopro-fast[8bit]'")
+
+    def to_look_at(
+        self, *, device: str | None = None, data_root: str | Path | None = None, threads: int | None = None
+    ) -> TrainConfig:  # fmt: skip
+        """The settings to evaluate a run with that was trained with these. device, data_root, threads: if not those of the run.
+
+        Nothing is downloaded. On another kind of device what only the run's own has is left out, kernels that were named, too.
+        """
+        device, changes = device or self.device, {}
+        if device.partition(":")[0] != self.device.partition(":")[0]:
+            changes = {"tf32": False, "cuda_graph": False, "impl": "reference" if self.impl == "reference" else "auto"}
+        data_root, threads = data_root or self.data_root, threads or self.threads
+        return dataclasses.replace(self, device=device, data_root=data_root, threads=threads, download=False, **changes)
 
     @property
     def network(self) -> str:
@@ -497,8 +516,6 @@ def _check_contradictions(c: TrainConfig) -> None:
     nesterov = c.nesterov and RECIPES[c.dataset].nesterov
     if c.optimizer_state != "float32" and not nesterov:
         raise ConfigError(f"optimizer_state {c.optimizer_state} and no-nesterov: its momentum is Nesterov's")
-    if c.optimizer_state == "8bit" and importlib.util.find_spec("torchao") is None:
-        raise ConfigError("optimizer_state 8bit needs torchao: pip install 'infopro-fast[8bit]'")
     if c.amp == "float16" and c.cuda_graph:
         raise ConfigError("amp float16 and cuda_graph: its gradient scaler is not captured; use bfloat16")
     if c.device != "auto":

@@ -47,10 +47,12 @@ class GraphedStep:
 
     def _capture(self, image: torch.Tensor, label: torch.Tensor, shape: tuple) -> None:
         self._image, self._label = image.clone(), label.clone()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            metrics = self.step(self._image, self._label)
-            self._values = torch.stack([value.double() for value in metrics.values()])
+        # On the batch's device, which need not be the current one: torch's own stream for captures is of whatever device was the first.
+        with torch.cuda.device(image.device):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=torch.cuda.Stream(image.device)):
+                metrics = self.step(self._image, self._label)
+                self._values = torch.stack([value.double() for value in metrics.values()])
         self._names, self._graph, self._shape = list(metrics), graph, shape
 
 

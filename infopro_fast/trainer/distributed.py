@@ -166,8 +166,8 @@ class DistributedTraining(loop._Training):
         config = self.config
         return ParallelTrainer(
             self.net, make_optimizer, group=self.group.data_group, first=self.layout.modules.start, modules=config.modules,
-            global_contrast=self.shared.global_contrast, at=lambda module: self.at(f"in {module}"), waiting=self.watch.waiting,
-            amp=loop.amp_dtype(config), accumulate=self.shared.accumulate,
+            global_contrast=self.shared.global_contrast, at=lambda module, images: self.at(f"in {module}", images),
+            waiting=self.watch.waiting, amp=loop.amp_dtype(config), accumulate=self.shared.accumulate,
         )  # fmt: skip
 
     # -----------------------------------------------------------------------------------------------------------------

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from infopro_fast import data, modules, ops
 
 from . import checkpoint, continuing, display, evaluation, processes, report, schedule
 from .config import ConfigError, TrainConfig
 from .meters import Clock, Meters
+from .moving_average import MovingAverage
 from .step import LocalTrainer
 from .watch import Unwatched, Watch, alone
 
@@ -87,6 +87,7 @@ def resume(
     config = report.read_config(run)
     if data_root is not None:
         config = dataclasses.replace(config, data_root=Path(data_root).absolute())
+    config.check_installed()
     if sharing:
         config = continuing.shared_anew(config, sharing)
     if config.parallel != "none" and (processes.launched() or sharing):
@@ -122,12 +123,13 @@ def evaluate_run(
 ) -> dict[str, float]:
     """What `evaluation.evaluate` finds of a run's weights.safetensors on its test images.
 
-    data_root, device: if not those of the run. scales, flip: as there. Raises RunError, DataError or ConfigError.
+    data_root, device: if not those of the run (`TrainConfig.to_look_at`). scales, flip: as there.
+    Raises RunError, DataError or ConfigError.
     """
     run = Path(run)
     config, weights = report.read_config(run), report.read_weights(run)
-    config = dataclasses.replace(config, data_root=data_root or config.data_root, device=device or config.device)
-    images = _load_data(dataclasses.replace(config, download=False))
+    config = config.to_look_at(device=device, data_root=data_root)
+    images = _load_data(config)
     if not images.dense and (flip or tuple(scales) != (1.0,)):
         raise ConfigError(f"{run}: scales and flip are for segmentation, and {config.dataset} is not")
     with _machine(config):
@@ -157,10 +159,11 @@ class _Training:
         self.trainer = self.make_trainer(make_optimizer)
         self.ema = None
         if config.ema is not None:
-            self.ema = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
+            self.ema = MovingAverage(net, config.ema)
         self.meters = Meters(config.log_every)
         self.epoch = self.batch = 0
-        self._begun: set[str] = set()  # what this process has done before
+        self._shapes: tuple[torch.Size, ...] = ()  # of the batch at hand
+        self._begun: set[tuple] = set()  # what this process has done before, and with which shapes
         self.best: float | None = None
         self.test: dict[str, float] | None = None
         self.seconds, self.metrics_bytes, self.came_from = 0.0, 0, ""
@@ -195,14 +198,18 @@ class _Training:
             batch = next(batches, None)
             if batch is None:
                 return
+            self._shapes = tuple(t.shape for t in batch)
             self.at(working)
             yield batch
 
-    def at(self, what: str) -> None:
-        """Go on to a step or an evaluation. The first one on a GPU compiles and chooses kernels."""
-        first = self.device.type == "cuda" and what not in self._begun
-        self.watch.at(f"{what}, {self.place}", slow=first)
-        self._begun.add(what)
+    def at(self, what: str, images: int | None = None) -> None:
+        """Go on to a step, or to a module with a part of so many images of a batch, or to an evaluation.
+
+        On a GPU the first one of a shape compiles and chooses kernels: the last, smaller batch of an epoch, too.
+        """
+        begun = what, self._shapes, images
+        self.watch.at(f"{what}, {self.place}", slow=self.device.type == "cuda" and begun not in self._begun)
+        self._begun.add(begun)
 
     def train_step(self, image: torch.Tensor, label: torch.Tensor) -> None:
         self.meters.add(self.trainer.step(image, label), len(label))
@@ -464,7 +471,8 @@ def _load_data(config: TrainConfig) -> data.ImageSet | data.FolderSet:
 
 def _build(config: TrainConfig, images: data.ImageSet | data.FolderSet) -> modules.LocalNetwork:
     if config.impl != "auto":
-        for op in ops.OPS:
+        # Of what has no CUDA C++ kernels, cuda asks for none (`modules.build`); Triton's are there for every op.
+        for op in (op for op in ops.OPS if config.impl != "cuda" or ops.has_kernels(op, "cuda")):
             reason = ops.available(op, config.device)[config.impl]
             if reason is not None:
                 raise ConfigError(f"impl {config.impl}: {op}: {reason}")

@@ -87,7 +87,7 @@ class ParallelTrainer(LocalTrainer):
     comm_hook: called once a module and step (and dtype of its gradients) with these in one flat tensor and the group, right after the
     module's backward; starts to replace the tensor by the sum over the group and returns what to wait for (its ``wait()`` is called
     after the next module's backward), as for DistributedDataParallel's hooks, to send fewer bytes or to look on.
-    at, waiting: told where this process is, and the context in which it waits for others (`Watch`).
+    at, waiting: told where this process is and with how many images, and the context in which it waits for others (`Watch`).
     Other arguments as in `LocalTrainer`.
     """
 
@@ -101,7 +101,7 @@ class ParallelTrainer(LocalTrainer):
         modules: int | None = None,
         global_contrast: bool = False,
         comm_hook: CommHook = all_reduce,
-        at: Callable[[str], None] = lambda place: None,
+        at: Callable[[str, int], None] = lambda place, images: None,
         waiting: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
         **options,
     ):
@@ -134,7 +134,7 @@ class ParallelTrainer(LocalTrainer):
         here = list(zip(self.net.stages, self.net.local_losses, self.optimizers, self.scalers))
         for i, (stage, local_loss, optimizer, scaler) in enumerate(here):
             number = self.first + i + 1
-            self.at(f"module {number}")
+            self.at(f"module {number}", len(label))
             h, found = local_step(
                 stage, local_loss, optimizer, h, image, label, autocast=self.autocast, scaler=scaler, share=share * self._share,
                 update=update and self.reductions is None,

@@ -7,7 +7,8 @@ of a failure writes it into the store and prints it; the others end without a wo
 A process that is alive may stand still all the same. It moves when it goes to another place, and at some places by less: an image
 that is read, a piece of a checkpoint that is on the disk, a message that has come. So slow work moves, and what has not moved for as
 long as the patience is stands still. Only what is one call without an inside is given longer (`at`'s slow): opening a data set,
-building a network, reading a checkpoint, the first step on a GPU, which compiles kernels, and drawing the learning curve.
+building a network, reading a checkpoint, a GPU's first step with batches of a shape, which compiles kernels, and drawing the learning
+curve.
 
 Silence is counted in the ticks of one's own thread, not in seconds of a clock: a machine that sleeps loses nobody. Nor does one that is
 busy with others: while a thread of the process could run and is not let, its time without a move stands still (Linux says so).

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from infopro_fast.ops import upsample_cross_entropy
+from infopro_fast.ops import upsample_cross_entropy, upsample_cross_entropy_triton
 from tests import compare, golden, op_cases
 from tests.op_cases import check, gradients, upsample_ce
 
@@ -159,7 +159,30 @@ def test_same_bits_twice():
     compare.assert_same(first["logits"], second["logits"])
 
 
+class Launches:
+    """In the place of a kernel: notes the grids that it would be launched with."""
+
+    def __init__(self):
+        self.grids = []
+
+    def __getitem__(self, grid):
+        return lambda *args, **options: self.grids.append(grid)
+
+
+@pytest.mark.parametrize("N, C, h, H", [(1, 2, 1, 70000), (1, 2, 70000, 1), (70000, 2, 1, 1), (3, 70000, 1, 1), (2, 40, 300, 400)])
+def test_programs_are_counted_in_the_one_dimension_that_takes_so_many(N, C, h, H, monkeypatch):
+    """A GPU has at most 65535 in the others. Each program is there once: BLOCK_P pixels of a row; BLOCK_C classes of BLOCK_W pixels."""
+    kernels = {name: Launches() for name in ("_forward_kernel", "_finish_kernel", "_backward_kernel")}
+    for name, launches in kernels.items():
+        monkeypatch.setattr(upsample_cross_entropy_triton, name, launches)
+    logits = torch.zeros(1, 1, 1, 1).expand(N, C, h, 40).requires_grad_()
+    upsample_cross_entropy(logits, torch.zeros(1, 1, 1, dtype=torch.uint8).expand(N, H, 100), impl="triton").backward()
+    tiles = upsample_cross_entropy_triton.choose_tiles(C)
+    assert kernels["_forward_kernel"].grids == [(N * H * -(-100 // tiles.forward_p),)]
+    assert kernels["_backward_kernel"].grids == [(N * -(-C // tiles.block_c) * h * -(-40 // tiles.block_w),)]
+
+
 def test_sizes_beyond_its_counters_are_refused():
-    logits, target = torch.zeros(1, 2, 1, 1), torch.zeros(1, 70000, 1, dtype=torch.uint8)
-    with pytest.raises(ValueError, match="upsample_cross_entropy: impl='triton' takes .* H, h and N C below 65536, got"):
+    logits, target = torch.zeros(1, 2, 40000, 1), torch.zeros(1, 40000, 1, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="upsample_cross_entropy: impl='triton' cannot run this call: logits .* need more than 32 bits"):
         upsample_cross_entropy(logits, target, impl="triton")
