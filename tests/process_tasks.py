@@ -325,6 +325,13 @@ def _in_step(number: int, action) -> None:
     LocalTrainer.step = patched
 
 
+def _saved(run: Path) -> bool:
+    """Waits for the checkpoint of the first epoch: in a pipeline the first process may be in the second epoch before it is written."""
+    while not (run / "checkpoints" / checkpoint.name_of(1, 0)).is_dir():
+        time.sleep(0.01)
+    return True
+
+
 def _kill(_) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -373,7 +380,7 @@ AGAIN = {"pipeline-killed-1": 3, "pipeline-stands_still-0": 0, "data-stands_stil
 def _begin(folder: Path, mode: str, fault: str, rank: int) -> Group:
     def work(own: int) -> None:
         if own == rank:
-            _in_step(7, FAULTS[fault])
+            _in_step(7, lambda trainer: _saved(folder / "run") and FAULTS[fault](trainer))
         command(*TINY, "--out", folder / "run", *MODES[mode], "--patience", "4")
 
     return Group(SIZES.get(mode, 2), work, folder / "output", keeper=(mode, fault, rank) != ("data", "killed", 0))

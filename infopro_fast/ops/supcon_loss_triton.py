@@ -514,6 +514,8 @@ def choose_tiles(cc: int, parts: int, D: int, bounded: bool, backward: bool = Fa
     # wgmma takes both operands from shared memory; the older mma from registers, which eight warps have twice as many of.
     if cc in (90, 100, 103):
         block_n = 64 if D <= block_d and (bounded or (cc != 90 and not backward)) else 32
+        if backward and parts == 2 and D > block_d:  # the logits' sums and two of the gradient's share the registers
+            block_n = 16
         return Tiles((64, block_n, block_d, 64), 4, 2)
     if backward and parts == 2:
         return Tiles((128, 32 if cc == 80 and bounded and D <= block_d else 16, block_d, 32), 8, 2)
