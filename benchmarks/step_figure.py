@@ -61,7 +61,7 @@ def markdown(rows: Sequence[Row]) -> str:
 
     parts = [
         f"A training step of {where(rows)}.",
-        "Milliseconds, medians of interleaved steps; in brackets times of ours.", grid(time),
+        "Milliseconds, medians; every method in a process of its own, its Ks in turn. In brackets times of ours.", grid(time),
         "Peak: MiB by which a process' resident set rises in a step.", grid(lambda row: f"{row.peak_bytes / 2**20:.0f}"),
     ]  # fmt: skip
     return "\n\n".join(parts) + "\n"
