@@ -312,7 +312,7 @@ def _run(command: Train | Eval | MakePlan | CompareMemory | Recipes | Scale | An
 
         print(report())
     elif isinstance(command, Eval):
-        from .trainer.loop import evaluate_run
+        from .trainer.run import evaluate_run
 
         scales = MULTI_SCALE if command.multi_scale else (1.0,)
         found = evaluate_run(command.run, data_root=command.data_root, device=command.device, scales=scales, flip=command.flip)
@@ -368,14 +368,14 @@ def _train(command: Train, argv: list[str]) -> None:
         raise ConfigError(f"--resume continues a run with its own settings: leave out {', '.join(others)}")
     if command.resume is None and command.resume_previous:
         raise ConfigError("--resume-previous says which checkpoint --resume takes: add --resume RUN")
-    from .trainer import loop, report
+    from .trainer import report, run as runs
 
     if command.resume is None:
-        run = loop.fit(command.config)
+        run = runs.fit(command.config)
     else:
         anew = {name: getattr(command.config, name) for name in SHARING} if changed & set(SHARING) else None
         moved = command.config.data_root if "data_root" in changed else None
-        run = loop.resume(command.resume, previous=command.resume_previous, sharing=anew, data_root=moved)
+        run = runs.resume(command.resume, previous=command.resume_previous, sharing=anew, data_root=moved)
     if run is None:  # another process of the run says it
         return
     last = report.read_metrics(run, "epoch")[-1]
@@ -493,7 +493,7 @@ def _exit_code(error: Exception) -> int | None:
     from .plan import PlanError
     from .studies.runner import StudyError
     from .trainer.checkpoint import CheckpointError
-    from .trainer.loop import NonFiniteError
+    from .trainer.errors import NonFiniteError
     from .trainer.report import RunError
     from .trainer.watch import ProcessFailure
 

@@ -15,7 +15,7 @@ import safetensors.torch  # noqa: F401
 import torch
 import torch._dynamo  # noqa: F401  by every optimizer
 
-from infopro_fast.trainer import checkpoint, loop, report
+from infopro_fast.trainer import checkpoint, fit, loop, report, resume
 from tests.tiny_run import config, small_and_plain
 
 
@@ -119,11 +119,11 @@ def main(folder: Path, moments: list[str]) -> None:
 
         def train(moment=moment, minutes=minutes):
             MOMENTS[moment]()
-            loop.fit(config(folder / moment, checkpoint_minutes=minutes))
+            fit(config(folder / moment, checkpoint_minutes=minutes))
 
         codes = [in_child(train)]
         if moment != "never":
-            codes.append(in_child(lambda moment=moment: loop.resume(folder / moment)))
+            codes.append(in_child(lambda moment=moment: resume(folder / moment)))
         found[moment] = codes
     print(json.dumps(found))
 

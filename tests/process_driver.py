@@ -21,7 +21,7 @@ import torch._dynamo  # noqa: F401  by every optimizer
 import torch.distributed as dist
 
 from infopro_fast import cli
-from infopro_fast.trainer import distributed  # noqa: F401
+from infopro_fast.trainer import run  # noqa: F401
 from tests.tiny_run import small_and_plain
 
 

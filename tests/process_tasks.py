@@ -620,7 +620,7 @@ def _slow() -> None:
         return wrapped
 
     folder_set._Samples.__getitem__ = slowly(folder_set._Samples.__getitem__, 0.35)
-    pipeline.EvaluationPart.forward = slowly(pipeline.EvaluationPart.forward, 0.6)
+    modules.LocalNetwork.forward = slowly(modules.LocalNetwork.forward, 0.6)
     os.fsync = slowly(os.fsync, 0.2)
 
 
@@ -707,7 +707,7 @@ MOMENTS = {
     "cache_without_its_sum": lambda: kill_before(feature_cache, "_digest", 12),
     "cache_of_tests": lambda: kill_before(feature_cache, "_digest", 14),
     "second_cache": lambda: kill_before(feature_cache, "_bytes", 14 + 6),
-    "between": lambda: kill_before(sequential._Sequence, "cache", 2),
+    "between": lambda: kill_before(sequential.Sequence, "cache", 2),
     "end": lambda: kill_before(report, "write_weights", 1),
 }
 

@@ -103,7 +103,7 @@ def test_flags_beside_resume(tmp_path, monkeypatch, capsys):
     run, seen = tmp_path / "run", []
     run.mkdir()
     (run / report.CONFIG).write_text(config(cuts=((1, 1), (2, 1)), lambdas=(1, 0, 1, 1), batch_size=48).to_json())
-    monkeypatch.setattr("infopro_fast.trainer.loop.resume", lambda *args, **options: seen.append((args, options)))
+    monkeypatch.setattr("infopro_fast.trainer.run.resume", lambda *args, **options: seen.append((args, options)))
 
     def command(*words):
         with pytest.raises(SystemExit) as stop:

@@ -120,8 +120,7 @@ def test_a_part_of_the_modules_trains_to_the_same_bits(name):
     for step in range(2):
         expected = trainer.step(IMAGE, LABEL)
         found = first.step(IMAGE, LABEL)
-        rest.incoming = first.outgoing
-        found |= rest.step(torch.full_like(IMAGE, torch.nan) if name == "infopro_l" else IMAGE, LABEL)
+        found |= rest.step(torch.full_like(IMAGE, torch.nan) if name == "infopro_l" else IMAGE, LABEL, features=first.outgoing)
         assert found.keys() == expected.keys() and all(torch.equal(found[n], expected[n]) for n in found), step
     assert all(torch.equal(t, whole.state_dict()[n]) for n, t in net.state_dict().items())
 

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import infopro_fast
 from infopro_fast.data import DataError, cifar10, fashion_mnist
-from infopro_fast.trainer import checkpoint, display, evaluate_run, fit, loop, report, resume, schedule
+from infopro_fast.trainer import checkpoint, display, evaluate_run, fit, loop, report, resume, schedule, setup
 from infopro_fast.trainer.config import ConfigError, TrainConfig
 from infopro_fast.trainer.meters import Meters
 from infopro_fast.trainer.step import LocalTrainer
@@ -46,11 +46,11 @@ def test_cuda_is_asked_of_the_op_that_has_it_and_triton_of_all(monkeypatch):
     def available(op, device):
         return {"cuda": reasons.get(op) if op == "reconstruction_loss" else f"{op} has no CUDA C++ kernels", "triton": reasons.get(op)}
 
-    monkeypatch.setattr(loop.ops, "available", available)
-    monkeypatch.setattr(loop.modules, "build", lambda *args, **options: SimpleNamespace(to=lambda *_: options["impl"]))
+    monkeypatch.setattr(setup.ops, "available", available)
+    monkeypatch.setattr(setup.modules, "build", lambda *args, **options: SimpleNamespace(to=lambda *_: options["impl"]))
 
     def build(impl):
-        return loop._build(TrainConfig(impl=impl, device="cuda").resolved(), tiny_run.load())
+        return setup.build(TrainConfig(impl=impl, device="cuda").resolved(), tiny_run.load())
 
     assert build("cuda") == "cuda" and build("triton") == "triton"
     reasons["supcon_loss"] = "not installed"
@@ -443,11 +443,11 @@ def test_dgl_needs_two_images_in_every_part(tmp_path):
     images = fashion_mnist.load()
     shared = dataclasses.replace(dgl, parallel="data", batch_size=26)  # two batches of 26: parts of 13, or of 4 and 3
     for fits, replicas in ((dgl, 1), (shared, 2), (shared, 8), (dataclasses.replace(shared, sync_batch_norm=True), 26)):
-        loop.check_batches(fits, images, replicas)
-    loop.check_batches(dataclasses.replace(dgl, drop_last=True), images.held_out(3))
+        setup.check_batches(fits, images, replicas)
+    setup.check_batches(dataclasses.replace(dgl, drop_last=True), images.held_out(3))
     for alone, replicas in ((shared, 26), (shared, 20), (dataclasses.replace(shared, accumulate=4), 2)):
         with pytest.raises(ConfigError, match="local_loss dgl: .* leave 1 alone"):
-            loop.check_batches(alone, images, replicas)
+            setup.check_batches(alone, images, replicas)
 
 
 def without_torchao(monkeypatch):

@@ -18,7 +18,8 @@ from infopro_fast import cli
 from infopro_fast.data import Split, fashion_mnist, part_of, shapes_seg
 from infopro_fast.modules import IGNORE, AuxClassifier
 from infopro_fast.modules.heads import CONFIGS
-from infopro_fast.trainer import distributed, evaluation, fit, loop, recipes, report, resume, schedule
+from infopro_fast.trainer import evaluation, fit, loop, processes, recipes, report, resume, schedule, setup
+from infopro_fast.trainer import run as runs
 from infopro_fast.trainer.config import ConfigError, TrainConfig
 from infopro_fast.trainer.processes import Processes, layout
 from infopro_fast.trainer.step import LocalTrainer
@@ -215,7 +216,7 @@ def test_statistics_of_a_whole_batch_are_of_all_processes(name, contrast):
 
 @pytest.fixture
 def one_of_two(monkeypatch):
-    """What `distributed.fit` trains as process 0 of 2, of which there is no other: up to the first step."""
+    """What `fit` trains as process 0 of 2, of which there is no other: up to the first step."""
     made = {}
 
     class Held(Exception):
@@ -227,17 +228,17 @@ def one_of_two(monkeypatch):
 
     @contextlib.contextmanager
     def connected(config):
-        processes = Processes(layout(config, 0, 2), object())  # a group that nothing is sent to
-        processes.watch = types.SimpleNamespace(at=lambda *_, **__: None, waiting=contextlib.nullcontext)
-        yield processes
+        found = Processes(layout(config, 0, 2), object())  # a group that nothing is sent to
+        found.watch = types.SimpleNamespace(at=lambda *_, **__: None, waiting=contextlib.nullcontext)
+        yield found
 
     def begin(config):
         with pytest.raises(Held):
-            distributed.fit(config.resolved())
+            fit(config)
         return made["training"]
 
-    monkeypatch.setattr(distributed, "connected", connected)
-    monkeypatch.setattr(distributed.DistributedTraining, "run_to_end", hold)
+    monkeypatch.setattr(processes, "connected", connected)
+    monkeypatch.setattr(loop.Training, "run_to_end", hold)
     monkeypatch.setattr(Processes, "share", lambda self, value, source: value)
     return begin
 
@@ -309,20 +310,20 @@ def test_segmentation_in_steps_with_everything(few_scenes, tmp_path, capsys):
 
     stopped = tmp_path / "b"
     with pytest.MonkeyPatch.context() as patch:
-        finish = loop._Training.finish_epoch
+        finish = loop.Training.finish_epoch
 
         def die(self):
             finish(self)
             raise Killed
 
-        patch.setattr(loop._Training, "finish_epoch", die)
+        patch.setattr(loop.Training, "finish_epoch", die)
         with pytest.raises(Killed):
             fit(TrainConfig(out=stopped, **settings))
     resume(stopped)
     expected, got = report.read_weights(run), report.read_weights(stopped)
     assert all(torch.equal(got[name], tensor) for name, tensor in expected.items()) and expected.keys() == got.keys()
 
-    found = loop.evaluate_run(run)
+    found = runs.evaluate_run(run)
     assert found["miou"] == pytest.approx(last["test"]["miou"]) and found["count"] == 6
     with pytest.raises(SystemExit):
         cli.main(["eval", str(run), "--multi-scale", "--flip"])
@@ -344,20 +345,20 @@ def test_init(few_scenes, tmp_path):
     state = {f"module.{name}": tensor for name, tensor in source.released_state_dict().items()}
     torch.save({"state_dict": state}, tmp_path / "weights.pth")
     before = {name: tensor.clone() for name, tensor in target.released_state_dict().items()}
-    loop.load_init(target, tmp_path / "weights.pth")
+    setup.load_init(target, tmp_path / "weights.pth")
     own, given = target.released_state_dict(), source.released_state_dict()
     for name, tensor in own.items():
         assert torch.equal(tensor, given[name] if given[name].shape == tensor.shape else before[name]), name
     torch.save({"other": torch.zeros(3)}, tmp_path / "other.pth")
     with pytest.raises(ConfigError, match="none of its 1 entries"):
-        loop.load_init(target, tmp_path / "other.pth")
+        setup.load_init(target, tmp_path / "other.pth")
     for name, content in (("text.pth", b"no weights"), ("word.pth", b"hello"), ("empty.pth", b""), ("bad.safetensors", b"no weights")):
         (tmp_path / name).write_bytes(content)
     for name, content in (("list.pth", [torch.zeros(3)]), ("numbers.pth", {1: torch.zeros(3)}), ("inside.pth", {"state_dict": 3})):
         torch.save(content, tmp_path / name)
     for name in sorted(path.name for path in tmp_path.iterdir() if path.name not in ("weights.pth", "other.pth")) + ["missing.pth"]:
         with pytest.raises(ConfigError, match=f"{name}: not a file of weights"):
-            loop.load_init(target, tmp_path / name)
+            setup.load_init(target, tmp_path / name)
 
 
 def test_ema_is_what_is_tested_and_written(few_scenes, tmp_path):

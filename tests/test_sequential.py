@@ -85,11 +85,11 @@ def test_one_module_is_in_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(fashion_mnist, "load", tiny_run.load)
     step, found = ParallelTrainer.step, []
 
-    def patched(self, *args):
+    def patched(self, *args, **options):
         if not found or found[-1][0] != self.first:
             own = {id(p) for p in self.net.parameters()}
             found.append((self.first, {id(p) for p in gc.get_objects() if type(p) is nn.Parameter} - before, own))
-        return step(self, *args)
+        return step(self, *args, **options)
 
     # The first training of a process imports modules of torch's as it goes, and frames from then, in a cycle, hold on to their parameters.
     fit(tiny_run.config(tmp_path / "first", epochs=1, warmup=0))
@@ -111,14 +111,14 @@ def test_the_peak_of_a_step_is_that_of_the_largest_module(tmp_path, monkeypatch)
     monkeypatch.setattr(fashion_mnist, "load", tiny_run.load)
     step, found = ParallelTrainer.step, {}
 
-    def patched(self, image, label):
+    def patched(self, image, label, total, *, features):
         if self.first:
-            self.incoming = self.incoming.clone()  # of the file's mapping, which is of all batches, what this one has
+            features = features.clone()  # of the file's mapping, which is of all batches, what this one has
         live = LiveBytes([*self.net.parameters(), *self.net.buffers(), image, label])
         state = [t for optimizer in self.optimizers for entry in optimizer.state.values() for t in entry.values()]
         live.hold(OPTIMIZER, state)
         with live, live.watch_gradients(self.net.parameters()):
-            metrics = step(self, image, label)
+            metrics = step(self, image, label, total, features=features)
         if state:  # a step that makes it is higher
             found[self.first], given[self.first] = live.peak._replace(optimizer=0), (image, label)
         return metrics

@@ -133,7 +133,7 @@ def test_the_first_step_of_a_shape_is_given_longer_on_a_gpu():
             self.places.append((place.partition(",")[0], slow))
 
     def seen(device: str) -> list[tuple[str, bool]]:
-        training = object.__new__(loop._Training)
+        training = object.__new__(loop.Training)
         training.device, training.watch, training.images = torch.device(device), Seen(), SimpleNamespace(images_read=lambda: 0)
         training.epoch, training.batch, training.batches, training.steps = 0, 0, 3, 6
         training._begun = set()

@@ -21,10 +21,11 @@ from typing import Any
 import torch
 
 from infopro_fast import data
-from infopro_fast.trainer import loop, report
+from infopro_fast.trainer import report, setup
 from infopro_fast.trainer.checkpoint import replace_file
 from infopro_fast.trainer.config import ConfigError, TrainConfig
 from infopro_fast.trainer.display import duration
+from infopro_fast.trainer.errors import NonFiniteError
 from infopro_fast.trainer.report import RunError
 
 from .probes import DEFAULT, PROBES, ProbeSettings, baseline, probe_network
@@ -100,8 +101,8 @@ def analyze(
         for number, subject in enumerate(left, 1):
             config = subject.config.to_look_at(threads=threads or torch.get_num_threads(), device=device, data_root=data_root)
             progress = _Progress(show, subject, number, len(left), settings.epochs, began)
-            with loop._machine(config):
-                images = images or loop._load_data(config).to(config.device)  # the same of all
+            with setup.machine(config):
+                images = images or setup.load_data(config).to(config.device)  # the same of all
                 entry = _entry(subject, config, images, settings, progress)
             content["runs"] = [e for e in content["runs"] if e["run"] != entry["run"]] + [entry]
             replace_file(out / JSON, _json(content))
@@ -168,7 +169,7 @@ def _check_same_but_seed(a: Subject, b: Subject) -> None:
 def _entry(subject: Subject, config: TrainConfig, images: data.ImageSet, settings: ProbeSettings, progress: _Progress) -> dict:
     """Probe one run."""
     began = time.monotonic()
-    net = loop._build(config, images)
+    net = setup.build(config, images)
     try:
         net.load_released_state_dict(report.read_weights(subject.run))
     except ValueError as error:
@@ -176,7 +177,7 @@ def _entry(subject: Subject, config: TrainConfig, images: data.ImageSet, setting
     try:
         blocks = probe_network(net, images, settings, progress)
     except FloatingPointError as error:
-        raise loop.NonFiniteError(f"{subject.run}: {error}") from error
+        raise NonFiniteError(f"{subject.run}: {error}") from error
     return {
         "run": str(subject.run), "where": provenance(), "method": subject.method, "modules": subject.config.number_of_modules(),
         "seed": subject.config.seed, "weights": subject.weights, "settings": dataclasses.asdict(settings), **subject.images_and_network,

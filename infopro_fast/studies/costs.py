@@ -11,7 +11,7 @@ import torch
 
 from infopro_fast.memory.resident import KEEPING, in_a_process
 from infopro_fast.memory.step import measure_step
-from infopro_fast.trainer import loop, schedule
+from infopro_fast.trainer import schedule, setup
 from infopro_fast.trainer.config import TrainConfig
 from infopro_fast.trainer.step import LocalTrainer
 
@@ -32,8 +32,8 @@ def _measure_here(settings: str) -> dict[str, Any]:
     config = TrainConfig.from_json(settings)
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
-    images = loop._load_data(config)
-    trainer = LocalTrainer(loop._build(config, images), schedule.released_sgd(config.lr), amp=loop.amp_dtype(config))
+    images = setup.load_data(config)
+    trainer = LocalTrainer(setup.build(config, images), schedule.released_sgd(config.lr), amp=setup.amp_dtype(config))
     device = torch.device(config.device)
     image, label = next(images.train_epoch(config.batch_size, seed=0, epoch=0, dtype=getattr(torch, config.dtype), device=device))
     seconds = [_seconds(trainer, image, label) for _ in range(2 + STEPS)][2:]

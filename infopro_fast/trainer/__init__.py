@@ -7,10 +7,10 @@ _HOMES = {
     "LocalTrainer": "step",
     "TrainConfig": "config",
     "check_finite": "step",
-    "evaluate_run": "loop",
-    "fit": "loop",
+    "evaluate_run": "run",
+    "fit": "run",
     "released_sgd": "schedule",
-    "resume": "loop",
+    "resume": "run",
 }
 
 __all__ = ["LocalTrainer", "TrainConfig", "check_finite", "evaluate_run", "fit", "released_sgd", "resume"]

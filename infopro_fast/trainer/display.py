@@ -98,6 +98,13 @@ class PlainDisplay:
         )
 
 
+class Silent(PlainDisplay):
+    """Of a process that another one speaks for."""
+
+    def message(self, text: str) -> None:
+        pass
+
+
 class LiveDisplay:
     """One table, redrawn in place: every module's losses, accuracy, speed, memory and time left."""
 

@@ -48,6 +48,23 @@ def evaluate(
         net.train(training)
 
 
+def send_on(net: LocalNetwork, packets: Iterable, outlet, autocast: Callable[[], contextlib.AbstractContextManager]) -> None:
+    """The modules of one process in an evaluation: every batch's features go to the process behind (`pipeline.Sender`)."""
+    training = net.training
+    net.eval()
+    outlet.begin()
+    try:
+        with torch.inference_mode(), autocast():
+            for packet in packets:
+                h = packet.features
+                for stage in net.stages:
+                    h = stage(h)
+                outlet.send(packet._replace(request=None, metrics={}, image=None, features=h))
+            outlet.flush()
+    finally:
+        net.train(training)
+
+
 def headline(found: dict[str, float]) -> tuple[str, float]:
     """The number that a run is judged by, and its name."""
     return ("mIoU", found["miou"]) if "miou" in found else ("accuracy", found["accuracy"])

@@ -120,13 +120,16 @@ class ParallelTrainer(LocalTrainer):
                 if isinstance(module, AuxClassifier) and module.loss_mode == "contrast":
                     module.gather = self._gather
 
-    def step(self, image: torch.Tensor, label: torch.Tensor, total: int | None = None) -> Metrics:
+    def step(
+        self, image: torch.Tensor | None, label: torch.Tensor, total: int | None = None, *, features: torch.Tensor | None = None
+    ) -> Metrics:
         """One update of every module here. total: images of the whole batch, of which ``image`` is this process' part (`data.part_of`);
         None: every process has as many. Metrics are of this part, those of the last module (loss, correct) only where it is here."""
         replicas = 1 if self.group is None else dist.get_world_size(self.group)
         self._total = len(label) * replicas if total is None else total
         self._share = len(label) * replicas / self._total
-        return super().step(image, label)
+        self.incoming = None if self.first == 0 else features
+        return super().step(features if image is None else image, label)
 
     def _part(self, image: torch.Tensor, label: torch.Tensor, share: float = 1.0, update: bool = True) -> Metrics:
         metrics: Metrics = {}

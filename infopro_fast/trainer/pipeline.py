@@ -13,15 +13,11 @@ from __future__ import annotations
 import contextlib
 import json
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import nn
-
-from infopro_fast.modules import LocalNetwork
-
 SPEC, REQUEST, METRICS, LABEL, IMAGE, FEATURES = range(1, 7)  # tags
 REQUESTS = (None, "save", "stop")
 
@@ -157,43 +153,3 @@ def _described(t: torch.Tensor) -> tuple[list[int], str]:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-class EvaluationPart(nn.Module):
-    """The modules of one process in an evaluation; in the last one a network to `evaluation.evaluate`. counts: images a batch."""
-
-    def __init__(self, net: LocalNetwork, receiver: Receiver | None, sender: Sender | None, counts: Sequence[int]):
-        super().__init__()
-        self.net, self.receiver, self.sender, self.counts = net, receiver, sender, counts
-        self.training = net.training
-
-    @property
-    def classifier(self) -> nn.Module:
-        return self.net.classifier
-
-    def batches(self, own: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """(image, label); where a process before has them, features stand for the image. own: the batches as the first process has them."""
-        if self.receiver is None:
-            yield from own
-            return
-        for packet in self.receiver.receive(self.counts):
-            yield packet.features, packet.label
-
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
-        return self.net(image)
-
-    def forward_all(self, own: Iterable[tuple[torch.Tensor, torch.Tensor]], autocast: Waiting) -> None:
-        """Send every batch's features on."""
-        training = self.net.training
-        self.net.eval()
-        self.sender.begin()
-        try:
-            with torch.inference_mode(), autocast():
-                for image, label in self.batches(own):
-                    h = image
-                    for stage in self.net.stages:
-                        h = stage(h)
-                    self.sender.send(Packet(None, {}, label, None, h))
-                self.sender.flush()
-        finally:
-            self.net.train(training)

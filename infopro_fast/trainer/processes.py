@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from .config import ConfigError, TrainConfig
-from .watch import PATIENCE, ProcessFailure, Watch, cause_of, is_of_communication
+from .watch import PATIENCE, ProcessFailure, Unwatched, Watch, cause_of, is_of_communication
 
 PREFIX = "infopro_fast"
 
@@ -122,14 +122,16 @@ def layout(config: TrainConfig, rank: int, size: int) -> Layout:
 class Processes:
     """This process among the others. data_group: those that train the same modules, None if there is no other."""
 
-    watch: Watch
+    watch: Watch | Unwatched = Unwatched()
 
-    def __init__(self, layout: Layout, data_group: dist.ProcessGroup | None):
+    def __init__(self, layout: Layout, data_group: dist.ProcessGroup | None = None):
         self.layout, self.data_group = layout, data_group
         self.run: Path | None = None
 
     def share(self, value: object, source: int) -> object:
         """The object that the process ``source`` has; small ones only."""
+        if self.layout.size == 1:
+            return value
         box = [value]
         with self.watch.waiting():
             dist.broadcast_object_list(box, source, device=torch.device("cpu"))
@@ -137,6 +139,14 @@ class Processes:
 
     def hint(self) -> str:
         return "no run was begun" if self.run is None else f"continue with --resume {self.run}"
+
+
+def joined(config: TrainConfig, several: bool) -> contextlib.AbstractContextManager[Processes]:
+    """This process among those that take part in the run: torchrun's, or itself alone. Raises ConfigError where these do not fit."""
+    if several:
+        return connected(config)
+    check_alone(config)
+    return contextlib.nullcontext(Processes(Layout(0, 1, (range(config.number_of_modules()),))))
 
 
 @contextlib.contextmanager
@@ -191,7 +201,7 @@ def _sigterm_noted(watch: Watch) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _told(processes: Processes) -> Iterator[None]:
-    from .loop import Stopped
+    from .errors import Stopped
 
     watch = processes.watch
     try:
@@ -217,7 +227,7 @@ def _for_people() -> tuple[type[Exception], ...]:
     from infopro_fast.data import DataError
 
     from .checkpoint import CheckpointError
-    from .loop import NonFiniteError
+    from .errors import NonFiniteError
     from .report import RunError
 
     return ConfigError, DataError, CheckpointError, NonFiniteError, RunError, ProcessFailure

@@ -113,6 +113,19 @@ class MetricsLog:
         self._file.close()
 
 
+class NoLog:
+    """Of a process that another one writes for."""
+
+    def write(self, record: dict[str, Any]) -> None:
+        pass
+
+    def sync(self) -> int:
+        return 0
+
+    def close(self) -> None:
+        pass
+
+
 def read_metrics(folder: Path, kind: str) -> list[dict[str, Any]]:
     """The lines of one kind ("step": every `log_every` steps, or "epoch") in order.
 

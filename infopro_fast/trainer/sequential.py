@@ -23,58 +23,34 @@ from infopro_fast import data, modules
 from infopro_fast.plan import for_people
 
 from . import checkpoint, loop, report
-from .config import ConfigError, TrainConfig
+from .config import TrainConfig
 from .feature_cache import CacheFile, Features, check_space
-from .parallel import ParallelTrainer, modules_of
-from .pipeline import EvaluationPart
-from .watch import Unwatched, Watch, alone
+from .parallel import modules_of
+from .pipeline import Packet
+from .processes import Layout, Processes
+from .setup import amp_dtype, first_network
+from .share import Images, Share, test_counts
+from .stopping import StopRequest
+from .watch import Unwatched, Watch
 
 TRAINED, CACHE = "trained", "cache"
 
 
-def fit(config: TrainConfig) -> Path:
-    """`loop.fit` of a resolved config, one module after the other."""
-    images = loop._load_data(config)
-    config = config.in_epochs(images.batches(config.batch_size, config.drop_last))
-    loop.check_batches(config, images)
-    with loop._machine(config):
-        sequence = _Sequence(config, config.out or Path("runs"), images)  # raises what is wrong before there is a folder
-        sequence.check_space()
-        sequence.run = run = report.create(config)
-        with report.locked(run), alone(config.patience, run) as sequence.watch:
-            sequence.run_to_end()
-    return run
+class Sequence:
+    """The modules' training, one after the other; ``here.run`` is the run folder by the time that something is trained."""
 
-
-def resume(run: Path, config: TrainConfig, *, previous: bool = False) -> Path:
-    """`loop.resume` of such a run of ``config``. previous: take the checkpoint before the last of the module in progress."""
-    images = loop._load_data(config)
-    with report.locked(run), loop._machine(config):
-        report.keep_config(run, config)
-        sequence = _Sequence(config, run, images)
-        with alone(config.patience, run) as sequence.watch:
-            sequence.run_to_end(previous)
-    return run
-
-
-def _whole(config: TrainConfig, images: Any) -> modules.LocalNetwork:
-    """The network as every run of this config begins with it."""
-    torch.manual_seed(config.seed)
-    net = loop._build(config, images)
-    if config.init is not None:
-        loop.load_init(net, config.init)
-    return net
-
-
-class _Sequence:
-    """The modules' training, one after the other."""
-
-    watch: Watch | Unwatched = Unwatched()
-
-    def __init__(self, config: TrainConfig, run: Path, images: Any):
-        self.config, self.run, self.images = config, run, images
+    def __init__(self, config: TrainConfig, images: Any, here: Processes):
+        self.config, self.images, self.here = config, images, here
         self.device, self.dtype = torch.device(config.device), getattr(torch, config.dtype)
         self.features = self._measure()
+
+    @property
+    def run(self) -> Path:
+        return self.here.run or self.config.out or Path("runs")
+
+    @property
+    def watch(self) -> Watch | Unwatched:
+        return self.here.watch
 
     def run_to_end(self, previous: bool = False) -> None:
         self._clean()
@@ -84,7 +60,7 @@ class _Sequence:
                 self._train(k, previous)
                 previous = False
         self.watch.at("putting the modules together", slow=True)
-        net = _whole(self.config, self.images)
+        net = first_network(self.config, self.images)
         for k in range(self.config.modules):
             modules_of(net, range(k, k + 1)).load_state_dict(checkpoint.load(self.trained(k))["net"])
         last = report.read_metrics(self.run, "epoch")[-1]
@@ -94,26 +70,30 @@ class _Sequence:
         checkpoint._remove(self.run / CACHE)
 
     def _train(self, k: int, previous: bool) -> None:
-        stop = loop._StopRequest(self.run)
+        stop = StopRequest(self.run)
         source = None
         if k > 0:
             with stop:
                 source = self.cache(k - 1, stop) if self.config.cache else self._frozen(k)
         self.watch.at(f"building module {k + 1}", slow=True)
-        training = _ModuleTraining(self.config, self.run, self.images, self._module(k), k, source)
-        training.watch = self.watch
+        training = loop.Training(self.config, self.run, self.images, OneModule(self.config, self.images, self._module(k), self.here, k, source))
+        training.checkpoints = self.run / report.CHECKPOINTS / f"module{k + 1:03d}"
         if checkpoint.list_checkpoints(training.checkpoints):
             training.load(*checkpoint.load_latest(training.checkpoints, previous))
-        elif k > 0:
-            training.begin_after(checkpoint.load(self.trained(k - 1)))
+        else:
+            torch.manual_seed(data.image_set.epoch_seed(self.config.seed, -1 - k))
+            if k > 0:  # where the training of the module before ended
+                before = checkpoint.load(self.trained(k - 1))
+                training.seconds, training.metrics_bytes = before["seconds"], before["metrics_bytes"]
         training.run_to_end()
-        content = {"net": training.net.state_dict(), "seconds": training.clock.seconds, "metrics_bytes": training.metrics_bytes_now}
+        size = (self.run / report.METRICS).stat().st_size
+        content = {"net": training.net.state_dict(), "seconds": training.clock.seconds, "metrics_bytes": size}
         self.watch.at(f"writing module {k + 1}")
         checkpoint.save(self.run / TRAINED, self.trained(k).name, content, self.watch.moved)
         checkpoint._remove(training.checkpoints)
 
     def _module(self, k: int) -> modules.LocalNetwork:
-        return modules_of(_whole(self.config, self.images), range(k, k + 1))
+        return modules_of(first_network(self.config, self.images), range(k, k + 1))
 
     def trained(self, k: int) -> Path:
         return self.run / TRAINED / f"module{k + 1:03d}"
@@ -132,7 +112,7 @@ class _Sequence:
         return _Frozen([self._load_trained(i) for i in range(k)], self._autocast)
 
     def _autocast(self) -> contextlib.AbstractContextManager:
-        amp = loop.amp_dtype(self.config)
+        amp = amp_dtype(self.config)
         return contextlib.nullcontext() if amp is None else torch.autocast(self.device.type, amp)
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -144,7 +124,7 @@ class _Sequence:
 
     def _measure(self) -> list[Features]:
         """What each module gives of an image."""
-        net, found = _whole(self.config, self.images).eval(), []
+        net, found = first_network(self.config, self.images).eval(), []
         h, _ = next(iter(self.images.test_batches(2, self.dtype, self.device)))
         with torch.inference_mode(), self._autocast():
             for stage in net.stages:
@@ -177,7 +157,7 @@ class _Sequence:
         each = ", ".join(for_people(size) for size in sizes)
         return f"{what} takes up to {for_people(most)} in {self.run / CACHE} (module by module {each})"
 
-    def cache(self, k: int, stop: loop._StopRequest) -> _Cached:
+    def cache(self, k: int, stop: StopRequest) -> _Cached:
         """The outputs of module k, which are made if they are not there; those of the modules before it are then removed."""
         train, test = self.files(k)
         if not all(file.is_complete for file in (*train, test)):
@@ -261,76 +241,41 @@ class _Frozen:
         return self.train(0, 0, batches)
 
 
-class _ModuleTraining(loop._Training):
-    """The training of module k (from 0) on the features of ``source``, or for the first one on images."""
+class After:
+    """Inlet of module k: the images, and what the modules before make of them (``source``)."""
 
-    def __init__(self, config: TrainConfig, run: Path, images: Any, net: modules.LocalNetwork, k: int, source: _Cached | _Frozen | None):
-        self.k, self.source = k, source
-        super().__init__(config, run, images, net)
-        self.checkpoints = run / report.CHECKPOINTS / f"module{k + 1:03d}"
+    def __init__(self, images: Images, source: _Cached | _Frozen):
+        self.images, self.source = images, source
 
-    def make_trainer(self, make_optimizer) -> ParallelTrainer:
-        config = self.config
-        return ParallelTrainer(
-            self.net, make_optimizer, first=self.k, modules=config.modules, amp=loop.amp_dtype(config), accumulate=config.accumulate
-        )
+    def train(self, epoch: int, first: int, last: int) -> Iterator[Packet]:
+        epoch %= self.source.different_epochs or epoch + 1
+        batches = ((p.image, p.label) for p in self.images.train(epoch, first, last))
+        return (Packet(None, {}, label, image, h) for h, image, label in self.source.train(epoch, first, batches))
 
-    def begin_after(self, before: dict[str, Any]) -> None:
-        """Where the training of the module before ended."""
-        self.seconds, self.metrics_bytes = before["seconds"], before["metrics_bytes"]
-
-    def run_to_end(self) -> None:
-        if not self.came_from:
-            torch.manual_seed(data.image_set.epoch_seed(self.config.seed, -1 - self.k))
-        super().run_to_end()
-        self.metrics_bytes_now = (self.run / report.METRICS).stat().st_size
-
-    def train_batches(self) -> Batches:
-        config, epoch = self.config, self.epoch
-        if self.source is None:
-            yield from super().train_batches()
-            return
-        if self.source.different_epochs:
-            epoch %= self.source.different_epochs
-        batches = self.images.train_epoch(
-            config.batch_size, seed=config.seed, epoch=epoch, first=self.batch, drop_last=config.drop_last, augmented=config.augment,
-            dtype=self.dtype, device=self.device,
-        )  # fmt: skip
-        for h, image, label in self.source.train(epoch, self.batch, batches):
-            self.trainer.incoming = h
-            yield image, label
-
-    def evaluate(self) -> dict[str, float] | None:
-        if self.k < self.config.modules - 1:
-            return None
-        given = ((h, label) for h, _, label in self.source.test(self.stop.watch(self.test_batches())))
-        part = EvaluationPart(self.net, None, None, ())
-        return loop.evaluation.evaluate(part, given, autocast=self.trainer.autocast)
-
-    def more_of_epoch(self) -> dict[str, Any]:
-        return {"module": self.k + 1}
-
-    def tell_recipe(self) -> None:
-        if self.k == 0:
-            super().tell_recipe()
-
-    def write_weights(self) -> None:
-        pass  # those of the network, when all modules are trained
-
-    @property
-    def place(self) -> str:
-        return f"module {self.k + 1}, {super().place}"
-
-    @property
-    def title(self) -> str:
-        return f"module {self.k + 1} of {super().title}"
+    def test(self) -> Iterator[Packet]:
+        batches = ((p.image, p.label) for p in self.images.test())
+        return (Packet(None, {}, label, image, h) for h, image, label in self.source.test(batches))
 
 
-def test_counts(images: Any, batch_size: int) -> list[int]:
-    """Images in every test batch."""
-    size = min(batch_size, getattr(images, "test_batch", None) or batch_size)
-    total = len(images.test)
-    return [min(size, total - start) for start in range(0, total, size)]
+class OneModule(Share):
+    """Module k (from 0) on what the trained ones before it make of the images."""
 
+    def __init__(self, config: TrainConfig, images: Any, net: modules.LocalNetwork, here: Processes, k: int, source: _Cached | _Frozen | None):
+        super().__init__(config, images, net, here)
+        self.layout = Layout(0, 1, (range(k, k + 1),))
+        self.prefix, self.evaluates, self.tells_recipe = f"module {k + 1}", k == config.modules - 1, k == 0
+        if source is not None:
+            self.inlet = After(self.inlet, source)
 
-__all__ = ["ConfigError", "fit", "resume"]
+    evaluates = True
+
+    def about_epoch(self) -> dict[str, Any]:
+        return {"module": self.layout.modules.start + 1}
+
+    def whole(self, own: dict[str, Any]) -> dict[str, Any]:
+        return own
+
+    own = whole
+
+    def weights(self, net: modules.LocalNetwork, saved: dict[str, Any]) -> None:
+        """Those of the network, when all modules are trained."""

@@ -47,7 +47,7 @@ class ProcessFailure(RuntimeError):
 class Unwatched:
     """In the place of a `Watch`, in a run that nobody looks at."""
 
-    waited = 0.0
+    waited, stops = 0.0, False
 
     def at(self, place: str, *, slow: bool = False, pulse: Callable[[], int] | None = None) -> None:
         """As `Watch.at`."""

@@ -1,0 +1,187 @@
+"""A run from its beginning, from a checkpoint, or looked at: who takes part, its folder, what it is made of; then the loop."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from infopro_fast import data
+
+from . import checkpoint, continuing, evaluation, processes, recipes, report, schedule, setup, state
+from .config import ConfigError, TrainConfig
+from .loop import Training
+from .processes import Processes
+from .sequential import Sequence as ModuleByModule
+from .share import Share
+from .step import LocalTrainer
+from .watch import alone
+
+
+def fit(config: TrainConfig) -> Path | None:
+    """Train as ``config`` says and return the run folder; None in a process that another one writes it for.
+
+    SIGINT and SIGTERM stop it after a checkpoint (`Stopped`), a second one at once. Raises ConfigError, DataError, RunError
+    or NonFiniteError, whose messages are for people. Torch's generators and thread count are left as they were.
+    After a restart by torchrun (--max-restarts) the run in ``config.out`` continues from its last checkpoint.
+    """
+    config, several = config.resolved(), config.parallel != "none"
+    if several and processes.launched() and processes.may_restart() and config.out is None:
+        raise ConfigError("out: expected a run folder: torchrun with --max-restarts starts the same command again, which has to find it")
+    config = _here(config, several)
+    with processes.joined(config, several) as here, contextlib.ExitStack() as held:
+        restarted = several and processes.restarts() > 0
+        if restarted and here.share(_checkpoints(config.out), here.layout.main) > 0:
+            return _continue(here, held, config.out, None, previous=False)
+        images = _load_data(config, here)
+        config = config.in_epochs(images.batches(config.batch_size, config.drop_last))
+        _check_batches(config, images, here)
+        held.enter_context(setup.machine(config))
+        here.watch.at("building the network", slow=True)
+        training = _begin(config, images, here)  # raises what is wrong before there is a folder
+        if here.layout.is_main:
+            if restarted:
+                _remove_unbegun(config.out)
+            here.run = report.create(config, recipes.shared(config, here.layout.replicas))
+            held.enter_context(report.locked(here.run))
+        here.run = here.share(here.run, here.layout.main)
+        return _to_end(config, images, here, held, training)
+
+
+def resume(
+    run: str | Path, *, previous: bool = False, sharing: dict[str, Any] | None = None, data_root: str | Path | None = None
+) -> Path | None:
+    """Continue a run from its last checkpoint, or with ``previous`` from the one before it; on the same machine, to the same bits.
+
+    (On a GPU as far as torch's kernels are deterministic.) sharing: settings of `continuing.SHARING`, for other processes than those
+    that the run is of: {"parallel": "pipeline"} in what torchrun started, say; from then on it is of these. data_root: where the data
+    set's files are from now on, if not where the run found them.
+    Raises CheckpointError for a damaged checkpoint, ConfigError for processes that would not do the same training, and what `fit` raises.
+    """
+    config = report.read_config(Path(run))
+    if data_root is not None:
+        config = dataclasses.replace(config, data_root=Path(data_root).absolute())
+    config.check_installed()
+    if sharing:
+        config = continuing.shared_anew(config, sharing)
+    several = config.parallel != "none" and bool(processes.launched() or sharing)
+    with processes.joined(_here(config, several), several) as here, contextlib.ExitStack() as held:
+        return _continue(here, held, Path(run), config, previous)
+
+
+def _continue(here: Processes, held: contextlib.ExitStack, run: Path, anew: TrainConfig | None, previous: bool) -> Path | None:
+    """anew: the run's settings from now on; None: as they are."""
+    here.run, several, path, content = run, here.layout.size > 1 or dist.is_initialized(), None, None
+    if here.layout.is_main:
+        here.watch.at("reading a checkpoint", slow=True)
+        held.enter_context(report.locked(run))
+        checkpoint.clean(run / report.CHECKPOINTS)
+        anew = anew or report.read_config(run)
+        content = {"config": anew.to_json()}
+        if anew.order == "simultaneous":
+            path, content = checkpoint.load_latest(run / report.CHECKPOINTS, previous)
+            content["config"] = continuing.continued(TrainConfig.from_json(content["config"]), anew).to_json()
+    path = here.share(path, here.layout.main)
+    if several:  # the others may have no such folder
+        content = state.broadcast(content, here.layout.main, here.watch.waiting)
+    config = _here(TrainConfig.from_json(content["config"]), several)
+    images = _load_data(config, here)
+    _check_batches(config, images, here)
+    if here.layout.is_main:
+        report.keep_config(run, anew)
+    held.enter_context(setup.machine(config))
+    here.watch.at("building the network", slow=True)
+    return _to_end(config, images, here, held, _begin(config, images, here, fresh=False), path, content, previous)
+
+
+def _begin(config: TrainConfig, images: Any, here: Processes, fresh: bool = True) -> Share | ModuleByModule:
+    if config.order == "sequential":
+        sequence = ModuleByModule(config, images, here)
+        sequence.check_space()
+        return sequence
+    return Share(config, images, setup.first_network(config, images) if fresh else setup.build(config, images), here)
+
+
+def _to_end(config, images, here, held, begun, path=None, content=None, previous=False) -> Path | None:
+    if here.layout.size == 1 and not dist.is_initialized():
+        here.watch = held.enter_context(alone(config.patience, here.run))
+    if isinstance(begun, ModuleByModule):
+        begun.run_to_end(previous)
+    else:
+        begun.watch = here.watch
+        training = Training(config, here.run, images, begun)
+        if path is not None:
+            training.load(path, content)
+        training.run_to_end()
+    return here.run if here.layout.is_main else None
+
+
+def evaluate_run(
+    run: str | Path,
+    *,
+    data_root: str | Path | None = None,
+    device: str | None = None,
+    scales: Sequence[float] = (1.0,),
+    flip: bool = False,
+) -> dict[str, float]:
+    """What `evaluation.evaluate` finds of a run's weights.safetensors on its test images.
+
+    data_root, device: if not those of the run (`TrainConfig.to_look_at`). scales, flip: as there.
+    Raises RunError, DataError or ConfigError.
+    """
+    run = Path(run)
+    config, weights = report.read_config(run), report.read_weights(run)
+    config = config.to_look_at(device=device, data_root=data_root)
+    images = setup.load_data(config)
+    if not images.dense and (flip or tuple(scales) != (1.0,)):
+        raise ConfigError(f"{run}: scales and flip are for segmentation, and {config.dataset} is not")
+    with setup.machine(config):
+        net = setup.build(config, images)
+        try:
+            net.load_released_state_dict(weights)
+        except ValueError as error:
+            raise report.RunError(f"{run / report.WEIGHTS} does not fit {report.CONFIG}: {error}") from error
+        batches = images.to(config.device).test_batches(config.batch_size, getattr(torch, config.dtype), config.device)
+        trainer = LocalTrainer(net, schedule.released_sgd(config.lr), amp=setup.amp_dtype(config))
+        return evaluation.evaluate(net, batches, autocast=trainer.autocast, scales=scales, flip=flip)
+
+
+def _here(config: TrainConfig, several: bool) -> TrainConfig:
+    return dataclasses.replace(config, device=processes.local_device(config.device)) if several else config
+
+
+def _load_data(config: TrainConfig, here: Processes) -> data.ImageSet | data.FolderSet:
+    """Files that are fetched are fetched by one process of a machine, before the others look."""
+    here.watch.at("opening the data set", slow=True)
+    if config.download and processes.local_rank() == 0:
+        setup.load_data(config)
+    if config.download and dist.is_initialized():
+        with here.watch.waiting():
+            dist.all_reduce(torch.zeros(1))
+    return setup.load_data(dataclasses.replace(config, download=False))
+
+
+def _check_batches(config: TrainConfig, images: data.ImageSet | data.FolderSet, here: Processes) -> None:
+    smallest = config.batch_size if config.drop_last else images.train_count % config.batch_size or config.batch_size
+    replicas = here.layout.replicas
+    if smallest < replicas:
+        raise ConfigError(f"batch_size {config.batch_size}: {replicas} processes cannot share a batch of {smallest} (drop_last?)")
+    setup.check_batches(recipes.shared(config, replicas), images, replicas)
+
+
+def _checkpoints(run: Path) -> int:
+    return len(checkpoint.list_checkpoints(run / report.CHECKPOINTS)) if (run / report.CHECKPOINTS).is_dir() else 0
+
+
+def _remove_unbegun(run: Path) -> None:
+    """A run folder that a killed process created and wrote no checkpoint into: its files are made anew."""
+    first = {report.CONFIG, report.RECIPE}
+    known = {*first, report.METRICS, ".lock", report.CHECKPOINTS, *(checkpoint.ASIDE + name for name in first)}
+    if run.is_dir() and {path.name for path in run.iterdir()} <= known and _checkpoints(run) == 0:
+        for path in run.iterdir():
+            checkpoint._remove(path) if path.is_dir() else path.unlink()

@@ -1,0 +1,48 @@
+"""SIGINT and SIGTERM: a run stops at a good place, after a checkpoint."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from .errors import Stopped
+
+
+class StopRequest:
+    """Notes SIGINT and SIGTERM (``signum``) for the loop to stop at a good place; a second signal interrupts at once.
+
+    Outside the main thread, where Python allows no handlers, signals do what they did before.
+    """
+
+    def __init__(self, run: Path):
+        self.run = run
+        self.signum: int | None = None
+        self._old: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            self._old = {signum: signal.signal(signum, self._note) for signum in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for signum, handler in self._old.items():
+            signal.signal(signum, handler)
+
+    def _note(self, signum: int, frame: Any) -> None:
+        if self.signum is not None:
+            raise KeyboardInterrupt
+        self.signum = signum
+
+    def now(self, otherwise: int | None = None) -> None:
+        """Stop training here; the checkpoint is written. otherwise: the signal, where another process got it."""
+        raise Stopped(self.run, self.signum or otherwise)
+
+    def watch(self, batches: Iterable) -> Iterator:
+        """The batches, until a signal comes."""
+        for batch in batches:
+            if self.signum is not None:
+                self.now()
+            yield batch
