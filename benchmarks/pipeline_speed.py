@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 
 from infopro_fast.memory import figures, scale
-from infopro_fast.trainer import report
+from infopro_fast.trainer import run_folder
 
 from .device import provenance
 from .scale_validation import layouts, measured, train
@@ -29,7 +29,7 @@ BAR, BATCH, STEPS = 1.7, 128, 32
 
 
 def same_weights(one: Path, two: Path) -> bool:
-    a, b = (safetensors.torch.load_file(folder / report.WEIGHTS) for folder in (one, two))
+    a, b = (safetensors.torch.load_file(folder / run_folder.WEIGHTS) for folder in (one, two))
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 

@@ -38,8 +38,8 @@ import torch.distributed as dist
 
 from infopro_fast import build, data
 from infopro_fast.memory import figures, scale
-from infopro_fast.trainer import report, schedule
-from infopro_fast.trainer.parallel import ParallelTrainer
+from infopro_fast.trainer import run_folder, schedule
+from infopro_fast.trainer.processes.reduction import ParallelTrainer
 
 from .device import provenance
 
@@ -224,7 +224,7 @@ def train(net: scale.Network, processes: int, words: list[str], out: Path, *, st
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
-    at = {record["batch"]: record["seconds"] for record in report.read_metrics(out, "step")}
+    at = {record["batch"]: record["seconds"] for record in run_folder.read_metrics(out, "step")}
     first, last = steps // 4, 7 * steps // 8
     return (last - first) * batch_size / (at[last] - at[first])
 

@@ -21,8 +21,8 @@ from typing import Annotated, Literal
 import tyro
 
 from .studies.tables import Study
-from .trainer.config import ConfigError, TrainConfig
-from .trainer.continuing import CHANGEABLE, SHARING, kept
+from .trainer.settings.config import ConfigError, TrainConfig
+from .trainer.settings.continuing import CHANGEABLE, SHARING, kept
 
 PROG = "infopro-fast"
 COMMANDS = ("train", "eval", "plan", "memory", "recipes", "scale", "analyze", "reproduce", "info")
@@ -248,7 +248,7 @@ def _with_recipe(argv: list[str]) -> list[str]:
         return argv
     for i, word in enumerate(argv):
         if word == "--recipe" and i + 1 < len(argv) or word.startswith("--recipe="):
-            from .trainer.recipes import as_flags, settings_beside
+            from .trainer.settings.recipes import as_flags, settings_beside
 
             name = word.partition("=")[2] or argv[i + 1]
             return ["train", *as_flags(settings_beside(name, _given(argv))), *argv[1:]]
@@ -279,8 +279,8 @@ def _with_run(argv: list[str]) -> list[str]:
     run = _value(argv, "--resume")
     if argv[:1] != ["train"] or run is None or not changed or others:
         return argv
-    from .trainer.recipes import as_flags
-    from .trainer.report import read_config
+    from .trainer.settings.recipes import as_flags
+    from .trainer.run_folder import read_config
 
     own = kept(read_config(Path(run)), _value(argv, "--parallel"))
     return ["train", *as_flags({name: value for name, value in own.items() if value is not None}), *argv[1:]]
@@ -334,7 +334,7 @@ def _run(command: Train | Eval | MakePlan | CompareMemory | Recipes | Scale | An
 
 
 def _recipes(beginning: str) -> str:
-    from .trainer import recipes
+    from .trainer.settings import recipes
 
     rows = {name: row for name, row in recipes.ROWS.items() if name.startswith(beginning)}
     if not rows:
@@ -368,7 +368,7 @@ def _train(command: Train, argv: list[str]) -> None:
         raise ConfigError(f"--resume continues a run with its own settings: leave out {', '.join(others)}")
     if command.resume is None and command.resume_previous:
         raise ConfigError("--resume-previous says which checkpoint --resume takes: add --resume RUN")
-    from .trainer import report, run as runs
+    from .trainer import run_folder, run as runs
 
     if command.resume is None:
         run = runs.fit(command.config)
@@ -378,7 +378,7 @@ def _train(command: Train, argv: list[str]) -> None:
         run = runs.resume(command.resume, previous=command.resume_previous, sharing=anew, data_root=moved)
     if run is None:  # another process of the run says it
         return
-    last = report.read_metrics(run, "epoch")[-1]
+    last = run_folder.read_metrics(run, "epoch")[-1]
     from .trainer.evaluation import headline
 
     name, value = headline(last["test"])
@@ -494,8 +494,8 @@ def _exit_code(error: Exception) -> int | None:
     from .studies.runner import StudyError
     from .trainer.checkpoint import CheckpointError
     from .trainer.errors import NonFiniteError
-    from .trainer.report import RunError
-    from .trainer.watch import ProcessFailure
+    from .trainer.run_folder import RunError
+    from .trainer.processes.watch import ProcessFailure
 
     if isinstance(error, (ConfigError, DataError, CheckpointError, PlanError, RunError)):
         return 2

@@ -15,7 +15,7 @@ import safetensors.torch  # noqa: F401
 import torch
 import torch._dynamo  # noqa: F401  by every optimizer
 
-from infopro_fast.trainer import checkpoint, fit, loop, report, resume
+from infopro_fast.trainer import checkpoint, fit, loop, run_folder, resume
 from tests.tiny_run import config, small_and_plain
 
 
@@ -68,14 +68,14 @@ def kill_in_write(suffix, n):
 
 
 def kill_in_metrics(n):
-    write = report.MetricsLog.write
+    write = run_folder.MetricsLog.write
 
     def half(self, record):
         self._file.write(json.dumps(record).encode()[:37])
         self._file.flush()
         kill()
 
-    report.MetricsLog.write = nth(write, n, half)
+    run_folder.MetricsLog.write = nth(write, n, half)
 
 
 MOMENTS = {

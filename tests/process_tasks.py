@@ -17,9 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from infopro_fast import build, modules
 from infopro_fast.data import folder_set, part_of
-from infopro_fast.trainer import LocalTrainer, checkpoint, feature_cache, pipeline, report, schedule, sequential, watch
-from infopro_fast.trainer.parallel import CommHook, ParallelTrainer, all_reduce
-from infopro_fast.trainer.pipeline import Packet, Receiver, Sender
+from infopro_fast.trainer import LocalTrainer, checkpoint, feature_cache, run_folder, schedule, sequential
+from infopro_fast.trainer.processes import wire, watch
+from infopro_fast.trainer.processes.reduction import CommHook, ParallelTrainer, all_reduce
+from infopro_fast.trainer.processes.wire import Packet, Receiver, Sender
 from tests.kill_driver import kill_before, kill_in_write, nth
 from tests.process_driver import Group, _fork, command
 
@@ -510,9 +511,9 @@ def others(folder: Path) -> dict:
             run = folder / kind / name
             shutil.copytree(folder / source, run)
             shutil.rmtree(run / "checkpoints" / checkpoint.name_of(3, 0), ignore_errors=True)
-            (run / report.WEIGHTS).unlink()
+            (run / run_folder.WEIGHTS).unlink()
             found[f"{kind}/{name}"] = {**_continue(folder / f"{kind}-{name}-output", run, size, *words), "run": str(run)}
-            found[f"{kind}/{name}"]["parallel"] = report.read_config(run).parallel
+            found[f"{kind}/{name}"]["parallel"] = run_folder.read_config(run).parallel
     return found
 
 
@@ -708,7 +709,7 @@ MOMENTS = {
     "cache_of_tests": lambda: kill_before(feature_cache, "_digest", 14),
     "second_cache": lambda: kill_before(feature_cache, "_bytes", 14 + 6),
     "between": lambda: kill_before(sequential.Sequence, "cache", 2),
-    "end": lambda: kill_before(report, "write_weights", 1),
+    "end": lambda: kill_before(run_folder, "write_weights", 1),
 }
 
 

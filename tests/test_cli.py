@@ -12,7 +12,7 @@ import pytest
 
 from infopro_fast import cli
 from infopro_fast.data import fashion_mnist
-from infopro_fast.trainer import checkpoint, loop, report
+from infopro_fast.trainer import checkpoint, loop, run_folder
 from tests import tiny_run
 
 ROOT = Path(__file__).parent.parent
@@ -109,10 +109,10 @@ def test_train_resume_eval(monkeypatch, capsys, tmp_path):
     flags = "--arch resnet20 --modules 3 --local-loss softmax --lambdas 2 0 0 1 --epochs 2 --warmup 0 --batch-size 16 --lr 0.03".split()
     code, out, err = run_here(capsys, "train", *flags, "--seed", 4, "--threads", 1, "--dtype", "float64", "--no-augment", "--out", run)
     assert code == 0 and err == ""
-    last = report.read_metrics(run, "epoch")[-1]
+    last = run_folder.read_metrics(run, "epoch")[-1]
     accuracy = f"test accuracy {100 * last['test']['accuracy']:.2f} %"
     assert out.splitlines()[-1].startswith(accuracy) and out.splitlines()[-1].endswith(f"run folder {run}")
-    config = report.read_config(run)
+    config = run_folder.read_config(run)
     assert (config.arch, config.modules, config.local_loss, config.lambdas) == ("resnet20", 3, "softmax", (2, 0, 0, 1))
     assert (config.epochs, config.batch_size, config.lr, config.seed) == (2, 16, 0.03, 4)
     assert (config.dtype, config.augment, config.out) == ("float64", False, run)
@@ -137,7 +137,7 @@ def test_help_is_quick_and_complete():
     code = "import sys; from infopro_fast import cli\ntry: cli.main(['train', '--help'])\nfinally: assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and done.stderr == ""
-    for name in report.TrainConfig.__dataclass_fields__:
+    for name in run_folder.TrainConfig.__dataclass_fields__:
         assert f"--{name.replace('_', '-')} " in done.stdout or f"--{name.replace('_', '-')}," in done.stdout, name
     assert "--resume" in done.stdout and "damaged" in done.stdout
     done = run_process("--help")
@@ -176,6 +176,6 @@ def test_ctrl_c_on_a_real_run(tmp_path, signum):
         assert err == f"infopro-fast: stopped by {signum.name}; continue with: infopro-fast train --resume {run}\n"
         last = checkpoint.list_checkpoints(run / "checkpoints")[-1]
         state = checkpoint.load(last)
-        assert state["batch"] >= 1 and len(report.read_metrics(run, "step")) == state["batch"]
+        assert state["batch"] >= 1 and len(run_folder.read_metrics(run, "step")) == state["batch"]
     assert "continuing" in out and last.name > checkpoint.name_of(0, 1)
     assert os.access(run / "config.json", os.R_OK)

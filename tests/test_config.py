@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from infopro_fast.trainer.config import IMAGE_SIZES, RECIPES, ConfigError, TrainConfig
+from infopro_fast.trainer.settings.config import IMAGE_SIZES, RECIPES, ConfigError, TrainConfig
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_every_field_is_explained():
 
 
 def test_importing_config_needs_no_torch():
-    code = "import sys, infopro_fast.trainer.config; sys.exit('torch' in sys.modules)"
+    code = "import sys, infopro_fast.trainer.settings.config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

@@ -8,9 +8,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from infopro_fast import cli
-from infopro_fast.trainer import checkpoint, continuing, report
-from infopro_fast.trainer.config import ConfigError, TrainConfig
-from infopro_fast.trainer.continuing import shared_anew
+from infopro_fast.trainer import checkpoint, run_folder
+from infopro_fast.trainer.settings import continuing
+from infopro_fast.trainer.settings.config import ConfigError, TrainConfig
+from infopro_fast.trainer.settings.continuing import shared_anew
 from tests.compare import assert_close
 from tests.process_tasks import OTHERS, REFUSED
 from tests.test_distributed import drive, lines, same
@@ -102,7 +103,7 @@ def test_flags_beside_resume(tmp_path, monkeypatch, capsys):
     """Those of SHARING, in every spelling, on top of the run's own, and the folder of the images; no others."""
     run, seen = tmp_path / "run", []
     run.mkdir()
-    (run / report.CONFIG).write_text(config(cuts=((1, 1), (2, 1)), lambdas=(1, 0, 1, 1), batch_size=48).to_json())
+    (run / run_folder.CONFIG).write_text(config(cuts=((1, 1), (2, 1)), lambdas=(1, 0, 1, 1), batch_size=48).to_json())
     monkeypatch.setattr("infopro_fast.trainer.run.resume", lambda *args, **options: seen.append((args, options)))
 
     def command(*words):
@@ -126,7 +127,7 @@ def test_flags_beside_resume(tmp_path, monkeypatch, capsys):
     assert command("--resume", run)[0] == 0 and seen.pop()[1]["sharing"] is None
     code, error = command("--resume", run, "--data-root", "d")
     assert code == 2 and "fashion_mnist comes with the package" in error and not seen
-    (run / report.CONFIG).write_text(config(dataset="cifar10", data_root="c").to_json())
+    (run / run_folder.CONFIG).write_text(config(dataset="cifar10", data_root="c").to_json())
     for words in (("--data-root", "d"), ("--data-root=d", "--parallel", "pipeline")):
         assert command("--resume", run, *words)[0] == 0
         args, options = seen.pop()

@@ -9,8 +9,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from infopro_fast.trainer import checkpoint, report
-from infopro_fast.trainer.config import ConfigError, TrainConfig
+from infopro_fast.trainer import checkpoint, run_folder
+from infopro_fast.trainer.settings.config import ConfigError, TrainConfig
 from infopro_fast.trainer.processes import layout
 from tests.compare import assert_close
 from tests.process_tasks import BATCHES_SENT, IN_FLIGHT
@@ -159,7 +159,7 @@ def same(a, b):
 
 def lines(run):
     """The metrics without what depends on the clock and the machine."""
-    records = [json.loads(line) for line in (run / report.METRICS).read_text().splitlines()]
+    records = [json.loads(line) for line in (run / run_folder.METRICS).read_text().splitlines()]
     return [{k: v for k, v in r.items() if k not in ("seconds", "images_per_second", "peak_memory_bytes", "busy")} for r in records]
 
 
@@ -173,16 +173,16 @@ def test_pipeline_is_bit_for_bit_that_of_one_process(runs, one, other):
         for part in ("net", "trainer", "meters", "rng", "best", "test", "epoch", "batch"):
             assert same(got[part], expected[part]), part
     assert lines(runs[other]) == lines(runs[one])
-    expected, got = (safetensors.torch.load_file(runs[run] / report.WEIGHTS) for run in (one, other))
+    expected, got = (safetensors.torch.load_file(runs[run] / run_folder.WEIGHTS) for run in (one, other))
     assert same(got, expected)
 
 
 def test_pipeline_tells_how_busy_each_process_was(runs):
     for run, names in (("two", ["module 1", "modules 2-3"]), ("mixed", ["module 1", "modules 2-3"])):
-        for record in report.read_metrics(runs[run], "epoch"):
+        for record in run_folder.read_metrics(runs[run], "epoch"):
             assert list(record["busy"]) == names
             assert all(0 <= share <= 1 for share in record["busy"].values())
-    assert "busy" not in report.read_metrics(runs["alone"], "epoch")[0]
+    assert "busy" not in run_folder.read_metrics(runs["alone"], "epoch")[0]
 
 
 def test_rounded_on_the_wire(runs):
@@ -196,7 +196,7 @@ def test_rounded_on_the_wire(runs):
 @pytest.mark.parametrize("other", ["data", "mixed"])
 def test_metrics_are_of_all_processes(runs, other):
     """With SyncBatchNorm and the contrast over all, the losses and accuracies are those of one process, to rounding, on whole batches."""
-    expected, got = (report.read_metrics(runs[run], "epoch") for run in ("alone_in_float64", other))
+    expected, got = (run_folder.read_metrics(runs[run], "epoch") for run in ("alone_in_float64", other))
     assert [r["epoch"] for r in got] == [r["epoch"] for r in expected] == [1, 2, 3]
     for theirs, ours in zip(expected, got):
         for part in ("train", "test"):

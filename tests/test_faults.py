@@ -15,8 +15,9 @@ import pytest
 import safetensors.torch
 import torch.distributed as dist
 
-from infopro_fast.trainer import checkpoint, report, watch
-from infopro_fast.trainer.watch import cause_of, is_of_communication
+from infopro_fast.trainer import checkpoint, run_folder
+from infopro_fast.trainer.processes import watch
+from infopro_fast.trainer.processes.watch import cause_of, is_of_communication
 from tests.process_tasks import FULL
 from tests.test_distributed import ROOT, drive, lines, same
 
@@ -113,7 +114,7 @@ def assert_same_end(run, alone):
     for part in ("net", "trainer", "meters", "best", "test"):
         assert same(got[part], expected[part]), part
     assert lines(run) == lines(alone)
-    assert same(*(safetensors.torch.load_file(path / report.WEIGHTS) for path in (alone, run)))
+    assert same(*(safetensors.torch.load_file(path / run_folder.WEIGHTS) for path in (alone, run)))
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +167,7 @@ def test_full_disk(full_disk, mode):
     if mode == "cache":
         assert found["trained"] == ["module001"]
         run, alone = Path(found["kept"]), Path(full_disk["cache-undisturbed"]["run"])
-        assert lines(run) == lines(alone) and same(*(safetensors.torch.load_file(path / report.WEIGHTS) for path in (alone, run)))
+        assert lines(run) == lines(alone) and same(*(safetensors.torch.load_file(path / run_folder.WEIGHTS) for path in (alone, run)))
         return
     assert found["checkpoints"] == ["epoch0000-batch000000", "epoch0001-batch000000"]
     assert_same_end(Path(found["kept"]), Path(full_disk["data-undisturbed" if mode == "data" else "undisturbed"]["run"]))

@@ -11,8 +11,8 @@ import torch
 
 from infopro_fast import data
 from infopro_fast.data import DataError, cityscapes, imagenet
-from infopro_fast.trainer import evaluate_run, fit, loop, report, resume
-from infopro_fast.trainer.config import TrainConfig
+from infopro_fast.trainer import evaluate_run, fit, loop, run_folder, resume
+from infopro_fast.trainer.settings.config import TrainConfig
 from tests import tiny_run
 
 Image = pytest.importorskip("PIL.Image")
@@ -237,9 +237,9 @@ def test_a_run_is_evaluated_and_continued(name, request, tmp_path, monkeypatch):
     """`fit`, `evaluate_run` and `resume`: stopped halfway, with other worker processes, it ends in the same bits."""
     settings = dict(dataset=name, data_root=request.getfixturevalue(f"{name}_root"), **RUNS[name])
     alone = fit(TrainConfig(out=tmp_path / "alone", workers=0, **settings))
-    config, epochs = report.read_config(alone), report.read_metrics(alone, "epoch")
+    config, epochs = run_folder.read_config(alone), run_folder.read_metrics(alone, "epoch")
     last, stop = ((1, 2), 1) if name == "imagenet" else ((2, 2), 4)  # epochs of 12 images by 8, and of 6 by 2
-    assert [(s["epoch"], s["batch"]) for s in report.read_metrics(alone, "step")][-1] == last
+    assert [(s["epoch"], s["batch"]) for s in run_folder.read_metrics(alone, "step")][-1] == last
     assert (config.epochs, config.iterations, config.modules) == (last[0], RUNS[name].get("iterations"), 2) and len(epochs) == last[0]
     assert all(math.isfinite(value) for epoch in epochs for value in epoch["train"].values())
     assert epochs[-1]["train"].keys() >= {"module1/reconstruction", "module1/softmax", "loss"}
@@ -256,7 +256,7 @@ def test_a_run_is_evaluated_and_continued(name, request, tmp_path, monkeypatch):
         with pytest.raises(loop.Stopped):
             fit(TrainConfig(out=tmp_path / "run", workers=1, **settings))
     tiny_run.assert_same_weights(resume(tmp_path / "run"), alone)
-    assert report.read_metrics(tmp_path / "run", "epoch")[-1]["test"] == test
+    assert run_folder.read_metrics(tmp_path / "run", "epoch")[-1]["test"] == test
 
 
 # ---------------------------------------------------------------------------------------------------------------------

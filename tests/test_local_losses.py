@@ -19,9 +19,9 @@ from infopro_fast.modules import LOCAL_LOSSES, FeatureDecoder, LocalLoss, Place,
 from infopro_fast.modules.auglocal import aux_depths, sampled_blocks
 from infopro_fast.modules.heads import GlobalAveragePool
 from infopro_fast.modules.local_loss import INFOPRO_L_LAMBDAS, WEIGHTED
-from infopro_fast.trainer import fit, report
-from infopro_fast.trainer.config import ConfigError, TrainConfig
-from infopro_fast.trainer.parallel import ParallelTrainer, modules_of
+from infopro_fast.trainer import fit, run_folder
+from infopro_fast.trainer.settings.config import ConfigError, TrainConfig
+from infopro_fast.trainer.processes.reduction import ParallelTrainer, modules_of
 from infopro_fast.trainer.step import local_step
 from tests import compare, tiny_run
 from tests.test_distributed import drive
@@ -128,7 +128,7 @@ def test_a_part_of_the_modules_trains_to_the_same_bits(name):
 def test_infopro_l_in_a_pipeline_of_processes(tmp_path):
     found = drive(tmp_path, "infopro_l")["infopro_l"]
     assert [run["codes"] for run in found.values()] == [[0], [0, 0]], [run["errors"] for run in found.values()]
-    alone, two = (safetensors.torch.load_file(Path(run["run"]) / report.WEIGHTS) for run in found.values())
+    alone, two = (safetensors.torch.load_file(Path(run["run"]) / run_folder.WEIGHTS) for run in found.values())
     assert alone.keys() == two.keys() and all(torch.equal(t, two[n]) for n, t in alone.items())
 
 
@@ -140,7 +140,7 @@ def test_trains_in_sequence_from_a_cache_and_without_one(name, tmp_path, monkeyp
         lambdas = (1, 1, 1, 1) if name in WEIGHTED else None
         settings = dict(order="sequential", cache=cache, local_loss=name, lambdas=lambdas, epochs=1, warmup=0, shrink=4)
         run = fit(tiny_run.config(tmp_path / str(cache), **settings))
-        found.append(safetensors.torch.load_file(run / report.WEIGHTS))
+        found.append(safetensors.torch.load_file(run / run_folder.WEIGHTS))
     assert found[0].keys() == found[1].keys() and all(torch.equal(t, found[1][n]) for n, t in found[0].items())
 
 
@@ -153,12 +153,12 @@ def test_command_line(name, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(["train", "--local-loss", name, *flags, *more, "--out", str(run)])
     assert stop.value.code in (0, None), capsys.readouterr().err
-    config = report.read_config(run)
+    config = run_folder.read_config(run)
     assert (config.local_loss, config.aux_depth, config.lambdas) == (
         ("auglocal", 2, None) if name == "auglocal" else ("infopro_l", None, INFOPRO_L_LAMBDAS)
     )
     terms = {"auglocal": ("auglocal", "auglocal_accuracy"), "infopro_l": ("reconstruction", "softmax", "softmax_accuracy")}[name]
-    (last,) = report.read_metrics(run, "epoch")
+    (last,) = run_folder.read_metrics(run, "epoch")
     assert set(last["train"]) == {f"module{k}/{term}" for k in (1, 2) for term in terms} | {"loss", "accuracy"}
 
 

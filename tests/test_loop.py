@@ -18,8 +18,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import infopro_fast
 from infopro_fast.data import DataError, cifar10, fashion_mnist
-from infopro_fast.trainer import checkpoint, display, evaluate_run, fit, loop, report, resume, schedule, setup
-from infopro_fast.trainer.config import ConfigError, TrainConfig
+from infopro_fast.trainer import (
+    checkpoint,
+    display,
+    evaluate_run,
+    fit,
+    loop,
+    run_folder,
+    resume,
+    schedule,
+    setup,
+)
+from infopro_fast.trainer.settings.config import ConfigError, TrainConfig
 from infopro_fast.trainer.meters import Meters
 from infopro_fast.trainer.step import LocalTrainer
 from tests import tiny_run
@@ -68,7 +78,7 @@ def test_cuda_is_asked_of_the_op_that_has_it_and_triton_of_all(monkeypatch):
 
 def test_equals_a_loop_written_out(finished):
     """The same seeds, batches and rates through LocalTrainer alone give the same weights, to the bit, and the same test accuracy."""
-    config = report.read_config(finished)
+    config = run_folder.read_config(finished)
     images = tiny_run.load()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -88,14 +98,14 @@ def test_equals_a_loop_written_out(finished):
     expected = net.released_state_dict()
     got = weights(finished)
     assert set(got) == set(expected) and all(torch.equal(got[name], tensor) for name, tensor in expected.items())
-    last = report.read_metrics(finished, "epoch")[-1]
+    last = run_folder.read_metrics(finished, "epoch")[-1]
     assert last["test"] == found == evaluate_run(finished)
 
 
 def test_run_folder(finished):
     names = {path.name for path in finished.iterdir()}
     assert names == {"config.json", "metrics.jsonl", "weights.safetensors", "learning_curve.png", "checkpoints", ".lock"}
-    assert report.read_config(finished) == tiny_run.config(finished).resolved()
+    assert run_folder.read_config(finished) == tiny_run.config(finished).resolved()
     assert (finished / "learning_curve.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert [p.name for p in checkpoint.list_checkpoints(finished / "checkpoints")] == ["epoch0002-batch000000", "epoch0003-batch000000"]
     state = checkpoint.load(finished / "checkpoints" / "epoch0003-batch000000")
@@ -104,7 +114,7 @@ def test_run_folder(finished):
 
 def test_metrics_are_means_over_images(finished):
     """An epoch's means are those of its steps' means by their images: 48 (three batches) and 4."""
-    steps, epochs = report.read_metrics(finished, "step"), report.read_metrics(finished, "epoch")
+    steps, epochs = run_folder.read_metrics(finished, "step"), run_folder.read_metrics(finished, "epoch")
     assert [(s["epoch"], s["batch"]) for s in steps] == [(e, b) for e in (1, 2, 3) for b in (3, 4)]
     assert [e["epoch"] for e in epochs] == [1, 2, 3]
     names = {"module1/reconstruction", "module2/reconstruction", "module2/contrast", "loss", "accuracy"}
@@ -149,7 +159,7 @@ def test_one_cycle_changes_every_step():
                                       dict(local_loss="greedy", lambdas=None, drop_last=True, augment=False)])  # fmt: skip
 def test_other_runs(tmp_path, settings):
     run = fit(tiny_run.config(tmp_path / "run", epochs=1, warmup=0, **settings))
-    (epoch,) = report.read_metrics(run, "epoch")
+    (epoch,) = run_folder.read_metrics(run, "epoch")
     assert all(map(math.isfinite, epoch["train"].values()))
     dtypes = {tensor.dtype for tensor in weights(run).values() if tensor.is_floating_point()}
     assert dtypes == {getattr(torch, settings.get("dtype", "float32"))}
@@ -190,7 +200,7 @@ def test_stopping_right_after_a_resume_that_dropped_lines(tmp_path, monkeypatch,
         at_step(patch, 6, lambda *_: signal.raise_signal(signal.SIGTERM))
         with pytest.raises(loop.Stopped):
             fit(tiny_run.config(run))
-    with open(run / report.METRICS, "ab") as file:
+    with open(run / run_folder.METRICS, "ab") as file:
         file.write(b'{"kind": "step"}\n' * 20)
     with monkeypatch.context() as patch:
         at_step(patch, 1, lambda *_: signal.raise_signal(signal.SIGTERM))
@@ -211,7 +221,7 @@ def test_signal_stops_after_a_checkpoint_and_continues_to_the_same_bits(tmp_path
     assert last.name == checkpoint.name_of((step - 1) // 4, (step - 1) % 4 + 1)
     assert (tmp_path / "run" / "learning_curve.png").exists() == (step > 4)
     assert_same_weights(resume(tmp_path / "run"), finished)
-    steps = [report.read_metrics(run, "step") for run in (finished, tmp_path / "run")]
+    steps = [run_folder.read_metrics(run, "step") for run in (finished, tmp_path / "run")]
     assert len({line.pop("seconds") for line in steps[0]}) == len(steps[0])
     assert steps[0] == [{k: v for k, v in line.items() if k != "seconds"} for line in steps[1]]
 
@@ -241,9 +251,9 @@ def test_signal_during_evaluation(tmp_path, monkeypatch, finished):
         patch.setattr(infopro_fast.data.ImageSet, "test_batches", interrupted)
         with pytest.raises(loop.Stopped):
             fit(tiny_run.config(tmp_path / "run"))
-    assert report.read_metrics(tmp_path / "run", "epoch") == []
+    assert run_folder.read_metrics(tmp_path / "run", "epoch") == []
     assert_same_weights(resume(tmp_path / "run"), finished)
-    expected, got = (report.read_metrics(run, "epoch") for run in (finished, tmp_path / "run"))
+    expected, got = (run_folder.read_metrics(run, "epoch") for run in (finished, tmp_path / "run"))
     assert [e["test"] for e in got] == [e["test"] for e in expected]
 
 
@@ -292,20 +302,20 @@ def test_images_that_have_been_moved(tmp_path, monkeypatch):
         resume(run)
     with pytest.raises(DataError, match="nowhere is not a folder"):
         resume(run, data_root="nowhere")
-    assert report.read_config(run).data_root == tmp_path / "here/images"  # what cannot be is not kept
+    assert run_folder.read_config(run).data_root == tmp_path / "here/images"  # what cannot be is not kept
     resume(run, data_root="moved")
-    assert evaluate_run(run) == report.read_metrics(run, "epoch")[-1]["test"]
+    assert evaluate_run(run) == run_folder.read_metrics(run, "epoch")[-1]["test"]
     assert asked == [tmp_path / "here/images", tmp_path / "moved", tmp_path / "moved"]
     state = checkpoint.load(checkpoint.list_checkpoints(run / "checkpoints")[-1])
-    assert report.read_config(run).data_root == TrainConfig.from_json(state["config"]).data_root == tmp_path / "moved"
+    assert run_folder.read_config(run).data_root == TrainConfig.from_json(state["config"]).data_root == tmp_path / "moved"
 
 
 def test_a_run_counted_in_steps_has_the_warmup_there_is_room_for(tmp_path):
     """One that was not given; of two epochs, the second of a single step."""
     for steps, epochs, warmup in ((2, 1, 0), (5, 2, 1)):
-        config = report.read_config(fit(tiny_run.config(tmp_path / str(steps), iterations=steps, epochs=None, warmup=None)))
+        config = run_folder.read_config(fit(tiny_run.config(tmp_path / str(steps), iterations=steps, epochs=None, warmup=None)))
         assert (config.epochs, config.warmup, config.iterations) == (epochs, warmup, steps)
-        epoch = report.read_metrics(tmp_path / str(steps), "step")[-1]
+        epoch = run_folder.read_metrics(tmp_path / str(steps), "step")[-1]
         assert (epoch["epoch"], epoch["batch"]) == (epochs, steps - 4 * (epochs - 1))
 
 
@@ -323,32 +333,32 @@ def test_damaged_checkpoint(tmp_path, monkeypatch, finished):
     with pytest.raises(checkpoint.CheckpointError, match=message):
         resume(tmp_path / "run")
     assert_same_weights(resume(tmp_path / "run", previous=True), finished)
-    assert len(report.read_metrics(tmp_path / "run", "step")) == 6
+    assert len(run_folder.read_metrics(tmp_path / "run", "step")) == 6
 
 
 def test_metrics_that_are_too_short_are_refused(tmp_path, monkeypatch):
     run = fit(tiny_run.config(tmp_path / "run", epochs=2))
     (run / "metrics.jsonl").write_text("")
-    with pytest.raises(report.RunError, match="metrics.jsonl: expected at least the .* bytes that the checkpoint has seen, got 0"):
+    with pytest.raises(run_folder.RunError, match="metrics.jsonl: expected at least the .* bytes that the checkpoint has seen, got 0"):
         resume(run)
 
 
 def test_metrics_that_are_being_written(tmp_path):
     """A line is one when its newline is there; what is no line is named."""
     epoch = json.dumps({"kind": "epoch", "epoch": 1}).encode() + b"\n"
-    path = tmp_path / report.METRICS
-    assert report.read_metrics(tmp_path, "epoch") == []
+    path = tmp_path / run_folder.METRICS
+    assert run_folder.read_metrics(tmp_path, "epoch") == []
     for cut in range(len(epoch)):
         path.write_bytes(epoch + epoch[:cut])
-        assert len(report.read_metrics(tmp_path, "epoch")) == 1 and report.read_metrics(tmp_path, "step") == []
+        assert len(run_folder.read_metrics(tmp_path, "epoch")) == 1 and run_folder.read_metrics(tmp_path, "step") == []
     for line in (b"\xff\n", b"{\n", b"3\n", b"{}\n", b"\n"):
         path.write_bytes(epoch + line + epoch)
-        with pytest.raises(report.RunError, match="metrics.jsonl, line 2: expected an object of JSON with its kind"):
-            report.read_metrics(tmp_path, "epoch")
+        with pytest.raises(run_folder.RunError, match="metrics.jsonl, line 2: expected an object of JSON with its kind"):
+            run_folder.read_metrics(tmp_path, "epoch")
 
 
 def test_two_processes_cannot_share_a_run(finished):
-    with report.locked(finished), pytest.raises(report.RunError, match="alone is in use by another process"):
+    with run_folder.locked(finished), pytest.raises(run_folder.RunError, match="alone is in use by another process"):
         resume(finished)
 
 
@@ -374,7 +384,7 @@ def test_non_finite_loss_is_named_and_the_last_checkpoint_is_good(tmp_path, monk
     last = checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")[-1]
     state = checkpoint.load(last)
     assert last.name == checkpoint.name_of(1, 0) and list(checkpoint.not_finite(state)) == []
-    assert [e["epoch"] for e in report.read_metrics(tmp_path / "run", "epoch")] == [1]
+    assert [e["epoch"] for e in run_folder.read_metrics(tmp_path / "run", "epoch")] == [1]
 
 
 def test_a_rate_that_diverges(tmp_path):
@@ -404,18 +414,18 @@ def test_non_finite_weights_never_get_into_a_checkpoint(tmp_path, monkeypatch):
 
 
 def test_refuses_to_write_over_something(tmp_path, finished):
-    with pytest.raises(report.RunError, match="alone exists already: give another folder as out, or continue it with --resume"):
+    with pytest.raises(run_folder.RunError, match="alone exists already: give another folder as out, or continue it with --resume"):
         fit(tiny_run.config(finished))
     (tmp_path / "file").write_text("")
-    with pytest.raises(report.RunError, match="file exists already"):
+    with pytest.raises(run_folder.RunError, match="file exists already"):
         fit(tiny_run.config(tmp_path / "file"))
     (tmp_path / "empty").mkdir()
-    assert report.create(tiny_run.config(tmp_path / "empty")) == tmp_path / "empty"
+    assert run_folder.create(tiny_run.config(tmp_path / "empty")) == tmp_path / "empty"
 
 
 def test_default_folder_says_what_it_is(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run = report.create(TrainConfig(modules=16).resolved())
+    run = run_folder.create(TrainConfig(modules=16).resolved())
     assert run.parent.name == "runs" and run.name.startswith("fashion_mnist-resnet32-k16-contrast-2")
 
 
@@ -464,9 +474,9 @@ def without_torchao(monkeypatch):
 )  # fmt: skip
 def test_what_a_run_had_in_training_alone_is_not_needed_to_evaluate_it(finished, tmp_path, monkeypatch, trained):
     without_torchao(monkeypatch)
-    content = json.loads((finished / report.CONFIG).read_text())
-    (tmp_path / report.CONFIG).write_text(json.dumps(content | trained))
-    (tmp_path / report.WEIGHTS).write_bytes((finished / report.WEIGHTS).read_bytes())
+    content = json.loads((finished / run_folder.CONFIG).read_text())
+    (tmp_path / run_folder.CONFIG).write_text(json.dumps(content | trained))
+    (tmp_path / run_folder.WEIGHTS).write_bytes((finished / run_folder.WEIGHTS).read_bytes())
     assert evaluate_run(tmp_path, device="cpu") == evaluate_run(finished)
 
 
@@ -477,30 +487,30 @@ def test_training_needs_torchao_for_8_bits(finished, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=message):
         fit(tiny_run.config(tmp_path / "run", optimizer_state="8bit"))
     assert not (tmp_path / "run").exists()
-    content = json.loads((finished / report.CONFIG).read_text())
-    (tmp_path / report.CONFIG).write_text(json.dumps(content | {"optimizer_state": "8bit"}))
+    content = json.loads((finished / run_folder.CONFIG).read_text())
+    (tmp_path / run_folder.CONFIG).write_text(json.dumps(content | {"optimizer_state": "8bit"}))
     with pytest.raises(ConfigError, match=message):
         resume(tmp_path)
 
 
 def test_folders_that_are_no_runs(tmp_path, finished):
     for call in (resume, evaluate_run):
-        with pytest.raises(report.RunError, match="is not a run folder: it has no config.json"):
+        with pytest.raises(run_folder.RunError, match="is not a run folder: it has no config.json"):
             call(tmp_path)
     (tmp_path / "config.json").write_text((finished / "config.json").read_text())
     with pytest.raises(checkpoint.CheckpointError, match="checkpoints: expected a checkpoint, found 0"):
         resume(tmp_path)
     message = "has no weights.safetensors: no epoch is finished; continue with: infopro-fast train --resume"
-    with pytest.raises(report.RunError, match=message):
+    with pytest.raises(run_folder.RunError, match=message):
         evaluate_run(tmp_path)
     (tmp_path / "weights.safetensors").write_bytes((finished / "weights.safetensors").read_bytes()[:-100])
-    with pytest.raises(report.RunError, match="weights.safetensors is damaged"):
+    with pytest.raises(run_folder.RunError, match="weights.safetensors is damaged"):
         evaluate_run(tmp_path)
     (tmp_path / "weights.safetensors").write_bytes(safetensors.torch.save({"fc.weight": torch.zeros(10, 64)}))
-    with pytest.raises(report.RunError, match="weights.safetensors does not fit config.json: .*missing .*bn1.bias"):
+    with pytest.raises(run_folder.RunError, match="weights.safetensors does not fit config.json: .*missing .*bn1.bias"):
         evaluate_run(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(report.RunError, match="config.json: not the settings of a run"):
+    with pytest.raises(run_folder.RunError, match="config.json: not the settings of a run"):
         evaluate_run(tmp_path)
 
 
@@ -591,11 +601,11 @@ def test_learning_curve_draws_every_series(finished, monkeypatch):
     copy = finished / "learning_curve.png"
     content = copy.read_bytes()
     try:
-        report.draw_learning_curve(finished, "a title")
+        run_folder.draw_learning_curve(finished, "a title")
     finally:
         copy.write_bytes(content)
     (figure,) = drawn
-    epochs = report.read_metrics(finished, "epoch")
+    epochs = run_folder.read_metrics(finished, "epoch")
     panels = {panel.get_title().split(",")[0]: panel for panel in figure.axes}
     assert list(panels) == ["reconstruction loss", "contrast loss", "cross entropy of the network", "accuracy (%)"]
     lines = {line.get_label(): line for line in panels["reconstruction loss"].get_lines()}
@@ -607,4 +617,4 @@ def test_learning_curve_draws_every_series(finished, monkeypatch):
 
 
 def test_learning_curve_without_an_epoch(tmp_path):
-    assert report.draw_learning_curve(tmp_path, "") is None and list(tmp_path.iterdir()) == []
+    assert run_folder.draw_learning_curve(tmp_path, "") is None and list(tmp_path.iterdir()) == []

@@ -18,10 +18,12 @@ from infopro_fast import cli
 from infopro_fast.data import Split, fashion_mnist, part_of, shapes_seg
 from infopro_fast.modules import IGNORE, AuxClassifier
 from infopro_fast.modules.heads import CONFIGS
-from infopro_fast.trainer import evaluation, fit, loop, processes, recipes, report, resume, schedule, setup
+from infopro_fast.trainer import evaluation, fit, loop, run_folder, resume, schedule, setup
+from infopro_fast.trainer.processes import layout
+from infopro_fast.trainer.settings import recipes
 from infopro_fast.trainer import run as runs
-from infopro_fast.trainer.config import ConfigError, TrainConfig
-from infopro_fast.trainer.processes import Processes, layout
+from infopro_fast.trainer.settings.config import ConfigError, TrainConfig
+from infopro_fast.trainer.processes.layout import Processes, layout
 from infopro_fast.trainer.step import LocalTrainer
 from tests import compare, tiny_run
 
@@ -128,7 +130,7 @@ def test_overrides_and_their_difference(monkeypatch, capsys):
     config = got[0].resolved()
     assert recipes.difference(config) == {"batch_size": (1024, 256), "lr": (0.4, 0.1), "amp": ("none", "bfloat16")}
     said = "recipe table4/resnet101: the paper has error 21.85 % (top-5 5.89 %), 12.06 GB"
-    assert report.recipe_text(config).startswith(said) and "  lr: 0.1 here, 0.4 in the recipe" in report.recipe_text(config)
+    assert run_folder.recipe_text(config).startswith(said) and "  lr: 0.1 here, 0.4 in the recipe" in run_folder.recipe_text(config)
     with pytest.raises(ConfigError, match="recipe: no row of this name: 'resnet152'; there is table4/resnet152, table4/resnet152/e2e"):
         recipes.row("resnet152")
     with pytest.raises(SystemExit) as stop:
@@ -150,7 +152,7 @@ def test_epochs_in_the_place_of_a_rows_steps(monkeypatch, capsys):
     assert (one.epochs, one.iterations) == (1, None) and again == one
     assert recipes.config(steps, data_root="d", epochs=1).resolved() == one
     assert recipes.difference(one) == {"epochs": (108, 1), "iterations": (40000, None)}
-    assert "  iterations: None here, 40000 in the recipe" in report.recipe_text(one)
+    assert "  iterations: None here, 40000 in the recipe" in run_folder.recipe_text(one)
     assert recipes.difference(four) == {"epochs": (160, 4), "warmup": (10, 3)} and given.warmup == 2
     counted = hundred.in_epochs(49)
     assert (counted.epochs, counted.warmup, counted.iterations) == (3, 2, 100)
@@ -184,7 +186,7 @@ def test_processes_divide_the_gpus_of_a_row(processes):
     parts = [part for span in own for part in batch[span.start : span.stop].chunk(found.accumulate)]
     assert all(map(torch.equal, parts, batch.chunk(8))) and len(parts) == 8
     said = f"  accumulate: {8 // processes} here, 8 in the recipe"
-    assert (said in report.recipe_text(found)) == (processes > 1)
+    assert (said in run_folder.recipe_text(found)) == (processes > 1)
 
 
 @pytest.mark.parametrize("processes, each", [(3, 2), (6, 1), (16, 1)])
@@ -205,7 +207,7 @@ def test_statistics_of_a_whole_batch_are_of_all_processes(name, contrast):
     assert recipes.shared(config, 1) == config
     found = recipes.shared(config, 2)
     assert found == dataclasses.replace(config, sync_batch_norm=True, global_contrast=contrast)
-    assert "  sync_batch_norm: True here, False in the recipe" in report.recipe_text(found)
+    assert "  sync_batch_norm: True here, False in the recipe" in run_folder.recipe_text(found)
     in_parts = recipes.shared(dataclasses.replace(config, accumulate=2), 2)  # these are never contrasted over processes
     assert in_parts.sync_batch_norm and not in_parts.global_contrast
     with pytest.raises(ConfigError, match=f"recipe {name}, whose batch norms are those of all 2 processes: .* recompute norm"):
@@ -258,11 +260,11 @@ def test_what_a_process_of_several_trains(more, one_of_two, monkeypatch, tmp_pat
     assert norms and all(isinstance(norm, torch.nn.SyncBatchNorm) != in_parts for norm in norms)
     heads = [module for module in training.net.modules() if isinstance(module, AuxClassifier)]
     assert len(heads) == 1 and (heads[0].gather is None) == in_parts
-    difference = json.loads((tmp_path / "run" / report.RECIPE).read_text())["difference"]
+    difference = json.loads((tmp_path / "run" / run_folder.RECIPE).read_text())["difference"]
     expected = {"accumulate": [8, 4]} if in_parts else {"sync_batch_norm": [False, True], "global_contrast": [False, True]}
     assert difference == {**expected, "parallel": ["none", "data"]}
-    assert report.read_config(tmp_path / "run").accumulate == more.get("accumulate", 1)
-    assert not report.read_config(tmp_path / "run").sync_batch_norm
+    assert run_folder.read_config(tmp_path / "run").accumulate == more.get("accumulate", 1)
+    assert not run_folder.read_config(tmp_path / "run").sync_batch_norm
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -276,7 +278,7 @@ def test_a_recipe_of_one_module_after_the_other(monkeypatch, tmp_path, capsys):
     settings = {"dataset": "fashion_mnist", "arch": "resnet20", "modules": 2, "epochs": 1, "warmup": 0, **recipes.METHODS["async"][0]}
     monkeypatch.setitem(recipes.ROWS, name, dataclasses.replace(recipes.row(name), settings=settings))
     run = fit(recipes.config(name, out=tmp_path / "run", threads=1, cache=False))
-    content = json.loads((run / report.RECIPE).read_text())
+    content = json.loads((run / run_folder.RECIPE).read_text())
     assert content["difference"] == {} and content["expected"] == {"error": [7.34, 0.11]} and "not released" in content["note"]
     assert capsys.readouterr().out.count("the paper has error 7.34 ± 0.11 %") == 1
 
@@ -297,13 +299,13 @@ def test_segmentation_in_steps_with_everything(few_scenes, tmp_path, capsys):
         log_every=1,
     )  # fmt: skip
     run = fit(TrainConfig(out=tmp_path / "a", **settings))
-    steps = report.read_metrics(run, "step")
+    steps = run_folder.read_metrics(run, "step")
     assert [(s["epoch"], s["batch"]) for s in steps] == [(1, 1), (1, 2), (1, 3), (1, 4), (2, 1)]
     assert [s["lr"] for s in steps] == pytest.approx([1e-4 + 0.0499 * (1 - i / 5) ** 0.9 for i in range(5)])
     assert set(steps[0]) >= {"module1/reconstruction", "module1/softmax", "module1/softmax_accuracy", "loss", "accuracy"}
     assert all(0 <= s["accuracy"] <= 1 for s in steps)
-    last = report.read_metrics(run, "epoch")[-1]
-    assert last["best"] >= last["test"]["miou"] and len(last["test"]["iou"]) == 11 and (run / report.CURVE).is_file()
+    last = run_folder.read_metrics(run, "epoch")[-1]
+    assert last["best"] >= last["test"]["miou"] and len(last["test"]["iou"]) == 11 and (run / run_folder.CURVE).is_file()
 
     class Killed(Exception):
         pass
@@ -320,7 +322,7 @@ def test_segmentation_in_steps_with_everything(few_scenes, tmp_path, capsys):
         with pytest.raises(Killed):
             fit(TrainConfig(out=stopped, **settings))
     resume(stopped)
-    expected, got = report.read_weights(run), report.read_weights(stopped)
+    expected, got = run_folder.read_weights(run), run_folder.read_weights(stopped)
     assert all(torch.equal(got[name], tensor) for name, tensor in expected.items()) and expected.keys() == got.keys()
 
     found = runs.evaluate_run(run)
@@ -335,7 +337,7 @@ def test_an_epoch_of_scenes_is_far_above_the_most_frequent_class(tmp_path):
     labels = shapes_seg.load().test.labels
     constant = evaluation.intersection_over_union(evaluation.confusion(torch.zeros_like(labels, dtype=torch.long), labels, 11))
     run = fit(TrainConfig(dataset="shapes_seg", epochs=1, out=tmp_path / "run"))
-    assert 0.06 < constant.mean() < 0.08 and report.read_metrics(run, "epoch")[-1]["test"]["miou"] > 2 * constant.mean()
+    assert 0.06 < constant.mean() < 0.08 and run_folder.read_metrics(run, "epoch")[-1]["test"]["miou"] > 2 * constant.mean()
 
 
 def test_init(few_scenes, tmp_path):
@@ -370,7 +372,7 @@ def test_ema_is_what_is_tested_and_written(few_scenes, tmp_path):
                 dataset="shapes_seg", iterations=steps, batch_size=4, lr=0.05, schedule="step", ema=decay, threads=1,
                 out=tmp_path / f"{steps}{decay}",
             )  # fmt: skip
-            runs[steps, decay] = report.read_weights(fit(config))
+            runs[steps, decay] = run_folder.read_weights(fit(config))
     first, second, mean = runs[1, None], runs[2, None], runs[2, 0.75]
     assert all(torch.equal(tensor, runs[1, 0.75][name]) for name, tensor in first.items())
     for name, tensor in mean.items():

@@ -14,11 +14,11 @@ from infopro_fast import build
 from infopro_fast.data import fashion_mnist
 from infopro_fast.memory import LiveBytes, measure_step
 from infopro_fast.memory.live import OPTIMIZER
-from infopro_fast.trainer import LocalTrainer, evaluate_run, feature_cache, fit, report, schedule
-from infopro_fast.trainer.config import ConfigError, TrainConfig
+from infopro_fast.trainer import LocalTrainer, evaluate_run, feature_cache, fit, run_folder, schedule
+from infopro_fast.trainer.settings.config import ConfigError, TrainConfig
 from infopro_fast.trainer.feature_cache import CacheFile, Features
-from infopro_fast.trainer.parallel import ParallelTrainer
-from infopro_fast.trainer.report import RunError
+from infopro_fast.trainer.processes.reduction import ParallelTrainer
+from infopro_fast.trainer.run_folder import RunError
 from tests import tiny_run
 from tests.process_tasks import AGAIN_KILLED, MOMENTS
 from tests.test_distributed import drive, lines, same
@@ -32,26 +32,26 @@ def runs(tmp_path_factory):
 
 
 def weights(found):
-    return safetensors.torch.load_file(Path(found["run"]) / report.WEIGHTS)
+    return safetensors.torch.load_file(Path(found["run"]) / run_folder.WEIGHTS)
 
 
 def test_each_module_is_trained_in_turn(runs):
     run = Path(runs["never"]["run"])
     assert runs["never"]["codes"] == [0], runs["never"]["errors"]
-    records = report.read_metrics(run, "epoch")
+    records = run_folder.read_metrics(run, "epoch")
     assert [(r["module"], r["epoch"]) for r in records] == [(k, e) for k in (1, 2, 3) for e in (1, 2, 3)]
     assert [r["test"] is None for r in records] == [True] * 6 + [False] * 3
     assert [sorted(r["train"]) for r in records[::3]] == [
         ["module1/reconstruction"], ["module2/contrast", "module2/reconstruction"], ["accuracy", "loss"],
     ]  # fmt: skip
-    assert (run / report.CURVE).is_file() and not (run / "cache").exists()
+    assert (run / run_folder.CURVE).is_file() and not (run / "cache").exists()
     assert "the cache of 3 epochs takes up to 16.5 MiB in " in (run.parent / "never-output" / "out0").read_text()
 
 
 def test_weights_are_of_the_whole_network(runs, monkeypatch):
     monkeypatch.setattr(fashion_mnist, "load", tiny_run.load)
     run = Path(runs["never"]["run"])
-    assert evaluate_run(run) == report.read_metrics(run, "epoch")[-1]["test"]
+    assert evaluate_run(run) == run_folder.read_metrics(run, "epoch")[-1]["test"]
 
 
 def test_the_cache_changes_no_bit(runs):

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from infopro_fast.trainer import checkpoint, loop, report, watch
+from infopro_fast.trainer import checkpoint, loop, run_folder
+from infopro_fast.trainer.processes import watch
 from tests.process_tasks import DEFAULT_PATIENCE, STALLS
 from tests.test_distributed import drive
 
@@ -52,14 +53,14 @@ def test_all_stop_and_say_where(stalls, name):
 def test_continues(stalls, name):
     again = stalls[name]["again"]
     assert set(again["codes"]) == {0} and not any(again["errors"]), again
-    assert (Path(stalls[name]["run"]) / report.WEIGHTS).is_file()
+    assert (Path(stalls[name]["run"]) / run_folder.WEIGHTS).is_file()
 
 
 def test_slow_work_is_left_alone(stalls):
     """Batches, evaluations and checkpoints that take longer than the patience, each by many short pieces."""
     found = stalls["slow"]
     assert found["codes"] == [0, 0] and not any(found["errors"]), found
-    assert (Path(found["run"]) / report.WEIGHTS).is_file()
+    assert (Path(found["run"]) / run_folder.WEIGHTS).is_file()
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/schedstat"), reason="this system does not count how long threads wait for a CPU")

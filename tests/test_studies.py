@@ -21,8 +21,8 @@ import infopro_fast
 from infopro_fast.modules import split
 from infopro_fast.studies import costs, figures, known, runner, summary, tables
 from infopro_fast.studies.reproduce import reproduce
-from infopro_fast.trainer import checkpoint, report
-from infopro_fast.trainer.config import ConfigError, TrainConfig
+from infopro_fast.trainer import checkpoint, run_folder
+from infopro_fast.trainer.settings.config import ConfigError, TrainConfig
 
 pytestmark = pytest.mark.xdist_group("studies")
 
@@ -143,7 +143,7 @@ def test_table_and_figures(study):
     cells = {(cell["method"], cell["modules"]): cell for cell in content["cells"]}
     assert set(cells) == {("e2e", 1), ("greedy", 2)} and all(cell["seeds"] == [0] for cell in cells.values())
     for job in tables.jobs(study):
-        accuracy = report.read_metrics(job.folder, "epoch")[-1]["test"]["accuracy"]
+        accuracy = run_folder.read_metrics(job.folder, "epoch")[-1]["test"]["accuracy"]
         assert cells[job.cell.method, job.cell.modules]["errors"][job.seed] == pytest.approx(100 - 100 * accuracy)
     for name in ("table2_modules.png", "table2_curves.png"):
         assert (study.out / name).read_bytes()[:4] == b"\x89PNG"
@@ -188,17 +188,17 @@ def test_stopped_study_goes_on(tmp_path):
     folder = tmp_path / "study/runs/fashion_mnist-resnet20-tiny/e2e-k1-seed0"
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
-    while not report.read_metrics(folder, "epoch") and time.monotonic() < deadline:
+    while not run_folder.read_metrics(folder, "epoch") and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM and "stopped by SIGTERM; the same command goes on from here" in error, error
-    before = report.read_metrics(folder, "epoch")
+    before = run_folder.read_metrics(folder, "epoch")
     assert 0 < len(before) < 4
-    with report.locked(folder):  # nobody is left in it
+    with run_folder.locked(folder):  # nobody is left in it
         pass
     assert subprocess.run(command, capture_output=True).returncode == 0
-    after = report.read_metrics(folder, "epoch")
+    after = run_folder.read_metrics(folder, "epoch")
     assert len(after) == 4 and after[: len(before)] == before
 
 
@@ -319,7 +319,7 @@ def test_what_a_killed_run_has_to_go_on_from(tmp_path, there):
     run = tmp_path / "run"
     for half in (f"checkpoints/.aside-{checkpoint.name_of(0, 0)}", "checkpoints/module001", "trained/.aside-module001"):
         (run / half).mkdir(parents=True)
-    (run / report.CONFIG).touch()
+    (run / run_folder.CONFIG).touch()
     if there:
         (run / there.format(name=checkpoint.name_of(0, 0))).mkdir(exist_ok=True)
     runner._remove_if_nothing_ran(run)
@@ -353,7 +353,7 @@ def test_modules_trained_in_turn(tmp_path, monkeypatch):
     assert "test accuracy" in real(job) and real(job).startswith("module 2/2, epoch 1/1")
     (cell,) = json.loads((tmp_path / "table2.json").read_text())["cells"]
     assert cell["method"] == "async" and len(cell["curves"][0]) == 1
-    records = report.read_metrics(job.folder, "epoch")
+    records = run_folder.read_metrics(job.folder, "epoch")
     assert [(r["module"], r["test"] is None) for r in records] == [(1, True), (2, False)]
 
 
@@ -371,7 +371,7 @@ def _bars_without_a_terminal(total: int, done: int):
     class Bars(runner._Bars):
         def update(self, job):
             super().update(job)
-            if report.read_metrics(job.folder, "epoch"):
+            if run_folder.read_metrics(job.folder, "epoch"):
                 _Watched.seen(runner._status(job))
 
     with Progress(console=Console(file=io.StringIO(), force_terminal=True)) as bars:

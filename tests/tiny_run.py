@@ -6,8 +6,8 @@ import safetensors.torch
 import torch
 
 from infopro_fast.data import Split, fashion_mnist
-from infopro_fast.trainer import report
-from infopro_fast.trainer.config import TrainConfig
+from infopro_fast.trainer import run_folder
+from infopro_fast.trainer.settings.config import TrainConfig
 from infopro_fast.trainer.step import LocalTrainer
 
 TRAIN, TEST, BATCH = 52, 20, 16  # 4 batches an epoch, the last of 4 images
@@ -25,7 +25,7 @@ def small_and_plain() -> None:
     small a run, which tests/test_loop.py looks at."""
     images = load()
     fashion_mnist.load = lambda: images
-    report.draw_learning_curve = lambda folder, title: (folder / report.CURVE).touch()
+    run_folder.draw_learning_curve = lambda folder, title: (folder / run_folder.CURVE).touch()
 
 
 def config(out, **settings) -> TrainConfig:

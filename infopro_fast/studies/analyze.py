@@ -21,12 +21,12 @@ from typing import Any
 import torch
 
 from infopro_fast import data
-from infopro_fast.trainer import report, setup
+from infopro_fast.trainer import run_folder, setup
 from infopro_fast.trainer.checkpoint import replace_file
-from infopro_fast.trainer.config import ConfigError, TrainConfig
+from infopro_fast.trainer.settings.config import ConfigError, TrainConfig
 from infopro_fast.trainer.display import duration
 from infopro_fast.trainer.errors import NonFiniteError
-from infopro_fast.trainer.report import RunError
+from infopro_fast.trainer.run_folder import RunError
 
 from .probes import DEFAULT, PROBES, ProbeSettings, baseline, probe_network
 from .provenance import provenance
@@ -91,7 +91,7 @@ def analyze(
         raise ConfigError(f"threads: expected at least 1, got {threads}")
     check_comparable(subjects)
     out.mkdir(parents=True, exist_ok=True)
-    with report.locked(out):
+    with run_folder.locked(out):
         content = _read(out / JSON)
         left = [subject for subject in subjects if _done(content, subject, settings) is None]
         for subject in subjects:
@@ -121,14 +121,14 @@ def analyze(
 
 def _subject(run: Path) -> Subject:
     """Raises RunError if the folder is no run, or one that is not finished."""
-    config = report.read_config(run)
-    report.read_weights(run)
-    epochs = report.read_metrics(run, "epoch")
+    config = run_folder.read_config(run)
+    run_folder.read_weights(run)
+    epochs = run_folder.read_metrics(run, "epoch")
     # Of a sequential run, those of the last module have a test.
     done = max((record["epoch"] for record in epochs if record["test"] is not None), default=0)
     if config.epochs is None or done < config.epochs:
         raise RunError(f"{run} is not finished: {done} of {config.epochs} epochs; continue with: infopro-fast train --resume {run}")
-    return Subject(run, config, hashlib.sha256((run / report.WEIGHTS).read_bytes()).hexdigest())
+    return Subject(run, config, hashlib.sha256((run / run_folder.WEIGHTS).read_bytes()).hexdigest())
 
 
 def check_comparable(subjects: Sequence[Subject]) -> None:
@@ -171,9 +171,9 @@ def _entry(subject: Subject, config: TrainConfig, images: data.ImageSet, setting
     began = time.monotonic()
     net = setup.build(config, images)
     try:
-        net.load_released_state_dict(report.read_weights(subject.run))
+        net.load_released_state_dict(run_folder.read_weights(subject.run))
     except ValueError as error:
-        raise RunError(f"{subject.run / report.WEIGHTS} does not fit {report.CONFIG}: {error}") from error
+        raise RunError(f"{subject.run / run_folder.WEIGHTS} does not fit {run_folder.CONFIG}: {error}") from error
     try:
         blocks = probe_network(net, images, settings, progress)
     except FloatingPointError as error:

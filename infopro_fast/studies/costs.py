@@ -12,7 +12,7 @@ import torch
 from infopro_fast.memory.resident import KEEPING, in_a_process
 from infopro_fast.memory.step import measure_step
 from infopro_fast.trainer import schedule, setup
-from infopro_fast.trainer.config import TrainConfig
+from infopro_fast.trainer.settings.config import TrainConfig
 from infopro_fast.trainer.step import LocalTrainer
 
 STEPS = 7  # timed, after two to warm up

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from infopro_fast.trainer.config import TrainConfig
+from infopro_fast.trainer.settings.config import TrainConfig
 
 from .runner import StudyError
 from .tables import FREE, Cell, Study, config, jobs

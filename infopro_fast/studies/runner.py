@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from infopro_fast.memory.resident import KEEPING
-from infopro_fast.trainer import checkpoint, report, sequential
-from infopro_fast.trainer.config import TrainConfig
+from infopro_fast.trainer import checkpoint, run_folder, sequential
+from infopro_fast.trainer.settings.config import TrainConfig
 
 from .tables import Job, same_run
 
@@ -57,20 +57,20 @@ def _words(value: Any) -> list[str]:
 
 def finished(job: Job) -> bool:
     """Whether the job's folder holds this run, trained to its end. Raises StudyError if it holds another one."""
-    if not (job.folder / report.CONFIG).is_file():
+    if not (job.folder / run_folder.CONFIG).is_file():
         return False
-    there = report.read_config(job.folder)
+    there = run_folder.read_config(job.folder)
     different = same_run(job.config, there)
     if different:
         values = ", ".join(f"{name} {getattr(there, name)}" for name in different)
         raise StudyError(f"{job.folder} holds a run with other settings ({values}): give another folder as out, or delete it")
     epochs = tested_epochs(job)
-    return bool(epochs) and epochs[-1]["epoch"] == there.epochs and (job.folder / report.WEIGHTS).is_file()
+    return bool(epochs) and epochs[-1]["epoch"] == there.epochs and (job.folder / run_folder.WEIGHTS).is_file()
 
 
 def tested_epochs(job: Job) -> list[dict[str, Any]]:
     """Records of the epochs after which the network was tested: all, or where modules are trained in turn those of the last."""
-    return [epoch for epoch in report.read_metrics(job.folder, "epoch") if epoch["test"] is not None]
+    return [epoch for epoch in run_folder.read_metrics(job.folder, "epoch") if epoch["test"] is not None]
 
 
 def run_all(jobs: Sequence[Job], at_a_time: int) -> None:
@@ -104,7 +104,7 @@ def _start(job: Job) -> subprocess.Popen:
     """Begin or continue a run. Its output goes to a file beside its folder."""
     _remove_if_nothing_ran(job.folder)
     job.folder.parent.mkdir(parents=True, exist_ok=True)
-    begun = (job.folder / report.CONFIG).is_file()
+    begun = (job.folder / run_folder.CONFIG).is_file()
     command = [sys.executable, "-m", "infopro_fast", "train", *(["--resume", str(job.folder)] if begun else flags(job.config))]
     with open(_log(job), "ab") as log:
         return subprocess.Popen(
@@ -114,9 +114,9 @@ def _start(job: Job) -> subprocess.Popen:
 
 def _remove_if_nothing_ran(folder: Path) -> None:
     """A run that was killed before its first checkpoint, and its first trained module, cannot be continued, and holds nothing."""
-    checkpoints, trained = folder / report.CHECKPOINTS, folder / sequential.TRAINED
+    checkpoints, trained = folder / run_folder.CHECKPOINTS, folder / sequential.TRAINED
     begun = any(checkpoint.list_checkpoints(place) for place in (checkpoints, *checkpoints.glob("module*")))
-    if (folder / report.CONFIG).is_file() and not begun and not any(trained.glob("module*")):  # what is half-written has other names
+    if (folder / run_folder.CONFIG).is_file() and not begun and not any(trained.glob("module*")):  # what is half-written has other names
         shutil.rmtree(folder)
 
 
@@ -149,7 +149,7 @@ def _stopping(running: dict[subprocess.Popen, Job]) -> Iterator[None]:
 
 
 def _status(job: Job) -> str:
-    epochs = report.read_metrics(job.folder, "epoch")
+    epochs = run_folder.read_metrics(job.folder, "epoch")
     if not epochs:
         return "begun"
     last = epochs[-1]
@@ -185,7 +185,7 @@ class _Bars(_Lines):
         if job not in self.lines:
             turns = job.config.modules if job.config.order == "sequential" else 1
             self.lines[job] = self.bars.add_task(job.folder.name, total=turns * job.config.resolved().epochs, status="")
-        epochs = report.read_metrics(job.folder, "epoch")
+        epochs = run_folder.read_metrics(job.folder, "epoch")
         self.bars.update(self.lines[job], completed=len(epochs), status=_status(job))
 
     def end(self, job: Job, well: bool) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from infopro_fast.trainer.checkpoint import replace_file
-from infopro_fast.trainer.config import IMAGE_SIZES, RECIPES
+from infopro_fast.trainer.settings.config import IMAGE_SIZES, RECIPES
 
 from . import costs
 from .known import Known, Run, settings_of_a_cell

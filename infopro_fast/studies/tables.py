@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from infopro_fast.trainer import recipes
-from infopro_fast.trainer.config import CIFAR_RESNETS, IMAGE_SIZES, ConfigError, TrainConfig
+from infopro_fast.trainer.settings import recipes
+from infopro_fast.trainer.settings.config import CIFAR_RESNETS, IMAGE_SIZES, ConfigError, TrainConfig
 
 Method = Literal["e2e", "greedy", "dgl", "softmax", "contrast", "async", "checkpoint", "infopro_l", "auglocal"]
 NAMES = {

@@ -2,10 +2,10 @@
 
 import importlib
 
-# Imported at first use: the command line reads `config` alone, without torch.
+# Imported at first use: the command line reads `settings` alone, without torch.
 _HOMES = {
     "LocalTrainer": "step",
-    "TrainConfig": "config",
+    "TrainConfig": "settings.config",
     "check_finite": "step",
     "evaluate_run": "run",
     "fit": "run",

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from .checkpoint import PIECE, Moved, naming, nobody, sync_folder
-from .report import RunError
+from .run_folder import RunError
 
 SUMS = ".sha256"
 

@@ -17,13 +17,13 @@ import torch
 
 from infopro_fast import modules
 
-from . import checkpoint, display, evaluation, report, schedule
-from .config import TrainConfig
+from . import checkpoint, display, evaluation, run_folder, schedule
+from .settings.config import TrainConfig
 from .errors import NonFiniteError, Stopped
 from .meters import Clock, Meters
 from .moving_average import MovingAverage
-from .parallel import ParallelTrainer
-from .pipeline import Packet
+from .processes.reduction import ParallelTrainer
+from .processes.wire import Packet
 from .setup import amp_dtype
 from .share import Share
 from .stopping import StopRequest
@@ -35,7 +35,7 @@ class Training:
     def __init__(self, config: TrainConfig, run: Path, images: Any, share: Share):
         self.config, self.run, self.share, self.net, self.watch = config, run, share, share.net, share.watch
         self.images, self.device = images, torch.device(config.device)
-        self.checkpoints = run / report.CHECKPOINTS
+        self.checkpoints = run / run_folder.CHECKPOINTS
         self.batches = images.batches(config.batch_size, config.drop_last)
         self.steps = config.iterations or config.epochs * self.batches
         sgd = schedule.released_sgd(config.lr, config.momentum, config.weight_decay, config.optimizer_state, config.nesterov)
@@ -59,13 +59,13 @@ class Training:
         try:
             with (
                 display.choose() if writes else display.Silent() as self.screen,
-                contextlib.closing(report.MetricsLog(self.run, self.metrics_bytes) if writes else report.NoLog()) as self.log,
+                contextlib.closing(run_folder.MetricsLog(self.run, self.metrics_bytes) if writes else run_folder.NoLog()) as self.log,
                 StopRequest(self.run) as self.stop,
             ):
                 self.screen.message(self.came_from or f"{self.title}, {self.images.train_count} images, run folder {self.run}")
                 if not self.came_from:
                     if self.config.recipe is not None and self.share.tells_recipe:
-                        self.screen.message(report.recipe_text(self.share.config))
+                        self.screen.message(run_folder.recipe_text(self.share.config))
                     self.save()
                 while self.epoch < self.config.epochs:
                     self.train_epoch()
@@ -195,12 +195,12 @@ class Training:
         weights = self.share.weights(self.result, self.saved)
         if weights is not None:
             about = {"arch": self.config.arch, "epoch": self.epoch, "test_accuracy": (self.test or {}).get("accuracy")}
-            report.write_weights(self.run, weights, about, self.watch.moved)
+            run_folder.write_weights(self.run, weights, about, self.watch.moved)
 
     def draw_learning_curve(self) -> None:
         if self.share.writes:
             self.watch.at("drawing the learning curve", slow=True)
-            report.draw_learning_curve(self.run, self.title)
+            run_folder.draw_learning_curve(self.run, self.title)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Where the run is, for the watch and for people

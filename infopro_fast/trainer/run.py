@@ -13,14 +13,16 @@ import torch.distributed as dist
 
 from infopro_fast import data
 
-from . import checkpoint, continuing, evaluation, processes, recipes, report, schedule, setup, state
-from .config import ConfigError, TrainConfig
+from . import checkpoint, evaluation, run_folder, schedule, setup
+from .settings import continuing, recipes
+from .processes import layout, state
+from .settings.config import ConfigError, TrainConfig
 from .loop import Training
-from .processes import Processes
+from .processes.layout import Processes
 from .sequential import Sequence as ModuleByModule
 from .share import Share
 from .step import LocalTrainer
-from .watch import alone
+from .processes.watch import alone
 
 
 def fit(config: TrainConfig) -> Path | None:
@@ -31,11 +33,11 @@ def fit(config: TrainConfig) -> Path | None:
     After a restart by torchrun (--max-restarts) the run in ``config.out`` continues from its last checkpoint.
     """
     config, several = config.resolved(), config.parallel != "none"
-    if several and processes.launched() and processes.may_restart() and config.out is None:
+    if several and layout.launched() and layout.may_restart() and config.out is None:
         raise ConfigError("out: expected a run folder: torchrun with --max-restarts starts the same command again, which has to find it")
     config = _here(config, several)
-    with processes.joined(config, several) as here, contextlib.ExitStack() as held:
-        restarted = several and processes.restarts() > 0
+    with layout.joined(config, several) as here, contextlib.ExitStack() as held:
+        restarted = several and layout.restarts() > 0
         if restarted and here.share(_checkpoints(config.out), here.layout.main) > 0:
             return _continue(here, held, config.out, None, previous=False)
         images = _load_data(config, here)
@@ -47,8 +49,8 @@ def fit(config: TrainConfig) -> Path | None:
         if here.layout.is_main:
             if restarted:
                 _remove_unbegun(config.out)
-            here.run = report.create(config, recipes.shared(config, here.layout.replicas))
-            held.enter_context(report.locked(here.run))
+            here.run = run_folder.create(config, recipes.shared(config, here.layout.replicas))
+            held.enter_context(run_folder.locked(here.run))
         here.run = here.share(here.run, here.layout.main)
         return _to_end(config, images, here, held, training)
 
@@ -63,14 +65,14 @@ def resume(
     set's files are from now on, if not where the run found them.
     Raises CheckpointError for a damaged checkpoint, ConfigError for processes that would not do the same training, and what `fit` raises.
     """
-    config = report.read_config(Path(run))
+    config = run_folder.read_config(Path(run))
     if data_root is not None:
         config = dataclasses.replace(config, data_root=Path(data_root).absolute())
     config.check_installed()
     if sharing:
         config = continuing.shared_anew(config, sharing)
-    several = config.parallel != "none" and bool(processes.launched() or sharing)
-    with processes.joined(_here(config, several), several) as here, contextlib.ExitStack() as held:
+    several = config.parallel != "none" and bool(layout.launched() or sharing)
+    with layout.joined(_here(config, several), several) as here, contextlib.ExitStack() as held:
         return _continue(here, held, Path(run), config, previous)
 
 
@@ -79,12 +81,12 @@ def _continue(here: Processes, held: contextlib.ExitStack, run: Path, anew: Trai
     here.run, several, path, content = run, here.layout.size > 1 or dist.is_initialized(), None, None
     if here.layout.is_main:
         here.watch.at("reading a checkpoint", slow=True)
-        held.enter_context(report.locked(run))
-        checkpoint.clean(run / report.CHECKPOINTS)
-        anew = anew or report.read_config(run)
+        held.enter_context(run_folder.locked(run))
+        checkpoint.clean(run / run_folder.CHECKPOINTS)
+        anew = anew or run_folder.read_config(run)
         content = {"config": anew.to_json()}
         if anew.order == "simultaneous":
-            path, content = checkpoint.load_latest(run / report.CHECKPOINTS, previous)
+            path, content = checkpoint.load_latest(run / run_folder.CHECKPOINTS, previous)
             content["config"] = continuing.continued(TrainConfig.from_json(content["config"]), anew).to_json()
     path = here.share(path, here.layout.main)
     if several:  # the others may have no such folder
@@ -93,7 +95,7 @@ def _continue(here: Processes, held: contextlib.ExitStack, run: Path, anew: Trai
     images = _load_data(config, here)
     _check_batches(config, images, here)
     if here.layout.is_main:
-        report.keep_config(run, anew)
+        run_folder.keep_config(run, anew)
     held.enter_context(setup.machine(config))
     here.watch.at("building the network", slow=True)
     return _to_end(config, images, here, held, _begin(config, images, here, fresh=False), path, content, previous)
@@ -135,7 +137,7 @@ def evaluate_run(
     Raises RunError, DataError or ConfigError.
     """
     run = Path(run)
-    config, weights = report.read_config(run), report.read_weights(run)
+    config, weights = run_folder.read_config(run), run_folder.read_weights(run)
     config = config.to_look_at(device=device, data_root=data_root)
     images = setup.load_data(config)
     if not images.dense and (flip or tuple(scales) != (1.0,)):
@@ -145,20 +147,20 @@ def evaluate_run(
         try:
             net.load_released_state_dict(weights)
         except ValueError as error:
-            raise report.RunError(f"{run / report.WEIGHTS} does not fit {report.CONFIG}: {error}") from error
+            raise run_folder.RunError(f"{run / run_folder.WEIGHTS} does not fit {run_folder.CONFIG}: {error}") from error
         batches = images.to(config.device).test_batches(config.batch_size, getattr(torch, config.dtype), config.device)
         trainer = LocalTrainer(net, schedule.released_sgd(config.lr), amp=setup.amp_dtype(config))
         return evaluation.evaluate(net, batches, autocast=trainer.autocast, scales=scales, flip=flip)
 
 
 def _here(config: TrainConfig, several: bool) -> TrainConfig:
-    return dataclasses.replace(config, device=processes.local_device(config.device)) if several else config
+    return dataclasses.replace(config, device=layout.local_device(config.device)) if several else config
 
 
 def _load_data(config: TrainConfig, here: Processes) -> data.ImageSet | data.FolderSet:
     """Files that are fetched are fetched by one process of a machine, before the others look."""
     here.watch.at("opening the data set", slow=True)
-    if config.download and processes.local_rank() == 0:
+    if config.download and layout.local_rank() == 0:
         setup.load_data(config)
     if config.download and dist.is_initialized():
         with here.watch.waiting():
@@ -175,13 +177,13 @@ def _check_batches(config: TrainConfig, images: data.ImageSet | data.FolderSet, 
 
 
 def _checkpoints(run: Path) -> int:
-    return len(checkpoint.list_checkpoints(run / report.CHECKPOINTS)) if (run / report.CHECKPOINTS).is_dir() else 0
+    return len(checkpoint.list_checkpoints(run / run_folder.CHECKPOINTS)) if (run / run_folder.CHECKPOINTS).is_dir() else 0
 
 
 def _remove_unbegun(run: Path) -> None:
     """A run folder that a killed process created and wrote no checkpoint into: its files are made anew."""
-    first = {report.CONFIG, report.RECIPE}
-    known = {*first, report.METRICS, ".lock", report.CHECKPOINTS, *(checkpoint.ASIDE + name for name in first)}
+    first = {run_folder.CONFIG, run_folder.RECIPE}
+    known = {*first, run_folder.METRICS, ".lock", run_folder.CHECKPOINTS, *(checkpoint.ASIDE + name for name in first)}
     if run.is_dir() and {path.name for path in run.iterdir()} <= known and _checkpoints(run) == 0:
         for path in run.iterdir():
             checkpoint._remove(path) if path.is_dir() else path.unlink()

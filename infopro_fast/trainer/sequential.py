@@ -22,16 +22,16 @@ import torch
 from infopro_fast import data, modules
 from infopro_fast.plan import for_people
 
-from . import checkpoint, loop, report
-from .config import TrainConfig
+from . import checkpoint, loop, run_folder
+from .settings.config import TrainConfig
 from .feature_cache import CacheFile, Features, check_space
-from .parallel import modules_of
-from .pipeline import Packet
-from .processes import Layout, Processes
+from .processes.reduction import modules_of
+from .processes.wire import Packet
+from .processes.layout import Layout, Processes
 from .setup import amp_dtype, first_network
 from .share import Images, Share, test_counts
 from .stopping import StopRequest
-from .watch import Unwatched, Watch
+from .processes.watch import Unwatched, Watch
 
 TRAINED, CACHE = "trained", "cache"
 
@@ -63,10 +63,10 @@ class Sequence:
         net = first_network(self.config, self.images)
         for k in range(self.config.modules):
             modules_of(net, range(k, k + 1)).load_state_dict(checkpoint.load(self.trained(k))["net"])
-        last = report.read_metrics(self.run, "epoch")[-1]
+        last = run_folder.read_metrics(self.run, "epoch")[-1]
         about = {"arch": self.config.arch, "epoch": self.config.epochs, "test_accuracy": last["test"]["accuracy"]}
         self.watch.at("writing the weights")
-        report.write_weights(self.run, net.released_state_dict(), about, self.watch.moved)
+        run_folder.write_weights(self.run, net.released_state_dict(), about, self.watch.moved)
         checkpoint._remove(self.run / CACHE)
 
     def _train(self, k: int, previous: bool) -> None:
@@ -77,7 +77,7 @@ class Sequence:
                 source = self.cache(k - 1, stop) if self.config.cache else self._frozen(k)
         self.watch.at(f"building module {k + 1}", slow=True)
         training = loop.Training(self.config, self.run, self.images, OneModule(self.config, self.images, self._module(k), self.here, k, source))
-        training.checkpoints = self.run / report.CHECKPOINTS / f"module{k + 1:03d}"
+        training.checkpoints = self.run / run_folder.CHECKPOINTS / f"module{k + 1:03d}"
         if checkpoint.list_checkpoints(training.checkpoints):
             training.load(*checkpoint.load_latest(training.checkpoints, previous))
         else:
@@ -86,7 +86,7 @@ class Sequence:
                 before = checkpoint.load(self.trained(k - 1))
                 training.seconds, training.metrics_bytes = before["seconds"], before["metrics_bytes"]
         training.run_to_end()
-        size = (self.run / report.METRICS).stat().st_size
+        size = (self.run / run_folder.METRICS).stat().st_size
         content = {"net": training.net.state_dict(), "seconds": training.clock.seconds, "metrics_bytes": size}
         self.watch.at(f"writing module {k + 1}")
         checkpoint.save(self.run / TRAINED, self.trained(k).name, content, self.watch.moved)
@@ -100,7 +100,7 @@ class Sequence:
 
     def _clean(self) -> None:
         """What a killed process left half-written."""
-        for folder in (self.run / TRAINED, *(self.run / report.CHECKPOINTS).glob("module*")):
+        for folder in (self.run / TRAINED, *(self.run / run_folder.CHECKPOINTS).glob("module*")):
             checkpoint.clean(folder)
 
     def _load_trained(self, k: int) -> modules.LocalNetwork:

@@ -11,7 +11,7 @@ import torch
 
 from infopro_fast import data, modules, ops
 
-from .config import ConfigError, TrainConfig
+from .settings.config import ConfigError, TrainConfig
 
 
 def amp_dtype(config: TrainConfig) -> torch.dtype | None:

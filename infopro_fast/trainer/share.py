@@ -18,11 +18,12 @@ import torch.distributed as dist
 
 from infopro_fast import data, modules
 
-from . import recipes, state
-from .config import TrainConfig
-from .parallel import modules_of
-from .pipeline import REQUESTS, Packet, Receiver, Sender
-from .processes import Processes
+from .settings import recipes
+from .processes import state
+from .settings.config import TrainConfig
+from .processes.reduction import modules_of
+from .processes.wire import REQUESTS, Packet, Receiver, Sender
+from .processes.layout import Processes
 
 BUSY = "busy/"  # and the modules of a process: what it sends on beside the metrics
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from . import checkpoint
-from .pipeline import Waiting
+from .. import checkpoint
+from .wire import Waiting
 
 STATE = 100  # tag
 

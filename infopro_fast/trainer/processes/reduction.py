@@ -21,7 +21,7 @@ from torch import nn
 from infopro_fast.data import part_of
 from infopro_fast.modules import AuxClassifier, LocalNetwork
 
-from .step import LocalTrainer, Metrics, local_step
+from ..step import LocalTrainer, Metrics, local_step
 
 CommHook = Callable[[torch.Tensor, dist.ProcessGroup], dist.Work]
 

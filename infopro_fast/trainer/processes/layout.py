@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from .config import ConfigError, TrainConfig
+from ..settings.config import ConfigError, TrainConfig
 from .watch import PATIENCE, ProcessFailure, Unwatched, Watch, cause_of, is_of_communication
 
 PREFIX = "infopro_fast"
@@ -201,7 +201,7 @@ def _sigterm_noted(watch: Watch) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _told(processes: Processes) -> Iterator[None]:
-    from .errors import Stopped
+    from ..errors import Stopped
 
     watch = processes.watch
     try:
@@ -226,9 +226,9 @@ def _told(processes: Processes) -> Iterator[None]:
 def _for_people() -> tuple[type[Exception], ...]:
     from infopro_fast.data import DataError
 
-    from .checkpoint import CheckpointError
-    from .errors import NonFiniteError
-    from .report import RunError
+    from ..checkpoint import CheckpointError
+    from ..errors import NonFiniteError
+    from ..run_folder import RunError
 
     return ConfigError, DataError, CheckpointError, NonFiniteError, RunError, ProcessFailure
 

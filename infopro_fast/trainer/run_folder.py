@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from . import recipes
+from .settings import recipes
 from .checkpoint import ASIDE, Moved, nobody, replace_file, sync_folder
-from .config import ConfigError, TrainConfig
+from .settings.config import ConfigError, TrainConfig
 from .evaluation import headline
 
 CONFIG, METRICS, WEIGHTS, CURVE, CHECKPOINTS, RECIPE = (
