@@ -279,8 +279,8 @@ def _with_run(argv: list[str]) -> list[str]:
     run = _value(argv, "--resume")
     if argv[:1] != ["train"] or run is None or not changed or others:
         return argv
-    from .trainer.settings.recipes import as_flags
     from .trainer.run_folder import read_config
+    from .trainer.settings.recipes import as_flags
 
     own = kept(read_config(Path(run)), _value(argv, "--parallel"))
     return ["train", *as_flags({name: value for name, value in own.items() if value is not None}), *argv[1:]]
@@ -368,7 +368,8 @@ def _train(command: Train, argv: list[str]) -> None:
         raise ConfigError(f"--resume continues a run with its own settings: leave out {', '.join(others)}")
     if command.resume is None and command.resume_previous:
         raise ConfigError("--resume-previous says which checkpoint --resume takes: add --resume RUN")
-    from .trainer import run_folder, run as runs
+    from .trainer import run as runs
+    from .trainer import run_folder
 
     if command.resume is None:
         run = runs.fit(command.config)
@@ -494,8 +495,8 @@ def _exit_code(error: Exception) -> int | None:
     from .studies.runner import StudyError
     from .trainer.checkpoint import CheckpointError
     from .trainer.errors import NonFiniteError
-    from .trainer.run_folder import RunError
     from .trainer.processes.watch import ProcessFailure
+    from .trainer.run_folder import RunError
 
     if isinstance(error, (ConfigError, DataError, CheckpointError, PlanError, RunError)):
         return 2

@@ -15,7 +15,7 @@ import safetensors.torch  # noqa: F401
 import torch
 import torch._dynamo  # noqa: F401  by every optimizer
 
-from infopro_fast.trainer import checkpoint, fit, loop, run_folder, resume
+from infopro_fast.trainer import checkpoint, fit, loop, resume, run_folder
 from tests.tiny_run import config, small_and_plain
 
 

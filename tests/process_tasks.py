@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from infopro_fast import build, modules
 from infopro_fast.data import folder_set, part_of
 from infopro_fast.trainer import LocalTrainer, checkpoint, feature_cache, run_folder, schedule, sequential
-from infopro_fast.trainer.processes import wire, watch
+from infopro_fast.trainer.processes import watch
 from infopro_fast.trainer.processes.reduction import CommHook, ParallelTrainer, all_reduce
 from infopro_fast.trainer.processes.wire import Packet, Receiver, Sender
 from tests.kill_driver import kill_before, kill_in_write, nth

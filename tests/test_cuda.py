@@ -227,8 +227,8 @@ def test_decoder_peak(kernel, C, h):
 
 
 def triton_workspace(N: int, C: int, h: int) -> int:
-    from infopro_fast.ops import reconstruction_loss_plan as plans
-    from infopro_fast.ops.reconstruction_loss_triton import choose_precision, choose_tiles
+    from infopro_fast.ops.triton_kernels import reconstruction_loss_plan as plans
+    from infopro_fast.ops.triton_kernels.reconstruction_loss import choose_precision, choose_tiles
 
     major, minor = torch.cuda.get_device_capability()
     shape, cc = plans.Shape(N, C, h, h, 32, 32, 12, False), 10 * major + minor

@@ -10,8 +10,8 @@ import safetensors.torch
 import torch
 
 from infopro_fast.trainer import checkpoint, run_folder
-from infopro_fast.trainer.settings.config import ConfigError, TrainConfig
 from infopro_fast.trainer.processes import layout
+from infopro_fast.trainer.settings.config import ConfigError, TrainConfig
 from tests.compare import assert_close
 from tests.process_tasks import BATCHES_SENT, IN_FLIGHT
 

@@ -128,7 +128,7 @@ def test_ops_whose_kernels_multiply_in_parts_have_floors_below_them(op):
 
 def test_few_classes_are_as_many_as_the_kernels_take():
     pytest.importorskip("triton")
-    from infopro_fast.ops.linear_cross_entropy_triton import _few
+    from infopro_fast.ops.triton_kernels.linear_cross_entropy import _few
 
     assert _few(floors.FEW_CLASSES, 128) and not _few(floors.FEW_CLASSES + 1, 128)
 

@@ -11,7 +11,7 @@ import torch
 
 from infopro_fast import data
 from infopro_fast.data import DataError, cityscapes, imagenet
-from infopro_fast.trainer import evaluate_run, fit, loop, run_folder, resume
+from infopro_fast.trainer import evaluate_run, fit, loop, resume, run_folder
 from infopro_fast.trainer.settings.config import TrainConfig
 from tests import tiny_run
 

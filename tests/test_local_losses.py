@@ -20,8 +20,8 @@ from infopro_fast.modules.auglocal import aux_depths, sampled_blocks
 from infopro_fast.modules.heads import GlobalAveragePool
 from infopro_fast.modules.local_loss import INFOPRO_L_LAMBDAS, WEIGHTED
 from infopro_fast.trainer import fit, run_folder
-from infopro_fast.trainer.settings.config import ConfigError, TrainConfig
 from infopro_fast.trainer.processes.reduction import ParallelTrainer, modules_of
+from infopro_fast.trainer.settings.config import ConfigError, TrainConfig
 from infopro_fast.trainer.step import local_step
 from tests import compare, tiny_run
 from tests.test_distributed import drive

@@ -24,13 +24,13 @@ from infopro_fast.trainer import (
     evaluate_run,
     fit,
     loop,
-    run_folder,
     resume,
+    run_folder,
     schedule,
     setup,
 )
-from infopro_fast.trainer.settings.config import ConfigError, TrainConfig
 from infopro_fast.trainer.meters import Meters
+from infopro_fast.trainer.settings.config import ConfigError, TrainConfig
 from infopro_fast.trainer.step import LocalTrainer
 from tests import tiny_run
 from tests.tiny_run import assert_same_weights, at_step, weights

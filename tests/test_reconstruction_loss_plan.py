@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import shapes
-from infopro_fast.ops import reconstruction_loss_plan as plans
+from infopro_fast.ops.triton_kernels import reconstruction_loss_plan as plans
 
 SWEEPS = ("statistics", "loss", "backward")
 PLACES = 264  # of an H100

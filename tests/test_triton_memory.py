@@ -44,8 +44,8 @@ def allocated(module, monkeypatch, call):
 @pytest.mark.parametrize("C, h", ((16, 32), (32, 16), (64, 8)))
 def test_reconstruction_loss(N, C, h, monkeypatch):
     """To the byte what the plan says, which tests/test_cuda.py holds the peak on a GPU against."""
-    from infopro_fast.ops import reconstruction_loss_plan as plans
-    from infopro_fast.ops import reconstruction_loss_triton as module
+    from infopro_fast.ops.triton_kernels import reconstruction_loss as module
+    from infopro_fast.ops.triton_kernels import reconstruction_loss_plan as plans
 
     K, H = 12, 32
     monkeypatch.setattr(module, "capability", lambda device: 90)
@@ -69,7 +69,7 @@ def test_reconstruction_loss(N, C, h, monkeypatch):
 @pytest.mark.parametrize("dtype, parts", ((torch.float32, 2), (torch.bfloat16, 0)))
 def test_supcon_loss(M, splits, dtype, parts, monkeypatch):
     """Forward: the loss, 3 numbers a row, the parts in float16; backward: those, one gradient a split and the gradient. O(M), not M x M."""
-    from infopro_fast.ops import supcon_loss_triton as module
+    from infopro_fast.ops.triton_kernels import supcon_loss as module
 
     D = 128
     x, labels = torch.empty(M, D, dtype=dtype, device="meta"), torch.empty(M, dtype=torch.long, device="meta")
@@ -84,7 +84,7 @@ def test_supcon_loss(M, splits, dtype, parts, monkeypatch):
 
 def test_linear_cross_entropy_of_many_classes(monkeypatch):
     """A chunk of the logits at once, not all 2^31 of them."""
-    from infopro_fast.ops import linear_cross_entropy_triton as module
+    from infopro_fast.ops.triton_kernels import linear_cross_entropy as module
 
     N, D, C = 65536, 64, 32768
     x, weight = torch.empty(N, D, device="meta"), torch.empty(C, D, device="meta")

@@ -42,16 +42,16 @@ def processes() -> concurrent.futures.ProcessPoolExecutor:
 
 
 def compile_all(module: str, cc: int, pool: concurrent.futures.Executor) -> list[Statistics]:
-    """Every kernel at every configuration that ``infopro_fast.ops.<module>`` ships for compute capability ``cc``.
+    """Every kernel at every configuration that ``infopro_fast.ops.triton_kernels.<module>`` ships for compute capability ``cc``.
 
-    The module has `configurations(cc)`, which yields `triton_target.Compilation`s. pool: `processes`, each takes one at a time.
+    The module has `configurations(cc)`, which yields `target.Compilation`s. pool: `processes`, each takes one at a time.
     """
     count = len(_configurations(module, cc))
     return list(pool.map(_compile_one, [module] * count, [cc] * count, range(count)))
 
 
 def _configurations(module: str, cc: int) -> list:
-    return list(importlib.import_module(f"infopro_fast.ops.{module}").configurations(cc))
+    return list(importlib.import_module(f"infopro_fast.ops.triton_kernels.{module}").configurations(cc))
 
 
 def _compile_one(module: str, cc: int, index: int) -> Statistics:

@@ -86,7 +86,7 @@ def define_kernels(
     """Define one direction of an op, once for each implementation of it, and return the torch ops by implementation.
 
     schema: "<op>_forward(...) -> ..." or "<op>_backward(...) -> ..."; all implementations share it, and ``fake`` too. The compiled
-        ones register themselves; Triton's is the function ``forward`` or ``backward`` of ``<op>_triton.py``, imported when first called.
+        ones register themselves; Triton's is the function ``forward`` or ``backward`` of ``triton_kernels/<op>.py``, imported when first called.
     cuda, triton: whether the op has CUDA C++ kernels, and Triton kernels (never without that file).
     triton_fake: the fake of the Triton kernels, where they give another dtype.
     """
@@ -94,7 +94,7 @@ def define_kernels(
     op, direction = name.rsplit("_", 1)
     if cuda:
         _CUDA_OPS.add(op)
-    triton = triton and _installed(f"{__package__}.{op}_triton")
+    triton = triton and _installed(f"{__package__}.triton_kernels.{op}")
     if triton:
         _TRITON_OPS.add(op)
     defined = {}
@@ -104,7 +104,7 @@ def define_kernels(
         torch.library.register_fake(f"infopro_fast::{full}", triton_fake or fake if impl == "triton" else fake, lib=LIBRARY)
         defined[impl] = getattr(torch.ops.infopro_fast, full).default
     for key in () if not triton else ("CUDA", "CPU") if INTERPRETED else ("CUDA",):
-        LIBRARY.impl(name + SUFFIX["triton"], _imported_when_called(f"{__package__}.{op}_triton", direction), key)
+        LIBRARY.impl(name + SUFFIX["triton"], _imported_when_called(f"{__package__}.triton_kernels.{op}", direction), key)
     return defined
 
 

@@ -1,6 +1,6 @@
 """Decoder-reconstruction loss of InfoPro (paper, eq. 6: the lower bound of I(h, x)), fused.
 
-The decoder of the released CIFAR code has kernels here; decoders that are longer chains have theirs in `chain_decoder`.
+The decoder of the released CIFAR code has kernels here; decoders that are longer chains have theirs in `reconstruction_loss_chain`.
 
     u = resize(h)              (N, C, H, W), bilinear with align_corners=True, or nearest
     z = conv3x3(u) + b1        (N, K, H, W)
@@ -23,8 +23,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from .batch_norm import affine, batch_norm_ref, sync_group, update_running_statistics, uses_batch_statistics
-from .chain_decoder import ChainStage, chain_loss, check_counts, cuda_limitation, decoder_stages, resizes, triton_limitation
 from .dispatch import compute_dtype, define_kernels, first_order, no_autocast, resolve
+from .reconstruction_loss_chain import (
+    ChainStage,
+    chain_loss,
+    check_counts,
+    cuda_limitation,
+    decoder_stages,
+    resizes,
+    triton_limitation,
+)
 
 OP = "reconstruction_loss"
 MODES = ("bilinear", "nearest")

@@ -19,9 +19,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .chain_decoder import fits
 from .dispatch import compute_dtype, define_kernels, first_order, no_autocast, resolve
 from .linear_cross_entropy import REDUCTIONS, reduce_rows
+from .reconstruction_loss_chain import fits
 
 OP = "upsample_cross_entropy"
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)

@@ -18,12 +18,12 @@ import torch
 from infopro_fast import modules
 
 from . import checkpoint, display, evaluation, run_folder, schedule
-from .settings.config import TrainConfig
 from .errors import NonFiniteError, Stopped
 from .meters import Clock, Meters
 from .moving_average import MovingAverage
 from .processes.reduction import ParallelTrainer
 from .processes.wire import Packet
+from .settings.config import TrainConfig
 from .setup import amp_dtype
 from .share import Share
 from .stopping import StopRequest

@@ -14,15 +14,15 @@ import torch.distributed as dist
 from infopro_fast import data
 
 from . import checkpoint, evaluation, run_folder, schedule, setup
-from .settings import continuing, recipes
-from .processes import layout, state
-from .settings.config import ConfigError, TrainConfig
 from .loop import Training
+from .processes import layout, state
 from .processes.layout import Processes
+from .processes.watch import alone
 from .sequential import Sequence as ModuleByModule
+from .settings import continuing, recipes
+from .settings.config import ConfigError, TrainConfig
 from .share import Share
 from .step import LocalTrainer
-from .processes.watch import alone
 
 
 def fit(config: TrainConfig) -> Path | None:

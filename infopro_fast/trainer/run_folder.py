@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .settings import recipes
 from .checkpoint import ASIDE, Moved, nobody, replace_file, sync_folder
-from .settings.config import ConfigError, TrainConfig
 from .evaluation import headline
+from .settings import recipes
+from .settings.config import ConfigError, TrainConfig
 
 CONFIG, METRICS, WEIGHTS, CURVE, CHECKPOINTS, RECIPE = (
     "config.json", "metrics.jsonl", "weights.safetensors", "learning_curve.png", "checkpoints", "recipe.json",

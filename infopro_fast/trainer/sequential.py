@@ -23,15 +23,15 @@ from infopro_fast import data, modules
 from infopro_fast.plan import for_people
 
 from . import checkpoint, loop, run_folder
-from .settings.config import TrainConfig
 from .feature_cache import CacheFile, Features, check_space
-from .processes.reduction import modules_of
-from .processes.wire import Packet
 from .processes.layout import Layout, Processes
+from .processes.reduction import modules_of
+from .processes.watch import Unwatched, Watch
+from .processes.wire import Packet
+from .settings.config import TrainConfig
 from .setup import amp_dtype, first_network
 from .share import Images, Share, test_counts
 from .stopping import StopRequest
-from .processes.watch import Unwatched, Watch
 
 TRAINED, CACHE = "trained", "cache"
 

@@ -18,12 +18,12 @@ import torch.distributed as dist
 
 from infopro_fast import data, modules
 
-from .settings import recipes
 from .processes import state
-from .settings.config import TrainConfig
+from .processes.layout import Processes
 from .processes.reduction import modules_of
 from .processes.wire import REQUESTS, Packet, Receiver, Sender
-from .processes.layout import Processes
+from .settings import recipes
+from .settings.config import TrainConfig
 
 BUSY = "busy/"  # and the modules of a process: what it sends on beside the metrics
 

@@ -66,7 +66,7 @@ def test_layouts(layout):
 
 @pytest.mark.parametrize("form", ("no bias", "shrinks"))
 def test_in_chunks_of_samples(form, monkeypatch):
-    from infopro_fast.ops import upsample_conv3x3_triton as module
+    from infopro_fast.ops.triton_kernels import upsample_conv3x3 as module
 
     spans, asked = module._spans, []
     monkeypatch.setattr(module, "MOST", 200)
@@ -77,8 +77,8 @@ def test_in_chunks_of_samples(form, monkeypatch):
 
 def test_what_is_made_for_a_chunk_is_no_larger_than_it_may_be(monkeypatch):
     """Normalised maps and their gradients, which may have more numbers than the taps between them."""
-    from infopro_fast.ops import chain_stage_triton as stage
-    from infopro_fast.ops import upsample_conv3x3_triton as module
+    from infopro_fast.ops.triton_kernels import chain_stage as stage
+    from infopro_fast.ops.triton_kernels import upsample_conv3x3 as module
 
     made = []
     for kind in (stage.Activation, stage._NormalisedGradient):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from infopro_fast.ops import reconstruction_loss
-from infopro_fast.ops.reconstruction_loss_plan import Shape, plan
+from infopro_fast.ops.triton_kernels.reconstruction_loss_plan import Shape, plan
 from tests import compare, op_cases
 from tests.op_cases import check, gradients, make_decoder, plain_reconstruction, reconstruction
 
@@ -58,7 +58,7 @@ def test_strips(shape, mode):
 @pytest.mark.parametrize("shape", ("resize", "no resize", "downscaled"))
 def test_programs_keep_to_their_scratch(shape, monkeypatch):
     """Nothing is read that was not written before, and nothing written beyond: the interpreter itself would not tell."""
-    from infopro_fast.ops import reconstruction_loss_triton as kernels
+    from infopro_fast.ops.triton_kernels import reconstruction_loss as kernels
 
     buffers = []
 

@@ -75,7 +75,7 @@ def test_parameters_in_float32_and_x_in_16_bits(size):
 
 @pytest.mark.parametrize("size", ("doubled", "smaller"))
 def test_in_chunks_of_samples(size, monkeypatch):
-    from infopro_fast.ops import upsample_conv3x3_triton as module
+    from infopro_fast.ops.triton_kernels import upsample_conv3x3 as module
 
     monkeypatch.setattr(module, "MOST", 9 * 4 * 15)  # a sample of T at a time
     check(up_conv(N=3, C=3, K=4, **SIZES[size]), "triton", torch.float32)
@@ -121,14 +121,14 @@ def test_sizes_beyond_its_counters_are_refused():
 @pytest.mark.parametrize("mode", range(3))
 def test_tables(mode):
     """Both tables are the matrix that torch resizes by, and no source position has more takers than there is room for."""
-    from infopro_fast.ops import triton_resize
+    from infopro_fast.ops.triton_kernels import resize
 
     options = (dict(mode="bilinear", align_corners=True), dict(mode="nearest"), dict(mode="bilinear"))[mode]
     sizes = [(1, 1), (1, 9), (2, 9), (9, 1), (5, 5), (7, 3), (3, 7), (13, 64), (28, 224), (5, 37), (64, 13), (2, 2), (60, 61)]
     for size, out in sizes:
         unit = torch.eye(size, dtype=torch.float64)[:, None, :, None]
         wanted = torch.nn.functional.interpolate(unit, (out, 1), **options)[:, 0, :, 0].T  # (out, size)
-        low, weights = triton_resize.places(size, 1, out, 1, mode, torch.device("cpu"))
+        low, weights = resize.places(size, 1, out, 1, mode, torch.device("cpu"))
         low, (a, b) = low[: out + 2].long(), weights.view(2, -1)[:, : out + 2].double()
         found = torch.zeros(out + 2, size, dtype=torch.float64)
         rows = torch.arange(out + 2)
@@ -136,7 +136,7 @@ def test_tables(mode):
         found[rows, (low + 1).clamp(max=size - 1)] += b
         compare.assert_close(found[1:-1], wanted, dtype=torch.float32, what=f"places {size} to {out}")
         assert not found[0].any() and not found[-1].any()
-        first, weights, most, _ = triton_resize.takers(size, 1, out, 1, mode, torch.device("cpu"))
+        first, weights, most, _ = resize.takers(size, 1, out, 1, mode, torch.device("cpu"))
         found = torch.zeros(out + most, size, dtype=torch.float64)
         table = weights[: (most + 4) * size].view(most + 4, size).double()
         assert not table[:2].any() and not table[-2:].any()

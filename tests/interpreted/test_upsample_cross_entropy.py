@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from infopro_fast.ops import upsample_cross_entropy, upsample_cross_entropy_triton
+from infopro_fast.ops import upsample_cross_entropy
+from infopro_fast.ops.triton_kernels import upsample_cross_entropy as module
 from tests import compare, golden, op_cases
 from tests.op_cases import check, gradients, upsample_ce
 
@@ -174,10 +175,10 @@ def test_programs_are_counted_in_the_one_dimension_that_takes_so_many(N, C, h, H
     """A GPU has at most 65535 in the others. Each program is there once: BLOCK_P pixels of a row; BLOCK_C classes of BLOCK_W pixels."""
     kernels = {name: Launches() for name in ("_forward_kernel", "_finish_kernel", "_backward_kernel")}
     for name, launches in kernels.items():
-        monkeypatch.setattr(upsample_cross_entropy_triton, name, launches)
+        monkeypatch.setattr(module, name, launches)
     logits = torch.zeros(1, 1, 1, 1).expand(N, C, h, 40).requires_grad_()
     upsample_cross_entropy(logits, torch.zeros(1, 1, 1, dtype=torch.uint8).expand(N, H, 100), impl="triton").backward()
-    tiles = upsample_cross_entropy_triton.choose_tiles(C)
+    tiles = module.choose_tiles(C)
     assert kernels["_forward_kernel"].grids == [(N * H * -(-100 // tiles.forward_p),)]
     assert kernels["_backward_kernel"].grids == [(N * -(-C // tiles.block_c) * h * -(-40 // tiles.block_w),)]
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+
 SPEC, REQUEST, METRICS, LABEL, IMAGE, FEATURES = range(1, 7)  # tags
 REQUESTS = (None, "save", "stop")
 

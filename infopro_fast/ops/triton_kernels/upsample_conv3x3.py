@@ -35,10 +35,10 @@ import torch
 import triton
 import triton.language as tl
 
-from . import triton_resize
-from .chain_decoder import fits
-from .triton_resize import places, takers
-from .triton_target import Compilation, rounded
+from ..reconstruction_loss_chain import fits
+from . import resize as resizing
+from .resize import places, takers
+from .target import Compilation, rounded
 
 MOST = 2**23  # 32 MiB of float32, which the second caches of an H100 and an A100 hold beside the output
 MOST_SAMPLES = 2**15  # in one call of cuBLAS, whose batches are counted in 16 bits for some types
@@ -512,7 +512,7 @@ def choose_tile(channels: int, width: int) -> tuple[int, int]:
 
 def configurations(cc: int) -> typing.Iterator[Compilation]:
     """Every kernel for maps of 64 channels or more, and for one channel (nearest, the smallest); the tables of places and takers."""
-    yield from triton_resize.configurations(cc)
+    yield from resizing.configurations(cc)
     for dtype, mode, channels in (("fp32", 2, 64), ("bf16", 0, 64), ("fp16", 1, 1)):
         block, block_x = choose_tile(channels, 64)
         fixed = {"C": 1, "K": 1, "stride_x": 1} if channels == 1 else {}

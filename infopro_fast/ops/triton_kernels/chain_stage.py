@@ -1,13 +1,13 @@
-"""Triton kernels of a stage of a chain decoder (`chain_decoder`): z_prev (N, C, h, w), weight (K, C, 1 or 3, 1 or 3), z (N, K, H, W).
+"""Triton kernels of a stage of a chain decoder (`reconstruction_loss_chain`): z_prev (N, C, h, w), weight (K, C, 1 or 3, 1 or 3), z (N, K, H, W).
 
     a  = relu(gamma x + beta),  x = (z_prev - mean) / std       _activation_kernel, or the features as they are
-    z  = conv(resize(a)) + bias                                 `upsample_conv3x3_triton`; 1x1 without resize: one product, torch.bmm
+    z  = conv(resize(a)) + bias                                 `triton_kernels.upsample_conv3x3`; 1x1 without resize: one product, torch.bmm
     dz = gamma / std (dy - mean dy - x mean(dy x))              _normalised_gradient_kernel
     da = conv^T(resize^T(dz)), dW                               as z
     dy_prev = da where a > 0; its sum, and that times x         _rectify_kernel, in place of da
 
 a, dz and the convolution's own maps are made for as many samples at a time as stay in a GPU's second cache, so that none of them is ever
-whole in memory; z's statistics and the last line are passes over the whole batch. Bytes a sample beside what `upsample_conv3x3_triton`
+whole in memory; z's statistics and the last line are passes over the whole batch. Bytes a sample beside what `triton_kernels.upsample_conv3x3`
 counts: 8 C h w for a and 4 K H W for the statistics; in backward 12 K H W for dz, 8 C h w for a and 12 C h w for dy.
 
 Transient: a chunk of a, of dz and of the taps, up to 32 MiB each or those of a sample. z is float32, and so is all arithmetic but for a
@@ -24,8 +24,8 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from . import upsample_conv3x3_triton as conv3x3
-from .triton_target import Compilation
+from . import upsample_conv3x3 as conv3x3
+from .target import Compilation
 
 BLOCK = 1024  # pixels of a map that a program takes
 

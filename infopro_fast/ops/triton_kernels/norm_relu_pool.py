@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .triton_target import Compilation, multiprocessors, rounded
+from .target import Compilation, multiprocessors, rounded
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Kernels

@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .triton_target import Compilation, capability, dot_precision, multiprocessors, rounded
+from .target import Compilation, capability, dot_precision, multiprocessors, rounded
 
 MEAN, SUM, NONE = range(3)  # linear_cross_entropy.REDUCTIONS
 

@@ -20,8 +20,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .triton_resize import taps
-from .triton_target import Compilation, capability, dot_precision, rounded
+from .resize import taps
+from .target import Compilation, capability, dot_precision, rounded
 
 MEAN, SUM, NONE = range(3)  # linear_cross_entropy.REDUCTIONS
 KEEP_LSE = 1  # in upsample_cross_entropy.KEEP

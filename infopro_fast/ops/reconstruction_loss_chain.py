@@ -11,8 +11,8 @@ the logits: conv(resize(a)) is resize and shift of 1x1 convolutions of a, one pr
 
 On the CPU all of that happens within a stage's kernel (`csrc/chain_decoder.h`). On a GPU stages of few channels, the last above all, have
 CUDA C++ kernels, which do it tile by tile in shared memory (`csrc/chain_block.cuh`). Others, and 1x1 convolutions, are products of matrices
-above all else, best left to cuBLAS, chunk by chunk of samples (`chain_stage_triton`), whichever of "cuda" and "triton" is asked for. Where
-the last stage is Triton's, too (`chain_loss_triton`), the logits exist while it runs.
+above all else, best left to cuBLAS, chunk by chunk of samples (`triton_kernels.chain_stage`), whichever of "cuda" and "triton" is asked for. Where
+the last stage is Triton's, too (`triton_kernels.chain_loss`), the logits exist while it runs.
 
 Each stage is an opaque op, in both directions, so that the statistics of a SyncBatchNorm, and the sums its gradient needs, are
 added up across processes between them.
@@ -27,7 +27,14 @@ import torch
 from torch import nn
 
 from . import dispatch
-from .batch_norm import affine, merged_statistics, summed_across, sync_group, update_running_statistics, uses_batch_statistics
+from .batch_norm import (
+    affine,
+    merged_statistics,
+    summed_across,
+    sync_group,
+    update_running_statistics,
+    uses_batch_statistics,
+)
 from .dispatch import compute_dtype, define_kernels, first_order
 
 OP = "reconstruction_loss"

@@ -28,7 +28,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .triton_target import INTERPRETED, Compilation, capability, dot_precision, multiprocessors, rounded
+from .target import INTERPRETED, Compilation, capability, dot_precision, multiprocessors, rounded
 
 NORM_EPS = tl.constexpr(1e-12)  # supcon_loss.NORM_EPS
 SUMS_APART = tl.constexpr(INTERPRETED)  # whose reductions by a function take a call an element

@@ -1,6 +1,6 @@
-"""Triton kernels of the last stage of a chain decoder (`chain_decoder`): the convolution to 3 channels, and the loss of its logits.
+"""Triton kernels of the last stage of a chain decoder (`reconstruction_loss_chain`): the convolution to 3 channels, and the loss of its logits.
 
-    s = conv3x3(resize(a)) + bias          (N, 3, H, W), float32, transient       `chain_stage_triton`
+    s = conv3x3(resize(a)) + bias          (N, 3, H, W), float32, transient       `triton_kernels.chain_stage`
     loss = mean of the loss of a pixel     _loss_kernel, a partial sum a program, added up in float64
     ds                                     _gradient_kernel, in place of s
 
@@ -17,9 +17,9 @@ import torch
 import triton
 import triton.language as tl
 
-from . import chain_stage_triton as stage
-from .reconstruction_loss_triton import _pixel, _target
-from .triton_target import Compilation
+from . import chain_stage as stage
+from .reconstruction_loss import _pixel, _target
+from .target import Compilation
 
 BLOCK = 1024  # pixels of a plane that a program takes
 

@@ -46,7 +46,7 @@ import triton
 import triton.language as tl
 
 from .reconstruction_loss_plan import Plan, Shape, plan
-from .triton_target import INTERPRETED, Compilation, capability, dot_precision, multiprocessors
+from .target import INTERPRETED, Compilation, capability, dot_precision, multiprocessors
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
