@@ -18,7 +18,8 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from infopro_fast.memory import figures, scale
+from infopro_fast import figure
+from infopro_fast.memory import scale
 from infopro_fast.trainer import run_folder
 
 from .device import provenance
@@ -60,7 +61,7 @@ def main() -> None:
     options.out.write_text(json.dumps(content, indent=1) + "\n")
     head = ["one process, images/s", "two", "ratio", f"at least {BAR}", "same weights"]
     one, two = (f"{statistics.median(row[name] for row in rounds):.0f}" for name in ("one", "two"))
-    print(figures.aligned([head, [one, two, f"{ratio:.3g}", "yes" if ratio >= BAR else "NO", "yes" if same else "NO"]]))
+    print(figure.aligned([head, [one, two, f"{ratio:.3g}", "yes" if ratio >= BAR else "NO", "yes" if same else "NO"]]))
 
 
 if __name__ == "__main__":

@@ -36,8 +36,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from infopro_fast import build, data
-from infopro_fast.memory import figures, scale
+from infopro_fast import build, data, figure
+from infopro_fast.memory import scale
 from infopro_fast.trainer import run_folder, schedule
 from infopro_fast.trainer.processes.reduction import ParallelTrainer
 
@@ -250,7 +250,7 @@ def main() -> None:
     content = {**provenance(), "threads": 1, "batch_size": BATCH, "cuts": net.cuts, "link": dataclasses.asdict(link), "layouts": rows}
     options.out.write_text(json.dumps(content, indent=1) + "\n")
     head = ["layout", "processes", "predicted, images/s", "measured", "measured / predicted", "of", f"within {BAR:.0%}"]
-    print(figures.aligned([head, *map(_row, _by_layout(rows))]))
+    print(figure.aligned([head, *map(_row, _by_layout(rows))]))
 
 
 def _by_layout(rows: list[dict]) -> list[list[dict]]:

@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 
 from benchmarks.table import Row
-from infopro_fast.memory.figures import new_figure, save
+from infopro_fast.figure import new_figure, save
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 LABELS = {

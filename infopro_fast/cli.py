@@ -20,8 +20,11 @@ from typing import Annotated, Literal
 
 import tyro
 
+from infopro_fast import errors, figure
+from infopro_fast.errors import ConfigError
+
 from .studies.tables import Study
-from .trainer.settings.config import ConfigError, TrainConfig
+from .trainer.settings.config import TrainConfig
 from .trainer.settings.continuing import CHANGEABLE, SHARING, kept
 
 PROG = "infopro-fast"
@@ -218,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         _run(_parse(argv), argv)
     except Exception as error:
-        code = _exit_code(error)
+        code = errors.exit_code(error)
         if code is None:
             raise
         _fail(str(error), code)
@@ -387,8 +390,10 @@ def _train(command: Train, argv: list[str]) -> None:
 
 
 def _plan(command: MakePlan) -> None:
+    from infopro_fast.errors import PlanError
+
     from .memory import chains, figures, largest_batch, largest_image, make_plan
-    from .plan import PlanError, parse_bytes
+    from .plan import parse_bytes
 
     _check_plan(command)
     size = command.image_size[0] if command.image_size is not None and len(command.image_size) == 1 else command.image_size
@@ -417,7 +422,7 @@ def _plan(command: MakePlan) -> None:
 
 def _check_plan(command: MakePlan) -> None:
     """Raises PlanError for numbers that are none, and for a file that cannot be written, before what is to be in it takes minutes."""
-    from .plan import PlanError
+    from infopro_fast.errors import PlanError
 
     for name in ("batch_size", "modules"):
         value = getattr(command, name)
@@ -439,7 +444,7 @@ def _memory(command: CompareMemory) -> None:
     for way in compare.ways(list(c.modules), list(c.budgets)):
         print(f"{way.name} ...", file=sys.stderr)
         found.append(compare.measure(way, c.arch, c.batch_size, c.image_size, rounds=c.rounds, device=c.device, threads=c.threads))
-    print(figures.aligned([figures.COLUMNS, *figures.comparison_rows(found)]))
+    print(figure.aligned([figures.COLUMNS, *figures.comparison_rows(found)]))
     paths = compare.write(found, c.arch, c.batch_size, c.image_size, c.out)
     print("written: " + ", ".join(str(path) for path in paths))
 
@@ -455,8 +460,9 @@ def _reproduce(command: Study) -> None:
 def _scale(command: Scale) -> None:
     import torch
 
+    from infopro_fast.errors import PlanError
+
     from .memory import scale
-    from .plan import PlanError
 
     c, K = command, command.modules * len(command.arch) if len(command.modules) == 1 else command.modules
     if len(K) != len(c.arch):
@@ -486,21 +492,6 @@ def _analyze(command: Analyze) -> None:
     settings = probes.ProbeSettings(c.depths, c.epochs, c.batch_size, c.lr, c.seed, classifier=c.classifier)
     analyze.analyze(c.runs, c.out, settings, threads=c.threads, device=c.device, data_root=c.data_root)
     print("written: " + ", ".join(str(c.out / name) for name in (analyze.JSON, analyze.TABLE, analyze.FIGURE)))
-
-
-def _exit_code(error: Exception) -> int | None:
-    """Exit code of an error that is for people, or None for one that is a bug and keeps its traceback."""
-    from .data import DataError
-    from .plan import PlanError
-    from .studies.runner import StudyError
-    from .trainer.checkpoint import CheckpointError
-    from .trainer.errors import NonFiniteError
-    from .trainer.processes.watch import ProcessFailure
-    from .trainer.run_folder import RunError
-
-    if isinstance(error, (ConfigError, DataError, CheckpointError, PlanError, RunError)):
-        return 2
-    return 1 if isinstance(error, (NonFiniteError, OSError, ProcessFailure, StudyError)) else None
 
 
 def _fail(message: str, code: int) -> None:

@@ -8,11 +8,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from infopro_fast.errors import PlanError
+
 VERSION = 1
-
-
-class PlanError(ValueError):
-    """A plan that cannot be made, or a file that is none; the message says why."""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import safetensors.torch  # noqa: F401
 import torch
 import torch._dynamo  # noqa: F401  by every optimizer
 
+from infopro_fast import whole_files
 from infopro_fast.trainer import checkpoint, fit, loop, resume, run_folder
 from tests.tiny_run import config, small_and_plain
 
@@ -51,7 +52,7 @@ def kill_after(owner, name, n):
 
 def kill_in_write(suffix, n):
     """Half of the file's bytes reach the disk, in the n-th file of this name."""
-    write, seen = checkpoint.write_file, 0
+    write, seen = whole_files.write_file, 0
 
     def half(path, content, *rest):
         nonlocal seen
@@ -64,7 +65,7 @@ def kill_in_write(suffix, n):
             kill()
         write(path, content, *rest)
 
-    checkpoint.write_file = half
+    whole_files.write_file = half
 
 
 def kill_in_metrics(n):
@@ -85,7 +86,7 @@ MOMENTS = {
     "tensors": lambda: kill_in_write("tensors.safetensors", 4),
     "state": lambda: kill_in_write("state.json", 5),
     "sums": lambda: kill_in_write("SHA256SUMS", 3),
-    "before_rename": lambda: kill_before(checkpoint, "sync_folder", 9),  # the folder aside is whole but has no name yet
+    "before_rename": lambda: kill_before(whole_files, "sync_folder", 9),  # the folder aside is whole but has no name yet
     "after_rename": lambda: kill_after(os, "rename", 3),
     "retiring": lambda: kill_after(checkpoint, "retire", 1),
     "metrics": lambda: kill_in_metrics(4),

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from infopro_fast import build, modules
+from infopro_fast import build, modules, whole_files
 from infopro_fast.data import folder_set, part_of
 from infopro_fast.trainer import LocalTrainer, checkpoint, feature_cache, run_folder, schedule, sequential
 from infopro_fast.trainer.processes import watch
@@ -467,7 +467,7 @@ def full_disk(folder: Path) -> dict:
         found[mode] = {"codes": group.wait(), "errors": group.errors(), "run": str(disk / "run"), "kept": str(folder / mode)}
         found[mode]["checkpoints"] = [path.name for path in checkpoint.list_checkpoints(disk / "run" / "checkpoints")]
         found[mode]["trained"] = [path.name for path in (disk / "run").glob("trained/*")]
-        found[mode]["aside"] = [path.name for path in (disk / "run").rglob(checkpoint.ASIDE + "*")]
+        found[mode]["aside"] = [path.name for path in (disk / "run").rglob(whole_files.ASIDE + "*")]
         (disk / "of_others").unlink()
         found[mode]["again"] = _continue(folder / f"{mode}-again", disk / "run", size)
         shutil.copytree(disk / "run", folder / mode)  # these mounts end with this driver

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import infopro_fast
-from infopro_fast import cli, ops
+from infopro_fast import cli, errors, ops
 from infopro_fast.data import Split, fashion_mnist
 from infopro_fast.modules.local_loss import Classifier
 from infopro_fast.modules.network import LocalNetwork, Stage
@@ -360,7 +360,7 @@ def test_a_run_with_other_weights_is_probed_again(runs, few_images, tmp_path):
     settings, said = ProbeSettings(depths=1, epochs=1, batch_size=16), []
     first = analyze.analyze([run], tmp_path / "out", settings, threads=1, show=said.append)
     shutil.copy(runs / "greedy0" / "weights.safetensors", run)
-    with pytest.raises(analyze.RunError, match="does not fit config.json: load_released_state_dict: unexpected aux_classifier"):
+    with pytest.raises(errors.RunError, match="does not fit config.json: load_released_state_dict: unexpected aux_classifier"):
         analyze.analyze([run], tmp_path / "out", settings, threads=1, show=said.append)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fashion_mnist, "load", tiny_run.load)

@@ -8,8 +8,10 @@ import pytest
 import safetensors.torch
 import torch
 
+from infopro_fast import whole_files
+from infopro_fast.errors import CheckpointError
 from infopro_fast.trainer import checkpoint
-from infopro_fast.trainer.checkpoint import CheckpointError, list_checkpoints, load, load_latest, name_of, save
+from infopro_fast.trainer.checkpoint import list_checkpoints, load, load_latest, name_of, save
 
 
 def state_of(seed=0):
@@ -171,7 +173,7 @@ def test_cut_short_at_any_step(tmp_path, monkeypatch, step):
     """A write that stops at any step, with no clean-up at all: the last two whole checkpoints are there to load."""
     save(tmp_path, name_of(1, 0), state_of(1))
     save(tmp_path, name_of(2, 0), state_of(2))
-    write, rename, sync, remove = checkpoint.write_file, os.rename, checkpoint.sync_folder, checkpoint._remove
+    write, rename, sync, remove = whole_files.write_file, os.rename, whole_files.sync_folder, checkpoint._remove
 
     def cut(*args, **kwargs):
         raise Killed
@@ -190,16 +192,16 @@ def test_cut_short_at_any_step(tmp_path, monkeypatch, step):
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "write_file", write_half)
+        patch.setattr(whole_files, "write_file", write_half)
         patch.setattr(checkpoint.os, "rename", rename_cut)
         patch.setattr(checkpoint, "_remove", lambda path: None)  # a killed process cleans nothing up
         if step == "mkdir":
             patch.setattr(checkpoint, "_serialize", cut)
         if step == "sync":
-            patch.setattr(checkpoint, "sync_folder", cut)
+            patch.setattr(whole_files, "sync_folder", cut)
         with pytest.raises(Killed):
             save(tmp_path, name_of(3, 0), state_of(3))
-    assert (checkpoint.sync_folder, checkpoint._remove) == (sync, remove)
+    assert (whole_files.sync_folder, checkpoint._remove) == (sync, remove)
 
     arrived = step in ("renamed", "retire", "retired")
     path, state = load_latest(tmp_path)
@@ -223,21 +225,21 @@ def test_failed_write_cleans_up(tmp_path, monkeypatch):
         path.write_bytes(content[:3])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "write_file", full)
+    monkeypatch.setattr(whole_files, "write_file", full)
     with pytest.raises(OSError, match="No space left"):
         save(tmp_path, name_of(2, 0), state_of(2))
     assert [p.name for p in tmp_path.iterdir()] == [name_of(1, 0)]
     with pytest.raises(OSError, match="No space left"):
-        checkpoint.replace_file(tmp_path / "file", b"new content")
+        whole_files.replace_file(tmp_path / "file", b"new content")
     assert not (tmp_path / "file").exists() and len(list(tmp_path.iterdir())) == 1
 
 
 def test_replace_file_is_all_or_nothing(tmp_path, monkeypatch):
     path = tmp_path / "file"
-    checkpoint.replace_file(path, b"old")
+    whole_files.replace_file(path, b"old")
     monkeypatch.setattr(checkpoint.os, "replace", lambda a, b: (_ for _ in ()).throw(Killed()))
     with pytest.raises(Killed):
-        checkpoint.replace_file(path, b"new")
+        whole_files.replace_file(path, b"new")
     assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["file"]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from infopro_fast import cli
+from infopro_fast import cli, errors
 from infopro_fast.data import fashion_mnist
 from infopro_fast.trainer import checkpoint, loop, run_folder
 from tests import tiny_run
@@ -91,7 +91,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "error,code", [(loop.NonFiniteError("module 1"), 1), (OSError(28, "No space left on device"), 1), (KeyboardInterrupt(), 130)]
+    "error,code", [(errors.NonFiniteError("module 1"), 1), (OSError(28, "No space left on device"), 1), (KeyboardInterrupt(), 130)]
 )
 def test_exit_codes_of_runs_that_go_wrong(monkeypatch, capsys, error, code):
     def fail(config):

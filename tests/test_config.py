@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from infopro_fast.trainer.settings.config import IMAGE_SIZES, RECIPES, ConfigError, TrainConfig
+from infopro_fast.errors import ConfigError
+from infopro_fast.trainer.settings.config import IMAGE_SIZES, RECIPES, TrainConfig
 
 
 @pytest.mark.parametrize(

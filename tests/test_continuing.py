@@ -8,9 +8,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from infopro_fast import cli
+from infopro_fast.errors import ConfigError
 from infopro_fast.trainer import checkpoint, run_folder
 from infopro_fast.trainer.settings import continuing
-from infopro_fast.trainer.settings.config import ConfigError, TrainConfig
+from infopro_fast.trainer.settings.config import TrainConfig
 from infopro_fast.trainer.settings.continuing import shared_anew
 from tests.compare import assert_close
 from tests.process_tasks import OTHERS, REFUSED

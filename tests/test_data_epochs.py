@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from infopro_fast import data
-from infopro_fast.data import Augmentation, DataError, ImageSet, Split, fashion_mnist, normalize
+from infopro_fast.data import Augmentation, ImageSet, Split, fashion_mnist, normalize
 from infopro_fast.data.augment import _per_channel
 from infopro_fast.data.image_set import epoch_seed
+from infopro_fast.errors import DataError
 
 
 @pytest.fixture(scope="module")

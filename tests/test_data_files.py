@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from infopro_fast import data
-from infopro_fast.data import DataError, cifar10, fashion_mnist_full, stl10, svhn
+from infopro_fast.data import cifar10, fashion_mnist_full, stl10, svhn
+from infopro_fast.errors import DataError
 
 rng = np.random.default_rng(0)
 

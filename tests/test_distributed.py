@@ -9,9 +9,10 @@ import pytest
 import safetensors.torch
 import torch
 
+from infopro_fast.errors import ConfigError
 from infopro_fast.trainer import checkpoint, run_folder
 from infopro_fast.trainer.processes import layout
-from infopro_fast.trainer.settings.config import ConfigError, TrainConfig
+from infopro_fast.trainer.settings.config import TrainConfig
 from tests.compare import assert_close
 from tests.process_tasks import BATCHES_SENT, IN_FLIGHT
 

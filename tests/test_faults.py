@@ -15,6 +15,7 @@ import pytest
 import safetensors.torch
 import torch.distributed as dist
 
+from infopro_fast import whole_files
 from infopro_fast.trainer import checkpoint, run_folder
 from infopro_fast.trainer.processes import watch
 from infopro_fast.trainer.processes.watch import cause_of, is_of_communication
@@ -81,7 +82,7 @@ def assert_no_checkpoint_is_lost(found):
     """What was saved before the fault, a full disk too, is there and whole; no half of a new one."""
     assert found["checkpoints"] == ["epoch0000-batch000000", "epoch0001-batch000000"]
     run = Path(found["run"])
-    assert [path.name for path in run.rglob(checkpoint.ASIDE + "*")] == []
+    assert [path.name for path in run.rglob(whole_files.ASIDE + "*")] == []
 
 
 @pytest.mark.parametrize("case, main", [("data-terminated-1", 0), ("pipeline-terminated-0", 1)])

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from infopro_fast import data
-from infopro_fast.data import DataError, cityscapes, imagenet
-from infopro_fast.trainer import evaluate_run, fit, loop, resume, run_folder
+from infopro_fast import data, errors
+from infopro_fast.data import cityscapes, imagenet
+from infopro_fast.errors import DataError
+from infopro_fast.trainer import evaluate_run, fit, resume, run_folder
 from infopro_fast.trainer.settings.config import TrainConfig
 from tests import tiny_run
 
@@ -253,7 +254,7 @@ def test_a_run_is_evaluated_and_continued(name, request, tmp_path, monkeypatch):
         assert mirrored["count"] == 3 and mirrored["loss"] != test["loss"]
     with monkeypatch.context() as patch:
         tiny_run.at_step(patch, stop, lambda *_: signal.raise_signal(signal.SIGTERM))
-        with pytest.raises(loop.Stopped):
+        with pytest.raises(errors.Stopped):
             fit(TrainConfig(out=tmp_path / "run", workers=1, **settings))
     tiny_run.assert_same_weights(resume(tmp_path / "run"), alone)
     assert run_folder.read_metrics(tmp_path / "run", "epoch")[-1]["test"] == test

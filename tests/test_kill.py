@@ -10,6 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from infopro_fast import whole_files
 from infopro_fast.trainer import checkpoint
 from tests.kill_driver import MOMENTS
 
@@ -51,7 +52,7 @@ def test_continues_to_the_same_bits(runs, moment):
     for part in ("net", "trainer", "meters", "rng", "best", "test", "epoch", "batch"):
         assert same(got[part], expected[part]), part
     assert lines(folder / moment) == lines(folder / "never")
-    leftovers = [path.name for path in (folder / moment).rglob("*") if path.name.startswith(checkpoint.ASIDE)]
+    leftovers = [path.name for path in (folder / moment).rglob("*") if path.name.startswith(whole_files.ASIDE)]
     assert leftovers == []
     assert len(checkpoint.list_checkpoints(folder / moment / "checkpoints")) == 2
 

@@ -17,7 +17,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import infopro_fast
-from infopro_fast.data import DataError, cifar10, fashion_mnist
+from infopro_fast import errors
+from infopro_fast.data import cifar10, fashion_mnist
+from infopro_fast.errors import ConfigError, DataError
 from infopro_fast.trainer import (
     checkpoint,
     display,
@@ -30,7 +32,7 @@ from infopro_fast.trainer import (
     setup,
 )
 from infopro_fast.trainer.meters import Meters
-from infopro_fast.trainer.settings.config import ConfigError, TrainConfig
+from infopro_fast.trainer.settings.config import TrainConfig
 from infopro_fast.trainer.step import LocalTrainer
 from tests import tiny_run
 from tests.tiny_run import assert_same_weights, at_step, weights
@@ -198,13 +200,13 @@ def test_stopping_right_after_a_resume_that_dropped_lines(tmp_path, monkeypatch,
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
         at_step(patch, 6, lambda *_: signal.raise_signal(signal.SIGTERM))
-        with pytest.raises(loop.Stopped):
+        with pytest.raises(errors.Stopped):
             fit(tiny_run.config(run))
     with open(run / run_folder.METRICS, "ab") as file:
         file.write(b'{"kind": "step"}\n' * 20)
     with monkeypatch.context() as patch:
         at_step(patch, 1, lambda *_: signal.raise_signal(signal.SIGTERM))
-        with pytest.raises(loop.Stopped):
+        with pytest.raises(errors.Stopped):
             resume(run)
     resume(run)
     assert_same_weights(run, finished)
@@ -214,9 +216,9 @@ def test_stopping_right_after_a_resume_that_dropped_lines(tmp_path, monkeypatch,
 def test_signal_stops_after_a_checkpoint_and_continues_to_the_same_bits(tmp_path, monkeypatch, finished, signum, step):
     with monkeypatch.context() as patch:
         at_step(patch, step, lambda trainer, metrics: signal.raise_signal(signum))
-        with pytest.raises(loop.Stopped, match=f"stopped by {signum.name}; continue with: infopro-fast train --resume .*run") as stopped:
+        with pytest.raises(errors.Stopped, match=f"stopped by {signum.name}; continue with: infopro-fast train --resume .*run") as stopped:
             fit(tiny_run.config(tmp_path / "run"))
-    assert stopped.value.run == tmp_path / "run" and stopped.value.signum == signum
+    assert stopped.value.signum == signum
     last = checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")[-1]
     assert last.name == checkpoint.name_of((step - 1) // 4, (step - 1) % 4 + 1)
     assert (tmp_path / "run" / "learning_curve.png").exists() == (step > 4)
@@ -233,7 +235,7 @@ def test_float16_with_images_off_the_device_continues_to_the_same_bits(tmp_path,
     alone = fit(tiny_run.config(tmp_path / "alone", **settings))
     with monkeypatch.context() as patch:
         at_step(patch, 5, lambda trainer, metrics: signal.raise_signal(signal.SIGINT))
-        with pytest.raises(loop.Stopped):
+        with pytest.raises(errors.Stopped):
             fit(tiny_run.config(tmp_path / "run", **settings))
     assert_same_weights(resume(tmp_path / "run"), alone)
 
@@ -249,7 +251,7 @@ def test_signal_during_evaluation(tmp_path, monkeypatch, finished):
 
     with monkeypatch.context() as patch:
         patch.setattr(infopro_fast.data.ImageSet, "test_batches", interrupted)
-        with pytest.raises(loop.Stopped):
+        with pytest.raises(errors.Stopped):
             fit(tiny_run.config(tmp_path / "run"))
     assert run_folder.read_metrics(tmp_path / "run", "epoch") == []
     assert_same_weights(resume(tmp_path / "run"), finished)
@@ -265,7 +267,7 @@ def test_second_signal_interrupts_at_once(tmp_path, monkeypatch):
     at_step(monkeypatch, 2, twice)
     with pytest.raises(KeyboardInterrupt) as interrupt:
         fit(tiny_run.config(tmp_path / "run"))
-    assert not isinstance(interrupt.value, loop.Stopped)
+    assert not isinstance(interrupt.value, errors.Stopped)
     assert [p.name for p in checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")] == [checkpoint.name_of(0, 0)]
 
 
@@ -294,7 +296,7 @@ def test_images_that_have_been_moved(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "here")
     run = tmp_path / "run"
     at_step(monkeypatch, 2, lambda trainer, metrics: signal.raise_signal(signal.SIGTERM))
-    with pytest.raises(loop.Stopped):
+    with pytest.raises(errors.Stopped):
         fit(tiny_run.config(run, dataset="cifar10", data_root="images", epochs=1, warmup=0, schedule="one_cycle"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here/images").rename(tmp_path / "moved")
@@ -323,14 +325,14 @@ def test_damaged_checkpoint(tmp_path, monkeypatch, finished):
     """Refused by name; the one before it is used only when asked, and leads to the same end."""
     with monkeypatch.context() as patch:
         at_step(patch, 10, lambda trainer, metrics: signal.raise_signal(signal.SIGINT))
-        with pytest.raises(loop.Stopped):
+        with pytest.raises(errors.Stopped):
             fit(tiny_run.config(tmp_path / "run"))
     last = tmp_path / "run" / "checkpoints" / "epoch0002-batch000002"
     content = bytearray((last / "tensors.safetensors").read_bytes())
     content[-7] ^= 16
     (last / "tensors.safetensors").write_bytes(content)
     message = "epoch0002-batch000002 is damaged: tensors.safetensors: .*epoch0002-batch000000, add --resume-previous"
-    with pytest.raises(checkpoint.CheckpointError, match=message):
+    with pytest.raises(errors.CheckpointError, match=message):
         resume(tmp_path / "run")
     assert_same_weights(resume(tmp_path / "run", previous=True), finished)
     assert len(run_folder.read_metrics(tmp_path / "run", "step")) == 6
@@ -339,7 +341,7 @@ def test_damaged_checkpoint(tmp_path, monkeypatch, finished):
 def test_metrics_that_are_too_short_are_refused(tmp_path, monkeypatch):
     run = fit(tiny_run.config(tmp_path / "run", epochs=2))
     (run / "metrics.jsonl").write_text("")
-    with pytest.raises(run_folder.RunError, match="metrics.jsonl: expected at least the .* bytes that the checkpoint has seen, got 0"):
+    with pytest.raises(errors.RunError, match="metrics.jsonl: expected at least the .* bytes that the checkpoint has seen, got 0"):
         resume(run)
 
 
@@ -353,12 +355,12 @@ def test_metrics_that_are_being_written(tmp_path):
         assert len(run_folder.read_metrics(tmp_path, "epoch")) == 1 and run_folder.read_metrics(tmp_path, "step") == []
     for line in (b"\xff\n", b"{\n", b"3\n", b"{}\n", b"\n"):
         path.write_bytes(epoch + line + epoch)
-        with pytest.raises(run_folder.RunError, match="metrics.jsonl, line 2: expected an object of JSON with its kind"):
+        with pytest.raises(errors.RunError, match="metrics.jsonl, line 2: expected an object of JSON with its kind"):
             run_folder.read_metrics(tmp_path, "epoch")
 
 
 def test_two_processes_cannot_share_a_run(finished):
-    with run_folder.locked(finished), pytest.raises(run_folder.RunError, match="alone is in use by another process"):
+    with run_folder.locked(finished), pytest.raises(errors.RunError, match="alone is in use by another process"):
         resume(finished)
 
 
@@ -379,7 +381,7 @@ def test_non_finite_loss_is_named_and_the_last_checkpoint_is_good(tmp_path, monk
 
     at_step(monkeypatch, 6, spoil)
     kept = "training stopped, the last checkpoint before it, .*epoch0001-batch000000, is kept"
-    with pytest.raises(loop.NonFiniteError, match=f"1 step before epoch 2, step 3 of 4: {where}; {kept}"):
+    with pytest.raises(errors.NonFiniteError, match=f"1 step before epoch 2, step 3 of 4: {where}; {kept}"):
         fit(tiny_run.config(tmp_path / "run"))
     last = checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")[-1]
     state = checkpoint.load(last)
@@ -389,7 +391,7 @@ def test_non_finite_loss_is_named_and_the_last_checkpoint_is_good(tmp_path, monk
 
 def test_a_rate_that_diverges(tmp_path):
     """For real: the loss overflows."""
-    with pytest.raises(loop.NonFiniteError, match=r"module \d, \w+ loss: (nan|inf)|cross-entropy loss: (nan|inf)|not finite"):
+    with pytest.raises(errors.NonFiniteError, match=r"module \d, \w+ loss: (nan|inf)|cross-entropy loss: (nan|inf)|not finite"):
         fit(tiny_run.config(tmp_path / "run", lr=1e30))
     for path in checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints"):
         assert list(checkpoint.not_finite(checkpoint.load(path))) == []
@@ -405,7 +407,7 @@ def test_non_finite_weights_never_get_into_a_checkpoint(tmp_path, monkeypatch):
     at_step(monkeypatch, 4, overflow)
     monkeypatch.setattr(LocalTrainer, "evaluate", lambda self, batches: {"accuracy": 0.5, "loss": 1.0, "count": 2})
     message = "net.local_losses.2.fc.weight is not finite, though every loss was; .*epoch0000-batch000000"
-    with pytest.raises(loop.NonFiniteError, match=message):
+    with pytest.raises(errors.NonFiniteError, match=message):
         fit(tiny_run.config(tmp_path / "run"))
 
 
@@ -414,10 +416,10 @@ def test_non_finite_weights_never_get_into_a_checkpoint(tmp_path, monkeypatch):
 
 
 def test_refuses_to_write_over_something(tmp_path, finished):
-    with pytest.raises(run_folder.RunError, match="alone exists already: give another folder as out, or continue it with --resume"):
+    with pytest.raises(errors.RunError, match="alone exists already: give another folder as out, or continue it with --resume"):
         fit(tiny_run.config(finished))
     (tmp_path / "file").write_text("")
-    with pytest.raises(run_folder.RunError, match="file exists already"):
+    with pytest.raises(errors.RunError, match="file exists already"):
         fit(tiny_run.config(tmp_path / "file"))
     (tmp_path / "empty").mkdir()
     assert run_folder.create(tiny_run.config(tmp_path / "empty")) == tmp_path / "empty"
@@ -495,22 +497,22 @@ def test_training_needs_torchao_for_8_bits(finished, tmp_path, monkeypatch):
 
 def test_folders_that_are_no_runs(tmp_path, finished):
     for call in (resume, evaluate_run):
-        with pytest.raises(run_folder.RunError, match="is not a run folder: it has no config.json"):
+        with pytest.raises(errors.RunError, match="is not a run folder: it has no config.json"):
             call(tmp_path)
     (tmp_path / "config.json").write_text((finished / "config.json").read_text())
-    with pytest.raises(checkpoint.CheckpointError, match="checkpoints: expected a checkpoint, found 0"):
+    with pytest.raises(errors.CheckpointError, match="checkpoints: expected a checkpoint, found 0"):
         resume(tmp_path)
     message = "has no weights.safetensors: no epoch is finished; continue with: infopro-fast train --resume"
-    with pytest.raises(run_folder.RunError, match=message):
+    with pytest.raises(errors.RunError, match=message):
         evaluate_run(tmp_path)
     (tmp_path / "weights.safetensors").write_bytes((finished / "weights.safetensors").read_bytes()[:-100])
-    with pytest.raises(run_folder.RunError, match="weights.safetensors is damaged"):
+    with pytest.raises(errors.RunError, match="weights.safetensors is damaged"):
         evaluate_run(tmp_path)
     (tmp_path / "weights.safetensors").write_bytes(safetensors.torch.save({"fc.weight": torch.zeros(10, 64)}))
-    with pytest.raises(run_folder.RunError, match="weights.safetensors does not fit config.json: .*missing .*bn1.bias"):
+    with pytest.raises(errors.RunError, match="weights.safetensors does not fit config.json: .*missing .*bn1.bias"):
         evaluate_run(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(run_folder.RunError, match="config.json: not the settings of a run"):
+    with pytest.raises(errors.RunError, match="config.json: not the settings of a run"):
         evaluate_run(tmp_path)
 
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import infopro_fast
+from infopro_fast.errors import ConfigError
 from infopro_fast.trainer import TrainConfig, checkpoint, low_bit_sgd, released_sgd
 from infopro_fast.trainer.low_bit_sgd import BLOCK, LowBitSGD
-from infopro_fast.trainer.settings.config import ConfigError
 from tests import compare
 
 STATES = low_bit_sgd.STATES[1:]

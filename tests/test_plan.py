@@ -14,12 +14,12 @@ import torch
 
 import infopro_fast
 from infopro_fast import memory
+from infopro_fast.errors import ConfigError, PlanError
 from infopro_fast.memory import best_cuts, chains, figures, make_plan, planner
 from infopro_fast.memory import compare as comparing
 from infopro_fast.modules import backbones, split
-from infopro_fast.plan import Plan, PlanError, for_people, parse_bytes
+from infopro_fast.plan import Plan, for_people, parse_bytes
 from infopro_fast.trainer import TrainConfig, released_sgd
-from infopro_fast.trainer.settings.config import ConfigError
 from tests import compare
 from tests.test_cli import assert_one_line, run_here
 

@@ -15,11 +15,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import infopro_fast
 from infopro_fast.data.prefetch import prefetch
+from infopro_fast.errors import ConfigError
 from infopro_fast.modules import Stage
 from infopro_fast.modules.segmentation import PixelClassifier, Tap, dense_head
 from infopro_fast.trainer import released_sgd
 from infopro_fast.trainer.cuda_graph import WARM_UP, GraphedStep, with_tensor_learning_rates
-from infopro_fast.trainer.settings.config import ConfigError, TrainConfig
+from infopro_fast.trainer.settings.config import TrainConfig
 from tests import compare
 
 AMP = (torch.bfloat16, torch.float16)

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import infopro_fast
 from infopro_fast import cli
 from infopro_fast.data import Split, fashion_mnist, part_of, shapes_seg
+from infopro_fast.errors import ConfigError
 from infopro_fast.modules import IGNORE, AuxClassifier
 from infopro_fast.modules.heads import CONFIGS
 from infopro_fast.trainer import evaluation, fit, loop, resume, run_folder, schedule, setup
@@ -23,7 +24,7 @@ from infopro_fast.trainer import run as runs
 from infopro_fast.trainer.processes import layout as processes
 from infopro_fast.trainer.processes.layout import Processes, layout
 from infopro_fast.trainer.settings import recipes
-from infopro_fast.trainer.settings.config import ConfigError, TrainConfig
+from infopro_fast.trainer.settings.config import TrainConfig
 from infopro_fast.trainer.step import LocalTrainer
 from tests import compare, tiny_run
 

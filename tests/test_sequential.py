@@ -12,13 +12,13 @@ from torch import nn
 
 from infopro_fast import build
 from infopro_fast.data import fashion_mnist
+from infopro_fast.errors import ConfigError, RunError
 from infopro_fast.memory import LiveBytes, measure_step
 from infopro_fast.memory.live import OPTIMIZER
 from infopro_fast.trainer import LocalTrainer, evaluate_run, feature_cache, fit, run_folder, schedule
 from infopro_fast.trainer.feature_cache import CacheFile, Features
 from infopro_fast.trainer.processes.reduction import ParallelTrainer
-from infopro_fast.trainer.run_folder import RunError
-from infopro_fast.trainer.settings.config import ConfigError, TrainConfig
+from infopro_fast.trainer.settings.config import TrainConfig
 from tests import tiny_run
 from tests.process_tasks import AGAIN_KILLED, MOMENTS
 from tests.test_distributed import drive, lines, same

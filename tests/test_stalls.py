@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from infopro_fast import whole_files
 from infopro_fast.trainer import checkpoint, loop, run_folder
 from infopro_fast.trainer.processes import watch
 from tests.process_tasks import DEFAULT_PATIENCE, STALLS
@@ -101,7 +102,7 @@ def test_large_files_are_written_in_pieces(tmp_path, monkeypatch):
     fsync, sizes, moves = os.fsync, [], []
     monkeypatch.setattr(os, "fsync", lambda file: (sizes.append(os.fstat(file).st_size), fsync(file)))
     content = bytes(range(34))
-    checkpoint.write_file(tmp_path / "file", content, lambda: moves.append(len(sizes)))
+    whole_files.write_file(tmp_path / "file", content, lambda: moves.append(len(sizes)))
     assert (tmp_path / "file").read_bytes() == content
     assert sizes == [10, 20, 30, 34] and moves == [1, 2, 3, 4]
 

@@ -18,11 +18,13 @@ import pytest
 import tyro
 
 import infopro_fast
+from infopro_fast import errors
+from infopro_fast.errors import ConfigError
 from infopro_fast.modules import split
 from infopro_fast.studies import costs, figures, known, runner, summary, tables
 from infopro_fast.studies.reproduce import reproduce
 from infopro_fast.trainer import checkpoint, run_folder
-from infopro_fast.trainer.settings.config import ConfigError, TrainConfig
+from infopro_fast.trainer.settings.config import TrainConfig
 
 pytestmark = pytest.mark.xdist_group("studies")
 
@@ -157,7 +159,7 @@ def test_finished_runs_are_not_trained_again(study, capsys, monkeypatch):
 
 def test_another_run_in_the_folder_is_an_error(study):
     other = dataclasses.replace(study, epochs=2)
-    with pytest.raises(runner.StudyError, match=r"e2e-k1-seed0 holds a run with other settings \(epochs 1, warmup 0\)"):
+    with pytest.raises(errors.StudyError, match=r"e2e-k1-seed0 holds a run with other settings \(epochs 1, warmup 0\)"):
         reproduce(other)
 
 
@@ -167,14 +169,14 @@ def test_failed_runs_are_named_and_the_others_written(study, monkeypatch):
     (study.out / "table2.md").unlink()
     real = runner.flags
     monkeypatch.setattr(runner, "flags", lambda c: real(c) + (["--resume-previous"] if c.local_loss == "dgl" else []))
-    with pytest.raises(runner.StudyError, match=r"1 of 3 runs failed .*dgl-k2-seed0: infopro-fast: error: --resume-previous says"):
+    with pytest.raises(errors.StudyError, match=r"1 of 3 runs failed .*dgl-k2-seed0: infopro-fast: error: --resume-previous says"):
         reproduce(small)
     text = (study.out / "table2.md").read_text()
     assert "| end to end |" in text and "| greedy SL |" in text and "DGL" not in text
 
 
 def test_no_run_is_an_error(tmp_path):
-    with pytest.raises(runner.StudyError, match="no run of table2 at scale tiny is finished"):
+    with pytest.raises(errors.StudyError, match="no run of table2 at scale tiny is finished"):
         reproduce(tables.Study("table2", out=tmp_path, train=False, **SMALL))
 
 
@@ -346,7 +348,7 @@ def test_modules_trained_in_turn(tmp_path, monkeypatch):
             (job.folder / "checkpoints").mkdir()
 
     monkeypatch.setattr(_Watched, "seen", staticmethod(stopped_between))
-    with pytest.raises(runner.StudyError, match="1 of 1 runs failed"):
+    with pytest.raises(errors.StudyError, match="1 of 1 runs failed"):
         reproduce(study)
     reproduce(study)
     assert len(started) == 2 and any(status.startswith("module 1/2, epoch 1/1") for status in statuses)
@@ -434,18 +436,18 @@ def test_known_tables_of_other_settings_are_an_error(study, tmp_path):
         (dict(epochs=2), r"table2.json: runs with other settings \(epochs: expected 2, got 1, warmup: expected 1, got 0\)"),
         (dict(arch="resnet32"), "arch: expected resnet32, got resnet20"),
     ):
-        with pytest.raises(runner.StudyError, match=message):
+        with pytest.raises(errors.StudyError, match=message):
             reproduce(dataclasses.replace(study, known=(path,), out=tmp_path, **settings))
     content = json.loads(path.read_text())
     content["cells"][1]["settings"]["local_loss"] = "dgl"
     (tmp_path / "other.json").write_text(json.dumps(content))
-    with pytest.raises(runner.StudyError, match=r"other.json: greedy-k2: .*local_loss: expected greedy, got dgl"):
+    with pytest.raises(errors.StudyError, match=r"other.json: greedy-k2: .*local_loss: expected greedy, got dgl"):
         reproduce(dataclasses.replace(study, known=(tmp_path / "other.json",), out=tmp_path))
     for text in ("{", "[]", "{}", "3"):
         (tmp_path / "none.json").write_text(text)
-        with pytest.raises(runner.StudyError, match="none.json: not the JSON of a table"):
+        with pytest.raises(errors.StudyError, match="none.json: not the JSON of a table"):
             reproduce(dataclasses.replace(study, known=(tmp_path / "none.json",), out=tmp_path))
-    with pytest.raises(runner.StudyError, match="absent.json: not the JSON of a table"):
+    with pytest.raises(errors.StudyError, match="absent.json: not the JSON of a table"):
         reproduce(dataclasses.replace(study, known=(tmp_path / "absent.json",), out=tmp_path))
 
 
@@ -464,7 +466,7 @@ def test_the_depth_of_auglocals_nets_is_of_a_cell(study, tmp_path):
         (tmp_path / "table.json").write_text(json.dumps(content))
         there = dataclasses.replace(deep, known=(tmp_path / "table.json",))
         if depth == 5:
-            with pytest.raises(runner.StudyError, match="auglocal-k2: runs with other settings .aux_depth: expected 3, got 5"):
+            with pytest.raises(errors.StudyError, match="auglocal-k2: runs with other settings .aux_depth: expected 3, got 5"):
                 known.read(there)
         else:
             assert set(known.read(there).runs) == {(cell, 0), (tables.Cell("e2e", 1), 0)}

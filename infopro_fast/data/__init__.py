@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from infopro_fast.errors import DataError
+
 from . import cifar10, cityscapes, fashion_mnist, fashion_mnist_full, imagenet, shapes_seg, stl10, svhn
 from .augment import Augmentation, augment, draw, normalize
 from .folder_set import FolderSet
-from .image_set import DataError, ImageSet, Split, part_of
+from .image_set import ImageSet, Split, part_of
 from .segmentation_set import SegmentationSet
 
 __all__ = [

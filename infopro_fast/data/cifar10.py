@@ -12,9 +12,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from infopro_fast.errors import DataError
+
 from .augment import Augmentation
 from .files import require
-from .image_set import DataError, ImageSet, Split
+from .image_set import ImageSet, Split
 
 FOLDER = "cifar-10-batches-py"
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"

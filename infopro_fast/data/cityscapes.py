@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 from torch.utils.data import Dataset
 
+from infopro_fast.errors import DataError
+
 from .folder_set import FolderSet
-from .image_set import DataError
 from .imagenet import MEAN, STD, torchvision_parts
 from .segmentation_set import IGNORE
 

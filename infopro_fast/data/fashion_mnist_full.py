@@ -13,9 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
+from infopro_fast.errors import DataError
+
 from . import fashion_mnist
 from .files import problem, require
-from .image_set import DataError, ImageSet, Split
+from .image_set import ImageSet, Split
 
 URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"  # has no https; MD5 tells whether what comes is whole
 MD5 = {  # of what is in them; Debian's package packs it anew

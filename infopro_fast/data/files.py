@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
-from .image_set import DataError
+from infopro_fast.errors import DataError
 
 
 def require(name: str, folder: Path, md5: dict[str, str], fetch: Callable[[], None] | None) -> None:

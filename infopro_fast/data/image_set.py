@@ -9,12 +9,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from infopro_fast.errors import DataError
+
 from .augment import Augmentation, Draws, augment, draw, normalize
 from .prefetch import prefetch
-
-
-class DataError(ValueError):
-    """Files of a data set that are missing, damaged or not what they should be; the message names the file and what to do."""
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import torch
 
+from infopro_fast.errors import DataError
+
 from .folder_set import FolderSet
-from .image_set import DataError
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
+from infopro_fast.errors import DataError
+
 from .augment import Draws, augment
-from .image_set import DataError, ImageSet
+from .image_set import ImageSet
 
 IGNORE = 255  # label of pixels that count nothing
 

@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from infopro_fast.errors import DataError
+
 from .augment import Augmentation
 from .files import require
-from .image_set import DataError, ImageSet, Split
+from .image_set import ImageSet, Split
 
 URL = "http://ufldl.stanford.edu/housenumbers/"
 MD5 = {

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from infopro_fast.errors import PlanError
 from infopro_fast.modules import LocalLoss, LocalNetwork, Stage, Term, backbones, build
-from infopro_fast.plan import PlanError
 
 from .costs import NoCut
 from .released import with_released_losses

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 
 from infopro_fast import info
+from infopro_fast.errors import PlanError
 from infopro_fast.modules import CIFAR10_MEAN, CIFAR10_STD, LocalNetwork, backbones, build
-from infopro_fast.plan import PlanError
-from infopro_fast.trainer.checkpoint import replace_file
 from infopro_fast.trainer.schedule import released_sgd
 from infopro_fast.trainer.step import LocalTrainer
+from infopro_fast.whole_files import replace_file
 
 from . import figures
 from .live import Bytes, nbytes

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from infopro_fast.plan import Plan, PlanError, PlannedModule, for_people
+from infopro_fast.errors import PlanError
+from infopro_fast.plan import Plan, PlannedModule, for_people
 
 from . import chains, costs, fake
 from .costs import ChainCosts

@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from infopro_fast import info
-from infopro_fast.plan import PlanError
-from infopro_fast.trainer.checkpoint import replace_file
+from infopro_fast import figure, info
+from infopro_fast.errors import PlanError
+from infopro_fast.whole_files import replace_file
 
-from . import chains, fake, figures
+from . import chains, fake
 from .costs import ChainCosts, measure_chain
 from .planner import best_cuts
 
@@ -222,19 +222,19 @@ def predict(net: Network, gpus: int, cluster: Cluster, micro_batches: int) -> li
 
 def table(net: Network, found: Sequence[Prediction]) -> str:
     """A line a number of GPUs, images a second of each layout, in brackets the stages of a replica."""
-    from .figures import aligned
+
 
     rows = [["GPUs", *LAYOUTS]]
     for gpus in sorted({p.gpus for p in found}):
         here = {p.layout: p for p in found if p.gpus == gpus}
         cells = [f"{here[name].images_per_second:.0f} ({here[name].stages})" if name in here else "-" for name in LAYOUTS]
         rows.append([str(gpus), *cells])
-    return f"{net.arch}, {len(net.local)} modules, batch {net.batch_size} a replica, images/s\n" + aligned(rows)
+    return f"{net.arch}, {len(net.local)} modules, batch {net.batch_size} a replica, images/s\n" + figure.aligned(rows)
 
 
 def write(nets: Sequence[Network], found: Sequence[Sequence[Prediction]], cluster: Cluster, out: Path) -> tuple[Path, Path]:
     """``out`` as PNG, a panel a network, and all numbers beside it as JSON, each whole or not at all."""
-    figure, panels = figures.new_figure((5.5 * len(nets), 4.2), columns=len(nets))
+    drawing, panels = figure.new_figure((5.5 * len(nets), 4.2), columns=len(nets))
     for panel, net, predictions in zip(panels if len(nets) > 1 else [panels], nets, found):
         for i, name in enumerate(LAYOUTS):
             points = [(p.gpus, p.images_per_second) for p in predictions if p.layout == name]
@@ -247,7 +247,7 @@ def write(nets: Sequence[Network], found: Sequence[Sequence[Prediction]], cluste
         panel.legend(fontsize=8)
     png, numbers = out.with_suffix(".png"), out.with_suffix(".json")
     png.parent.mkdir(parents=True, exist_ok=True)
-    figures.save(figure, png)
+    figure.save(drawing, png)
     content = [
         {"network": dataclasses.asdict(net), "predictions": [dataclasses.asdict(p) for p in predictions]}
         for net, predictions in zip(nets, found)

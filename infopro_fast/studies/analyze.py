@@ -21,12 +21,11 @@ from typing import Any
 import torch
 
 from infopro_fast import data
+from infopro_fast.errors import ConfigError, NonFiniteError, RunError
 from infopro_fast.trainer import run_folder, setup
-from infopro_fast.trainer.checkpoint import replace_file
 from infopro_fast.trainer.display import duration
-from infopro_fast.trainer.errors import NonFiniteError
-from infopro_fast.trainer.run_folder import RunError
-from infopro_fast.trainer.settings.config import ConfigError, TrainConfig
+from infopro_fast.trainer.settings.config import TrainConfig
+from infopro_fast.whole_files import replace_file
 
 from .probes import DEFAULT, PROBES, ProbeSettings, baseline, probe_network
 from .provenance import provenance

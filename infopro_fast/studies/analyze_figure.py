@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from infopro_fast.trainer.checkpoint import replace_file
+from infopro_fast.whole_files import replace_file
 
 
 def draw(found: Sequence[dict], path: Path) -> None:

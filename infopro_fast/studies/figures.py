@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from infopro_fast.memory.figures import new_figure, save
+from infopro_fast.figure import new_figure, save
 
 from .summary import Result
 from .tables import NAMES, Study

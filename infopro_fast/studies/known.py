@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from infopro_fast.errors import StudyError
 from infopro_fast.trainer.settings.config import TrainConfig
 
-from .runner import StudyError
 from .tables import FREE, Cell, Study, config, jobs
 
 OF_A_CELL = ("modules", "local_loss", "lambdas", "balanced", "cuts", "recompute", "order", "impl", "hold_out", "aux_depth")

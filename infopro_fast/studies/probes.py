@@ -24,11 +24,11 @@ from torch import nn
 from infopro_fast import ops
 from infopro_fast.data import ImageSet, Split, normalize
 from infopro_fast.data.image_set import epoch_seed
+from infopro_fast.errors import ConfigError
 from infopro_fast.modules import AuxClassifier, Decoder, LocalNetwork
 from infopro_fast.modules.backbones import BasicBlock, initialize
 from infopro_fast.modules.heads import GlobalAveragePool
 from infopro_fast.trainer.schedule import one_cycle
-from infopro_fast.trainer.settings.config import ConfigError
 
 PROBES = ("decoder", "classifier", "linear")
 CLASSIFIERS = ("1c2f", "residual")

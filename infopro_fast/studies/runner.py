@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from infopro_fast.errors import Stopped, StudyError
 from infopro_fast.memory.resident import KEEPING
 from infopro_fast.trainer import checkpoint, run_folder, sequential
 from infopro_fast.trainer.settings.config import TrainConfig
@@ -21,18 +22,6 @@ from infopro_fast.trainer.settings.config import TrainConfig
 from .tables import Job, same_run
 
 POLL_SECONDS = 0.5
-
-
-class StudyError(RuntimeError):
-    """Runs of a study that failed, or a folder that holds another run; the message names them."""
-
-
-class Interrupted(KeyboardInterrupt):
-    """A study that a signal stopped; what it had begun has a checkpoint. signum: which signal."""
-
-    def __init__(self, signum: int):
-        super().__init__(f"stopped by {signal.Signals(signum).name}; the same command goes on from here")
-        self.signum = signum
 
 
 def flags(config: TrainConfig) -> list[str]:
@@ -134,7 +123,7 @@ def _stopping(running: dict[subprocess.Popen, Job]) -> Iterator[None]:
     """However this ends, no run is left behind: each is asked to stop, which it does after a checkpoint, and waited for."""
 
     def stop(signum, frame):
-        raise Interrupted(signum)
+        raise Stopped(signum, "the same command goes on from here")
 
     before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from infopro_fast.trainer.checkpoint import replace_file
 from infopro_fast.trainer.settings.config import IMAGE_SIZES, RECIPES
+from infopro_fast.whole_files import replace_file
 
 from . import costs
 from .known import Known, Run, settings_of_a_cell

@@ -11,8 +11,9 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from infopro_fast.errors import ConfigError
 from infopro_fast.trainer.settings import recipes
-from infopro_fast.trainer.settings.config import CIFAR_RESNETS, IMAGE_SIZES, ConfigError, TrainConfig
+from infopro_fast.trainer.settings.config import CIFAR_RESNETS, IMAGE_SIZES, TrainConfig
 
 Method = Literal["e2e", "greedy", "dgl", "softmax", "contrast", "async", "checkpoint", "infopro_l", "auglocal"]
 NAMES = {

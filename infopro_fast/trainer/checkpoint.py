@@ -23,24 +23,19 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from infopro_fast import whole_files
+from infopro_fast.errors import CheckpointError
+from infopro_fast.whole_files import ASIDE, Moved, nobody
+
 KEPT = 2
 NAME = re.compile(r"epoch(\d+)-batch(\d+)")  # epoch0003-batch000120: 3 epochs and 120 batches of the next one are done
-ASIDE = ".aside-"  # a folder being written or removed
 UNUSED = "unused-"  # a checkpoint that was passed over by request
-PIECE = 16 * 2**20  # bytes that are given to the disk at once
-
-Moved = Callable[[], None]  # called whenever some of the work is done (`Watch.moved`)
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that is damaged, missing or of another kind; the message names it and says what can be done."""
-
 
 def name_of(epoch: int, batch: int) -> str:
     return f"epoch{epoch:04d}-batch{batch:06d}"
@@ -50,10 +45,6 @@ def list_checkpoints(folder: Path) -> list[Path]:
     """Whole or damaged, the oldest first: in the order of their numbers, of which large ones have more digits."""
     named = [(NAME.fullmatch(path.name), path) for path in folder.glob("epoch*") if path.is_dir()]
     return [path for _, path in sorted((tuple(map(int, match.groups())), path) for match, path in named if match)]
-
-
-def nobody() -> None:
-    pass
 
 
 def save(folder: Path, name: str, state: dict[str, Any], moved: Moved = nobody) -> Path:
@@ -71,13 +62,13 @@ def save(folder: Path, name: str, state: dict[str, Any], moved: Moved = nobody) 
             sums = ""
             for file, content in _serialize(state).items():
                 moved()
-                write_file(aside / file, content, moved)
+                whole_files.write_file(aside / file, content, moved)
                 sums += f"{hashlib.sha256(content).hexdigest()}  {file}\n"
                 moved()
-            write_file(aside / "SHA256SUMS", sums.encode())
-            sync_folder(aside)
+            whole_files.write_file(aside / "SHA256SUMS", sums.encode())
+            whole_files.sync_folder(aside)
             os.rename(aside, final)
-            sync_folder(folder)
+            whole_files.sync_folder(folder)
         except BaseException:
             with contextlib.suppress(OSError):
                 _remove(aside)
@@ -122,7 +113,7 @@ def load_latest(folder: Path, previous: bool = False) -> tuple[Path, dict[str, A
         unused = found[-1].with_name(UNUSED + found[-1].name)
         _remove(unused)
         os.rename(found[-1], unused)
-        sync_folder(folder)
+        whole_files.sync_folder(folder)
     return path, state
 
 
@@ -158,49 +149,6 @@ def _sums(path: Path) -> dict[str, str]:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Files that are on the disk when the call returns
-
-
-def write_file(path: Path, content: bytes, moved: Moved = nobody) -> None:
-    """``moved`` is called after every piece that is on the disk."""
-    view = memoryview(content)
-    with naming(path), open(path, "wb") as file:
-        for start in range(0, len(view), PIECE):
-            file.write(view[start : start + PIECE])
-            file.flush()
-            os.fsync(file.fileno())
-            moved()
-
-
-@contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """An error of writing, as of a full disk, says which file it was."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None and error.errno is not None:
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        raise
-
-
-def sync_folder(path: Path) -> None:
-    """Names created in a folder survive a power cut only after this."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def replace_file(path: Path, content: bytes, moved: Moved = nobody) -> None:
-    """Write ``path`` anew, or leave what was there."""
-    aside = path.with_name(ASIDE + path.name)
-    try:
-        write_file(aside, content, moved)
-        os.replace(aside, path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint import PIECE, Moved, naming, nobody, sync_folder
-from .run_folder import RunError
+from infopro_fast.errors import RunError
+from infopro_fast.whole_files import PIECE, Moved, naming, nobody, sync_folder
 
 SUMS = ".sha256"
 

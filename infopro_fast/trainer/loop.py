@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from infopro_fast import modules
+from infopro_fast.errors import NonFiniteError, Stopped
 
 from . import checkpoint, display, evaluation, run_folder, schedule
-from .errors import NonFiniteError, Stopped
 from .meters import Clock, Meters
 from .moving_average import MovingAverage
 from .processes.reduction import ParallelTrainer

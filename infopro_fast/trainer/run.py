@@ -11,7 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from infopro_fast import data
+from infopro_fast import data, errors, whole_files
+from infopro_fast.errors import ConfigError
 
 from . import checkpoint, evaluation, run_folder, schedule, setup
 from .loop import Training
@@ -20,7 +21,7 @@ from .processes.layout import Processes
 from .processes.watch import alone
 from .sequential import Sequence as ModuleByModule
 from .settings import continuing, recipes
-from .settings.config import ConfigError, TrainConfig
+from .settings.config import TrainConfig
 from .share import Share
 from .step import LocalTrainer
 
@@ -147,7 +148,7 @@ def evaluate_run(
         try:
             net.load_released_state_dict(weights)
         except ValueError as error:
-            raise run_folder.RunError(f"{run / run_folder.WEIGHTS} does not fit {run_folder.CONFIG}: {error}") from error
+            raise errors.RunError(f"{run / run_folder.WEIGHTS} does not fit {run_folder.CONFIG}: {error}") from error
         batches = images.to(config.device).test_batches(config.batch_size, getattr(torch, config.dtype), config.device)
         trainer = LocalTrainer(net, schedule.released_sgd(config.lr), amp=setup.amp_dtype(config))
         return evaluation.evaluate(net, batches, autocast=trainer.autocast, scales=scales, flip=flip)
@@ -183,7 +184,7 @@ def _checkpoints(run: Path) -> int:
 def _remove_unbegun(run: Path) -> None:
     """A run folder that a killed process created and wrote no checkpoint into: its files are made anew."""
     first = {run_folder.CONFIG, run_folder.RECIPE}
-    known = {*first, run_folder.METRICS, ".lock", run_folder.CHECKPOINTS, *(checkpoint.ASIDE + name for name in first)}
+    known = {*first, run_folder.METRICS, ".lock", run_folder.CHECKPOINTS, *(whole_files.ASIDE + name for name in first)}
     if run.is_dir() and {path.name for path in run.iterdir()} <= known and _checkpoints(run) == 0:
         for path in run.iterdir():
             checkpoint._remove(path) if path.is_dir() else path.unlink()

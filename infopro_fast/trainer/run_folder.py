@@ -11,18 +11,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import ASIDE, Moved, nobody, replace_file, sync_folder
+from infopro_fast.errors import ConfigError, RunError
+from infopro_fast.whole_files import ASIDE, Moved, nobody, replace_file, sync_folder
+
 from .evaluation import headline
 from .settings import recipes
-from .settings.config import ConfigError, TrainConfig
+from .settings.config import TrainConfig
 
 CONFIG, METRICS, WEIGHTS, CURVE, CHECKPOINTS, RECIPE = (
     "config.json", "metrics.jsonl", "weights.safetensors", "learning_curve.png", "checkpoints", "recipe.json",
 )  # fmt: skip
-
-
-class RunError(RuntimeError):
-    """A folder that is not the run it should be; the message names it."""
 
 
 def create(config: TrainConfig, shared: TrainConfig | None = None) -> Path:

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from infopro_fast import data, modules, ops
+from infopro_fast.errors import ConfigError
 
-from .settings.config import ConfigError, TrainConfig
+from .settings.config import TrainConfig
 
 
 def amp_dtype(config: TrainConfig) -> torch.dtype | None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .errors import Stopped
+from infopro_fast.errors import Stopped
 
 
 class StopRequest:
@@ -38,7 +38,7 @@ class StopRequest:
 
     def now(self, otherwise: int | None = None) -> None:
         """Stop training here; the checkpoint is written. otherwise: the signal, where another process got it."""
-        raise Stopped(self.run, self.signum or otherwise)
+        raise Stopped(self.signum or otherwise, f"continue with: infopro-fast train --resume {self.run}")
 
     def watch(self, batches: Iterable) -> Iterator:
         """The batches, until a signal comes."""

@@ -19,8 +19,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from ..settings.config import ConfigError, TrainConfig
-from .watch import PATIENCE, ProcessFailure, Unwatched, Watch, cause_of, is_of_communication
+from infopro_fast.errors import ConfigError, ProcessFailure
+
+from ..settings.config import TrainConfig
+from .watch import PATIENCE, Unwatched, Watch, cause_of, is_of_communication
 
 PREFIX = "infopro_fast"
 
@@ -201,7 +203,7 @@ def _sigterm_noted(watch: Watch) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _told(processes: Processes) -> Iterator[None]:
-    from ..errors import Stopped
+    from infopro_fast.errors import Stopped
 
     watch = processes.watch
     try:
@@ -224,11 +226,7 @@ def _told(processes: Processes) -> Iterator[None]:
 
 
 def _for_people() -> tuple[type[Exception], ...]:
-    from infopro_fast.data import DataError
-
-    from ..checkpoint import CheckpointError
-    from ..errors import NonFiniteError
-    from ..run_folder import RunError
+    from infopro_fast.errors import CheckpointError, DataError, NonFiniteError, RunError
 
     return ConfigError, DataError, CheckpointError, NonFiniteError, RunError, ProcessFailure
 

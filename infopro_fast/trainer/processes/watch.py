@@ -40,10 +40,6 @@ LEAVING = 30  # ticks that a process that failed has to say so and end
 FAILURE, CLEAN = "failure", "clean"
 
 
-class ProcessFailure(RuntimeError):
-    """A process of the run failed; the message names its rank, its modules and the cause."""
-
-
 class Unwatched:
     """In the place of a `Watch`, in a run that nobody looks at."""
 

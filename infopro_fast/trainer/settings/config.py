@@ -12,11 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from infopro_fast.plan import Plan, PlanError
-
-
-class ConfigError(ValueError):
-    """Settings that are impossible or contradict each other; the message names them."""
+from infopro_fast.errors import ConfigError, PlanError
+from infopro_fast.plan import Plan
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from .config import ConfigError, TrainConfig
+from infopro_fast.errors import ConfigError
+
+from .config import TrainConfig
 
 # The settings that say how processes share a run, which --resume may change.
 SHARING = ("parallel", "pipeline_modules", "wire", "in_flight", "sync_batch_norm", "global_contrast", "patience")

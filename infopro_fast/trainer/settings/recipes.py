@@ -11,7 +11,9 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
-from .config import RECIPES, SVHN_LAMBDAS, ConfigError, TrainConfig
+from infopro_fast.errors import ConfigError
+
+from .config import RECIPES, SVHN_LAMBDAS, TrainConfig
 
 # Settings that change neither what is trained nor how.
 MACHINE = (
