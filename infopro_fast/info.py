@@ -123,3 +123,12 @@ def _version(distribution: str) -> str | None:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def provenance() -> dict:
+    """{"cpu" (model), "cpus", "isa" (of the kernels), "gpu" (or None), "torch", "infopro_fast", "commit" (None outside a checkout)}."""
+    facts = collect()
+    return {
+        "cpu": facts["cpu"]["model"], "cpus": os.cpu_count(), "isa": facts["cpu"]["isa"], "gpu": facts["cuda"]["device"],
+        "torch": facts["versions"]["torch"], "infopro_fast": facts["versions"]["infopro_fast"], "commit": facts["versions"]["commit"],
+    }  # fmt: skip

@@ -18,7 +18,7 @@ import torch
 from benchmarks import report, step_figure
 from infopro_fast import cli
 from infopro_fast.memory import make_plan
-from infopro_fast.studies import known, summary, tables
+from infopro_fast.studies import known, results, summary, tables
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -131,7 +131,7 @@ def test_tables_are_those_of_their_runs(command, tmp_path):
     folder = ROOT / "docs/results" / ("" if study.out == Path("reproduction") else study.out)
     table = folder / f"{study.table}.json"
     study = dataclasses.replace(study, known=(table,), out=tmp_path, train=False, measure=False)
-    found = summary.collect(study, known.read(study))
+    found = results.collect(study, known.read(study))
     assert len(found) == len(json.loads(table.read_text())["cells"])
     assert table.with_suffix(".md").read_text() == summary.markdown(study, found)
 

@@ -22,13 +22,14 @@ import torch
 
 from infopro_fast import data
 from infopro_fast.errors import ConfigError, NonFiniteError, RunError
+from infopro_fast.info import provenance
 from infopro_fast.trainer import run_folder, setup
 from infopro_fast.trainer.display import duration
 from infopro_fast.trainer.settings.config import TrainConfig
 from infopro_fast.whole_files import replace_file
 
+from . import figures
 from .probes import DEFAULT, PROBES, ProbeSettings, baseline, probe_network
-from .provenance import provenance
 
 JSON, TABLE, FIGURE = "analysis.json", "analysis.md", "analysis.png"
 METHODS = {
@@ -108,9 +109,7 @@ def analyze(
         found = summarize([_done(content, subject, settings) for subject in subjects])
         replace_file(out / JSON, _json(content | {"methods": found}))
         replace_file(out / TABLE, table(found, settings).encode())
-        from .analyze_figure import draw
-
-        draw(found, out / FIGURE)
+        figures.draw_analysis(found, out / FIGURE)
     return found
 
 
