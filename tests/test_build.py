@@ -185,7 +185,9 @@ def test_wheel(project):
     wheel, unpacked = build_wheel(project, INFOPRO_NO_CUDA="1")
 
     names = {name for name in wheel.namelist() if ".dist-info/" not in name}
-    sources = {os.path.relpath(p, ROOT) for p in glob.glob(os.path.join(ROOT, "infopro_fast", "**", "*.py"), recursive=True)}
+    files = glob.glob(os.path.join(ROOT, "infopro_fast", "**", "*.py*"), recursive=True)
+    sources = {os.path.relpath(p, ROOT) for p in files if p.endswith((".py", ".pyi", "py.typed"))}
+    assert {"infopro_fast/py.typed", "infopro_fast/__init__.pyi"} <= sources
     data = {os.path.relpath(p, ROOT) for p in glob.glob(os.path.join(ROOT, "infopro_fast", "data", "embedded", "*"))}
     assert data
     assert names == sources | data | {"infopro_fast/_cpu.abi3.so", "infopro_fast/_build.json"}
