@@ -530,7 +530,7 @@ def _for_ever(mark: Path) -> None:
 
 def _stop_reader(mark: Path) -> None:
     """A worker process of this one is stopped at its 5th image."""
-    read, count = folder_set._Samples.__getitem__, 0
+    read, count = folder_set.Samples.__getitem__, 0
 
     def patched(self, index):
         nonlocal count
@@ -540,7 +540,7 @@ def _stop_reader(mark: Path) -> None:
             os.kill(os.getpid(), signal.SIGSTOP)
         return read(self, index)
 
-    folder_set._Samples.__getitem__ = patched  # workers are forked from here, one an epoch
+    folder_set.Samples.__getitem__ = patched  # workers are forked from here, one an epoch
 
 
 def _stop_evaluation(mark: Path) -> None:
@@ -620,7 +620,7 @@ def _slow() -> None:
 
         return wrapped
 
-    folder_set._Samples.__getitem__ = slowly(folder_set._Samples.__getitem__, 0.35)
+    folder_set.Samples.__getitem__ = slowly(folder_set._Samples.__getitem__, 0.35)
     modules.LocalNetwork.forward = slowly(modules.LocalNetwork.forward, 0.6)
     os.fsync = slowly(os.fsync, 0.2)
 
