@@ -19,11 +19,7 @@ __all__ = [
 
 
 def load(
-    name: str,
-    root: str | Path | None = None,
-    download: bool = False,
-    *,
-    crop: tuple[int, int] | None = None,
+    name: str, root: str | Path | None = None, download: bool = False, *, crop: tuple[int, int] | None = None,
     workers: int = 0,
 ) -> ImageSet | FolderSet:
     """Return a data set. Raises DataError saying what is wrong.

@@ -37,8 +37,8 @@ def load(root: str | Path, *, crop: tuple[int, int] = (512, 1024), workers: int 
     """
     torchvision_parts("cityscapes")
     train, test = (Pairs(Path(root), part) for part in ("train", "val"))
-    pairs = train, test, Augmented(crop), whole
-    return FolderSet("cityscapes", *pairs, CLASSES, MEAN, STD, crop, dense=True, workers=workers, test_batch=1)
+    parts = ("cityscapes", train, test, Augmented(crop), whole)
+    return FolderSet(*parts, CLASSES, MEAN, STD, crop, dense=True, workers=workers, test_batch=1)
 
 
 class Pairs(Dataset):

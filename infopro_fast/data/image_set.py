@@ -29,16 +29,8 @@ class Epochs:
         return len(self.train) // batch_size if drop_last else math.ceil(len(self.train) / batch_size)
 
     def train_epoch(
-        self,
-        batch_size: int,
-        *,
-        seed: int,
-        epoch: int,
-        first: int = 0,
-        drop_last: bool = False,
-        augmented: bool = True,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str | None = None,
+        self, batch_size: int, *, seed: int, epoch: int, first: int = 0, drop_last: bool = False,
+        augmented: bool = True, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None,
         part: tuple[int, int] = (0, 1),
     ) -> Iterator[Batch]:
         """Yield the batches of an epoch from ``first`` on: image (B, 3, H, W) in ``dtype``, label (B,).
@@ -99,7 +91,7 @@ class ImageSet(Epochs):
     def check_labels(self, labels: torch.Tensor, shape: torch.Size, where: str) -> None:
         """Raise DataError unless these are labels of images of this shape. where: begins the message."""
         if labels.dtype != torch.int64 or labels.shape != shape[:1]:
-            raise DataError(f"{where}: expected {shape[0]} of int64, got {tuple(labels.shape)} {labels.dtype}")
+            raise DataError(f"{where}: expected {shape[0]} int64, got {tuple(labels.shape)} {labels.dtype}")
         least, most = labels.min(), labels.max()
         if least < 0 or most >= self.num_classes:
             raise DataError(f"{where}: expected in [0, {self.num_classes}), got {least:d} to {most:d}")
@@ -139,7 +131,7 @@ class ImageSet(Epochs):
         """
         images, labels, most = self.train.images, self.train.labels, len(self.train) - 1
         if not 0 < count <= most:
-            raise DataError(f"{self.name}: hold_out: expected 1 to {most} of the training images, got {count}")
+            raise DataError(f"{self.name}: hold_out: expected 1 to {most} training images, got {count}")
         train, test = (Split(images[at], labels[at]) for at in (slice(-count), slice(-count, None)))
         return replace(self, train=train, test=test)
 

@@ -31,7 +31,7 @@ def load(root: str | Path, download: bool = False, md5: dict[str, str] = MD5) ->
     try:
         from scipy.io import loadmat
     except ImportError as error:
-        raise DataError("svhn: reading .mat needs scipy, which is not installed: pip install scipy") from error
+        raise DataError("svhn: .mat files need scipy, which is not installed: pip install scipy") from error
     folder = Path(root)
     require("svhn", folder, md5, (lambda: _download(root)) if download else None)
     train, test = (_read(folder / name, loadmat) for name in MD5)

@@ -1,8 +1,8 @@
-"""Local losses: what trains a module instead of the gradient of the next one.
+"""Local losses: what trains a module in place of the gradient of the next one.
 
-A `LocalLoss` yields its weighted terms one after the other, so that the local step can back-propagate each and drop its graph
-before the next is built. The last module's loss, the network's own classifier, is one too: every module trains alike.
-`docs/local_losses.md` lists them all, and shows how to write one.
+A `LocalLoss` yields its weighted terms one by one. So the local step can back-propagate each term and free
+its graph before it asks for the next. The last module's loss, the network's classifier, is a `LocalLoss` too,
+so all modules train alike. `docs/local_losses.md` lists the losses and shows how to write one.
 """
 
 from __future__ import annotations
@@ -15,15 +15,14 @@ from torch import nn
 
 from infopro_fast import ops
 
-from .decoder import Decoder
-from .heads import AuxClassifier, GlobalAveragePool
+from .heads import GlobalAveragePool, Head
 
 LOCAL_LOSSES = ("contrast", "softmax", "greedy", "dgl", "infopro_l", "auglocal", "none")
-WEIGHTED = ("contrast", "softmax", "infopro_l")  # a reconstruction and a task, which lambdas weigh
+WEIGHTED = ("contrast", "softmax", "infopro_l")  # lambdas weigh their reconstruction and their task
 
 
 class Term(typing.NamedTuple):
-    """One term of a local loss: weight * loss is trained. correct: how many labels it got right, or None."""
+    """One term of a local loss, which trains weight * loss. correct: the number of right labels, or None."""
 
     name: str
     weight: float
@@ -32,11 +31,12 @@ class Term(typing.NamedTuple):
 
 
 class Place(typing.NamedTuple):
-    """Where a local module begins and ends: what a local loss of one's own is made from.
+    """Where a local module begins and ends: the argument of a user's function that makes a local loss.
 
-    module: its number, from 0. modules: K, of which the last has the network's own classifier in place of a local loss.
-    channels, size: of its output (N, channels, h, w), for images of the network's size. input_channels, input_size: of its input, which
-    for the first module is the image. image_size: (H, W). num_classes: classes. end: number of its last block, from 0.
+    module: its number, from 0. modules: K; the last module has the network's classifier and no local loss.
+    channels, size: of its output (N, channels, h, w). input_channels, input_size: of its input; the first
+    module's input is the image. image_size: (H, W). num_classes: classes. end: index of its last block in the
+    network.
     """
 
     module: int
@@ -51,44 +51,50 @@ class Place(typing.NamedTuple):
 
 
 class LocalLoss(nn.Module):
-    """The loss of one module. Subclasses give the three methods below; nets are ordinary submodules.
+    """The loss of one module. Subclasses define the three methods below; their nets are ordinary submodules.
 
     dense: labels are (N, H, W), one a pixel (segmentation).
-    wants_input: `terms` is given the module's input, without a graph, in the place of the image. The input is alive during a step
-    anyway, so that this costs no memory.
+    wants_input: `terms` gets the module's input, without a graph, in place of the image. This costs no
+    memory, because the input is alive during a step.
     """
 
     dense = False
     wants_input = False
 
     def terms(self, features: torch.Tensor, image: torch.Tensor, label: torch.Tensor) -> Iterator[Term]:
-        """Compute and yield one `Term` after the other, none of weight 0; the caller back-propagates each before it asks for the next.
+        """Compute and yield the terms one by one, none of weight 0. The caller back-propagates each at once.
 
-        features: (N, C, h, w), the module's output; image: (N, 3, H, W), the network's input, or the module's where the loss
-        ``wants_input``; label: (N,) integers.
+        features: (N, C, h, w), the module's output. image: (N, 3, H, W), the network's input, or the module's
+        input for a loss that ``wants_input``. label: (N,) integers.
         """
         raise NotImplementedError
 
     def trained_parameters(self) -> list[nn.Parameter]:
-        """Parameters of the nets that run, for the module's optimizer."""
+        """Return the parameters of the nets that run, for the module's optimizer."""
         raise NotImplementedError
 
     def released_nets(self, stage: int, block: int) -> dict[str, nn.Module]:
-        """All nets by the prefix of their released names, for a module that ends at (stage, block); nets that never run included."""
+        """Return all nets by the prefix of their names in the authors' code, even nets that never run.
+
+        stage, block: where the module ends.
+        """
         raise NotImplementedError
 
 
 class InfoPro(LocalLoss):
-    """InfoPro's upper bound (paper, eq. 6): reconstruction_weight * reconstruction(h, image) + task_weight * task(h, label).
+    """InfoPro's upper bound (paper, eq. 6): reconstruction_weight * reconstruction(h, image) + task_weight *
+    task(h, label).
 
-    A net whose weight is exactly 0 never runs and is given to no optimizer: it only stays where the released code has it, so
-    that released weights load and save by their names. (The released code runs it; nothing that is kept depends on it.)
+    A net of weight 0 never runs and has no optimizer. It exists so that the authors' weights load and save by
+    name. (The authors' code runs it, without an effect on what is kept.)
     """
 
-    def __init__(self, decoder: Decoder, aux_classifier: AuxClassifier, reconstruction_weight: float, task_weight: float):
+    def __init__(
+        self, decoder: nn.Module, aux_classifier: Head, reconstruction_weight: float, task_weight: float
+    ):
         super().__init__()
-        if reconstruction_weight == 0 and task_weight == 0:
-            raise ValueError("InfoPro: expected a weight other than 0 for reconstruction or task, got 0 for both")
+        if reconstruction_weight == task_weight == 0:
+            raise ValueError("InfoPro: expected a weight other than 0, got 0 for reconstruction and task")
         self.decoder, self.aux_classifier = decoder, aux_classifier
         self.reconstruction_weight, self.task_weight = reconstruction_weight, task_weight
         self.task = "contrast" if aux_classifier.loss_mode == "contrast" else "softmax"
@@ -100,18 +106,19 @@ class InfoPro(LocalLoss):
             yield Term(self.task, self.task_weight, *self.aux_classifier.loss_and_correct(features, label))
 
     def trained_parameters(self):
-        decoder = [] if self.reconstruction_weight == 0 else list(self.decoder.parameters())
-        return decoder + ([] if self.task_weight == 0 else list(self.aux_classifier.parameters()))
+        weights = ((self.decoder, self.reconstruction_weight), (self.aux_classifier, self.task_weight))
+        return [p for net, weight in weights if weight != 0 for p in net.parameters()]
 
     def released_nets(self, stage, block):
-        return {f"decoder_{stage}_{block}.": self.decoder, f"aux_classifier_{stage}_{block}.": self.aux_classifier}
+        end = f"{stage}_{block}."
+        return {f"decoder_{end}": self.decoder, f"aux_classifier_{end}": self.aux_classifier}
 
     def extra_repr(self):
         return f"reconstruction_weight={self.reconstruction_weight}, task_weight={self.task_weight}"
 
 
 class HeadLoss(LocalLoss):
-    """The cross entropy of one auxiliary head: greedy supervised learning (the released head 0c1f), DGL and AugLocal (their own)."""
+    """The cross entropy of one auxiliary head: greedy supervised learning, DGL or AugLocal."""
 
     def __init__(self, name: str, head: nn.Module):
         super().__init__()
@@ -128,7 +135,7 @@ class HeadLoss(LocalLoss):
 
 
 class Classifier(LocalLoss):
-    """The end of the network: global average pooling, linear classifier, cross entropy. channels: C; class_num: classes."""
+    """The end of a network: pooling, linear classifier, cross entropy. channels: C; class_num: classes."""
 
     def __init__(self, channels: int, class_num: int, *, label_smoothing: float = 0.0, impl: str = "auto"):
         super().__init__()
@@ -137,52 +144,52 @@ class Classifier(LocalLoss):
         self.fc = nn.Linear(channels, class_num)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Logits (N, classes) of features (N, C, h, w)."""
+        """Return logits (N, classes) of features (N, C, h, w)."""
         return self.fc(self.pool(features))
 
     def terms(self, features, image, label):
-        loss, correct = ops.linear_cross_entropy(
-            self.pool(features), self.fc.weight, label, bias=self.fc.bias, return_correct=True, label_smoothing=self.label_smoothing,
-            impl=self.impl,
-        )  # fmt: skip
-        yield Term("cross_entropy", 1.0, loss, correct)
+        options = {"return_correct": True, "label_smoothing": self.label_smoothing, "impl": self.impl}
+        rows, fc = self.pool(features), self.fc
+        found = ops.linear_cross_entropy(rows, fc.weight, label, bias=fc.bias, **options)
+        yield Term("cross_entropy", 1.0, *found)
 
     def trained_parameters(self):
         return list(self.fc.parameters())
 
     def released_nets(self, stage, block):
-        return {"": self}  # part of the backbone: ``fc.weight``, wherever the module ends
+        return {"": self}  # ``fc.weight`` is part of the backbone
 
 
-# Weights of the published CIFAR-10 and STL-10 runs (README of the released code): (reconstruction, task) of the first local
-# module, then of the last, by architecture, image size, balanced and number of modules. With 2 modules there is only a first.
-PUBLISHED_LAMBDAS: dict[tuple[str, int, bool], dict[int, tuple[float, float, float, float]]] = {
+# Weights of the published CIFAR-10 and STL-10 runs (README of the authors' code): (reconstruction, task) of
+# the first local module, then of the last. Key: architecture, image size, balanced; number of modules.
+Lambdas = tuple[float, float, float, float]
+PUBLISHED_LAMBDAS: dict[tuple[str, int, bool], dict[int, Lambdas]] = {
     ("resnet32", 32, False): {2: (5, 1, 0, 0), 4: (6, 0, 1, 2), 8: (5, 0, 0, 2), 16: (5, 0.05, 0.2, 0.5)},
     ("resnet110", 32, False): {2: (5, 0.5, 0, 0), 4: (1, 0, 0, 1), 8: (5, 0, 0, 1), 16: (5, 0, 0.5, 1)},
     ("resnet110", 32, True): {2: (5, 0.1, 0, 0), 3: (5, 0, 5, 0.1), 4: (5, 0, 5, 0.1)},
-    ("resnet110", 96, False): {2: (10, 1, 0, 0), 4: (20, 0.2, 5, 2), 8: (20, 0.2, 5, 1), 16: (20, 0.5, 10, 0.1)},
+    ("resnet110", 96, False): {
+        2: (10, 1, 0, 0), 4: (20, 0.2, 5, 2), 8: (20, 0.2, 5, 1), 16: (20, 0.5, 10, 0.1),
+    },  # fmt: skip
     ("resnet110", 96, True): {2: (20, 1, 0, 0), 3: (20, 0.5, 5, 2), 4: (20, 0.5, 10, 1)},
 }
 
-# Of the ImageNet and Cityscapes runs (README of the released code, its configs), one local module, softmax.
-PUBLISHED_SOFTMAX: dict[str, tuple[float, float, float, float]] = {
+# Weights of the ImageNet and Cityscapes runs (README and configurations of the authors' code), K = 2.
+PUBLISHED_SOFTMAX: dict[str, Lambdas] = {
     "resnet101": (5, 0.75, 0, 0),
     "resnet152": (5, 1, 0, 0),
     "resnext101_32x8d": (5, 0.75, 0, 0),
     "deeplabv3_resnet101": (1.5, 1, 0, 0),
 }
 
-# For what is not published (softmax, other depths and K): ours, between the published ones; reconstruction early, task late.
+# Ours, for unpublished runs (softmax, other depths and K): reconstruction early, task late.
 DEFAULT_LAMBDAS = (5.0, 0.5, 0.5, 1.0)
 
-# Ours: a fifth of these for a reconstruction whose loss goes from 1 to 0, where the cross entropy of images ends near its beginning.
+# Ours. A reconstruction loss that falls from 1 to 0 weighs a fifth of one that hardly falls, as on images.
 INFOPRO_L_LAMBDAS = (1.0, 0.5, 0.1, 1.0)
 
 
-def default_lambdas(
-    arch: str, modules: int, local_loss: str, *, balanced: bool, image_size: int
-) -> tuple[float, float, float, float]:
-    """The published weights of this contrast run (image size 96: STL-10, 32: CIFAR-10), else DEFAULT_LAMBDAS or INFOPRO_L_LAMBDAS."""
+def default_lambdas(arch: str, modules: int, local_loss: str, *, balanced: bool, image_size: int) -> Lambdas:
+    """Return the published weights of a run (image size 32: CIFAR-10, 96: STL-10), else ours."""
     if local_loss == "infopro_l":
         return INFOPRO_L_LAMBDAS
     if local_loss == "softmax" and modules == 2 and arch in PUBLISHED_SOFTMAX:
@@ -192,7 +199,7 @@ def default_lambdas(
 
 
 def interpolate_lambdas(lambdas: Sequence[float], module: int, modules: int) -> tuple[float, float]:
-    """(reconstruction, task) weights of local module ``module`` (0 to modules - 2): linear from the first to the last local one."""
+    """Return (reconstruction, task) weights of local module 0 to modules - 2, linear from first to last."""
     first, last = lambdas[:2], lambdas[2:]
     ratio = module / (modules - 2) if modules > 2 else 0.0
     reconstruction, task = (a * (1 - ratio) + b * ratio for a, b in zip(first, last))

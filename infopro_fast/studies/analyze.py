@@ -69,13 +69,8 @@ class Subject:
 
 
 def analyze(
-    runs: Sequence[str | Path],
-    out: str | Path,
-    settings: ProbeSettings = DEFAULT,
-    *,
-    threads: int | None = None,
-    device: str | None = None,
-    data_root: str | Path | None = None,
+    runs: Sequence[str | Path], out: str | Path, settings: ProbeSettings = DEFAULT, *,
+    threads: int | None = None, device: str | None = None, data_root: str | Path | None = None,
     show: Callable[[str], None] = lambda line: print(line, flush=True),
 ) -> list[dict]:
     """Probe the networks in the run folders ``runs`` and write analysis.json, analysis.md and analysis.png into the folder ``out``.
