@@ -325,7 +325,7 @@ def test_what_a_killed_run_has_to_go_on_from(tmp_path, there):
     (run / run_folder.CONFIG).touch()
     if there:
         (run / there.format(name=checkpoint.name_of(0, 0))).mkdir(exist_ok=True)
-    runner._remove_if_nothing_ran(run)
+    runner.remove_unbegun(run)
     assert run.is_dir() == bool(there)
 
 
@@ -333,9 +333,9 @@ def test_modules_trained_in_turn(tmp_path, monkeypatch):
     """An asynchronous cell, in a terminal: stopped between its two modules it goes on; its curve is that of the last module's epochs."""
     study = tables.Study("table2", out=tmp_path, **{**SMALL, "methods": ("async",)})
     (job,) = tables.jobs(study)
-    statuses, real = [], runner._status
-    monkeypatch.setattr(runner, "_status", lambda job: statuses.append(real(job)) or statuses[-1])
-    monkeypatch.setattr(runner, "_progress", _bars_without_a_terminal)
+    statuses, real = [], runner.status
+    monkeypatch.setattr(runner, "status", lambda job: statuses.append(real(job)) or statuses[-1])
+    monkeypatch.setattr(runner, "progress", _bars_without_a_terminal)
     monkeypatch.setattr(runner, "POLL_SECONDS", 0.02)
     runs = runner.subprocess.Popen
     started = []
@@ -371,11 +371,11 @@ def _bars_without_a_terminal(total: int, done: int):
     from rich.console import Console
     from rich.progress import Progress
 
-    class Bars(runner._Bars):
+    class Bars(runner.Bars):
         def update(self, job):
             super().update(job)
             if run_folder.read_metrics(job.folder, "epoch"):
-                _Watched.seen(runner._status(job))
+                _Watched.seen(runner.status(job))
 
     with Progress(console=Console(file=io.StringIO(), force_terminal=True)) as bars:
         yield Bars(total, done, bars)

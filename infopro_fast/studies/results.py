@@ -1,4 +1,4 @@
-"""From runs to numbers: errors by cell over seeds, what a step costs, and how the methods compare."""
+"""Numbers of a study: each cell's errors over the seeds, the cost of a step, comparisons of methods."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ INFOPRO = ("softmax", "contrast")
 
 @dataclass(frozen=True)
 class Result:
-    """A cell with its finished runs. errors: test error (%) after the last epoch, by seed; cost: of a step (`costs.measure`)."""
+    """A cell with its finished runs; tuples have a value for each seed."""
 
     cell: Cell
     seeds: tuple[int, ...]
-    errors: tuple[float, ...]
+    errors: tuple[float, ...]  # test error (%) after the last epoch
     cross_entropies: tuple[float, ...]
-    curves: tuple[tuple[float, ...], ...]  # test error (%) after every epoch, by seed
-    cost: dict[str, float] | None
-    paper: tuple[float, float] | None
+    curves: tuple[tuple[float, ...], ...]  # test error (%) after every epoch
+    cost: dict[str, float] | None  # of a step (`costs.measure`)
+    paper: tuple[float, float] | None  # mean and deviation there
 
     @property
     def mean(self) -> float:
@@ -38,7 +38,7 @@ class Result:
 
     @property
     def deviation(self) -> float:
-        """Of the sample; nan for one run."""
+        """The sample's standard deviation; nan for one run."""
         return statistics.stdev(self.errors) if len(self.errors) > 1 else math.nan
 
     @property
@@ -47,8 +47,11 @@ class Result:
 
 
 def collect(study: Study, known: Known) -> list[Result]:
-    """The cells that have a finished run, here or known, with what a step costs: measured here where the study asks for it and it is
-    not measured yet, else known."""
+    """Return the cells that have a finished run, here or in a known table, each with the cost of a step.
+
+    The cost comes from earlier measurements, from a measurement now if the study asks for one, or from a
+    known table.
+    """
     found = []
     by_cell: dict[Cell, list[tuple[Job, Run]]] = {cell: [] for cell in cells(study)}
     for job in jobs(study):
@@ -69,11 +72,12 @@ def collect(study: Study, known: Known) -> list[Result]:
 
 def _run(job: Job) -> Run:
     epochs = tested_epochs(job)
-    return Run(tuple(100 - 100 * epoch["test"]["accuracy"] for epoch in epochs), epochs[-1]["test"]["loss"])
+    curve = tuple(100 - 100 * epoch["test"]["accuracy"] for epoch in epochs)
+    return Run(curve, epochs[-1]["test"]["loss"])
 
 
 class _Costs:
-    """costs.json: measured once, kept."""
+    """The measurements in costs.json."""
 
     def __init__(self, path: Path):
         self.path, self.content = path, json.loads(path.read_text()) if path.is_file() else {}
@@ -88,7 +92,7 @@ class _Costs:
 
 
 def compare(results: Sequence[Result]) -> list[dict[str, Any]]:
-    """For every K: greedy SL against the better InfoPro, in points and in standard errors of the difference; the gap to end to end."""
+    """Compare, for every K, greedy SL with the better InfoPro and InfoPro with end to end, in points."""
     by = {(r.cell.method, r.cell.modules): r for r in results if r.cell.weights is None}
     end_to_end = by.get(("e2e", 1))
     found = []
@@ -97,28 +101,30 @@ def compare(results: Sequence[Result]) -> list[dict[str, Any]]:
         if not ours:
             continue
         best = min(ours, key=lambda r: r.mean)
-        error = math.hypot(greedy.standard_error, best.standard_error)  # nan of single runs, which JSON does not have
+        error = math.hypot(greedy.standard_error, best.standard_error)  # nan for single runs, None in JSON
         margin = greedy.mean - best.mean
         found.append({
-            "modules": K, "greedy": greedy.mean, "infopro": best.mean, "which": best.cell.method, "margin": margin,
-            "standard_error": None if math.isnan(error) else error, "in_standard_errors": margin / error if error > 0 else None,
+            "modules": K, "greedy": greedy.mean, "infopro": best.mean, "which": best.cell.method,
+            "margin": margin, "standard_error": None if math.isnan(error) else error,
+            "in_standard_errors": margin / error if error > 0 else None,
             "gap_to_e2e": None if end_to_end is None else best.mean - end_to_end.mean,
         })  # fmt: skip
     return found
 
 
 def below_greedy(results: Sequence[Result]) -> dict[Cell, tuple[float, float]]:
-    """By how many points each local method is below greedy SL with its K, and the standard error of that (nan for single runs)."""
+    """Return how many points each method is below greedy SL with its K, and the standard error (or nan)."""
     greedy = {r.cell.modules: r for r in results if r.cell.method == "greedy"}
+    pairs = [(r, greedy.get(r.cell.modules)) for r in results if r.cell.method != "greedy"]
     return {
-        r.cell: (greedy[r.cell.modules].mean - r.mean, math.hypot(greedy[r.cell.modules].standard_error, r.standard_error))
-        for r in results
-        if r.cell.method != "greedy" and r.cell.modules in greedy
+        r.cell: (other.mean - r.mean, math.hypot(other.standard_error, r.standard_error))
+        for r, other in pairs
+        if other is not None
     }
 
 
 def pooled_deviation(results: Sequence[Result]) -> float:
-    """Of a run about the mean of its cell, over all cells with several: less a matter of luck than that of three runs. nan for none."""
+    """Return the standard deviation of runs about their cell's mean, over all cells, or nan."""
     freedom = sum(len(r.errors) - 1 for r in results)
     squares = sum((error - r.mean) ** 2 for r in results for error in r.errors)
     return math.sqrt(squares / freedom) if freedom else math.nan
