@@ -16,7 +16,7 @@ import torch
 import torch._dynamo  # noqa: F401  by every optimizer
 
 from infopro_fast import whole_files
-from infopro_fast.trainer import checkpoint, fit, loop, resume, run_folder
+from infopro_fast.trainer import checkpoint, evaluation, fit, resume, run_folder
 from tests.tiny_run import config, small_and_plain
 
 
@@ -90,7 +90,7 @@ MOMENTS = {
     "after_rename": lambda: kill_after(os, "rename", 3),
     "retiring": lambda: kill_after(checkpoint, "retire", 1),
     "metrics": lambda: kill_in_metrics(4),
-    "evaluation": lambda: kill_before(loop.evaluation, "evaluate", 2),
+    "evaluation": lambda: kill_before(evaluation, "evaluate", 2),
     "weights": lambda: kill_in_write("weights.safetensors", 2),
     "last_weights": lambda: kill_in_write("weights.safetensors", 3),
 }

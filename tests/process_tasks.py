@@ -19,7 +19,7 @@ from infopro_fast import build, modules, whole_files
 from infopro_fast.data import folder_set, part_of
 from infopro_fast.trainer import LocalTrainer, checkpoint, feature_cache, run_folder, schedule, sequential
 from infopro_fast.trainer.processes import watch
-from infopro_fast.trainer.processes.reduction import CommHook, ParallelTrainer, all_reduce
+from infopro_fast.trainer.processes.reduction import CommHook, all_reduce
 from infopro_fast.trainer.processes.wire import Packet, Receiver, Sender
 from tests.kill_driver import kill_before, kill_in_write, nth
 from tests.process_driver import Group, _fork, command
@@ -75,7 +75,7 @@ def _train(rank: int, size: int, name: str, counts: list[int], steps: int, dtype
         modules.convert_sync_batch_norm(net)
         calls = []
         hook = _counting(lambda flat: calls.append(flat.numel() * flat.element_size()))
-        trainer = ParallelTrainer(net, sgd, group=dist.group.WORLD, global_contrast=name == "contrast", comm_hook=hook)
+        trainer = LocalTrainer(net, sgd, group=dist.group.WORLD, global_contrast=name == "contrast", comm_hook=hook)
     else:
         trainer = LocalTrainer(net, sgd)
     generator = torch.Generator().manual_seed(1)
@@ -120,11 +120,11 @@ class _Collectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _tiny_trainer(hook: CommHook, accumulate: int = 1) -> tuple[ParallelTrainer, torch.Tensor, torch.Tensor]:
+def _tiny_trainer(hook: CommHook, accumulate: int = 1) -> tuple[LocalTrainer, torch.Tensor, torch.Tensor]:
     """Of three modules, and a batch."""
     torch.manual_seed(0)
     net = build("resnet20", 3, "softmax", lambdas=(1, 0.5, 0.5, 1), image_size=16)
-    trainer = ParallelTrainer(net, schedule.released_sgd(0.05), group=dist.group.WORLD, comm_hook=hook, accumulate=accumulate)
+    trainer = LocalTrainer(net, schedule.released_sgd(0.05), group=dist.group.WORLD, comm_hook=hook, accumulate=accumulate)
     generator = torch.Generator().manual_seed(1 + dist.get_rank())
     return trainer, torch.randn(8, 3, 16, 16, generator=generator), torch.randint(10, (8,), generator=generator)
 
@@ -281,8 +281,8 @@ def _send_ahead(in_flight: int, out: Path) -> None:
         sender.begin()
         for number in range(BATCHES_SENT):
             features = torch.full((4, 8, 32, 32), float(number))
-            sender.send(Packet(None, {}, torch.zeros(4, dtype=torch.int64), None, features))
-            most = max(most, len(sender._flying))
+            sender.send(Packet(features, None, torch.zeros(4, dtype=torch.int64)))
+            most = max(most, len(sender.flying))
             store.set("sent", str(number + 1))
         sender.flush()
         found = {"kept": most, "bytes": sender.bytes}
@@ -314,16 +314,16 @@ def back_pressure(folder: Path) -> dict:
 
 
 def _in_step(number: int, action) -> None:
-    step, count = LocalTrainer.step, 0  # which ParallelTrainer's calls
+    step, count = LocalTrainer.step_from, 0
 
-    def patched(self, *args):
+    def patched(self, *batch):
         nonlocal count
         count += 1
         if count == number:
             action(self)
-        return step(self, *args)
+        return step(self, *batch)
 
-    LocalTrainer.step = patched
+    LocalTrainer.step_from = patched
 
 
 def _saved(run: Path) -> bool:
@@ -573,14 +573,14 @@ def _stop_reader_of_output(mark: Path) -> None:
 
 
 def _stop_cache(mark: Path) -> None:
-    digest, count = feature_cache._digest, 0
+    digest, count = feature_cache.digest, 0
 
     def patched(content):
         nonlocal count
         count += 1
         return digest(content) if count < 7 else _for_ever(mark)
 
-    feature_cache._digest = patched
+    feature_cache.digest = patched
 
 
 STALLS = {  # what stands still: where, in which process of how many, and the run
@@ -648,7 +648,7 @@ def starved(folder: Path) -> dict:
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
         watch.TICK = 0.25
         ended: list[str] = []
-        watch._end = ended.append
+        watch.end_process = ended.append
         one = watch.Watch(dist.HashStore(), 0, 1, "this process", lambda: "", 1.0)
         one.start()
         one.at("in a step")
@@ -704,10 +704,10 @@ MOMENTS = {
     "module2": lambda: kill_before(torch.optim.SGD, "step", 18),
     "module3": lambda: kill_before(torch.optim.SGD, "step", 33),
     "trained": lambda: kill_in_write("SHA256SUMS", 5),  # after the first checkpoint and one an epoch
-    "cache": lambda: kill_before(feature_cache, "_bytes", 7),
-    "cache_without_its_sum": lambda: kill_before(feature_cache, "_digest", 12),
-    "cache_of_tests": lambda: kill_before(feature_cache, "_digest", 14),
-    "second_cache": lambda: kill_before(feature_cache, "_bytes", 14 + 6),
+    "cache": lambda: kill_before(feature_cache, "to_bytes", 7),
+    "cache_without_its_sum": lambda: kill_before(feature_cache, "digest", 12),
+    "cache_of_tests": lambda: kill_before(feature_cache, "digest", 14),
+    "second_cache": lambda: kill_before(feature_cache, "to_bytes", 14 + 6),
     "between": lambda: kill_before(sequential.Sequence, "cache", 2),
     "end": lambda: kill_before(run_folder, "write_weights", 1),
 }
@@ -715,8 +715,8 @@ MOMENTS = {
 
 AGAIN_KILLED = {  # what is continued, and killed again
     "module3": lambda: kill_before(torch.optim.SGD, "step", 3),  # in the module that it was killed in
-    "module2": lambda: kill_before(feature_cache, "_bytes", 5),  # in the cache that comes after it
-    "second_cache": lambda: kill_before(feature_cache, "_digest", 2),  # in the same cache
+    "module2": lambda: kill_before(feature_cache, "to_bytes", 5),  # in the cache that comes after it
+    "second_cache": lambda: kill_before(feature_cache, "digest", 2),  # in the same cache
 }
 
 

@@ -173,7 +173,7 @@ def test_cut_short_at_any_step(tmp_path, monkeypatch, step):
     """A write that stops at any step, with no clean-up at all: the last two whole checkpoints are there to load."""
     save(tmp_path, name_of(1, 0), state_of(1))
     save(tmp_path, name_of(2, 0), state_of(2))
-    write, rename, sync, remove = whole_files.write_file, os.rename, whole_files.sync_folder, checkpoint._remove
+    write, rename, sync, remove = whole_files.write_file, os.rename, whole_files.sync_folder, whole_files.remove
 
     def cut(*args, **kwargs):
         raise Killed
@@ -194,14 +194,14 @@ def test_cut_short_at_any_step(tmp_path, monkeypatch, step):
     with monkeypatch.context() as patch:
         patch.setattr(whole_files, "write_file", write_half)
         patch.setattr(checkpoint.os, "rename", rename_cut)
-        patch.setattr(checkpoint, "_remove", lambda path: None)  # a killed process cleans nothing up
+        patch.setattr(whole_files, "remove", lambda path: None)  # a killed process cleans nothing up
         if step == "mkdir":
-            patch.setattr(checkpoint, "_serialize", cut)
+            patch.setattr(checkpoint, "serialize", cut)
         if step == "sync":
             patch.setattr(whole_files, "sync_folder", cut)
         with pytest.raises(Killed):
             save(tmp_path, name_of(3, 0), state_of(3))
-    assert (whole_files.sync_folder, checkpoint._remove) == (sync, remove)
+    assert (whole_files.sync_folder, whole_files.remove) == (sync, remove)
 
     arrived = step in ("renamed", "retire", "retired")
     path, state = load_latest(tmp_path)

@@ -11,7 +11,7 @@ import torch
 
 from infopro_fast.errors import ConfigError
 from infopro_fast.trainer import checkpoint, run_folder
-from infopro_fast.trainer.processes import layout
+from infopro_fast.trainer.processes.layout import place_of
 from infopro_fast.trainer.settings.config import TrainConfig
 from tests.compare import assert_close
 from tests.process_tasks import BATCHES_SENT, IN_FLIGHT
@@ -209,16 +209,16 @@ def test_metrics_are_of_all_processes(runs, other):
 def test_layouts():
     def spans(size, **settings):
         config = TrainConfig(parallel="pipeline", modules=4, **settings)
-        every = [layout(config, rank, size) for rank in range(size)]
+        every = [place_of(config, rank, size) for rank in range(size)]
         return [[(one.replica, *one.modules) for one in every], every[0]]
 
     assert spans(2)[0] == [(0, 0, 1), (0, 2, 3)]
     assert spans(3)[0] == [(0, 0), (0, 1), (0, 2, 3)]
     assert spans(4, pipeline_modules=(1, 3))[0] == [(0, 0), (0, 1, 2, 3), (1, 0), (1, 1, 2, 3)]
     assert spans(4, pipeline_modules=(1, 3))[1].ranks_of_stage(1) == [1, 3]
-    data = layout(TrainConfig(parallel="data", modules=4), 2, 3)
+    data = place_of(TrainConfig(parallel="data", modules=4), 2, 3)
     assert (data.replica, data.replicas, list(data.modules), data.title, data.is_main) == (2, 3, [0, 1, 2, 3], "rank 2", False)
-    assert layout(TrainConfig(parallel="pipeline", modules=4), 1, 2).title == "rank 1 (modules 3-4 of 4)"
+    assert place_of(TrainConfig(parallel="pipeline", modules=4), 1, 2).title == "rank 1 (modules 3-4 of 4)"
     with pytest.raises(ConfigError, match="5 processes for 4 modules: start 4 at most"):
         spans(5)
     with pytest.raises(ConfigError, match="expected a multiple of 2 processes, got 3"):

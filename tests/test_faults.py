@@ -90,7 +90,7 @@ def test_a_signal_stops_all_after_the_same_step(faults, case, main):
     """With a checkpoint of it, and the message of a run of one process, by the process that writes the run folder."""
     found = faults[case]
     assert found["codes"] == {str(main): 143, str(1 - main): 0}, found["errors"]
-    assert found["checkpoints"][-1] == "epoch0001-batch000004"  # decided before each step: this one is the next
+    assert found["checkpoints"][-1] == "epoch0001-batch000003"
     assert found["errors"][main].strip() == f"infopro-fast: stopped by SIGTERM; continue with: infopro-fast train --resume {found['run']}"
     assert found["errors"][1 - main] == ""
 
@@ -202,24 +202,32 @@ def test_a_failure_is_said_by_the_thread_that_met_it(monkeypatch):
     """However long the main thread takes to leave everything behind; one that does not get away is ended, and it is said all the same."""
     ended = []
     monkeypatch.setattr(watch, "TICK", 0.02)
-    monkeypatch.setattr(watch, "_end", ended.append)
+    monkeypatch.setattr(watch, "end_process", ended.append)
     one = watch.Watch(dist.HashStore(), 0, 1, "rank 0", lambda: "no run was begun", 4)
     one.start()
     message = one.fail("ValueError: no")
     assert message == "rank 0, at the start: ValueError: no; it stops; no run was begun"
     time.sleep(10 * watch.TICK)
     assert ended == []
-    one._thread.join(20)
+    end = time.monotonic() + 20
+    while not ended and time.monotonic() < end:
+        time.sleep(watch.TICK)
     assert ended == [message]
 
 
 def test_a_failure_of_another_process_ends_this_one_without_a_word(monkeypatch):
     ended, there = [], threading.Event()
     monkeypatch.setattr(watch, "TICK", 0.02)
-    monkeypatch.setattr(watch, "_end", lambda message: (ended.append(message), there.set(), one._closing.set()))
+
+    def end(message):
+        ended.append(message)
+        there.set()
+        raise SystemExit  # the thread
+
+    monkeypatch.setattr(watch, "end_process", end)
     store = dist.HashStore()
     one, other = (watch.Watch(store, rank, 2, f"rank {rank}", lambda: "", 4) for rank in range(2))
-    other._tell(0)
+    other.look(0)
     one.start()
     assert other.fail("killed") is not None
     assert there.wait(20) and ended == [""]

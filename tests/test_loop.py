@@ -22,10 +22,10 @@ from infopro_fast.data import cifar10, fashion_mnist
 from infopro_fast.errors import ConfigError, DataError
 from infopro_fast.trainer import (
     checkpoint,
+    curve,
     display,
     evaluate_run,
     fit,
-    loop,
     resume,
     run_folder,
     schedule,
@@ -143,12 +143,12 @@ def test_metrics_are_means_over_images(finished):
 def test_released_learning_rates(settings, released):
     config = TrainConfig(lr=0.8, **settings).resolved()
     for epoch in range(config.epochs):
-        assert {loop.learning_rate(config, epoch, batch, 7) for batch in range(7)} == {released(epoch + 1)}
+        assert {schedule.learning_rate(config, epoch, batch, 7) for batch in range(7)} == {released(epoch + 1)}
 
 
 def test_one_cycle_changes_every_step():
     config = TrainConfig(epochs=5, warmup=2, lr=0.3).resolved()
-    rates = [loop.learning_rate(config, epoch, batch, 10) for epoch in range(5) for batch in range(10)]
+    rates = [schedule.learning_rate(config, epoch, batch, 10) for epoch in range(5) for batch in range(10)]
     assert max(rates) <= 0.3 and rates[:20] == sorted(rates[:20]) and rates[20:] == sorted(rates[20:], reverse=True)
     assert rates[0] == pytest.approx(0.3 / 40) and rates[-1] == pytest.approx(0.3 / 60) and len(set(rates)) > 40
     assert math.fsum(rates) / 50 == pytest.approx(0.15)
@@ -599,11 +599,11 @@ def test_learning_curve_draws_every_series(finished, monkeypatch):
     from matplotlib.figure import Figure
 
     drawn = []
-    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: (drawn.append(self), path.touch())[0])
+    monkeypatch.setattr(Figure, "savefig", lambda self, file, **_: drawn.append(self))
     copy = finished / "learning_curve.png"
     content = copy.read_bytes()
     try:
-        run_folder.draw_learning_curve(finished, "a title")
+        curve.draw_learning_curve(finished, "a title")
     finally:
         copy.write_bytes(content)
     (figure,) = drawn
@@ -619,4 +619,4 @@ def test_learning_curve_draws_every_series(finished, monkeypatch):
 
 
 def test_learning_curve_without_an_epoch(tmp_path):
-    assert run_folder.draw_learning_curve(tmp_path, "") is None and list(tmp_path.iterdir()) == []
+    assert curve.draw_learning_curve(tmp_path, "") is None and list(tmp_path.iterdir()) == []

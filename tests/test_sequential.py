@@ -17,7 +17,6 @@ from infopro_fast.memory import LiveBytes, measure_step
 from infopro_fast.memory.live import OPTIMIZER
 from infopro_fast.trainer import LocalTrainer, evaluate_run, feature_cache, fit, run_folder, schedule
 from infopro_fast.trainer.feature_cache import CacheFile, Features
-from infopro_fast.trainer.processes.reduction import ParallelTrainer
 from infopro_fast.trainer.settings.config import TrainConfig
 from tests import tiny_run
 from tests.process_tasks import AGAIN_KILLED, MOMENTS
@@ -83,17 +82,17 @@ def test_a_damaged_cache_is_found(runs):
 def test_one_module_is_in_memory(tmp_path, monkeypatch):
     """In every step there are the parameters of the module in training, and no other."""
     monkeypatch.setattr(fashion_mnist, "load", tiny_run.load)
-    step, found = ParallelTrainer.step, []
+    step, found = LocalTrainer.step_from, []
 
-    def patched(self, *args, **options):
+    def patched(self, *batch):
         if not found or found[-1][0] != self.first:
             own = {id(p) for p in self.net.parameters()}
             found.append((self.first, {id(p) for p in gc.get_objects() if type(p) is nn.Parameter} - before, own))
-        return step(self, *args, **options)
+        return step(self, *batch)
 
     # The first training of a process imports modules of torch's as it goes, and frames from then, in a cycle, hold on to their parameters.
     fit(tiny_run.config(tmp_path / "first", epochs=1, warmup=0))
-    monkeypatch.setattr(ParallelTrainer, "step", patched)
+    monkeypatch.setattr(LocalTrainer, "step_from", patched)
     gc.collect()
     gc.disable()  # what goes, goes by itself
     try:
@@ -109,22 +108,22 @@ def test_one_module_is_in_memory(tmp_path, monkeypatch):
 def test_the_peak_of_a_step_is_that_of_the_largest_module(tmp_path, monkeypatch):
     """Bytes alive in a step of each module: what it takes among the others, and nothing of theirs."""
     monkeypatch.setattr(fashion_mnist, "load", tiny_run.load)
-    step, found = ParallelTrainer.step, {}
+    step, found = LocalTrainer.step_from, {}
 
-    def patched(self, image, label, total, *, features):
+    def patched(self, h, image, label, total):
         if self.first:
-            features = features.clone()  # of the file's mapping, which is of all batches, what this one has
+            h = h.clone()  # what this batch has of the file's mapping, which is of all batches
         live = LiveBytes([*self.net.parameters(), *self.net.buffers(), image, label])
         state = [t for optimizer in self.optimizers for entry in optimizer.state.values() for t in entry.values()]
         live.hold(OPTIMIZER, state)
         with live, live.watch_gradients(self.net.parameters()):
-            metrics = step(self, image, label, total, features=features)
+            done = step(self, h, image, label, total)
         if state:  # a step that makes it is higher
             found[self.first], given[self.first] = live.peak._replace(optimizer=0), (image, label)
-        return metrics
+        return done
 
     given = {}
-    monkeypatch.setattr(ParallelTrainer, "step", patched)
+    monkeypatch.setattr(LocalTrainer, "step_from", patched)
     config = tiny_run.config(tmp_path / "run", order="sequential", epochs=1, warmup=0)
     fit(config)
     net = build("resnet20", 3, lambdas=config.lambdas, image_size=32)

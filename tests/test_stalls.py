@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from infopro_fast import whole_files
-from infopro_fast.trainer import checkpoint, loop, run_folder
-from infopro_fast.trainer.processes import watch
+from infopro_fast.trainer import loop, run_folder
+from infopro_fast.trainer.processes import linux, watch
+from infopro_fast.trainer.processes.wire import Packet
 from tests.process_tasks import DEFAULT_PATIENCE, STALLS
 from tests.test_distributed import drive
 
@@ -86,11 +87,11 @@ def test_a_process_that_gets_no_cpu_does_not_stand_still(tmp_path):
 )
 def test_whether_a_thread_is_starved(monkeypatch, ran, waited, wants, expected):
     """From what the system says of it, a second apart."""
-    looks = iter([watch._Thread(5.0, 3.0, wants == "yes"), watch._Thread(5.0 + ran, 3.0 + waited, wants != "no")])
+    looks = iter([linux.Thread(5.0, 3.0, wants == "yes"), linux.Thread(5.0 + ran, 3.0 + waited, wants != "no")])
     times = iter([100.0, 101.0])
-    monkeypatch.setattr(watch, "_threads", lambda: {"7": next(looks)})
-    monkeypatch.setattr(watch.time, "monotonic", lambda: next(times))
-    starved = watch._Starved()
+    monkeypatch.setattr(linux, "threads", lambda: {"7": next(looks)})
+    monkeypatch.setattr(linux.time, "monotonic", lambda: next(times))
+    starved = linux.Starved()
     found = starved()
     monkeypatch.undo()
     assert found is expected
@@ -98,7 +99,7 @@ def test_whether_a_thread_is_starved(monkeypatch, ran, waited, wants, expected):
 
 def test_large_files_are_written_in_pieces(tmp_path, monkeypatch):
     """Each of which is on the disk before the next, and told."""
-    monkeypatch.setattr(checkpoint, "PIECE", 10)
+    monkeypatch.setattr(whole_files, "PIECE", 10)
     fsync, sizes, moves = os.fsync, [], []
     monkeypatch.setattr(os, "fsync", lambda file: (sizes.append(os.fstat(file).st_size), fsync(file)))
     content = bytes(range(34))
@@ -113,14 +114,12 @@ def test_a_pulse_is_a_move(monkeypatch):
     one.at("reading images", pulse=lambda: pulse[0])
     for tick in range(20):
         pulse[0] += 1
-        one._tell(tick)
-        assert one._look(tick) is None
+        assert one.look(tick) is None
     one.at("in a step")
     found = []
     for tick in range(20, 26):
         pulse[0] += 1
-        one._tell(tick)
-        found.append(one._look(tick))
+        found.append(one.look(tick))
     assert found[:4] == [None] * 4 and found[4].startswith("rank 0, in a step: stalled (no progress for 4 s)")
 
 

@@ -6,7 +6,7 @@ import safetensors.torch
 import torch
 
 from infopro_fast.data import Split, fashion_mnist
-from infopro_fast.trainer import run_folder
+from infopro_fast.trainer import curve, run_folder
 from infopro_fast.trainer.settings.config import TrainConfig
 from infopro_fast.trainer.step import LocalTrainer
 
@@ -25,7 +25,7 @@ def small_and_plain() -> None:
     small a run, which tests/test_loop.py looks at."""
     images = load()
     fashion_mnist.load = lambda: images
-    run_folder.draw_learning_curve = lambda folder, title: (folder / run_folder.CURVE).touch()
+    curve.draw_learning_curve = lambda folder, title: (folder / run_folder.CURVE).touch()
 
 
 def config(out, **settings) -> TrainConfig:
@@ -44,12 +44,12 @@ def assert_same_weights(run, other):
 
 def at_step(monkeypatch, number, action):
     """Run ``action`` right after the ``number``-th step of the trainer; a value it returns replaces the step's metrics."""
-    step, count = LocalTrainer.step, 0
+    step, count = LocalTrainer.step_from, 0
 
-    def patched(self, image, label):
+    def patched(self, *batch):
         nonlocal count
         count += 1
-        metrics = step(self, image, label)
-        return (action(self, metrics) or metrics) if count == number else metrics
+        features, metrics = step(self, *batch)
+        return features, (action(self, metrics) or metrics) if count == number else metrics
 
-    monkeypatch.setattr(LocalTrainer, "step", patched)
+    monkeypatch.setattr(LocalTrainer, "step_from", patched)

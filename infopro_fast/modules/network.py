@@ -109,6 +109,13 @@ class LocalNetwork(nn.Module):
     def classifier(self) -> LocalLoss:
         return self.local_losses[-1]
 
+    def part(self, span: range) -> LocalNetwork:
+        """Return the modules ``span`` (from 0) as a network; blocks and losses are shared with this one."""
+        blocks = [len(stage) for stage in self.stages]
+        prefixes = self._prefixes[sum(blocks[: span.start]) : sum(blocks[: span.stop])]
+        here = slice(span.start, span.stop)
+        return LocalNetwork(self.stages[here], self.local_losses[here], self.cuts[here], prefixes)
+
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """Logits (N, num_classes) of normalised images (N, 3, H, W); for segmentation (N, num_classes, h, w), smaller than the image."""
         for stage in self.stages:
