@@ -1,4 +1,4 @@
-"""Processes that stand still outside the modules' steps are found as soon as those in one; slow ones that move are left alone."""
+"""Processes that stall outside the modules' steps are found as soon as others; slow ones are left alone."""
 
 import os
 import re
@@ -41,7 +41,9 @@ def test_all_stop_and_say_where(stalls, name):
     """Within 30 s of the stall with the default patience; one message, and nothing is left running."""
     found = stalls[name]
     assert set(found["codes"]) == {1}, found
-    (said,) = [line for text in found["errors"] for line in text.splitlines() if line.startswith("infopro-fast:")]
+    (said,) = [
+        line for text in found["errors"] for line in text.splitlines() if line.startswith("infopro-fast:")
+    ]
     least, most = (20, 27) if name == DEFAULT_PATIENCE else (4, 11)
     seconds = re.search(rf"infopro-fast: error: {PLACES[name]}: stalled \(no progress for (\d+) s\); ", said)
     assert seconds and least <= int(seconds[1]) <= most, said
@@ -65,7 +67,10 @@ def test_slow_work_is_left_alone(stalls):
     assert (Path(found["run"]) / run_folder.WEIGHTS).is_file()
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/schedstat"), reason="this system does not count how long threads wait for a CPU")
+@pytest.mark.skipif(
+    not os.path.exists("/proc/self/schedstat"),
+    reason="this system does not count how long threads wait for a CPU",
+)
 def test_a_process_that_gets_no_cpu_does_not_stand_still(tmp_path):
     """Eight times its patience; one that does nothing does."""
     found = drive(tmp_path, "starved")["starved"]
@@ -87,7 +92,9 @@ def test_a_process_that_gets_no_cpu_does_not_stand_still(tmp_path):
 )
 def test_whether_a_thread_is_starved(monkeypatch, ran, waited, wants, expected):
     """From what the system says of it, a second apart."""
-    looks = iter([linux.Thread(5.0, 3.0, wants == "yes"), linux.Thread(5.0 + ran, 3.0 + waited, wants != "no")])
+    looks = iter(
+        [linux.Thread(5.0, 3.0, wants == "yes"), linux.Thread(5.0 + ran, 3.0 + waited, wants != "no")]
+    )
     times = iter([100.0, 101.0])
     monkeypatch.setattr(linux, "threads", lambda: {"7": next(looks)})
     monkeypatch.setattr(linux.time, "monotonic", lambda: next(times))
@@ -124,7 +131,7 @@ def test_a_pulse_is_a_move(monkeypatch):
 
 
 def test_the_first_step_of_a_shape_is_given_longer_on_a_gpu():
-    """It compiles kernels: a whole batch's, the last one's of an epoch, that of an evaluation; of modules, each part of a batch."""
+    """It compiles kernels: for each shape of batch and of part of a batch, in a step and in an evaluation."""
 
     class Seen(watch.Unwatched):
         def __init__(self):
@@ -135,11 +142,21 @@ def test_the_first_step_of_a_shape_is_given_longer_on_a_gpu():
 
     def seen(device: str) -> list[tuple[str, bool]]:
         training = object.__new__(loop.Training)
-        training.device, training.watch, training.images = torch.device(device), Seen(), SimpleNamespace(images_read=lambda: 0)
+        training.device, training.watch, training.images = (
+            torch.device(device),
+            Seen(),
+            SimpleNamespace(images_read=lambda: 0),
+        )
         training.epoch, training.batch, training.batches, training.steps = 0, 0, 3, 6
         training._begun = set()
-        for working, counts in (("in a step", (8, 8, 3)), ("in evaluation", (8, 3)), ("in a step", (8, 8, 3))):
-            for image, _ in training.told(iter([(torch.empty(n, 3, 4, 4), torch.empty(n)) for n in counts]), "reading", working):
+        for working, counts in (
+            ("in a step", (8, 8, 3)),
+            ("in evaluation", (8, 3)),
+            ("in a step", (8, 8, 3)),
+        ):
+            for image, _ in training.told(
+                iter([(torch.empty(n, 3, 4, 4), torch.empty(n)) for n in counts]), "reading", working
+            ):
                 for part in image.chunk(2):
                     training.at("in module 1", len(part))
         return [(place, slow) for place, slow in training.watch.places if place != "reading"]
