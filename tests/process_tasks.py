@@ -809,7 +809,7 @@ MOMENTS = {
     "cache_without_its_sum": lambda: kill_before(feature_cache, "digest", 12),
     "cache_of_tests": lambda: kill_before(feature_cache, "digest", 14),
     "second_cache": lambda: kill_before(feature_cache, "to_bytes", 14 + 6),
-    "between": lambda: kill_before(sequential.Sequence, "cache", 2),
+    "between": lambda: kill_before(sequential.Sequence, "cached", 2),
     "end": lambda: kill_before(run_folder, "write_weights", 1),
 }
 

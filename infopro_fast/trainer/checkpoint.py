@@ -1,17 +1,14 @@
 """Checkpoints: nested states of tensors and scalars, whole on the disk or not there, and never code.
 
-A checkpoint is a folder of three files: `tensors.safetensors`, `state.json` (everything else, with names in
-place of the tensors) and `SHA256SUMS`, which `sha256sum -c` reads. It is written aside, flushed to the disk,
-then renamed: so whatever has a checkpoint's name is whole, whenever the process or the machine died. The last
-two are kept.
+A checkpoint is a folder of `tensors.safetensors`, `state.json` (everything else, with names in place of the
+tensors) and `SHA256SUMS`, which `sha256sum -c` reads. It is written aside, flushed to the disk, then renamed:
+what has a checkpoint's name is whole, whenever the process or the machine died. The last two are kept.
+In a run of many processes the main one writes, so no folder has to be shared, and any number of them can
+continue.
 
-A run of many processes writes the same: the others send their modules to the last process of the pipeline. So
-no folder has to be shared between machines, and any number of processes can read a checkpoint.
-
-torch.distributed.checkpoint can read the tensors (`HuggingFaceStorageReader`; a test does), but is not used
-to write: its own format holds pickles, and loading a pickle runs code. Its safetensors writer (torch 2.14)
-holds tensors only, and writes an unreadable file if the state has a number. It does not flush its index,
-rename at the end, keep checksums or report progress, and needs a folder that all processes see.
+torch.distributed.checkpoint can read the tensors (`HuggingFaceStorageReader`; a test does). It does not write
+them: its own format holds pickles, and loading a pickle runs code. Its safetensors writer (torch 2.14) takes
+no numbers, keeps no checksums, does not flush its index or rename, and needs a folder that all processes see.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The training loop, safe to kill: epochs, steps and checkpoints of one process's `Share` of a run.
 
 A run's state is the weights, the optimizers, torch's random generators and the place (epoch, batch). Batches
-are a function of (seed, epoch), and the learning rate is a function of the place. So a run continues from a
-checkpoint to the same bits. Metrics stay on the device and are read every `log_every` steps and before each
-checkpoint. That is when a loss that is not finite is found; none ever gets into a checkpoint.
+are a function of (seed, epoch), the learning rate is one of the place: a run continues from a checkpoint to
+the same bits. Metrics stay on the device and are read every `log_every` steps and before each checkpoint.
+Losses that are not finite are found then, and never get into a checkpoint.
 """
 
 from __future__ import annotations

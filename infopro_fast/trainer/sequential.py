@@ -2,9 +2,9 @@
 
 The authors' code for it was not released. Here a trained module is frozen in eval mode (running statistics),
 so that its output is a function of the image. The next module is trained on that output, for as many epochs,
-by the same schedule, on the same augmented images. The outputs are cached on the disk for each epoch, or
-computed again by the frozen modules for each batch. Caching each epoch changes disk and time, but no bit
-(`TrainConfig.cached_epochs`). Only one module is in memory, except while the network is made and written.
+by the same schedule, on the same augmented images. Outputs are cached on the disk, or computed again for each
+batch; a cache of all epochs changes no bit (`TrainConfig.cached_epochs`). In training, only one module is in
+memory.
 
 A run folder has the finished modules in ``trained``, the last one's outputs in ``cache``, and in
 ``checkpoints`` a folder for the module in progress. A killed run continues from these.
@@ -40,7 +40,7 @@ class Sequence:
 
     def __init__(self, config: TrainConfig, images: Any, here: Processes):
         self.config, self.images, self.here = config, images, here
-        self.device, self.dtype = torch.device(config.device), getattr(torch, config.dtype)
+        self.inlet = Images(config, images)
         self.features = self._measure()
 
     @property
@@ -70,9 +70,10 @@ class Sequence:
     def _train(self, k: int, previous: bool) -> None:
         """Train module k (from 0), from its checkpoint if it has one."""
         with StopRequest(self.run) as stop:
-            source = None if k == 0 else self.cache(k - 1, stop) if self.config.cache else self._frozen(k)
+            before = self.cached if self.config.cache else self._frozen
+            inlet = self.inlet if k == 0 else before(k - 1, stop)
         self.here.watch.at(f"building module {k + 1}", slow=True)
-        share = OneModule(self.config, self.images, self._module(k), self.here, k, source)
+        share = OneModule(self.config, self.images, self._module(k), self.here, k, inlet)
         training = Training(self.config, self.run, self.images, share)
         if checkpoint.list_checkpoints(training.checkpoints):
             training.load(*checkpoint.load_latest(training.checkpoints, previous))
@@ -100,8 +101,8 @@ class Sequence:
         part.load_state_dict(checkpoint.load(self.trained(k))["net"])
         return part.eval().requires_grad_(False)
 
-    def _frozen(self, k: int) -> _Frozen:
-        return _Frozen([self._load_trained(i) for i in range(k)], self.config)
+    def _frozen(self, k: int, _: StopRequest) -> Frozen:
+        return Frozen(self.inlet, [self._load_trained(i) for i in range(k + 1)], self.config)
 
     # ----------------------------------------------------------------------------------------------------
     # The cache
@@ -113,7 +114,7 @@ class Sequence:
     def _measure(self) -> list[Features]:
         """Return what each module gives for an image."""
         net, found = setup.first_network(self.config, self.images).eval(), []
-        h, _ = next(iter(self.images.test_batches(2, self.dtype, self.device)))
+        h = next(iter(self.inlet.test())).features[:2]
         with torch.inference_mode(), setup.autocast(self.config):
             for stage in net.stages:
                 h = stage(h)
@@ -142,13 +143,13 @@ class Sequence:
         each = ", ".join(for_people(size) for size in sizes)
         return f"{what} takes up to {for_people(most)} in {self.run / CACHE} (module by module {each})"
 
-    def cache(self, k: int, stop: StopRequest) -> _Cached:
+    def cached(self, k: int, stop: StopRequest) -> Cached:
         """Return the outputs of module k; makes them if they are missing, and removes the module's before."""
         train, test = self.files(k)
         if not all(file.is_complete for file in (*train, test)):
-            source = self.cache(k - 1, stop) if k > 0 else None
+            inlet = self.cached(k - 1, stop) if k > 0 else self.inlet
             self.here.watch.at(f"building module {k + 1}", slow=True)
-            part, inlet = self._load_trained(k), After(Images(self.config, self.images), source)
+            part = self._load_trained(k)
             what = f"caching the outputs of module {k + 1}"
             for epoch, file in enumerate(train):
                 packets = inlet.train(epoch, len(file.sums), len(file.counts))
@@ -158,7 +159,7 @@ class Sequence:
             self._write(test, self._outputs(part, packets), f"{what}, test images")
         if k > 0:
             whole_files.remove(self.files(k - 1)[1].path.parent)
-        return _Cached(train, test, self.device)
+        return Cached(self.inlet, train, test)
 
     def _write(self, file: CacheFile, batches: Iterator[torch.Tensor], place: str) -> None:
         self.here.watch.at(f"taking the disk's space, {place}", slow=True)
@@ -176,37 +177,40 @@ class Sequence:
 
 
 @dataclasses.dataclass
-class _Cached:
-    """Features from the disk."""
+class Cached:
+    """Inlet: the images, with features from the disk. Epochs repeat where fewer are cached."""
 
+    images: Images
     epochs: list[CacheFile]
     tests: CacheFile
-    device: torch.device
 
-    def train(self, epoch: int, first: int, packets: Iterator[Packet]) -> Iterator[Packet]:
-        return self._read(self.epochs[epoch], first, packets)
+    def train(self, epoch: int, first: int, last: int) -> Iterator[Packet]:
+        epoch %= len(self.epochs)
+        return self._read(self.epochs[epoch], first, self.images.train(epoch, first, last))
 
-    def test(self, packets: Iterator[Packet]) -> Iterator[Packet]:
-        return self._read(self.tests, 0, packets)
+    def test(self) -> Iterator[Packet]:
+        return self._read(self.tests, 0, self.images.test())
 
     def _read(self, file: CacheFile, first: int, packets: Iterator[Packet]) -> Iterator[Packet]:
         for i, packet in enumerate(packets, first):
-            yield packet._replace(features=file.read(i).to(self.device))
-
-    @property
-    def different_epochs(self) -> int:
-        return len(self.epochs)
+            yield packet._replace(features=file.read(i).to(self.images.device))
 
 
 @dataclasses.dataclass
-class _Frozen:
-    """Features from the trained modules themselves."""
+class Frozen:
+    """Inlet: the images, with features from the trained modules themselves."""
 
+    images: Images
     parts: list[modules.LocalNetwork]
     config: TrainConfig
-    different_epochs = None
 
-    def train(self, epoch: int, first: int, packets: Iterator[Packet]) -> Iterator[Packet]:
+    def train(self, epoch: int, first: int, last: int) -> Iterator[Packet]:
+        return self._run(self.images.train(epoch, first, last))
+
+    def test(self) -> Iterator[Packet]:
+        return self._run(self.images.test())
+
+    def _run(self, packets: Iterator[Packet]) -> Iterator[Packet]:
         for packet in packets:
             h = packet.image
             with torch.no_grad(), setup.autocast(self.config):
@@ -215,37 +219,17 @@ class _Frozen:
                         h = stage(h)
             yield packet._replace(features=h)
 
-    def test(self, packets: Iterator[Packet]) -> Iterator[Packet]:
-        return self.train(0, 0, packets)
-
-
-class After:
-    """Inlet of a module: images, and what the modules before make of them (source; None: no module)."""
-
-    def __init__(self, images: Images, source: _Cached | _Frozen | None):
-        self.images, self.source = images, source
-
-    def train(self, epoch: int, first: int, last: int) -> Iterator[Packet]:
-        if self.source is None:
-            return self.images.train(epoch, first, last)
-        epoch %= self.source.different_epochs or epoch + 1
-        return self.source.train(epoch, first, self.images.train(epoch, first, last))
-
-    def test(self) -> Iterator[Packet]:
-        return self.images.test() if self.source is None else self.source.test(self.images.test())
-
 
 class OneModule(Share):
-    """Module k (from 0), trained on the output of the modules before, which are trained."""
+    """Module k (from 0), trained on the output of the trained modules before it."""
 
     evaluates = True
 
     def __init__(
-        self, config: TrainConfig, images: Any, net: modules.LocalNetwork, here: Processes, k: int,
-        source: _Cached | _Frozen | None,
-    ):  # fmt: skip
-        super().__init__(config, images, net, here)
-        self.layout, self.inlet = Layout(0, 1, (range(k, k + 1),)), After(self.inlet, source)
+        self, config: TrainConfig, images: Any, net: modules.LocalNetwork, here: Processes, k: int, inlet: Any
+    ):
+        super().__init__(config, images, net, here, inlet)
+        self.layout = Layout(0, 1, (range(k, k + 1),))
         self.prefix, self.checkpoints = f"module {k + 1}", f"{run_folder.CHECKPOINTS}/module{k + 1:03d}"
         self.evaluates, self.tells_recipe = k == config.modules - 1, k == 0
 

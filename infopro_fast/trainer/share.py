@@ -34,8 +34,9 @@ class Images:
     """Inlet of the first module: batches of the data set, or this process's part of each."""
 
     def __init__(self, config: TrainConfig, images: Any, part: tuple[int, int] = (0, 1)):
-        self.config, self.images, self.part = config, images, part
         self.device, self.dtype = torch.device(config.device), getattr(torch, config.dtype)
+        self.config, self.part = config, part
+        self.images = images.to(self.device) if config.resident else images
 
     def train(self, epoch: int, first: int, last: int) -> Iterator[Packet]:
         """Yield the batches from ``first`` to before ``last`` of an epoch."""
@@ -65,13 +66,15 @@ class Before:
 
 
 class Share:
-    """The share of one process in a run, alone or among others (``here``)."""
+    """The share of one process in a run, alone or among others (``here``). inlet: if not the usual one."""
 
     prefix = ""  # begins places and titles in messages
     checkpoints = CHECKPOINTS  # folder inside the run folder
     tells_recipe = True
 
-    def __init__(self, config: TrainConfig, images: Any, net: modules.LocalNetwork, here: Processes):
+    def __init__(
+        self, config: TrainConfig, images: Any, net: modules.LocalNetwork, here: Processes, inlet: Any = None
+    ):
         self.here, self.layout = here, here.layout
         self.config = recipes.shared(config, self.layout.replicas)  # the settings of so many processes
         self.alone, self.writes = self.layout.size == 1, self.layout.is_main
@@ -81,23 +84,24 @@ class Share:
         if self.config.sync_batch_norm and here.data_group is not None:
             modules.convert_sync_batch_norm(net, here.data_group)
         self.net = net if self.layout.stages == 1 else net.part(self.layout.modules)
-        self._connect(config, images)
+        self.inlet = self._inlet(config, images) if inlet is None else inlet
+        self.outlet = self._outlet(config)
         self._busy: dict[str, torch.Tensor] = {}
 
-    def _connect(self, config: TrainConfig, images: Any) -> None:
-        """Make the inlet and the outlet."""
-        device, place, waiting = torch.device(config.device), self.layout, self.here.watch.waiting
-        last = place.stage == place.stages - 1
-        if place.stage == 0:
-            images = images.to(device) if config.resident else images
-            self.inlet: Any = Images(config, images, (place.replica, place.replicas))
-        else:
-            receiver = Receiver(place.rank - 1, config.in_flight, device, waiting)
-            self.inlet = Before(receiver, self._part, test_counts(images, config.batch_size))
-        wire = torch.bfloat16 if config.wire == "bfloat16" else None
-        self.outlet = None if last else Sender(place.rank + 1, config.in_flight, wire, waiting)
+    def _inlet(self, config: TrainConfig, images: Any) -> Images | Before:
+        if self.layout.stage == 0:
+            return Images(config, images, (self.layout.replica, self.layout.replicas))
+        device, waiting = torch.device(config.device), self.here.watch.waiting
+        receiver = Receiver(self.layout.rank - 1, config.in_flight, device, waiting)
+        return Before(receiver, self._part, test_counts(images, config.batch_size))
+
+    def _outlet(self, config: TrainConfig) -> Sender | None:
+        if self.layout.stage == self.layout.stages - 1:
+            return None
         # Every module but the network's last may reconstruct the image.
-        self._image_needed = not last and place.spans[place.stage + 1].start < config.modules - 1
+        self._image_needed = self.layout.spans[self.layout.stage + 1].start < config.modules - 1
+        wire = torch.bfloat16 if config.wire == "bfloat16" else None
+        return Sender(self.layout.rank + 1, config.in_flight, wire, self.here.watch.waiting)
 
     def total(self, batch: int) -> int:
         """Return the number of images of a batch, in all processes together."""

@@ -39,23 +39,21 @@ def local_step(
 
     A loss that ``wants_input`` gets ``h`` instead of the image.
     autocast: makes the context that forwards run in. scaler: this module's gradient scaler, for float16; a
-    step whose gradients overflow leaves this module unchanged, and the others train on.
+    step whose gradients overflow leaves this module unchanged, and no other.
     share: weight of this batch's losses, where it is a part of a larger batch. update: step and free the
     gradients; otherwise they accumulate.
 
-    Each term of the local loss is back-propagated into the gradient of the output alone, and its graph is
-    gone before the next term's is built. Then the module is back-propagated once, the optimizer steps, the
-    gradients are freed. No other place calls backward() for a network (`studies.probes` does, for probes of a
-    frozen one).
+    Each term of the local loss is back-propagated into the gradient of the output alone; its graph is gone
+    before the next term's is built. Then the module is back-propagated once, the optimizer steps, gradients
+    are freed. No other place calls backward() for a network (`studies.probes` does, for probes of a frozen
+    one).
 
     Lifetimes, apart from parameters, optimizer state and the batch (image, label), which stay:
     - h, the input: until the step ends, when the caller replaces it by the output;
     - the module's activations: from its forward to the backward of the block that made them;
     - a term's activations: within its turn, before those of the next term exist;
-    - the output's gradient: from the first term's backward until the module's last operation has used and
-    freed it;
-    - gradients of parameters: from the backward that makes them to the optimizer's step at the end of this
-    call;
+    - the output's gradient: from the first term's backward until the module's last operation has used it;
+    - gradients of parameters: from the backward that makes them to the optimizer's step in this call;
     - the output: it is returned. Nothing else of a finished module is left but its metrics, 0-d tensors.
     """
     version = h._version if local_loss.wants_input else 0
@@ -115,33 +113,32 @@ class GradientOf(torch.autograd.Function):
 
 
 class LocalTrainer:
-    """Trains a network in local modules, one optimizer a module; one process, or one among several.
+    """Trains a network in local modules, one optimizer a module; in one process, or as one of several.
 
-    net: from `build`. make_optimizer: called once a module with the list of its parameters: those of its
-    stage and of the auxiliary nets that run (a net of weight 0 has no optimizer).
-    amp: torch.bfloat16 or torch.float16: forwards run under autocast to it, weights keep their dtype; with
-    float16 each module has a gradient scaler. With a fused optimizer no step waits for the device.
-    cuda_graph: after three steps on batches of one shape, capture the whole step in a CUDA graph and replay
-    it for each batch of that shape; other shapes run as before. Learning rates become tensors on the device,
-    so that a schedule reaches the graph. Every optimizer must be capturable (fused SGD is; Adam with
-    capturable=True).
+    net: from `build`. make_optimizer: called for each module with the list of its parameters: its stage's,
+    and those of the auxiliary nets that run (a net of weight 0 has no optimizer).
+    amp: torch.bfloat16 or torch.float16: forwards run under autocast, weights keep their dtype; with float16
+    each module has a gradient scaler. With a fused optimizer no step waits for the device.
+    cuda_graph: after three steps on batches of one shape, capture the step in a CUDA graph and replay it for
+    each batch of that shape; other shapes run as before. Learning rates become tensors on the device, so that
+    schedules reach the graph. Optimizers must be capturable (fused SGD is; Adam with capturable=True).
     accumulate: split each batch into this many parts, whose gradients add up to one update. Losses that are
     means over images give the whole batch's gradients (for segmentation: if the parts have equally many
     labelled pixels). Batch norms see one part, as a GPU does where several share a batch. The contrastive
-    loss compares the images of one part alone, which makes it a weaker loss. The gradients of all modules
-    stay alive between the parts.
+    loss compares the images of one part alone, and is weaker. The gradients of all modules stay alive between
+    the parts.
 
-    Among several processes:
-    first, modules: ``net`` holds the modules from ``first`` (from 0) on, of ``modules`` in all
+    As one of several processes:
+    first, modules: ``net`` has the modules from ``first`` (from 0) on, of ``modules`` in all
     (`LocalNetwork.part`).
-    group: the processes that train the same modules on other parts of each batch. Their weights must be equal
-    at the beginning, and stay equal. Batch norms see the process's own images, unless they are SyncBatchNorm.
+    group: the processes that train the same modules on other parts of each batch, from equal weights. Batch
+    norms see the process's own images, unless they are SyncBatchNorm.
     global_contrast: the contrastive loss sees the images of the whole group.
-    comm_hook: called with one flat tensor of gradients and the group, once for each module, step and dtype,
-    right after the module's backward. It starts the sum over the group, in place, and returns an object whose
-    ``wait()`` is called after the next module's backward (as DistributedDataParallel's hooks; to send fewer
-    bytes, or to observe).
-    at: called before each module with its place and number of images. waiting: makes the context of waits for
+    comm_hook: called with a flat tensor of gradients and the group, for each module, step and dtype, right
+    after the module's backward. It starts the sum over the group, in place. The ``wait()`` of what it returns
+    is called after the next module's backward. (As DistributedDataParallel's hooks: to send fewer bytes, or
+    to observe.)
+    at: called before each module with its name and number of images. waiting: makes the context of waits for
     others.
 
     Raises ValueError for another amp dtype, and for cuda_graph with float16, off a GPU or among several
@@ -206,7 +203,7 @@ class LocalTrainer:
             raise ValueError(f"LocalTrainer: {wrong}")
 
     def _prepare_graph(self) -> None:
-        """(A graph of before holds the memory of an optimizer state that has been replaced.)"""
+        """Begin without a captured graph: an old one would hold the memory of a replaced optimizer state."""
         self._graphed = GraphedStep(lambda image, label: self._step(image.detach(), image, label)[1])
         with_tensor_learning_rates(self.optimizers, self.device)
 
@@ -219,13 +216,13 @@ class LocalTrainer:
 
         image: (N, 3, H, W), normalised; label: (N,) integers, for segmentation (N, H, W); on the network's
         device.
-        total: images of the whole batch, of which ``image`` is this process's part (`data.part_of`); None:
-        all processes have equal parts.
+        total: images of the whole batch, of which ``image`` is this process's part (`data.part_of`); None: N
+        times the processes of the group.
 
         Metrics are 0-d tensors on that device, taken before the update: the unweighted loss of each term as
-        "module<k>/<term>" (k from 1), "module<k>/<term>_correct" where the term classifies, and the network's
-        own "loss" (mean cross entropy) and "correct" (right predictions; for segmentation N times the share
-        of right pixels), if its last module is here. Nothing waits for the device.
+        "module<k>/<term>" (k from 1), "module<k>/<term>_correct" where the term classifies; and where the
+        network ends, its "loss" (mean cross entropy) and "correct" (right predictions; for segmentation N
+        times the share of right pixels). Nothing waits for the device.
         """
         return self.step_from(image.detach(), image, label, total)[1]
 

@@ -1,14 +1,12 @@
 """Data parallelism: each process takes a part of the same batch, and each gradient is reduced exactly once.
 
-The authors' code uses nn.DataParallel, or DistributedDataParallel, which reduces twice what it must: its
-`no_sync` is around the backward alone, where it has no effect. Here one flat tensor a module holds its
-gradients. Its all-reduce starts right after the module's backward, and is waited for after the next module's
-backward, when the optimizer steps: nobody needs that module's weights in between. Only the last module's
-all-reduce overlaps no computation.
+The authors' DistributedDataParallel reduces twice what it must: its `no_sync` is around the backward alone,
+where it has no effect. Here one flat tensor a module holds its gradients. Its all-reduce starts right after
+the module's backward, and is waited for after the next module's backward, when the optimizer steps. Only the
+last module's all-reduce overlaps no computation.
 
-The loss is the mean over the images of the global batch, however it is divided: a process weighs its losses
-by its part. So gradients, also those through a SyncBatchNorm's statistics, equal one process's with the whole
-batch, to rounding.
+The loss is the mean over the images of the global batch: a process weighs its losses by its part of it. So
+gradients, also through a SyncBatchNorm's statistics, equal one process's with the whole batch, to rounding.
 """
 
 from __future__ import annotations

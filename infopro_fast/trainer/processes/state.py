@@ -60,38 +60,38 @@ def send(state: dict[str, Any], to: int, waiting: Waiting) -> None:
     """Send a state to the process ``to``."""
     packed = _pack(state)
     with waiting():
-        dist.send(torch.tensor([len(t) for t in packed]), to, tag=STATE)
-        for t in packed:
-            dist.send(t, to, tag=STATE)
+        dist.send(torch.tensor([len(packed)]), to, tag=STATE)
+        dist.send(packed, to, tag=STATE)
 
 
 def receive(source: int, waiting: Waiting) -> dict[str, Any]:
     """Return the state that the process ``source`` sends."""
-    sizes = torch.zeros(2, dtype=torch.int64)
+    size = torch.zeros(1, dtype=torch.int64)
     with waiting():
-        dist.recv(sizes, source, tag=STATE)
-        packed = [torch.empty(n, dtype=torch.uint8) for n in sizes.tolist()]
-        for t in packed:
-            dist.recv(t, source, tag=STATE)
+        dist.recv(size, source, tag=STATE)
+        packed = torch.empty(int(size), dtype=torch.uint8)
+        dist.recv(packed, source, tag=STATE)
     return _unpack(packed)
 
 
 def broadcast(state: dict[str, Any] | None, source: int, waiting: Waiting) -> dict[str, Any]:
     """Return the state that the process ``source`` has, in all processes; the others give None."""
     packed = None if state is None else _pack(state)
-    sizes = torch.zeros(2, dtype=torch.int64) if packed is None else torch.tensor([len(t) for t in packed])
+    size = torch.tensor([0 if packed is None else len(packed)])
     with waiting():
-        dist.broadcast(sizes, source)
-        packed = packed or [torch.empty(n, dtype=torch.uint8) for n in sizes.tolist()]
-        for t in packed:
-            dist.broadcast(t, source)
+        dist.broadcast(size, source)
+        packed = torch.empty(int(size), dtype=torch.uint8) if packed is None else packed
+        dist.broadcast(packed, source)
     return _unpack(packed) if state is None else state
 
 
-def _pack(state: dict[str, Any]) -> list[torch.Tensor]:
-    files = checkpoint.serialize(state)
-    return [torch.frombuffer(bytearray(files[name]), dtype=torch.uint8) for name in checkpoint.FILES]
+def _pack(state: dict[str, Any]) -> torch.Tensor:
+    """Return a state as bytes: the length of the first file, then both files."""
+    tensors, tree = checkpoint.serialize(state).values()
+    return torch.frombuffer(bytearray(len(tensors).to_bytes(8, "little") + tensors + tree), dtype=torch.uint8)
 
 
-def _unpack(packed: list[torch.Tensor]) -> dict[str, Any]:
-    return checkpoint.deserialize({name: t.numpy().tobytes() for name, t in zip(checkpoint.FILES, packed)})
+def _unpack(packed: torch.Tensor) -> dict[str, Any]:
+    content = packed.numpy().tobytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    return checkpoint.deserialize(dict(zip(checkpoint.FILES, (content[8:end], content[end:]))))

@@ -5,15 +5,13 @@ where it is and whether it waits for others; and it looks at theirs. A process t
 reports it itself. Whoever knows of a failure first writes it into the store and prints it; the others end
 without a word.
 
-A live process may stand still all the same. It moves when it goes on to another place, and at some places by
-less: an image that is read, a piece of a checkpoint on the disk, a message that arrived. So slow work counts
-as moving. A process that has not moved for as long as its patience stands still. Single calls without steps
-inside are given longer (`at`'s slow): opening a data set, building a network, reading a checkpoint, drawing
-the learning curve, and a GPU's first step with batches of a shape, which compiles kernels.
+A process moves when it goes on to another place, reads an image, writes a piece of a checkpoint or gets a
+message. One that has not moved for as long as its patience stands still. Single calls without steps inside
+are given longer (`at`'s slow), such as opening a data set, or a GPU's first step with batches of a shape,
+which compiles kernels.
 
-Silence is counted in the watching thread's ticks, not in seconds: a machine that sleeps loses nobody. Nor
-does a busy
-machine: time in which a thread of the process could run but gets no CPU does not count (Linux tells).
+Silence is counted in the watching thread's ticks, not in seconds: a machine that sleeps loses nobody. Time in
+which a thread of the process wants a CPU and gets none does not count (Linux tells).
 """
 
 from __future__ import annotations

@@ -3,10 +3,8 @@
 No gradient comes back, so nobody waits for a later module: no bubbles, no stale weights, no micro-batches.
 Each module sees the same inputs and updates in the same order as in one process, and ends with the same bits.
 
-Each batch carries features (detached), label, the image as far as a later module reconstructs it, the metrics
-of the modules so far, and what all processes do after it. At most ``in_flight`` batches are on their way
-between two processes. A sender waits for its oldest one (back-pressure). A receiver has asked for the next
-ones before it works on the current one, so that copies overlap computation.
+At most ``in_flight`` batches are on their way between two processes. A sender waits for its oldest one. A
+receiver has asked for the next ones before it works on the current one, so that copies overlap computation.
 """
 
 from __future__ import annotations
