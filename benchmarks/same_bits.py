@@ -1,8 +1,8 @@
-"""Compare the weights that two versions of the package train, bit for bit: python benchmarks/same_bits.py OLD NEW
+"""Compare the weights that two versions train, bit for bit: python benchmarks/same_bits.py OLD NEW
 
-OLD, NEW: folders that hold an `infopro_fast` with built kernels (a checkout, or the target of `pip install --target`).
-Each version trains a ResNet-20 in 3 modules for an epoch on the embedded images, with the same seed, in each way below.
-Prints a table; the exit code is 1 if a tensor of weights.safetensors differs.
+OLD, NEW: folders that hold an `infopro_fast` with built kernels (a checkout, or the target of `pip install
+--target`). Each version trains a ResNet-20 in 3 modules for an epoch on the embedded images, with the same
+seed, in each way below. Prints a table; the exit code is 1 if a tensor of weights.safetensors differs.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import safetensors.torch
 import torch
 
 TRAIN = (
-    "train --arch resnet20 --modules 3 --epochs 1 --warmup 0 --shrink 4 --batch-size 128 --lr 0.1 --seed 3 --threads 1 "
-    "--device cpu --checkpoint-minutes {minutes} --out {run}"
+    "train --arch resnet20 --modules 3 --epochs 1 --warmup 0 --shrink 4 --batch-size 128 --lr 0.1 --seed 3 "
+    "--threads 1 --device cpu --checkpoint-minutes {minutes} --out {run}"
 )
 WAYS = {  # way: (processes that torchrun starts, more flags)
     "alone": (0, ""),

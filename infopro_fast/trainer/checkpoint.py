@@ -2,9 +2,8 @@
 
 A checkpoint is a folder of `tensors.safetensors`, `state.json` (everything else, with names in place of the
 tensors) and `SHA256SUMS`, which `sha256sum -c` reads. It is written aside, flushed to the disk, then renamed:
-what has a checkpoint's name is whole, whenever the process or the machine died. The last two are kept.
-In a run of many processes the main one writes, so no folder has to be shared, and any number of them can
-continue.
+what has a checkpoint's name is whole, whenever the process or the machine died. The last two are kept. In a
+run of many processes the main one writes, so no folder has to be shared, and any number of them can continue.
 
 torch.distributed.checkpoint can read the tensors (`HuggingFaceStorageReader`; a test does). It does not write
 them: its own format holds pickles, and loading a pickle runs code. Its safetensors writer (torch 2.14) takes
@@ -50,8 +49,7 @@ def save(folder: Path, name: str, state: dict[str, Any], moved: Moved = nobody) 
     """Write ``state`` as the checkpoint ``name``, remove all but the last two, and return its path.
 
     state: dicts, lists, tensors on any device, str, int, float, bool and None, nested. A checkpoint of this
-    name that
-    exists is left as it is: the same place of the same run has the same state.
+    name that exists is left as it is: the same place of the same run has the same state.
     Raises ValueError for other contents. A failed write leaves nothing behind.
     """
     folder.mkdir(parents=True, exist_ok=True)

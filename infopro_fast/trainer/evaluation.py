@@ -1,8 +1,7 @@
 """Evaluation of a network: top-1 and top-5 of classification, mean intersection over union of segmentation.
 
 mIoU comes from a matrix of confusion counts over all pixels of all images, as Cityscapes does. Outputs may be
-averaged
-over scales and flips of the image: each is resized to the image, then softmax, then the mean
+averaged over scales and flips of the image: each is resized to the image, then softmax, then the mean
 (mmsegmentation's aug_test).
 """
 
@@ -35,8 +34,8 @@ def evaluate(
     Segmentation: {"miou", "accuracy", "loss", "count", "iou"}: mean over the classes that occur, share of
     right pixels, mean cross entropy of a pixel (at the image's own scale), images, IoU of each class (None if
     it does not occur).
-    scales, flip: for segmentation, the image sizes to average over, and whether each is mirrored too.
-    Waits for the device once, at the end. Raises ValueError if there is no image.
+    scales, flip: for segmentation, the image sizes to average over, and whether each is mirrored too. Waits
+    for the device once, at the end. Raises ValueError if there is no image.
     """
     training = net.training
     net.eval()

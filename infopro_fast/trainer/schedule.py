@@ -53,9 +53,9 @@ def cosine(
 
     base = lr / 2 (1 + cos(pi epoch / epochs)).
     For epoch <= warmup_epochs = w: base (epoch - 1) / w + warmup_start (w + 1 - epoch) / w.
+
     In the authors' code (w = 10, 160 epochs, 0.01) the last epoch has a rate of exactly 0, and only moves the
-    batch norms' statistics. zero_last_epoch=False stretches the cosine by one epoch, so that the last one
-    trains.
+    batch norms' statistics. zero_last_epoch=False stretches the cosine by one epoch, so that the last trains.
     Raises ValueError if epoch is not in 1 to epochs.
     """
     _check(epoch, epochs)

@@ -1,8 +1,7 @@
 """Join the processes of a run, and tell the others of a failure.
 
 torchrun, or anything that sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, starts the
-processes.
-torch.distributed connects them: gloo for tensors on the CPU, NCCL for tensors on GPUs.
+processes. torch.distributed connects them: gloo for tensors on the CPU, NCCL for tensors on GPUs.
 """
 
 from __future__ import annotations
