@@ -1,19 +1,17 @@
 """Training of networks in local modules."""
 
 import importlib
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from .run import evaluate_run, fit, resume
-    from .schedule import released_sgd
-    from .settings.config import TrainConfig
-    from .step import LocalTrainer, check_finite
 
 # Imported at first use: the command line reads `settings` alone, without torch.
 _HOMES = {
-    "LocalTrainer": "step", "TrainConfig": "settings.config", "check_finite": "step", "evaluate_run": "run",
-    "fit": "run", "released_sgd": "schedule", "resume": "run",
-}  # fmt: skip
+    "LocalTrainer": "step",
+    "TrainConfig": "settings.config",
+    "check_finite": "step",
+    "evaluate_run": "run",
+    "fit": "run",
+    "released_sgd": "schedule",
+    "resume": "run",
+}
 
 __all__ = ["LocalTrainer", "TrainConfig", "check_finite", "evaluate_run", "fit", "released_sgd", "resume"]
 

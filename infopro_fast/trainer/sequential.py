@@ -70,8 +70,8 @@ class Sequence:
     def _train(self, k: int, previous: bool) -> None:
         """Train module k (from 0), from its checkpoint if it has one."""
         with StopRequest(self.run) as stop:
-            before = self.cached if self.config.cache else self._frozen
-            inlet = self.inlet if k == 0 else before(k - 1, stop)
+            after = self.cached if self.config.cache else self._frozen
+            inlet = self.inlet if k == 0 else after(k - 1, stop)
         self.here.watch.at(f"building module {k + 1}", slow=True)
         share = OneModule(self.config, self.images, self._module(k), self.here, k, inlet)
         training = Training(self.config, self.run, self.images, share)
@@ -102,6 +102,7 @@ class Sequence:
         return part.eval().requires_grad_(False)
 
     def _frozen(self, k: int, _: StopRequest) -> Frozen:
+        """Return the inlet after module k, without a cache."""
         return Frozen(self.inlet, [self._load_trained(i) for i in range(k + 1)], self.config)
 
     # ----------------------------------------------------------------------------------------------------
@@ -144,7 +145,7 @@ class Sequence:
         return f"{what} takes up to {for_people(most)} in {self.run / CACHE} (module by module {each})"
 
     def cached(self, k: int, stop: StopRequest) -> Cached:
-        """Return the outputs of module k; makes them if they are missing, and removes the module's before."""
+        """Return the inlet after module k. Makes its outputs if they are missing, then removes module k - 1's."""
         train, test = self.files(k)
         if not all(file.is_complete for file in (*train, test)):
             inlet = self.cached(k - 1, stop) if k > 0 else self.inlet
