@@ -3,15 +3,18 @@
 import os
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from infopro_fast import whole_files
-from infopro_fast.trainer import loop, run_folder
+from infopro_fast.trainer import loop, run_folder, setup
 from infopro_fast.trainer.processes import linux, watch
+from infopro_fast.trainer.processes.connect import Processes
+from infopro_fast.trainer.processes.layout import Layout
 from infopro_fast.trainer.processes.wire import Packet
+from infopro_fast.trainer.share import Share
+from tests import tiny_run
 from tests.process_tasks import DEFAULT_PATIENCE, STALLS
 from tests.test_distributed import drive
 
@@ -130,7 +133,7 @@ def test_a_pulse_is_a_move(monkeypatch):
     assert found[:4] == [None] * 4 and found[4].startswith("rank 0, in a step: stalled (no progress for 4 s)")
 
 
-def test_the_first_step_of_a_shape_is_given_longer_on_a_gpu():
+def test_the_first_step_of_a_shape_is_given_longer_on_a_gpu(tmp_path):
     """It compiles kernels: for each shape of batch and of part of a batch, in a step and in an evaluation."""
 
     class Seen(watch.Unwatched):
@@ -141,23 +144,16 @@ def test_the_first_step_of_a_shape_is_given_longer_on_a_gpu():
             self.places.append((place.partition(",")[0], slow))
 
     def seen(device: str) -> list[tuple[str, bool]]:
-        training = object.__new__(loop.Training)
-        training.device, training.watch, training.images = (
-            torch.device(device),
-            Seen(),
-            SimpleNamespace(images_read=lambda: 0),
-        )
-        training.epoch, training.batch, training.batches, training.steps = 0, 0, 3, 6
-        training._begun = set()
-        for working, counts in (
-            ("in a step", (8, 8, 3)),
-            ("in evaluation", (8, 3)),
-            ("in a step", (8, 8, 3)),
-        ):
-            for image, _ in training.told(
-                iter([(torch.empty(n, 3, 4, 4), torch.empty(n)) for n in counts]), "reading", working
-            ):
-                for part in image.chunk(2):
+        config, images = tiny_run.config(tmp_path).resolved(), tiny_run.load()
+        net, here = setup.build(config, images), Processes(Layout.alone(config))
+        training = loop.Training(config, tmp_path, images, Share(config, images, net, here))
+        training.device, training.watch = torch.device(device), Seen()
+        step = "in a step", (8, 8, 3)
+        for working, counts in (step, ("in evaluation", (8, 3)), step):
+            batches = [(torch.empty(n, 3, 4, 4), torch.empty(n)) for n in counts]
+            packets = [Packet(image, image, label) for image, label in batches]
+            for packet in training.told(iter(packets), "reading", working):
+                for part in packet.image.chunk(2):
                     training.at("in module 1", len(part))
         return [(place, slow) for place, slow in training.watch.places if place != "reading"]
 
