@@ -39,7 +39,7 @@ import torch.distributed as dist
 from infopro_fast import build, data, figure
 from infopro_fast.memory import scale
 from infopro_fast.trainer import run_folder, schedule
-from infopro_fast.trainer.processes.reduction import ParallelTrainer
+from infopro_fast.trainer.step import LocalTrainer
 
 from .device import provenance
 
@@ -150,7 +150,7 @@ def _module_seconds(net: scale.Network) -> list[float]:
     torch.manual_seed(0)
     images, marks, rows = data.load("fashion_mnist"), [], []
     local = build(ARCH, MODULES, cuts=net.cuts, image_mean=images.mean, image_std=images.std)
-    trainer = ParallelTrainer(local, schedule.released_sgd(0.1), at=lambda *_: marks.append(time.perf_counter()))
+    trainer = LocalTrainer(local, schedule.released_sgd(0.1), at=lambda *_: marks.append(time.perf_counter()))
     batches = images.train_epoch(net.batch_size, seed=0, epoch=0)
     _barrier.wait(300)
     for _ in range(UNTIMED + TIMED):

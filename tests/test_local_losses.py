@@ -21,7 +21,6 @@ from infopro_fast.modules.auglocal import aux_depths, sampled_blocks
 from infopro_fast.modules.heads import GlobalAveragePool
 from infopro_fast.modules.local_loss import INFOPRO_L_LAMBDAS, WEIGHTED
 from infopro_fast.trainer import fit, run_folder
-from infopro_fast.trainer.processes.reduction import ParallelTrainer, modules_of
 from infopro_fast.trainer.settings.config import TrainConfig
 from infopro_fast.trainer.step import local_step
 from tests import compare, tiny_run
@@ -116,12 +115,14 @@ def test_a_part_of_the_modules_trains_to_the_same_bits(name):
     """The pipeline's layout: modules 2 and 3 are given the features of module 1, and for infopro_l need no image."""
     net, whole = build(name), build(name)
     trainer = infopro_fast.LocalTrainer(whole, sgd)
-    first = ParallelTrainer(modules_of(net, range(0, 1)), sgd, modules=3)
-    rest = ParallelTrainer(modules_of(net, range(1, 3)), sgd, first=1, modules=3)
+    first = infopro_fast.LocalTrainer(net.part(range(0, 1)), sgd, modules=3)
+    rest = infopro_fast.LocalTrainer(net.part(range(1, 3)), sgd, first=1, modules=3)
     for step in range(2):
         expected = trainer.step(IMAGE, LABEL)
-        found = first.step(IMAGE, LABEL)
-        found |= rest.step(torch.full_like(IMAGE, torch.nan) if name == "infopro_l" else IMAGE, LABEL, features=first.outgoing)
+        features, found = first.step_from(IMAGE, IMAGE, LABEL)
+        ended, others = rest.step_from(features, None if name == "infopro_l" else IMAGE, LABEL)
+        found |= others
+        assert ended is None
         assert found.keys() == expected.keys() and all(torch.equal(found[n], expected[n]) for n in found), step
     assert all(torch.equal(t, whole.state_dict()[n]) for n, t in net.state_dict().items())
 

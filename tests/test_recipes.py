@@ -21,8 +21,9 @@ from infopro_fast.modules import IGNORE, AuxClassifier
 from infopro_fast.modules.heads import CONFIGS
 from infopro_fast.trainer import evaluation, fit, loop, resume, run_folder, schedule, setup
 from infopro_fast.trainer import run as runs
-from infopro_fast.trainer.processes import layout as processes
-from infopro_fast.trainer.processes.layout import Processes, layout
+from infopro_fast.trainer.processes import connect as processes
+from infopro_fast.trainer.processes.connect import Processes
+from infopro_fast.trainer.processes.layout import place_of
 from infopro_fast.trainer.settings import recipes
 from infopro_fast.trainer.settings.config import TrainConfig
 from infopro_fast.trainer.step import LocalTrainer
@@ -231,7 +232,7 @@ def one_of_two(monkeypatch):
 
     @contextlib.contextmanager
     def connected(config):
-        found = Processes(layout(config, 0, 2), object())  # a group that nothing is sent to
+        found = Processes(place_of(config, 0, 2), object())  # a group that nothing is sent to
         found.watch = types.SimpleNamespace(at=lambda *_, **__: None, waiting=contextlib.nullcontext)
         yield found
 

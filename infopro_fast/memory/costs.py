@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from infopro_fast.modules import LocalLoss, LocalNetwork, Stage
-from infopro_fast.trainer.step import _GradientOf, local_step
+from infopro_fast.trainer.step import GradientOf, local_step
 
 from .live import LiveBytes, nbytes
 
@@ -155,7 +155,7 @@ def _block_bytes(
         kept = live.now.total - result.untyped_storage().nbytes()
         live.hold("loaded", [result])
         grad = [torch.empty_like(result)]
-        target = _GradientOf.apply(out, grad)
+        target = GradientOf.apply(out, grad)
         alive = out.detach() if outlived else None
         del out
         before = live.now.total
@@ -167,7 +167,7 @@ def _block_bytes(
 
 
 def _run_block(stage, x, grad, parameters):
-    torch.autograd.grad(_GradientOf.apply(stage(x), [grad]), [*parameters, *([x] if x.requires_grad else [])])
+    torch.autograd.grad(GradientOf.apply(stage(x), [grad]), [*parameters, *([x] if x.requires_grad else [])])
 
 
 def _measure_loss(local_loss: LocalLoss, h: torch.Tensor, image: torch.Tensor, label: torch.Tensor, timed: bool) -> LossCost:
