@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from .dispatch import compute_dtype, define_kernels, first_order, no_autocast, resolve
+from .resize import resize_of
 
 OP = "upsample_conv3x3"
 MODES = ("bilinear", "nearest")
@@ -43,7 +44,7 @@ def upsample_conv3x3(
     chosen = resolve(OP, impl, {"x": x, "weight": weight, "bias": bias})
     if chosen == "reference":
         return upsample_conv3x3_ref(x, weight, bias, (H, W), mode, align_corners)
-    resize = 1 if mode == "nearest" else 0 if align_corners else 2
+    resize = resize_of(mode, align_corners)
     return _UpsampleConv3x3.apply(x, weight, bias, H, W, resize, chosen).to(x.dtype)
 
 

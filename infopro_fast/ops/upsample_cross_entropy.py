@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from .dispatch import compute_dtype, define_kernels, first_order, no_autocast, resolve
 from .linear_cross_entropy import REDUCTIONS, reduce_rows
-from .reconstruction_loss_chain import fits
+from .resize import fits
 
 OP = "upsample_cross_entropy"
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
