@@ -24,8 +24,8 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 @pytest.fixture
 def on_cuda(monkeypatch):
     """Fake CUDA tensors; dispatch as on a machine with an H100, and without compiled CUDA kernels."""
-    monkeypatch.setattr(dispatch, "_CUDA_KERNELS_MISSING", "none were built")
-    monkeypatch.setattr(dispatch, "_too_old", lambda device: None)
+    monkeypatch.setitem(dispatch.UNAVAILABLE, "cuda", "none were built")
+    monkeypatch.setattr(dispatch, "too_old", lambda device: None)
     with FakeTensorMode():
         yield torch.device("cuda")
 
@@ -66,7 +66,7 @@ def test_triton_is_imported_when_a_kernel_runs():
 def test_auto_on_cuda_takes_the_compiled_kernels_then_triton(on_cuda, monkeypatch):
     case = "reconstruction_loss", "auto", tensors(on_cuda)
     assert dispatch.resolve(*case) == "triton"
-    monkeypatch.setattr(dispatch, "_CUDA_KERNELS_MISSING", None)
+    monkeypatch.setitem(dispatch.UNAVAILABLE, "cuda", None)
     assert dispatch.resolve(*case) == "cuda"
     assert dispatch.resolve("supcon_loss", "auto", tensors(on_cuda)) == "triton"  # it has no compiled ones
 
@@ -86,10 +86,10 @@ def test_auto_on_cuda_takes_the_compiled_kernels_for_the_stages_of_a_chain_that_
     doubled, odd = (torch.nn.Upsample(scale_factor=(f, f)) for f in (2, 1.6))
     triton, cuda = (["chain_stage_forward_triton", f"chain_loss_forward_{impl}"] for impl in ("triton", "cuda"))
     assert chain_call("auto", doubled) == triton
-    dispatch._warn_slow.cache_clear()
+    dispatch.warn_slow.cache_clear()
     with pytest.warns(UserWarning, match="impl='auto' takes the slow reference: an Upsample by .* no whole size"):
         assert chain_call("auto", odd) == []
-    monkeypatch.setattr(dispatch, "_CUDA_KERNELS_MISSING", None)
+    monkeypatch.setitem(dispatch.UNAVAILABLE, "cuda", None)
     for up in (doubled, odd):  # whose factor the CUDA C++ kernels take
         assert chain_call("auto", up) == chain_call("cuda", up) == cuda
     assert chain_call("triton", doubled) == triton
@@ -97,7 +97,7 @@ def test_auto_on_cuda_takes_the_compiled_kernels_for_the_stages_of_a_chain_that_
     assert chain_call("auto", wide) == triton
     with pytest.raises(ValueError, match=r"impl='cuda' cannot run this call: the last stage: maps of \(4, 4\) become \(68, 4\)"):
         chain_call("cuda", wide)
-    monkeypatch.setattr(dispatch, "_TRITON_MISSING", "triton is not installed")
+    monkeypatch.setitem(dispatch.UNAVAILABLE, "triton", "triton is not installed")
     with pytest.raises(ValueError, match=r"an earlier stage has Triton kernels alone \(a 1x1 convolution .*\): triton is not installed"):
         chain_call("cuda", doubled)
 
@@ -112,7 +112,7 @@ def test_auto_on_cuda_takes_triton_for_more_hidden_channels_than_shared_memory_h
             ops.reconstruction_loss(features, image, nn.Sequential(*layers), impl=impl)
         return calls.names
 
-    monkeypatch.setattr(dispatch, "_CUDA_KERNELS_MISSING", None)
+    monkeypatch.setitem(dispatch.UNAVAILABLE, "cuda", None)
     cuda, triton = (["reconstruction_loss_forward_" + impl] for impl in ("cuda", "triton"))
     assert call("auto", 140, 32) == call("cuda", 140, 32) == cuda
     assert call("auto", 141, 32) == call("triton", 141, 32) == triton
@@ -129,14 +129,14 @@ def test_auto_on_cuda_resizes_and_classifies_with_triton_what_its_counters_hold(
         return calls.names
 
     assert call(1000, 2, 70000) == ["upsample_cross_entropy_forward_triton"]
-    dispatch._warn_slow.cache_clear()
+    dispatch.warn_slow.cache_clear()
     with pytest.warns(UserWarning, match="impl='auto' takes the slow reference: logits .* need more than 32 bits to count in"):
         assert call(2, 40000, 40000) == []
 
 
 def test_a_network_by_cuda_has_the_compiled_kernels_where_there_are_some(on_cuda, monkeypatch):
     assert [op for op in ops.OPS if ops.has_kernels(op, "cuda")] == ["reconstruction_loss"]
-    monkeypatch.setattr(dispatch, "_CUDA_KERNELS_MISSING", None)
+    monkeypatch.setitem(dispatch.UNAVAILABLE, "cuda", None)
     monkeypatch.setattr(torch.nn.Module, "to", lambda self, *args, **options: self)  # into another format: fake parameters cannot be
     with torch.device("cuda"):
         net = infopro_fast.build("resnet20", 2, "contrast", lambdas=(1, 1, 1, 1), impl="cuda")
@@ -158,7 +158,7 @@ def test_auto_on_cuda_runs_the_triton_op(on_cuda):
 
 
 def test_auto_on_cuda_tells_of_the_slow_reference(on_cuda):
-    dispatch._warn_slow.cache_clear()
+    dispatch.warn_slow.cache_clear()
     with pytest.warns(UserWarning, match="supcon_loss: impl='auto' takes the slow reference: features is torch.float64"):
         assert dispatch.resolve("supcon_loss", "auto", tensors(on_cuda, torch.float64)) == "reference"
 
@@ -176,7 +176,7 @@ def test_a_named_implementation_that_cannot_run_on_cuda(impl, words, on_cuda):
 
 
 @pytest.mark.skipif(dispatch.INTERPRETED, reason="Triton interprets its kernels on CPU tensors here")
-@pytest.mark.parametrize("op", sorted(dispatch._TRITON_OPS & set(SMALL)))
+@pytest.mark.parametrize("op", [op for op in SMALL if ops.has_kernels(op, "triton")])
 def test_triton_on_cpu_tensors_says_what_it_takes(op):
     inputs = SMALL[op]().inputs(torch.float32)
     words = r"\S+ is on cpu: runs on CUDA tensors; on CPU tensors in Triton's interpreter alone, if TRITON_INTERPRET=1"
@@ -187,12 +187,12 @@ def test_triton_on_cpu_tensors_says_what_it_takes(op):
 def test_old_gpus_have_a_reason(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    monkeypatch.setattr(dispatch, "_CAPABILITY", {})
+    monkeypatch.setattr(dispatch, "capabilities", {})
     assert ops.available("supcon_loss", "cuda")["triton"] == "needs compute capability 8.0 or later, this device has 7.5"
 
 
 def test_without_triton_there_is_a_reason(on_cuda, monkeypatch):
-    monkeypatch.setattr(dispatch, "_TRITON_MISSING", "triton is not installed")
+    monkeypatch.setitem(dispatch.UNAVAILABLE, "triton", "triton is not installed")
     with pytest.raises(ValueError, match="supcon_loss: impl='triton' cannot run this call: features is on cuda:0: triton is not installed"):
         dispatch.resolve("supcon_loss", "triton", tensors(on_cuda))
 

@@ -126,7 +126,7 @@ NAMES = ("x", "conv.weight", "bn.weight", "bn.bias")
 @pytest.fixture
 def fused(monkeypatch, cpu):
     """Channels that the kernels would leave to oneDNN go through them, too."""
-    monkeypatch.setattr(MODULE, "_pays", lambda shape, conv: True)
+    monkeypatch.setattr(MODULE, "pays", lambda shape, conv: True)
     return cpu
 
 
@@ -203,7 +203,7 @@ def test_convolution_of_any_shape_and_layout(size, stride, training, layout):
     x = torch.randn(N, C, h, w, dtype=torch.float64)
     expected = pooled_and_gradients(plain, x, conv, bn)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MODULE, "_pays", lambda shape, conv: True)
+        patch.setattr(MODULE, "pays", lambda shape, conv: True)
         stored, _ = op_cases.relayout(x, layout)
         leaf = stored.detach().requires_grad_()
         pooled = ops.norm_relu_pool(leaf, bn, conv=conv, impl="cpu")

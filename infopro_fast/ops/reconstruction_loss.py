@@ -8,8 +8,7 @@ For each stage of the decoder, with a = h at first, the last stage without batch
     loss = mean BCE(sigmoid(z), image), or the mean squared or absolute error
 
 `reconstruction_loss_layers` reads the decoder. The decoder of the authors' CIFAR code, one hidden stage, runs
-as one op (`reconstruction_loss_single`). A longer decoder runs as one op a stage
-(`reconstruction_loss_chain`).
+as one op (`reconstruction_loss_single`), a longer one as an op a stage (`reconstruction_loss_chain`).
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .batch_norm import batch_norm_ref
-from .dispatch import compute_dtype, no_autocast, resolve
+from .dispatch import check_floating, compute_dtype, no_autocast, resolve
 from .reconstruction_loss_chain import chain_loss
 from .reconstruction_loss_layers import OP, Layers, decoder_stages, find_layers, limitations
 from .reconstruction_loss_single import single_loss
@@ -45,27 +44,27 @@ def reconstruction_loss(
 
     Running statistics move as in the layers' own forward.
 
-    Args: features: (N, C, h, w), float32, float64, bfloat16 or float16, any strides. image: (N, 3, H, W),
-        floating, in [0, 1], or normalised if ``image_mean`` and ``image_std`` are given. Only
-            the reference gives it a gradient.
+    Args:
+        features: (N, C, h, w), float32, float64, bfloat16 or float16, any strides.
+        image: (N, 3, H, W), floating, in [0, 1], or normalised if ``image_mean`` and ``image_std`` are given.
+            Only the reference gives it a gradient.
         decoder: any number of hidden stages (Upsample or none, Conv2d 1x1 or 3x3, BatchNorm2d or
             SyncBatchNorm, ReLU), then Upsample or none, Conv2d 3x3 to 3 channels, Sigmoid. The decoders of
-            the authors' code for CIFAR, ImageNet and Cityscapes are such. Convolutions keep the size; biases
-            and affine parameters are optional; an Upsample is bilinear or nearest, to a size or by a factor.
+            the authors' code for CIFAR, ImageNet and Cityscapes are such. Convolutions keep the size. Biases
+            and affine parameters are optional. An Upsample is bilinear or nearest, to a size or by a factor.
             A SyncBatchNorm in training takes the statistics of all processes in its group.
         interpolate_mode: how features are resized to (H, W) if the decoder has no Upsample: "bilinear"
             (align_corners=True, as in the authors' code) or "nearest".
         loss: "bce", "mse" or "l1", the mean over all N*3*H*W elements.
-        image_mean, image_std: three numbers each, or both None. Inside, image * std + mean is clamped to [0,
-        1].
+        image_mean, image_std: three numbers each, or both None. The op clamps image * std + mean to [0, 1].
         impl: "auto", "reference", "cpu", "triton" or "cuda". A named implementation runs or raises. "cuda"
             takes a CIFAR decoder if its hidden channels fit the shared memory of every GPU: 140 at the usual
-            sizes. In other decoders it runs the 3x3 convolutions of at most 64 to at most 16 channels that
-            enlarge at most 16 times, among them the last; Triton's kernels run the rest. Triton has none for
-            an Upsample whose factor gives no whole size; there "auto" takes the reference, and warns.
+            sizes. In other decoders it runs 3x3 convolutions of at most 64 to at most 16 channels that
+            enlarge at most 16 times; the last must be one, and Triton's kernels run the rest. Triton has none
+            for an Upsample whose factor gives no whole size; there "auto" takes the reference, and warns.
 
-    Returns: A 0-d tensor: float64 if any input is float64, else float32, as is the arithmetic. An empty batch
-        gives 0.
+    Returns:
+        A 0-d tensor, float64 if any input is, else float32, as is the arithmetic. An empty batch gives 0.
 
     Raises:
         TypeError, ValueError: names the argument or the layer, what was expected and what came.
@@ -118,8 +117,7 @@ def reconstruction_loss_ref(
 
 
 def restore_image(image: torch.Tensor, mean, std) -> torch.Tensor:
-    """Return the (N, 3, H, W) image in [0, 1] from one normalised per channel; the image itself if mean is
-    None."""
+    """Return the image (N, 3, H, W) in [0, 1] from one normalised per channel; as it is if mean is None."""
     if mean is None:
         return image
     shape = (1, -1, 1, 1)
@@ -127,10 +125,7 @@ def restore_image(image: torch.Tensor, mean, std) -> torch.Tensor:
 
 
 def _check(features, image, C, interpolate_mode, loss, image_mean, image_std):
-    for name, t in (("features", features), ("image", image)):
-        if not isinstance(t, torch.Tensor) or not t.is_floating_point():
-            got = getattr(t, "dtype", type(t).__name__)
-            raise TypeError(f"{OP}: {name}: expected a floating-point tensor, got {got}")
+    check_floating(OP, {"features": features, "image": image})
     if features.dim() != 4 or features.shape[1] != C:
         raise ValueError(f"{OP}: features: expected (N, {C}, h, w), got {tuple(features.shape)}")
     if image.dim() != 4 or image.shape[1] != 3 or image.shape[0] != features.shape[0]:

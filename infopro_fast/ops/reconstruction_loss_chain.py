@@ -1,5 +1,4 @@
-"""Decoders that are a chain of convolutions, as in the authors' ImageNet and Cityscapes code, for
-`reconstruction_loss`.
+"""Decoders of several stages, as in the authors' ImageNet and Cityscapes code, for `reconstruction_loss`.
 
 A stage takes z of the stage before, in front of its batch norm, and makes the next:
 
@@ -37,8 +36,7 @@ def chain_loss(
 ) -> torch.Tensor:
     """Return the loss by the kernels of ``impl``, and move the running statistics.
 
-    loss: an index into `reconstruction_loss.LOSSES`. restore: the image's mean and deviation, 6 numbers, or
-    none.
+    loss: an index into `reconstruction_loss.LOSSES`. restore: the image's mean and deviation, or nothing.
     """
     parameters = []
     for (_, conv, norm), of_batch in zip(layers.stages, (*layers.batch_statistics, True), strict=True):
@@ -95,8 +93,7 @@ def _loss_backward_fake(
     return *found, x.new_empty((3,), dtype=grad.dtype)
 
 
-# With a mean, x is the z of the stage before: the kernel normalises it by (mean, var, gamma, beta, eps) and
-# rectifies.
+# With a mean, x is the z of the stage before, which kernels normalise by (mean, ..., eps) and rectify.
 _NORM = "Tensor? mean, Tensor? var, Tensor? gamma, Tensor? beta, float eps"
 _STAGE_FORWARD = define_kernels(
     f"chain_stage_forward(Tensor x, {_NORM}, Tensor weight, Tensor? bias, int H, int W, int mode, "
@@ -154,8 +151,7 @@ def _split(tensors: typing.Sequence) -> list:
 
 
 class _ChainLoss(torch.autograd.Function):
-    """Return the loss, the mean and variance of each hidden stage, and the counts that processes have
-    summed."""
+    """Return the loss, each hidden stage's mean and variance, and the counts summed over processes."""
 
     @staticmethod
     def forward(ctx, plan, features, image, *parameters):

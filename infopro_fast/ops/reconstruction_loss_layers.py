@@ -189,8 +189,7 @@ def _resize_by(upsample: nn.Upsample, h: int, w: int) -> Resize:
 
 
 def limitations(layers: Layers, device: torch.device) -> dict[str, str | None]:
-    """Return for "cuda" and "triton" why their kernels cannot run the call on ``device``, None where they
-    can."""
+    """Return for "cuda" and "triton" why their kernels cannot run the call, or None."""
     if layers.single:
         return {"cuda": layers.cuda_limits[0]}
     return {"cuda": _cuda_limitation(layers, device), "triton": _triton_limitation(layers.resizes)}

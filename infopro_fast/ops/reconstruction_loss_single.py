@@ -26,8 +26,7 @@ def single_loss(
 ) -> torch.Tensor:
     """Return the loss by the kernels of ``impl``, and move the running statistics.
 
-    loss: an index into `reconstruction_loss.LOSSES`. restore: the image's mean and deviation, 6 numbers, or
-    none.
+    loss: an index into `reconstruction_loss.LOSSES`. restore: the image's mean and deviation, or nothing.
     """
     (_, conv1, norm), (_, conv2, _) = layers.stages
     (of_batch,), (resize, _) = layers.batch_statistics, layers.resizes

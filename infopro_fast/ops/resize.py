@@ -47,6 +47,5 @@ def most_sources(outputs: int, n_in: int, n_out: int) -> int:
 
 
 def fits(h: int, w: int, H: int, W: int) -> bool:
-    """Whether the positions of a resize from (h, w) to (H, W) stay below 2^31, which Triton kernels count
-    in."""
+    """Whether Triton kernels can count the positions of a resize from (h, w) to (H, W) in 32 bits."""
     return max((2 * H + 1) * h, (2 * W + 1) * w) < 2**31
