@@ -15,6 +15,7 @@ from tests.cuda_host import binding
 from tests.op_cases import chain, doubled
 from tests.test_chain_decoder import FORMS, GOLDEN, resized, scaled
 from tests.test_cuda_host import MEAN, STD, broken, results
+from tests.test_resize import SIZES, by_stage, by_torch
 
 SMALL = binding.Device(2, 24 * 1024, 24 * 1024)  # images of several tiles, of which a block takes several
 MIDDLE = binding.Device(2, 32 * 1024, 32 * 1024)  # of which stages in front of the last need more
@@ -101,6 +102,15 @@ def test_resizes_of_a_stage(name, device, library, on_host):
     last, h, w = LAST[name]
     on_host(library, device, seed=2)
     op_cases.check(chain(N=2, C=3, h=h, w=w, stages=((last, 3, 4),), last=scaled(1.0, 1.0)), "cuda", torch.float32)
+
+
+@pytest.mark.parametrize("mode", range(3))
+def test_a_resize_samples_where_torch_does(mode, library, on_host):
+    on_host(library)
+    stage = torch.ops.infopro_fast.chain_stage_forward_cuda.default
+    for n_in, n_out in (size for size in SIZES if size[0] <= size[1] <= 16 * size[0]):
+        wanted = by_torch(n_in, n_out, mode)
+        compare.assert_close(by_stage(stage, n_in, n_out, mode), wanted, what=f"{n_in} to {n_out}")
 
 
 @pytest.mark.parametrize("C, K", ((1, 1), (5, 2), (12, 3), (13, 12), (64, 7), (3, 16)))

@@ -41,7 +41,7 @@ def _float32(x: float) -> float:
 
 
 def most_sources(outputs: int, n_in: int, n_out: int) -> int:
-    """Upper bound on the inputs that ``outputs`` neighbouring outputs mix, for CORNERS and NEAREST."""
+    """Upper bound on the span of inputs that neighbouring outputs mix, for CORNERS and NEAREST."""
     steps = min(outputs, n_out) - 1
     return min(n_in, steps * (n_in - 1) // max(n_out - 1, 1) + 3)
 

@@ -13,7 +13,8 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("mode", range(3))
 def test_tables(mode):
-    """Both tables are the matrix that torch resizes by, and no source has more takers than there is room for."""
+    """Both tables are the matrix that torch resizes by, and no source has more takers than there is room
+    for."""
     from infopro_fast.ops.triton_kernels import resize
 
     for size, out in SIZES:
