@@ -1,7 +1,7 @@
 """Where a resize takes its samples, as tables that Triton kernels look up: as torch.nn.functional.interpolate places them.
 
-A mode is an index into `reconstruction_loss_chain.RESIZES`: 0, bilinear with align_corners=True; 1, nearest; 2, bilinear with align_corners=False. A
-bilinear position is an exact fraction, as on the CPU (F.interpolate rounds it in float32); 32 bits hold it while `reconstruction_loss_chain.fits`.
+A mode is an index into `ops.resize.RESIZES`: 0, bilinear with align_corners=True; 1, nearest; 2, bilinear with align_corners=False. A
+bilinear position is an exact fraction, as on the CPU (F.interpolate rounds it in float32); 32 bits hold it while `ops.resize.fits`.
 Made anew by one launch for each pass: kernels that found positions themselves would divide integers more than they add, and a table that
 is kept would have to outlive every CUDA graph.
 """

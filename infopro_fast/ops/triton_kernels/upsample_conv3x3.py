@@ -35,7 +35,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..reconstruction_loss_chain import fits
+from ..resize import fits
 from . import resize as resizing
 from .resize import places, takers
 from .target import Compilation, rounded
