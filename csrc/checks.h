@@ -1,4 +1,4 @@
-// What the <op>_cpu.cpp files share: tensors as plain pointers, scratch memory, work shared out among threads.
+// What the files cpu/<op>.cpp share: tensors as plain pointers, scratch memory, work shared out among threads.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

@@ -1,6 +1,6 @@
 // The table of CPU kernels: one for each instruction set and each arithmetic type (float, double).
 //
-// A kernel works on plain pointers, in one thread, and allocates nothing. The <op>_cpu.cpp files check arguments, make
+// A kernel works on plain pointers, in one thread, and allocates nothing. The files cpu/<op>.cpp check arguments, make
 // the buffers and share the work out among threads.
 #pragma once
 
@@ -185,14 +185,14 @@ struct Kernels {
   void (*read_row)(T* to, const void* from, Dtype dtype, int64_t offset, int64_t stride, int64_t n);
   void (*write_row)(void* to, const T* from, Dtype dtype, int64_t offset, int64_t stride, int64_t n);
 
-  // ---- logits (classes, nr rows in lanes): cross_entropy.h ----
+  // ---- logits (classes, nr rows in lanes): linear_cross_entropy.h ----
   void (*softmax_update)(const T* x, int64_t classes, int64_t first, const T* bias, const T* class_weight, bool smooth,
                          const label<T>* target, T* best, T* sum, T* weighted, T* at_target, label<T>* argmax);
   void (*softmax_gradient)(T* x, int64_t classes, int64_t first, const T* bias, const T* class_weight, const label<T>* target,
                            const T* lse, const T* probability, const T* smoothing, const T* at_target, const label<T>* kept);
   void (*lane_sums)(const T* x, int64_t rows, int64_t panels, int64_t panel, T* sums);  // sums[r] += sum of row r of each panel
 
-  // ---- similarities (others, nr anchors in lanes): supcon.h ----
+  // ---- similarities (others, nr anchors in lanes): supcon_loss.h ----
   void (*supcon_forward)(T* s, int64_t others, int64_t first, int64_t anchor, T scale, T bound, const label<T>* labels,
                          const label<T>* anchor_labels, T* best, T* sum, T* positive);
   void (*supcon_forward_both)(const T* s, int64_t others, T scale, T bound, const label<T>* labels, const label<T>* anchor_labels, T* sum,
@@ -201,7 +201,7 @@ struct Kernels {
   void (*supcon_backward)(T* s, int64_t others, int64_t first, int64_t anchor, T scale, T bound, const label<T>* labels, const T* lse, const T* pull,
                           const T* push, const label<T>* anchor_labels, const T* anchor_lse, const T* anchor_pull, const T* anchor_push);
 
-  // ---- the decoder, sample by sample: decoder.h ----
+  // ---- the decoder, sample by sample: reconstruction_loss.h ----
   int64_t (*decoder_scratch)(const Decoder<T>&);  // elements a thread needs, zero at the start
   int64_t (*decoder_w1_partial)(const Decoder<T>&);  // elements of a thread's part of d W1 and
   int64_t (*decoder_w2_partial)(const Decoder<T>&);  // of d W2, zero at the start
@@ -217,7 +217,7 @@ struct Kernels {
   void (*decoder_w1_reduce)(const Decoder<T>&, const T* partial, T* d_w1);  // d_w1 (K, C, 3, 3) += a thread's part
   void (*decoder_w2_reduce)(const Decoder<T>&, const T* partial, T* d_w2);  // d_w2 (3, K, 3, 3) += a thread's part
 
-  // ---- a stage of a chain decoder, band by band: chain_decoder.h ----
+  // ---- a stage of a chain decoder, band by band: chain_stage.h ----
   int64_t (*chain_scratch)(const ChainStage<T>&);                 // elements a thread needs
   int64_t (*chain_weight_partial)(const ChainStage<T>&);          // of a thread's part of the gradient of the weights, zero at the start
   int64_t (*chain_bands)(const ChainStage<T>&, bool gather);      // of a table of bands
@@ -229,13 +229,13 @@ struct Kernels {
   void (*chain_backward)(const ChainStage<T>&, const ChainBand&, T* scratch, const Maps* dx, double* sums, double* d_bias, T* weight_partial);
   void (*chain_weight_reduce)(const ChainStage<T>&, const T* partial, T* d_weight);  // d_weight (K, C, side, side) += a thread's part
 
-  // ---- batch norm, ReLU and pooling, sample by sample: norm_pool.h ----
+  // ---- batch norm, ReLU and pooling, sample by sample: norm_relu_pool.h ----
   int64_t (*norm_pool_row)(int64_t pixels);  // elements of a row of a thread's (C, pixels)
   void (*norm_pool_statistics)(const NormPool<T>&, int64_t n, T* rows, double* mean, double* squares);
   void (*norm_pool_forward)(const NormPool<T>&, int64_t n, T* rows, T* pooled, T* positive, T* positive_xhat);
   void (*norm_pool_backward)(const NormPool<T>&, int64_t n, T* rows, const T* upstream, const T* mean_dy, const T* mean_dy_xhat, const Maps& dx);
 
-  // ---- a 3x3 convolution before them: conv_norm_pool.h ----
+  // ---- a 3x3 convolution before them: conv_norm_relu_pool.h ----
   int64_t (*conv_pool_scratch)(const ConvPool<T>&);  // elements a thread needs, zero at the start
   int64_t (*conv_pool_weights)(const ConvPool<T>&);  // of each of the packed weights and of a thread's part of their gradient, likewise
   // of (K, C, 3, 3), for the forward sweep and the backward one; either may be null

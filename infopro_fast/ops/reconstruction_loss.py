@@ -154,7 +154,7 @@ def _single_stage_limitation(stage: Stage, features: torch.Tensor, image: torch.
 
 
 def least_shared_memory(h: int, w: int, H: int, W: int, K: int) -> int:
-    """Bytes of the smallest plan of csrc/decoder_plan.cuh, tiles of one pixel and hidden channels one by one, or a few more."""
+    """Bytes of the smallest plan of csrc/cuda/reconstruction_loss_plan.cuh, tiles of one pixel and hidden channels one by one, or a few more."""
     low_h, low_w = _under_five(h, H), _under_five(w, W)
     pixels = 4 * (-(-low_h * low_w // 4) | 1)
     z, logits = 20 * K, 3 * 56 + 4 * 27 * K  # with their borders

@@ -9,8 +9,8 @@ and the last stage, to 3 channels, makes the loss. Layer by layer, torch keeps z
 map and the rest for backward; here autograd keeps the z and their statistics alone. Neither a nor resize(a) is ever whole, nor are
 the logits: conv(resize(a)) is resize and shift of 1x1 convolutions of a, one product of matrices at the size of a.
 
-On the CPU all of that happens within a stage's kernel (`csrc/chain_decoder.h`). On a GPU stages of few channels, the last above all, have
-CUDA C++ kernels, which do it tile by tile in shared memory (`csrc/chain_block.cuh`). Others, and 1x1 convolutions, are products of matrices
+On the CPU all of that happens within a stage's kernel (`csrc/cpu/chain_stage.h`). On a GPU stages of few channels, the last above all, have
+CUDA C++ kernels, which do it tile by tile in shared memory (`csrc/cuda/chain_stage_block.cuh`). Others, and 1x1 convolutions, are products of matrices
 above all else, best left to cuBLAS, chunk by chunk of samples (`triton_kernels.chain_stage`), whichever of "cuda" and "triton" is asked for. Where
 the last stage is Triton's, too (`triton_kernels.chain_loss`), the logits exist while it runs.
 
@@ -165,7 +165,7 @@ def triton_limitation(sizes: tuple[Resize, ...], h: int, w: int) -> str | None:
     return None
 
 
-# As csrc/chain_plan.cuh has them: channels of a stage's input and output, beyond which its products of matrices are most of the work (and
+# As csrc/cuda/chain_stage_plan.cuh has them: channels of a stage's input and output, beyond which its products of matrices are most of the work (and
 # done again where tiles meet, in float32 alone), and what any GPU's shared memory holds.
 MOST_CHANNELS, MOST_OUTPUTS, MOST_ENLARGED = 64, 16, 16
 
