@@ -3,13 +3,13 @@
 
 #include "simd.h"
 
-namespace infopro {
-namespace INFOPRO_ISA {
+namespace infopro::INFOPRO_ISA {
 
-// Mean, and sum of squared deviations from it, of `count` numbers among row[0..span), span rounded up to whole vectors.
-// set_rest(value) sets those that do not count.
+// Mean of `count` of the numbers row[0..span), and the sum of squared deviations from it; span is rounded up
+// to whole vectors. set_rest(value) sets the numbers that do not count.
 template <class T, class F>
-INLINE void channel_statistics(const T* row, int64_t span, int64_t count, F set_rest, double& mean, double& squares) {
+INLINE void channel_statistics(const T* row, int64_t span, int64_t count, F set_rest, double& mean,
+                               double& squares) {
   constexpr int width = Simd<T>::width;
   set_rest(T(0));
   vec<T> total = {};
@@ -22,11 +22,10 @@ INLINE void channel_statistics(const T* row, int64_t span, int64_t count, F set_
     square += deviation * deviation;
     rest += deviation;
   }
-  // the center was rounded: what the deviations leave over corrects it and the sum of squares
+  // The center was rounded: the sum of the deviations corrects it and the squares.
   double left = double(sum<T>(rest)) / double(count);
   mean = double(center) + left;
   squares = double(sum<T>(square)) - left * left * double(count);
 }
 
-}  // namespace INFOPRO_ISA
-}  // namespace infopro
+}  // namespace infopro::INFOPRO_ISA

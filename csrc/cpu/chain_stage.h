@@ -1,23 +1,26 @@
-// One stage of a chain decoder: batch norm and ReLU of the previous stage's map, resize, convolution; a band of rows at a time.
+// One stage of a chain decoder, a band of rows at a time: batch norm and ReLU of the previous stage's map,
+// resize, convolution.
 //
 // Neither the rectified map nor the resized one is ever whole. With a = relu(norm(x)) and R the resize,
-//     T[dy, dx][k] = sum_c W[k][c][dy, dx] a[c]                      1x1 convolutions at the size of x: one product of matrices
-//     E[k][dy][i][X] = sum_dx columns(T[dy, dx][k][i])(X + dx - 1)   rows of the size of z, zero outside the resized row
-//     z[k][Y][X] = b[k] + sum_dy rows(E[k][dy])(Y + dy - 1)[X]       zero outside the resized map
-// (reconstruction_loss.h has the algebra), `chunk` rows of x at a time for T, which stays in the cache. Backward is the transpose of each line.
-// A resize and its shift by dx along a row are one banded matrix: blocks of a vector of columns and the rows that are not zero there.
+//     T[dy, dx][k] = sum_c W[k][c][dy, dx] a[c]                     1x1 convolutions of x: a matrix product
+//     E[k][dy][i][X] = sum_dx columns(T[dy, dx][k][i])(X + dx - 1)  as wide as z, 0 outside the resized row
+//     z[k][Y][X] = b[k] + sum_dy rows(E[k][dy])(Y + dy - 1)[X]      0 outside the resized map
+// (reconstruction_loss.h has the algebra). T is computed for `chunk` rows of x at a time, which stay in the
+// cache. Backward is the transpose of each line. A resize and its shift by dx along a row are one banded
+// matrix, stored as blocks: a vector of columns, and the rows that are not all zero there.
 #pragma once
 
 #include "gemm.h"
-#include "reconstruction_loss.h"
+#include "maps.h"
+#include "pixel.h"
+#include "resize_rows.h"
 
-namespace infopro {
-namespace INFOPRO_ISA {
+namespace infopro::INFOPRO_ISA {
 
-// Where the parts of a thread's scratch lie.
+// The layout of a thread's scratch.
 template <class T>
 struct ChainScratch {
-  int64_t taps_rows, pitch, row;  // side^2 K; a row of a chunk's pixels; a row of z
+  int64_t taps_rows, pitch, row;  // side^2 K; a padded row of a chunk's pixels; a padded row of z
   T *a, *da, *taps, *packed_a, *packed_b, *expanded, *dz, *line, *end;
 
   ChainScratch(const ChainStage<T>& d, T* memory) {
@@ -41,52 +44,48 @@ struct ChainScratch {
   }
 };
 
-template <class T>
-int64_t chain_scratch(const ChainStage<T>& d) {
+template <class T> int64_t chain_scratch(const ChainStage<T>& d) {
   ChainScratch<T> s(d, nullptr);
   return s.end - (T*)nullptr;
 }
 
 // The gradient of the weights is (side^2 K, C) or its transpose, in whole register tiles.
-template <class T>
-INLINE void weight_shape(const ChainStage<T>& d, int64_t& rows, int64_t& columns) {
+template <class T> INLINE void weight_shape(const ChainStage<T>& d, int64_t& rows, int64_t& columns) {
   const int64_t taps = d.side * d.side * d.K;
   rows = round_up(d.weight_of_inputs ? d.C : taps, MR);
   columns = round_up(d.weight_of_inputs ? taps : d.C, NR<T>);
 }
 
-template <class T>
-int64_t chain_weight_partial(const ChainStage<T>& d) {
+template <class T> int64_t chain_weight_partial(const ChainStage<T>& d) {
   int64_t rows, columns;
   weight_shape(d, rows, columns);
   return rows * columns;
 }
 
-template <class T>
-void chain_weight_reduce(const ChainStage<T>& d, const T* partial, T* d_weight) {
+template <class T> void chain_weight_reduce(const ChainStage<T>& d, const T* partial, T* d_weight) {
   int64_t rows, columns;
   weight_shape(d, rows, columns);
   const int64_t taps = d.side * d.side;
   for (int64_t k = 0; k < d.K; k++)
     for (int64_t c = 0; c < d.C; c++)
       for (int64_t t = 0; t < taps; t++)
-        d_weight[(k * d.C + c) * taps + t] += d.weight_of_inputs ? partial[c * columns + t * d.K + k] : partial[(t * d.K + k) * columns + c];
+        d_weight[(k * d.C + c) * taps + t] +=
+            d.weight_of_inputs ? partial[c * columns + t * d.K + k] : partial[(t * d.K + k) * columns + c];
 }
 
 // ---- the resize along x, shifted by each dx, and its transpose, as blocks ----
 
-// Of each dx and each vector of columns, three numbers: the first row that is not zero, one past the last, and where the block is.
-template <class T>
-int64_t chain_bands(const ChainStage<T>& d, bool gather) {
+// For each dx and each vector of columns: the first row that is not zero, one past the last, and where the
+// block lies.
+template <class T> int64_t chain_bands(const ChainStage<T>& d, bool gather) {
   return d.side * 3 * (round_up(gather ? d.w : d.W, Simd<T>::width) / Simd<T>::width);
 }
 
-template <class T>
-int64_t chain_table(const ChainStage<T>& d, bool gather, T* table, int32_t* band) {
+template <class T> int64_t chain_table(const ChainStage<T>& d, bool gather, T* table, int32_t* band) {
   constexpr int64_t width = Simd<T>::width;
   const int64_t vectors = round_up(gather ? d.w : d.W, width) / width;
   int64_t size = 0;
-  auto entries = [&](int dx, auto entry) {  // entry(row, column, weight) of the matrix whose columns are in vectors
+  auto entries = [&](int dx, auto entry) {  // entry(row, column, weight) for every number of the matrix
     for (int64_t X = 0; X < d.W; X++) {
       const int64_t from = X + dx - d.side / 2;
       if (from < 0 || from >= d.W) continue;
@@ -119,21 +118,14 @@ int64_t chain_table(const ChainStage<T>& d, bool gather, T* table, int32_t* band
 
 // to (+)= rows of `from` times the block of vector v
 template <bool ADD, class T>
-INLINE void block_product(int64_t rows, const T* from, int64_t from_row, const T* table, const int32_t* band, T* to, int64_t to_row) {
+INLINE void block_product(int64_t rows, const T* from, int64_t from_row, const T* table, const int32_t* band,
+                          T* to, int64_t to_row) {
   constexpr int64_t width = Simd<T>::width;
-  row_product<1, ADD>(rows, from + band[0], from_row, table + band[2], width, 0, band[1] - band[0], to, to_row);
+  row_product<1, ADD>(rows, from + band[0], from_row, table + band[2], width, 0, band[1] - band[0], to,
+                      to_row);
 }
 
 // ---- rows of x ----
-
-template <class T>
-constexpr Dtype dtype_of_arithmetic() {
-  return sizeof(T) == 8 ? Dtype::f64 : Dtype::f32;
-}
-
-INLINE int64_t size_of(Dtype dtype) {
-  return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2;
-}
 
 // The maps from row r on.
 INLINE Maps from_row(Maps m, int64_t r) {
@@ -141,28 +133,7 @@ INLINE Maps from_row(Maps m, int64_t r) {
   return m;
 }
 
-// f(vector of values, how many of them count) over n numbers, whole vectors first.
-template <class T, class F>
-INLINE void over(int64_t n, F f) {
-  int64_t p = 0;
-  for (; p + Simd<T>::width <= n; p += Simd<T>::width) f(p, Simd<T>::width);
-  if (p < n) f(p, int(n - p));
-}
-
-template <class T>
-INLINE vec<T> load_some(const T* p, int n) {
-  return n == Simd<T>::width ? load<T>(p) : load_first<T>(p, n);
-}
-
-template <class T>
-INLINE void store_some(T* p, vec<T> v, int n) {
-  if (n == Simd<T>::width)
-    store<T>(p, v);
-  else
-    store_first<T>(p, v, n);
-}
-
-// Rows r0..r1 of sample n, normalised and rectified where that is asked for, as a matrix (C, pixels).
+// Rows r0..r1 of sample n, normalised and rectified if the stage has a norm, as a matrix (C, pixels).
 template <class T>
 INLINE Matrix rectified(const ChainStage<T>& d, const ChainScratch<T>& s, int64_t n, int64_t r0, int64_t r1) {
   const int64_t pixels = (r1 - r0) * d.w;
@@ -177,19 +148,21 @@ INLINE Matrix rectified(const ChainStage<T>& d, const ChainScratch<T>& s, int64_
         store<T>(to + p, y < zero ? zero : y);  // nan stays nan
       });
     }
-    return {s.a, dtype_of_arithmetic<T>(), s.pitch, 1};
+    return {s.a, dtype_as<T>, s.pitch, 1};
   }
   Maps part = from_row(d.x, r0);
-  if (part.y == d.w * part.x) return {(char*)part.data + n * part.n * size_of(part.dtype), part.dtype, part.c, part.x};
+  if (part.y == d.w * part.x)
+    return {(char*)part.data + n * part.n * size_of(part.dtype), part.dtype, part.c, part.x};
   read_maps<T>(part, n, d.C, r1 - r0, d.w, s.a, s.pitch, d.w);
-  return {s.a, dtype_of_arithmetic<T>(), s.pitch, 1};
+  return {s.a, dtype_as<T>, s.pitch, 1};
 }
 
 // ---- forward ----
 
-// Rows r0..r1 of `expanded`, whose first is row `first` of x, from taps.
+// Compute rows r0..r1 of `expanded` from `taps`. Row 0 of `expanded` belongs to row `first` of x.
 template <class T>
-INLINE void chain_expand_columns(const ChainStage<T>& d, const ChainScratch<T>& s, int64_t r0, int64_t r1, int64_t first) {
+INLINE void chain_expand_columns(const ChainStage<T>& d, const ChainScratch<T>& s, int64_t r0, int64_t r1,
+                                 int64_t first) {
   constexpr int64_t width = Simd<T>::width;
   const int64_t vectors = s.row / width;
   for (int64_t k = 0; k < d.K; k++)
@@ -208,32 +181,17 @@ INLINE void chain_expand_columns(const ChainStage<T>& d, const ChainScratch<T>& 
 }
 
 template <int SIDE, class T>
-INLINE void chain_expand_rows(const ChainStage<T>& d, const ChainScratch<T>& s, int64_t out0, int64_t out1, int64_t first, T* to, int64_t plane,
-                              int64_t pitch) {
+INLINE void chain_expand_rows(const ChainStage<T>& d, const ChainScratch<T>& s, int64_t out0, int64_t out1,
+                              int64_t first, T* to, int64_t plane, int64_t pitch) {
   constexpr int64_t width = Simd<T>::width;
   for (int64_t Y = out0; Y < out1; Y++) {
-    int64_t row[2 * SIDE];
-    vec<T> weight[2 * SIDE];
-    for (int64_t dy = 0; dy < SIDE; dy++) {
-      const int64_t y = Y + dy - SIDE / 2;
-      const bool inside = y >= 0 && y < d.H;
-      row[2 * dy] = (dy * d.in_rows + (inside ? d.rows.low[y] - first : 0)) * s.row;
-      row[2 * dy + 1] = (dy * d.in_rows + (inside ? d.rows.high[y] - first : 0)) * s.row;
-      weight[2 * dy] = splat<T>(inside ? T(d.rows.low_weight[y]) : T(0));
-      weight[2 * dy + 1] = splat<T>(inside ? T(d.rows.high_weight[y]) : T(0));
-    }
+    const RowMix<SIDE, T> mix(d.rows, Y, first, d.in_rows, s.row);
     for (int64_t k = 0; k < d.K; k++) {
       const T* from = s.expanded + k * SIDE * d.in_rows * s.row;
       T* out = to + k * plane + (Y - out0) * pitch;
       for (int64_t X = 0; X < d.W;) {
-        vec<T> even = splat<T>(d.bias[k]), odd = {};
-#pragma GCC unroll 3
-        for (int q = 0; q < 2 * SIDE; q += 2) {
-          even += load<T>(from + row[q] + X) * weight[q];
-          odd += load<T>(from + row[q + 1] + X) * weight[q + 1];
-        }
-        store_some<T>(out + X, even + odd, d.W - X < width ? int(d.W - X) : int(width));
-        // the last vector of a row ends with the row, and computes again what it shares with the one before
+        store_some<T>(out + X, mix(from + X, d.bias[k]), d.W - X < width ? int(d.W - X) : int(width));
+        // The last vector of a row ends with the row, and computes what it shares with the one before again.
         X = X + width < d.W && X + 2 * width > d.W ? d.W - width : X + width;
       }
     }
@@ -245,13 +203,14 @@ template <class T>
 INLINE void mix(const ChainStage<T>& d, const ChainScratch<T>& s, int64_t n, int64_t r0, int64_t r1) {
   const int64_t pixels = (r1 - r0) * d.w;
   pack_b<T>(rectified(d, s, n, r0, r1), d.C, pixels, d.C, s.packed_b);
-  gemm<T>(round_up(s.taps_rows, MR), round_up(pixels, NR<T>), d.C, d.weight, d.C, s.packed_b, d.C, s.taps, s.pitch, NR<T>, false);
+  gemm<T>(round_up(s.taps_rows, MR), round_up(pixels, NR<T>), d.C, d.weight, d.C, s.packed_b, d.C, s.taps,
+          s.pitch, NR<T>, false);
 }
 
 // Rows out0..out1 of z, from rows in0..in1 of x.
 template <class T>
-INLINE void chain_rows(const ChainStage<T>& d, const ChainScratch<T>& s, int64_t n, int64_t out0, int64_t out1, int64_t in0, int64_t in1, T* to,
-                       int64_t plane, int64_t pitch) {
+INLINE void chain_rows(const ChainStage<T>& d, const ChainScratch<T>& s, int64_t n, int64_t out0,
+                       int64_t out1, int64_t in0, int64_t in1, T* to, int64_t plane, int64_t pitch) {
   for (int64_t r0 = in0; r0 < in1; r0 += d.chunk) {
     const int64_t r1 = r0 + d.chunk < in1 ? r0 + d.chunk : in1, pixels = (r1 - r0) * d.w;
     mix(d, s, n, r0, r1);
@@ -273,8 +232,7 @@ INLINE void chain_rows(const ChainStage<T>& d, const ChainScratch<T>& s, int64_t
 }
 
 // Mean of n numbers and the sum of their squared deviations from it.
-template <class T>
-INLINE void run_statistics(const T* run, int64_t n, double& mean, double& squares) {
+template <class T> INLINE void run_statistics(const T* run, int64_t n, double& mean, double& squares) {
   vec<T> total = {};
   over<T>(n, [&](int64_t p, int count) { total += load_some<T>(run + p, count); });
   const T center = T(double(sum<T>(total)) / double(n));
@@ -291,51 +249,38 @@ INLINE void run_statistics(const T* run, int64_t n, double& mean, double& square
 }
 
 template <class T>
-void chain_forward(const ChainStage<T>& d, const ChainBand& b, T* scratch, T* z, double* mean, double* squares) {
+void chain_forward(const ChainStage<T>& d, const ChainBand& b, T* scratch, T* z, double* mean,
+                   double* squares) {
   ChainScratch<T> s(d, scratch);
   const int64_t plane = d.H * d.W;
   T* to = z + b.n * d.K * plane + b.out0 * d.W;
   chain_rows(d, s, b.n, b.out0, b.out1, b.in0, b.in1, to, plane, d.W);
-  for (int64_t k = 0; k < d.K && mean; k++) run_statistics(to + k * plane, (b.out1 - b.out0) * d.W, mean[k], squares[k]);
+  for (int64_t k = 0; k < d.K && mean; k++)
+    run_statistics(to + k * plane, (b.out1 - b.out0) * d.W, mean[k], squares[k]);
 }
 
-// Row Y of image o becomes, in place of the logits, the gradient of the loss in them. Returns the row's loss.
-template <class T>
-INLINE double loss_row(const ChainStage<T>& d, const ChainScratch<T>& s, int64_t n, int64_t o, int64_t Y, bool needs_loss, T* row) {
-  read_row<T>(s.line, d.image.data, d.image.dtype, n * d.image.n + o * d.image.c + Y * d.image.y, d.image.x, d.W);
-  vec<T> total = {}, zero = {}, one = splat<T>(T(1));
-  over<T>(d.W, [&](int64_t X, int count) {
-    vec<T> target = load_some<T>(s.line + X, count), loss = {};
-    if (d.restore) {
-      target = target * d.image_std[o] + d.image_mean[o];
-      target = target < zero ? zero : target > one ? one : target;
-    }
-    vec<T> gradient = pixel_gradient<T>(d.pixel, load_some<T>(row + X, count), target, needs_loss, loss);
-    store_some<T>(row + X, gradient * d.pixel_weight, count);
-    for (int i = count; i < Simd<T>::width; i++) loss[i] = 0;
-    total += loss;
-  });
-  return double(sum<T>(total));
-}
-
-template <class T>
-double chain_loss(const ChainStage<T>& d, const ChainBand& b, T* scratch) {
+template <class T> double chain_loss(const ChainStage<T>& d, const ChainBand& b, T* scratch) {
   ChainScratch<T> s(d, scratch);
   chain_rows(d, s, b.n, b.out0, b.out1, b.in0, b.in1, s.dz, d.out_rows * s.row, s.row);
   double total = 0;
   for (int64_t o = 0; o < 3; o++)
-    for (int64_t Y = b.out0; Y < b.out1; Y++) total += loss_row(d, s, b.n, o, Y, true, s.dz + (o * d.out_rows + Y - b.out0) * s.row);
+    for (int64_t Y = b.out0; Y < b.out1; Y++) {
+      T* row = s.dz + (o * d.out_rows + Y - b.out0) * s.row;
+      total += pixel_row(d, b.n, o, Y, d.W, true, s.line, row);
+    }
   return total;
 }
 
 // ---- backward ----
 
-// `count` numbers of the gradient in z, from element `at` of sample n's channel k on.
+// to[0..count) = the gradient in z, from element `at` of sample n's channel k on.
 template <class T>
 INLINE void gradient_run(const ChainStage<T>& d, int64_t n, int64_t k, int64_t at, int64_t count, T* to) {
   const int64_t offset = (n * d.K + k) * d.H * d.W + at;
   const T* dy = d.dy + offset;
-  if (!d.z) return over<T>(count, [&](int64_t p, int some) { store_some<T>(to + p, load_some<T>(dy + p, some), some); });
+  if (!d.z)
+    return over<T>(count,
+                   [&](int64_t p, int some) { store_some<T>(to + p, load_some<T>(dy + p, some), some); });
   const T* z = d.z + offset;
   const T mean = d.z_mean[k], center = d.z_center[k], slope = d.z_slope[k], scale = d.z_scale[k];
   over<T>(count, [&](int64_t p, int some) {
@@ -344,9 +289,10 @@ INLINE void gradient_run(const ChainStage<T>& d, int64_t n, int64_t k, int64_t a
   });
 }
 
-// The gradient in rows out0..out1 of z, to s.dz. d_bias += its sums over the rows that this band has to itself.
+// s.dz = the gradient in rows out0..out1 of z. d_bias += its sums over the rows that no other band counts.
 template <class T>
-INLINE void gradient_rows(const ChainStage<T>& d, const ChainScratch<T>& s, const ChainBand& b, double* d_bias) {
+INLINE void gradient_rows(const ChainStage<T>& d, const ChainScratch<T>& s, const ChainBand& b,
+                          double* d_bias) {
   const int64_t plane = d.out_rows * s.row;
   if (d.loss) chain_rows(d, s, b.n, b.out0, b.out1, b.all0, b.all1, s.dz, plane, s.row);
   for (int64_t k = 0; k < d.K; k++)
@@ -356,7 +302,7 @@ INLINE void gradient_rows(const ChainStage<T>& d, const ChainScratch<T>& s, cons
         gradient_run(d, b.n, k, Y * d.W, d.W, row);
         continue;
       }
-      loss_row(d, s, b.n, k, Y, false, row);
+      pixel_row(d, b.n, k, Y, d.W, false, s.line, row);
       if (d.rows.low[Y] < b.in0 || d.rows.low[Y] >= b.in1) continue;
       vec<T> total = {};
       over<T>(d.W, [&](int64_t X, int count) { total += load_some<T>(row + X, count); });
@@ -364,50 +310,26 @@ INLINE void gradient_rows(const ChainStage<T>& d, const ChainScratch<T>& s, cons
     }
 }
 
-// expanded, rows in0..in1, becomes the transpose of chain_expand_rows, of s.dz.
+// Rows in0..in1 of `expanded` = the transpose of chain_expand_rows, of s.dz.
 template <class T>
 INLINE void chain_gather_rows(const ChainStage<T>& d, const ChainScratch<T>& s, const ChainBand& b) {
-  constexpr int64_t width = Simd<T>::width;
-  T* weights = s.line;                                          // of the rows of z that a row of `expanded` takes
-  int64_t* rows = (int64_t*)(s.line + round_up(d.H, width));  // and where they are
-  int64_t first = 0;                                            // the first y whose high row is not above i
+  RowTakers<T> takers(d.rows, s.line);
   for (int64_t i = b.in0; i < b.in1; i++) {
-    while (first < d.H && d.rows.high[first] < i) first++;
+    takers.move_to(d.rows, i);
     for (int64_t dy = 0; dy < d.side; dy++) {
-      int64_t n = 0;
-      for (int64_t y = first; y < d.H && d.rows.low[y] <= i; y++) {
-        const int64_t Y = y - dy + d.side / 2;
-        if (Y < 0 || Y >= d.H) continue;
-        weights[n] = T((d.rows.low[y] == i ? d.rows.low_weight[y] : 0) + (d.rows.high[y] == i ? d.rows.high_weight[y] : 0));
-        rows[n++] = (Y - b.out0) * s.row;
-      }
+      takers.find(d.rows, i, dy - d.side / 2, [&](int64_t Y) { return (Y - b.out0) * s.row; });
       for (int64_t k = 0; k < d.K; k++) {
-        const T* from = s.dz + k * d.out_rows * s.row;
         T* to = s.expanded + ((k * d.side + dy) * d.in_rows + i - b.in0) * s.row;
-        int64_t X = 0;
-        for (; X + width < s.row; X += 2 * width) {
-          vec<T> left = {}, right = {};
-          for (int64_t e = 0; e < n; e++) {
-            vec<T> weight = splat<T>(weights[e]);
-            left += load<T>(from + rows[e] + X) * weight;
-            right += load<T>(from + rows[e] + X + width) * weight;
-          }
-          store<T>(to + X, left);
-          store<T>(to + X + width, right);
-        }
-        for (; X < s.row; X += width) {
-          vec<T> total = {};
-          for (int64_t e = 0; e < n; e++) total += load<T>(from + rows[e] + X) * weights[e];
-          store<T>(to + X, total);
-        }
+        takers.gather(s.dz + k * d.out_rows * s.row, s.row, to);
       }
     }
   }
 }
 
-// taps of rows r0..r1 becomes the transpose of chain_expand_columns.
+// `taps` of rows r0..r1 = the transpose of chain_expand_columns.
 template <class T>
-INLINE void chain_gather_columns(const ChainStage<T>& d, const ChainScratch<T>& s, int64_t r0, int64_t r1, int64_t first) {
+INLINE void chain_gather_columns(const ChainStage<T>& d, const ChainScratch<T>& s, int64_t r0, int64_t r1,
+                                 int64_t first) {
   constexpr int64_t width = Simd<T>::width;
   const int64_t vectors = round_up(d.w, width) / width;
   for (int64_t k = 0; k < d.K; k++)
@@ -416,34 +338,39 @@ INLINE void chain_gather_columns(const ChainStage<T>& d, const ChainScratch<T>& 
         const T* from = s.expanded + ((k * d.side + dy) * d.in_rows + r0 - first) * s.row;
         T* to = s.taps + ((dy * d.side + dx) * d.K + k) * s.pitch;
         const int32_t* band = d.gather_band + dx * vectors * 3;
-        // From the last vector of the rows to the first: what a row's last vector writes over the next row's start is written again.
+        // From the last vector to the first: what a row's last vector writes over the next row is written
+        // again.
         for (int64_t v = vectors - 1; v >= 0; v--)
           block_product<false>(r1 - r0, from, s.row, d.gather, band + 3 * v, to + v * width, d.w);
       }
 }
 
-// partial += the gradient of the weights from taps and rows of x, a (C, pixels).
+// partial += the gradient of the weights, from `taps` and rows a (C, pixels) of the rectified x.
 template <class T>
-INLINE void chain_weight(const ChainStage<T>& d, const ChainScratch<T>& s, Matrix a, int64_t pixels, T* partial) {
+INLINE void chain_weight(const ChainStage<T>& d, const ChainScratch<T>& s, Matrix a, int64_t pixels,
+                         T* partial) {
   int64_t rows, columns;
   weight_shape(d, rows, columns);
-  const Matrix taps = {s.taps, dtype_of_arithmetic<T>(), s.pitch, 1};
-  pack_a<T>(d.weight_of_inputs ? a : taps, d.weight_of_inputs ? d.C : s.taps_rows, pixels, pixels, s.packed_a);
-  pack_b<T>((d.weight_of_inputs ? taps : a).transposed(), pixels, d.weight_of_inputs ? s.taps_rows : d.C, pixels, s.packed_b);
+  const Matrix taps = {s.taps, dtype_as<T>, s.pitch, 1};
+  pack_a<T>(d.weight_of_inputs ? a : taps, d.weight_of_inputs ? d.C : s.taps_rows, pixels, pixels,
+            s.packed_a);
+  pack_b<T>((d.weight_of_inputs ? taps : a).transposed(), pixels, d.weight_of_inputs ? s.taps_rows : d.C,
+            pixels, s.packed_b);
   gemm<T>(rows, columns, pixels, s.packed_a, pixels, s.packed_b, pixels, partial, columns, NR<T>, true);
 }
 
 // s.da (C, pixels) = the gradient in the rectified rows.
 template <class T>
 INLINE void chain_inputs(const ChainStage<T>& d, const ChainScratch<T>& s, int64_t pixels) {
-  pack_b<T>({s.taps, dtype_of_arithmetic<T>(), s.pitch, 1}, s.taps_rows, pixels, s.taps_rows, s.packed_b);
-  gemm<T>(round_up(d.C, MR), round_up(pixels, NR<T>), s.taps_rows, d.weight_backward, s.taps_rows, s.packed_b, s.taps_rows, s.da, s.pitch, NR<T>,
-          false);
+  pack_b<T>({s.taps, dtype_as<T>, s.pitch, 1}, s.taps_rows, pixels, s.taps_rows, s.packed_b);
+  gemm<T>(round_up(d.C, MR), round_up(pixels, NR<T>), s.taps_rows, d.weight_backward, s.taps_rows, s.packed_b,
+          s.taps_rows, s.da, s.pitch, NR<T>, false);
 }
 
-// Rows r0..r1 of the gradient in the normalised x, to a contiguous map; sums (2, C) += dy and dy xhat.
+// Write rows r0..r1 of the gradient in the normalised x to a contiguous map; sums (2, C) += dy and dy xhat.
 template <class T>
-INLINE void mask_inputs(const ChainStage<T>& d, const ChainScratch<T>& s, int64_t n, int64_t r0, int64_t r1, T* dx, double* sums) {
+INLINE void mask_inputs(const ChainStage<T>& d, const ChainScratch<T>& s, int64_t n, int64_t r0, int64_t r1,
+                        T* dx, double* sums) {
   for (int64_t c = 0; c < d.C; c++) {
     const int64_t offset = (n * d.C + c) * d.h * d.w + r0 * d.w;
     const T *x = (const T*)d.x.data + offset, *da = s.da + c * s.pitch;
@@ -462,7 +389,8 @@ INLINE void mask_inputs(const ChainStage<T>& d, const ChainScratch<T>& s, int64_
 }
 
 template <class T>
-void chain_backward(const ChainStage<T>& d, const ChainBand& b, T* scratch, const Maps* dx, double* sums, double* d_bias, T* weight_partial) {
+void chain_backward(const ChainStage<T>& d, const ChainBand& b, T* scratch, const Maps* dx, double* sums,
+                    double* d_bias, T* weight_partial) {
   ChainScratch<T> s(d, scratch);
   if (!d.plain) {
     gradient_rows(d, s, b, d_bias);
@@ -484,5 +412,4 @@ void chain_backward(const ChainStage<T>& d, const ChainBand& b, T* scratch, cons
   }
 }
 
-}  // namespace INFOPRO_ISA
-}  // namespace infopro
+}  // namespace infopro::INFOPRO_ISA

@@ -1,22 +1,21 @@
-// c = a b of packed operands, for one thread, after Goto & van de Geijn (2008): a register tile of MR x NR accumulators,
-// a panel of b (depth KC) in the first cache, a block of a in the second.
+// c = a b of packed operands, in one thread, after Goto & van de Geijn (2008): a register tile of MR x NR
+// accumulators, a panel of b (depth KC) in the L1 cache, a block of a in the L2 cache.
 #pragma once
 
 #include "../kernels.h"
 #include "convert.h"
 #include "simd.h"
 
-namespace infopro {
-namespace INFOPRO_ISA {
+namespace infopro::INFOPRO_ISA {
 
 constexpr int MR = INFOPRO_MR, VECTORS = 2;
-template <class T>
-constexpr int NR = VECTORS * Simd<T>::width;
+template <class T> constexpr int NR = VECTORS * Simd<T>::width;
 constexpr int64_t KC = 256, MC = 16 * MR;
 
-// packed[panel][k][r] = m(panel * R + r, k), zero where the row does not exist.
+// packed[panel][k][r] = m(panel * R + r, k), zero behind the last row.
 template <int R, class T, class S>
-INLINE void pack_panels(const S* m, int64_t row, int64_t column, int64_t rows, int64_t columns, int64_t depth, T* packed) {
+INLINE void pack_panels(const S* m, int64_t row, int64_t column, int64_t rows, int64_t columns, int64_t depth,
+                        T* packed) {
   for (int64_t first = 0; first < rows; first += R, packed += depth * R) {
     int64_t present = rows - first < R ? rows - first : R;
     const S* from = m + first * row;
@@ -35,60 +34,50 @@ INLINE void pack_panels(const S* m, int64_t row, int64_t column, int64_t rows, i
       }
     }
     for (int r = 0; r < R; r++)
-      for (int64_t k = 0; k < columns; k++) packed[k * R + r] = r < present ? widen<T>(from[r * row + k * column]) : T(0);
+      for (int64_t k = 0; k < columns; k++)
+        packed[k * R + r] = r < present ? widen<T>(from[r * row + k * column]) : T(0);
   }
 }
 
 template <int R, class T>
 INLINE void pack(Matrix m, int64_t rows, int64_t columns, int64_t depth, T* packed) {
-  switch (m.dtype) {
-    case Dtype::f32: return pack_panels<R>((const float*)m.data, m.row, m.column, rows, columns, depth, packed);
-    case Dtype::f64: return pack_panels<R>((const double*)m.data, m.row, m.column, rows, columns, depth, packed);
-    case Dtype::bf16: return pack_panels<R>((const bf16*)m.data, m.row, m.column, rows, columns, depth, packed);
-    case Dtype::f16: return pack_panels<R>((const f16*)m.data, m.row, m.column, rows, columns, depth, packed);
-  }
+  typed(m.data, m.dtype,
+        [&](auto* data) { pack_panels<R>(data, m.row, m.column, rows, columns, depth, packed); });
 }
 
-template <class T>
-void pack_a(Matrix a, int64_t m, int64_t k, int64_t depth, T* packed) {
+template <class T> void pack_a(Matrix a, int64_t m, int64_t k, int64_t depth, T* packed) {
   pack<MR>(a, m, k, depth, packed);
 }
 
-template <class T>
-void pack_b(Matrix b, int64_t k, int64_t n, int64_t depth, T* packed) {
+template <class T> void pack_b(Matrix b, int64_t k, int64_t n, int64_t depth, T* packed) {
   pack<NR<T>>(b.transposed(), n, k, depth, packed);
 }
 
-// One register tile: c[MR][NR] (+)= sum_k a[k][MR] b[k][NR]. The sum of a block of k is found apart and then added, which
-// rounds less than one long sum.
-template <class T>
-INLINE void tile(int64_t k, const T* a, const T* b, T* c, int64_t ldc, bool accumulate) {
+// One register tile: c[MR][NR] (+)= sum_k a[k][MR] b[k][NR]. Adding the sums of blocks of k rounds less than
+// one long sum.
+template <class T> INLINE void tile(int64_t k, const T* a, const T* b, T* c, int64_t ldc, bool accumulate) {
   vec<T> acc[MR][VECTORS];
-#pragma GCC unroll 16
-  for (int i = 0; i < MR; i++)
-#pragma GCC unroll 2
-    for (int j = 0; j < VECTORS; j++) acc[i][j] = vec<T>{};
+  UNROLL(16) for (int i = 0; i < MR; i++)
+    UNROLL(2) for (int j = 0; j < VECTORS; j++) acc[i][j] = vec<T>{};
   for (; k; k--, a += MR, b += NR<T>) {
     vec<T> b0 = load<T>(b), b1 = load<T>(b + Simd<T>::width);
-#pragma GCC unroll 16
-    for (int i = 0; i < MR; i++) {
+    UNROLL(16) for (int i = 0; i < MR; i++) {
       vec<T> s = splat<T>(a[i]);
       acc[i][0] += s * b0;
       acc[i][1] += s * b1;
     }
   }
-#pragma GCC unroll 16
-  for (int i = 0; i < MR; i++)
-#pragma GCC unroll 2
-    for (int j = 0; j < VECTORS; j++) {
+  UNROLL(16) for (int i = 0; i < MR; i++)
+    UNROLL(2) for (int j = 0; j < VECTORS; j++) {
       T* to = c + i * ldc + j * Simd<T>::width;
       store<T>(to, accumulate ? load<T>(to) + acc[i][j] : acc[i][j]);
     }
 }
 
-// A tile that reaches over the edge of c goes through a buffer.
+// A tile that reaches over the edge of c, through a buffer.
 template <class T>
-void edge_tile(int64_t k, const T* a, const T* b, T* c, int64_t ldc, bool accumulate, int64_t rows, int64_t columns) {
+void edge_tile(int64_t k, const T* a, const T* b, T* c, int64_t ldc, bool accumulate, int64_t rows,
+               int64_t columns) {
   T buffer[MR * NR<T>];
   tile<T>(k, a, b, buffer, NR<T>, false);
   for (int64_t i = 0; i < rows; i++) {
@@ -104,8 +93,8 @@ void edge_tile(int64_t k, const T* a, const T* b, T* c, int64_t ldc, bool accumu
 }
 
 template <class T>
-void gemm(int64_t m, int64_t n, int64_t k, const T* a, int64_t a_depth, const T* b, int64_t b_depth, T* c, int64_t ldc, int64_t c_panel,
-          bool accumulate) {
+void gemm(int64_t m, int64_t n, int64_t k, const T* a, int64_t a_depth, const T* b, int64_t b_depth, T* c,
+          int64_t ldc, int64_t c_panel, bool accumulate) {
   for (int64_t k0 = 0; k0 < k; k0 += KC) {
     int64_t depth = k - k0 < KC ? k - k0 : KC;
     bool add = accumulate || k0 > 0;
@@ -122,8 +111,7 @@ void gemm(int64_t m, int64_t n, int64_t k, const T* a, int64_t a_depth, const T*
   }
 }
 
-template <class T>
-void write_lanes(const T* from, int64_t rows, int64_t columns, Matrix to) {
+template <class T> void write_lanes(const T* from, int64_t rows, int64_t columns, Matrix to) {
   constexpr int64_t chunk = 64;
   T block[NR<T> * chunk];
   for (int64_t c0 = 0; c0 < columns; c0 += chunk) {
@@ -134,5 +122,4 @@ void write_lanes(const T* from, int64_t rows, int64_t columns, Matrix to) {
   }
 }
 
-}  // namespace INFOPRO_ISA
-}  // namespace infopro
+}  // namespace infopro::INFOPRO_ISA

@@ -1,4 +1,5 @@
-// The kernels of one instruction set: included once by each isa_*.cpp, after it chose target, vector width and namespace.
+// The kernels of one instruction set. Each isa_*.cpp includes this once, after it sets target, vector width
+// and namespace.
 #pragma once
 
 #include "chain_stage.h"
@@ -10,11 +11,9 @@
 #include "supcon_loss.h"
 #include "upsample_cross_entropy.h"
 
-namespace infopro {
-namespace INFOPRO_ISA {
+namespace infopro::INFOPRO_ISA {
 
-template <class T>
-constexpr Kernels<T> make_table() {
+template <class T> constexpr Kernels<T> make_table() {
   Kernels<T> t = {};
   t.mr = MR;
   t.nr = NR<T>;
@@ -72,5 +71,4 @@ extern const Kernels<double> table_f64;
 const Kernels<float> table_f32 = make_table<float>();
 const Kernels<double> table_f64 = make_table<double>();
 
-}  // namespace INFOPRO_ISA
-}  // namespace infopro
+}  // namespace infopro::INFOPRO_ISA

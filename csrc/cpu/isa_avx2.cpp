@@ -1,4 +1,4 @@
-// The CPU kernels for AVX2 and FMA. Nothing but this project's own code may come after the target is chosen.
+// The CPU kernels for AVX2 and FMA. Nothing but this project's own code may follow the choice of the target.
 #include <cstdint>
 
 #define INFOPRO_ISA avx2

@@ -1,4 +1,4 @@
-// The CPU kernels for AVX-512. Nothing but this project's own code may come after the target is chosen.
+// The CPU kernels for AVX-512. Nothing but this project's own code may follow the choice of the target.
 #include <cstdint>
 
 #define INFOPRO_ISA avx512

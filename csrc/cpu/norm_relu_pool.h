@@ -1,49 +1,45 @@
-// Batch norm, ReLU and global average pooling of maps, one sample at a time: the normalised map is never written.
+// Batch norm, ReLU and global average pooling, one sample at a time: the normalised map is never written.
 #pragma once
 
-#include "reconstruction_loss.h"
+#include "batch_norm.h"
+#include "maps.h"
 
-namespace infopro {
-namespace INFOPRO_ISA {
+namespace infopro::INFOPRO_ISA {
 
-template <class T>
-int64_t norm_pool_row(int64_t pixels) {
-  return round_up(pixels, Simd<T>::width);
-}
+template <class T> int64_t norm_pool_row(int64_t pixels) { return round_up(pixels, Simd<T>::width); }
 
-template <class T>
-INLINE void set_tail(T* row, int64_t pixels, T value) {
+template <class T> INLINE void set_tail(T* row, int64_t pixels, T value) {
   for (int64_t p = pixels; p < norm_pool_row<T>(pixels); p++) row[p] = value;
 }
 
-// Whether the rows of a sample lie in x as they are wanted: of T, without gaps, in whole vectors.
-template <class T>
-INLINE bool in_place(const NormPool<T>& d, const Maps& x) {
-  return x.dtype == (sizeof(T) == 8 ? Dtype::f64 : Dtype::f32) && x.x == 1 && x.y == d.w && x.c == d.h * d.w && d.h * d.w % Simd<T>::width == 0;
+// Whether a sample of x can be read in place as rows: of T, without gaps, in whole vectors.
+template <class T> INLINE bool in_place(const NormPool<T>& d, const Maps& x) {
+  return x.dtype == dtype_as<T> && x.x == 1 && x.y == d.w && x.c == d.h * d.w &&
+         d.h * d.w % Simd<T>::width == 0;
 }
 
-// Sample n as rows (C, pixels), padded to whole vectors; what is behind a row is arbitrary. Where they are in x already, that is where
-// they are read; else they are copied to `rows`.
-template <class T>
-INLINE T* read_sample(const NormPool<T>& d, int64_t n, T* rows) {
+// Sample n as rows (C, pixels), padded to whole vectors with arbitrary numbers: in x itself if it lies so,
+// else copied to `rows`.
+template <class T> INLINE T* read_sample(const NormPool<T>& d, int64_t n, T* rows) {
   if (in_place(d, d.x)) return (T*)d.x.data + n * d.x.n;
   read_maps<T>(d.x, n, d.C, d.h, d.w, rows, norm_pool_row<T>(d.h * d.w), d.w);
   return rows;
 }
 
-// ---- pixel after pixel, the channels of a pixel together, in vectors of channels ----
+// ---- channels last: pixel after pixel, in vectors of channels ----
 
-// Whether x is held so, as T, the channels in whole vectors.
-template <class T>
-INLINE bool channels_last(const NormPool<T>& d, const Maps& x) {
-  return x.dtype == (sizeof(T) == 8 ? Dtype::f64 : Dtype::f32) && x.c == 1 && x.x == d.C && x.y == d.w * d.C && d.C % Simd<T>::width == 0;
+// Whether x is channels last, of T, with the channels in whole vectors.
+template <class T> INLINE bool channels_last(const NormPool<T>& d, const Maps& x) {
+  return x.dtype == dtype_as<T> && x.c == 1 && x.x == d.C && x.y == d.w * d.C && d.C % Simd<T>::width == 0;
 }
 
-constexpr int64_t PIXELS_APART = 16;  // pixels summed apart: adding the parts rounds less than one long sum
+constexpr int64_t PIXELS_APART = 16;  // adding the sums of so many pixels rounds less than one long sum
 
-// Mean, and sum of squared deviations from it, of C channels of pixels that are `pitch` apart, C rounded up to whole vectors.
+// Mean of each of C channels, and the sum of squared deviations from it. Pixels are `pitch` apart, C rounded
+// up to whole vectors.
 template <class T>
-INLINE void pixel_statistics(const T* rows, int64_t pixels, int64_t pitch, int64_t C, double* mean, double* squares) {
+INLINE void pixel_statistics(const T* rows, int64_t pixels, int64_t pitch, int64_t C, double* mean,
+                             double* squares) {
   constexpr int width = Simd<T>::width;
   for (int64_t c = 0; c < C; c += width, rows += width) {
     vec<T> total = {}, square = {}, rest = {};
@@ -63,7 +59,7 @@ INLINE void pixel_statistics(const T* rows, int64_t pixels, int64_t pitch, int64
       square += part;
       rest += left;
     }
-    for (int i = 0; i < width && c + i < C; i++) {  // the center was rounded: what the deviations leave over corrects both, as in channel_statistics
+    for (int i = 0; i < width && c + i < C; i++) {  // the center was rounded: see channel_statistics
       double left = double(rest[i]) / double(pixels);
       mean[c + i] = double(center[i]) + left;
       squares[c + i] = double(square[i]) - left * left * double(pixels);
@@ -71,15 +67,18 @@ INLINE void pixel_statistics(const T* rows, int64_t pixels, int64_t pitch, int64
   }
 }
 
-// The gradient in a pixel's channels from c on, `left` of them: scale (g [y > 0] - mean_dy - xhat mean_dy_xhat), g = upstream / pixels.
-// d: anything with the center, inverse_std, scale and shift of NormPool.
+// The gradient in `left` channels of a pixel, from c on: scale (g [y > 0] - mean_dy - xhat mean_dy_xhat) with
+// g = upstream / pixels. d has the center, inverse_std, scale and shift of NormPool.
 template <class T>
 struct PixelGradient {
   vec<T> center, scale, shift, g, mean, slope;
 
   template <class D>
-  INLINE PixelGradient(const D& d, int64_t c, int left, int64_t pixels, const T* upstream, const T* mean_dy, const T* mean_dy_xhat) {
-    auto some = [&](const T* p) { return left < Simd<T>::width ? load_first<T>(p + c, left) : load<T>(p + c); };
+  INLINE PixelGradient(const D& d, int64_t c, int left, int64_t pixels, const T* upstream, const T* mean_dy,
+                       const T* mean_dy_xhat) {
+    auto some = [&](const T* p) {
+      return left < Simd<T>::width ? load_first<T>(p + c, left) : load<T>(p + c);
+    };
     center = some(d.center), scale = some(d.scale), shift = some(d.shift), mean = some(mean_dy);
     slope = some(mean_dy_xhat) * some(d.inverse_std);
     g = some(upstream) / T(pixels);
@@ -91,7 +90,7 @@ struct PixelGradient {
   }
 };
 
-// What norm_pool_forward finds, of such pixels.
+// norm_pool_forward for channels last.
 template <class T>
 INLINE void pixel_pool(const NormPool<T>& d, const T* rows, T* pooled, T* positive, T* positive_xhat) {
   const int64_t pixels = d.h * d.w;
@@ -119,20 +118,23 @@ INLINE void pixel_pool(const NormPool<T>& d, const T* rows, T* pooled, T* positi
 
 template <class T>
 void norm_pool_statistics(const NormPool<T>& d, int64_t n, T* rows, double* mean, double* squares) {
-  if (channels_last(d, d.x)) return pixel_statistics((const T*)d.x.data + n * d.x.n, d.h * d.w, d.C, d.C, mean, squares);
+  if (channels_last(d, d.x))
+    return pixel_statistics((const T*)d.x.data + n * d.x.n, d.h * d.w, d.C, d.C, mean, squares);
   rows = read_sample(d, n, rows);
   const int64_t pixels = d.h * d.w;
   for (int64_t c = 0; c < d.C; c++) {
     T* row = rows + c * norm_pool_row<T>(pixels);
-    channel_statistics(row, pixels, pixels, [&](T value) { set_tail(row, pixels, value); }, mean[c], squares[c]);
+    channel_statistics(
+        row, pixels, pixels, [&](T value) { set_tail(row, pixels, value); }, mean[c], squares[c]);
   }
 }
 
-// pooled[c] = mean of relu(y), y = (x - center) scale + shift. What backward needs of the sample: how many y are positive,
-// and the sum of xhat = (x - center) inverse_std over them.
+// pooled[c] = mean of relu(y), y = (x - center) scale + shift. For backward: how many y are positive, and the
+// sum of xhat = (x - center) inverse_std over them.
 template <class T>
 void norm_pool_forward(const NormPool<T>& d, int64_t n, T* rows, T* pooled, T* positive, T* positive_xhat) {
-  if (channels_last(d, d.x)) return pixel_pool(d, (const T*)d.x.data + n * d.x.n, pooled, positive, positive_xhat);
+  if (channels_last(d, d.x))
+    return pixel_pool(d, (const T*)d.x.data + n * d.x.n, pooled, positive, positive_xhat);
   const int64_t pixels = d.h * d.w, pitch = norm_pool_row<T>(pixels);
   const T* from = read_sample(d, n, rows);
   for (int64_t c = 0; c < d.C; c++) {
@@ -159,9 +161,11 @@ void norm_pool_forward(const NormPool<T>& d, int64_t n, T* rows, T* pooled, T* p
   }
 }
 
-// The gradient in x: scale (g [y > 0] - mean_dy - xhat mean_dy_xhat) with g = upstream[c] / pixels, the means zero in eval mode.
+// The gradient in x: scale (g [y > 0] - mean_dy - xhat mean_dy_xhat) with g = upstream[c] / pixels. In eval
+// mode the means are zero.
 template <class T>
-void norm_pool_backward(const NormPool<T>& d, int64_t n, T* rows, const T* upstream, const T* mean_dy, const T* mean_dy_xhat, const Maps& dx) {
+void norm_pool_backward(const NormPool<T>& d, int64_t n, T* rows, const T* upstream, const T* mean_dy,
+                        const T* mean_dy_xhat, const Maps& dx) {
   const int64_t pixels = d.h * d.w, pitch = norm_pool_row<T>(pixels);
   if (channels_last(d, d.x) && channels_last(d, dx)) {
     const T* from = (const T*)d.x.data + n * d.x.n;
@@ -175,7 +179,8 @@ void norm_pool_backward(const NormPool<T>& d, int64_t n, T* rows, const T* upstr
   T *from = read_sample(d, n, rows), *to = in_place(d, dx) ? (T*)dx.data + n * dx.n : rows;
   for (int64_t c = 0; c < d.C; c++) {
     T *row = from + c * pitch, *out = to + c * pitch;
-    T center = d.center[c], scale = d.scale[c], shift = d.shift[c], mean = mean_dy[c], slope = mean_dy_xhat[c] * d.inverse_std[c];
+    T center = d.center[c], scale = d.scale[c], shift = d.shift[c], mean = mean_dy[c],
+      slope = mean_dy_xhat[c] * d.inverse_std[c];
     vec<T> zero = {}, g = splat<T>(upstream[c] / T(pixels));
     set_tail(row, pixels, center);
     for (int64_t p = 0; p < pixels; p += Simd<T>::width) {
@@ -186,5 +191,4 @@ void norm_pool_backward(const NormPool<T>& d, int64_t n, T* rows, const T* upstr
   if (to == rows) write_maps<T>(dx, n, d.C, d.h, d.w, rows, pitch, d.w);
 }
 
-}  // namespace INFOPRO_ISA
-}  // namespace infopro
+}  // namespace infopro::INFOPRO_ISA

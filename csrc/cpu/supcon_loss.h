@@ -1,27 +1,27 @@
-// The supervised contrastive loss on tiles of similarities, the other samples down, nr anchors across the lanes: every
-// reduction over the others is element by element, and the tile is at once a packed operand of the next product.
+// The supervised contrastive loss on tiles of similarities: the other samples down, nr anchors across the
+// lanes. Reductions over the others are then element by element, and a tile is a packed operand of the next
+// product.
 #pragma once
 
 #include "gemm.h"
 #include "taps.h"
 
-namespace infopro {
-namespace INFOPRO_ISA {
+namespace infopro::INFOPRO_ISA {
 
-// Give the pairs of an anchor with itself the similarity `value`; others are first.., anchors anchor..
-template <class T>
-INLINE void set_self(T* s, int64_t others, int64_t first, int64_t anchor, T value) {
+// Set the similarity of each anchor with itself. Others are numbered from `first` on, anchors from `anchor`
+// on.
+template <class T> INLINE void set_self(T* s, int64_t others, int64_t first, int64_t anchor, T value) {
   for (int64_t i = 0; i < NR<T>; i++) {
     int64_t other = anchor + i - first;
     if (other >= 0 && other < others) s[other * NR<T> + i] = value;
   }
 }
 
-// Take `others` more samples into each anchor's running maximum of scale s, sum of exp(scale s - maximum), and sum of its positives.
-// bound: 0, or a bound of scale s so near that no sum underflows: then `best` has to hold it, and is not searched for.
-template <class T>
-void supcon_forward(T* s, int64_t others, int64_t first, int64_t anchor, T scale, T bound, const label<T>* labels,
-                    const label<T>* anchor_labels, T* best, T* sum, T* positive) {
+// Add `others` more samples to each anchor's running maximum of scale s, sum of exp(scale s - maximum), and
+// sum of its positives. bound: 0, or an upper bound of scale s so near that no sum underflows; `best` must
+// then hold it.
+template <class T> void supcon_forward(T* s, int64_t others, int64_t first, int64_t anchor, T scale, T bound,
+                    const label<T>* labels, const label<T>* anchor_labels, T* best, T* sum, T* positive) {
   using lanes = typename Simd<T>::mask;
   set_self<T>(s, others, first, anchor, -T(__builtin_huge_val()));
   for (int j = 0; j < NR<T>; j += Simd<T>::width) {
@@ -46,10 +46,11 @@ void supcon_forward(T* s, int64_t others, int64_t first, int64_t anchor, T scale
   }
 }
 
-// The same for others none of which is an anchor of the group, with a bound; each pair counts for the other sample, too.
+// The same with a bound, for others that are no anchors of the group. Each pair counts for both its samples.
 template <class T>
-void supcon_forward_both(const T* s, int64_t others, T scale, T bound, const label<T>* labels, const label<T>* anchor_labels, T* sum,
-                         T* positive, T* other_sum, T* other_positive) {
+void supcon_forward_both(const T* s, int64_t others, T scale, T bound, const label<T>* labels,
+                         const label<T>* anchor_labels, T* sum, T* positive, T* other_sum,
+                         T* other_positive) {
   using lanes = typename Simd<T>::mask;
   constexpr int width = Simd<T>::width;
   vec<T> total[VECTORS] = {}, pos[VECTORS] = {}, zero = {};
@@ -60,9 +61,9 @@ void supcon_forward_both(const T* s, int64_t others, T scale, T bound, const lab
     vec<T> row[width], row_pos[width];
     for (int i = 0; i < width; i++) row[i] = row_pos[i] = zero;
     for (int i = 0; i < n; i++)
-#pragma GCC unroll 2
-      for (int q = 0; q < VECTORS; q++) {
-        vec<T> v = load<T>(s + (o0 + i) * NR<T> + q * width) * scale, e = exp<T>(v - bound), p = mine[q] == labels[o0 + i] ? v : zero;
+      UNROLL(2) for (int q = 0; q < VECTORS; q++) {
+        vec<T> v = load<T>(s + (o0 + i) * NR<T> + q * width) * scale, e = exp<T>(v - bound),
+               p = mine[q] == labels[o0 + i] ? v : zero;
         total[q] += e;
         pos[q] += p;
         row[i] += e;
@@ -82,13 +83,13 @@ void supcon_forward_both(const T* s, int64_t others, T scale, T bound, const lab
   }
 }
 
-// s becomes what z_other is weighted with in d loss / d z_anchor: scale (push_i exp(scale s - lse_i) - pull_i [alike] + the same of
-// the other), 0 for the pair of an anchor with itself; pull = g / |P| and push = g, both 0 without positives.
-// bound: 0, or a bound of scale s so near every lse that exp(bound - lse) is finite, which push then comes multiplied with: one
-// exponential serves both.
-template <class T>
-void supcon_backward(T* s, int64_t others, int64_t first, int64_t anchor, T scale, T bound, const label<T>* labels, const T* lse,
-                     const T* pull, const T* push, const label<T>* anchor_labels, const T* anchor_lse, const T* anchor_pull,
+// Overwrite s with the weight of z_other in d loss / d z_anchor: scale (push_i exp(scale s - lse_i) - pull_i
+// [alike] + the same of the other), and 0 for an anchor with itself. pull = g / |P| and push = g, both 0
+// without positives. bound: 0, or an upper bound of scale s so near every lse that exp(bound - lse) is
+// finite. push then contains that factor, and one exponential serves both samples.
+template <class T> void supcon_backward(T* s, int64_t others, int64_t first, int64_t anchor, T scale, T bound,
+                     const label<T>* labels, const T* lse, const T* pull, const T* push,
+                     const label<T>* anchor_labels, const T* anchor_lse, const T* anchor_pull,
                      const T* anchor_push) {
   using lanes = typename Simd<T>::mask;
   for (int j = 0; j < NR<T>; j += Simd<T>::width) {
@@ -109,14 +110,14 @@ void supcon_backward(T* s, int64_t others, int64_t first, int64_t anchor, T scal
   set_self<T>(s, others, first, anchor, T(0));
 }
 
-// to (others, pitch) += s (others, nr) z (nr, pitch): what the others get from one group of anchors. pitch: whole vectors.
-template <class T>
-void supcon_others(const T* s, int64_t others, const T* z, int64_t pitch, T* to) {
+// to (others, pitch) += s (others, nr) z (nr, pitch): what one group of anchors adds to the others. pitch:
+// whole vectors.
+template <class T> void supcon_others(const T* s, int64_t others, const T* z, int64_t pitch, T* to) {
   constexpr int V = INFOPRO_MR == 12 ? 4 : 2, width = Simd<T>::width;
   int64_t c = 0;
-  for (; c + V * width <= pitch; c += V * width) row_product<V, true>(others, s, NR<T>, z + c, pitch, 0, NR<T>, to + c, pitch);
+  for (; c + V * width <= pitch; c += V * width)
+    row_product<V, true>(others, s, NR<T>, z + c, pitch, 0, NR<T>, to + c, pitch);
   for (; c < pitch; c += width) row_product<1, true>(others, s, NR<T>, z + c, pitch, 0, NR<T>, to + c, pitch);
 }
 
-}  // namespace INFOPRO_ISA
-}  // namespace infopro
+}  // namespace infopro::INFOPRO_ISA

@@ -1,11 +1,14 @@
-// upsample_cross_entropy on the CPU: one pass for the loss, for the gradient, or for both. Threads own gaps between source rows
-// (upsample_cross_entropy.h), in order; a source row that two of them meet at is added up after the pass. A result has the same bits
-// whatever the number of threads.
+// upsample_cross_entropy on the CPU: one pass for the loss, for the gradient, or for both.
 //
-// Extra memory, in numbers: 6 C (w + 2 vectors) a thread, 2 vectors of W, and with `collect` W vectors more.
-#include <algorithm>
+// Each thread takes a range of gaps between source rows (upsample_cross_entropy.h). The gradient of a source
+// row at which two threads meet is added up after the pass. The bits of a result do not depend on the number
+// of threads.
+//
+// Extra memory, in numbers: 6 C (w + 2 vectors) for each thread, 2 vectors of W, and with `collect` W vectors
+// more.
 
-#include "ops.h"
+#include "../checks.h"
+#include "../resize.h"
 
 namespace infopro {
 namespace {
@@ -15,22 +18,9 @@ constexpr const char* OP = "upsample_cross_entropy";
 enum class Reduction : int64_t { mean, sum, none };
 enum class Keep : int64_t { nothing, lse, gradient };
 
-// One axis of a bilinear resize, as F.interpolate has it: output p lies between `low` and `high`. The positions are exact fractions.
-struct ResizeAxis {
-  std::vector<int64_t> low, high;
-  std::vector<double> low_weight, high_weight;
-
-  ResizeAxis(int64_t in, int64_t out, bool align_corners) : low(out), high(out), low_weight(out), high_weight(out) {
-    const int64_t unit = align_corners ? std::max<int64_t>(out - 1, 1) : 2 * out;
-    for (int64_t p = 0; p < out; p++) {
-      const int64_t position = align_corners ? (out > 1 ? p * (in - 1) : 0) : std::max<int64_t>((2 * p + 1) * in - out, 0);
-      low[p] = std::min(position / unit, in - 1);
-      high[p] = std::min(low[p] + 1, in - 1);
-      high_weight[p] = double(position - low[p] * unit) / double(unit);
-      low_weight[p] = 1 - high_weight[p];
-    }
-  }
-};
+AxisTable axis(int64_t in, int64_t out, bool align_corners) {
+  return AxisTable(out, [=](int p) { return exact_place(in, out, p, align_corners); });
+}
 
 Labels labels(const Tensor& t) {
   const auto dtype = [&] {
@@ -40,7 +30,7 @@ Labels labels(const Tensor& t) {
       case ScalarType::Short: return Integer::i16;
       case ScalarType::Int: return Integer::i32;
       case ScalarType::Long: return Integer::i64;
-      default: STD_TORCH_CHECK(false, OP, ": target: expected uint8, int8, int16, int32 or int64");
+      default: fail(OP, ": target: expected uint8, int8, int16, int32 or int64");
     }
   };
   return {t.const_data_ptr(), dtype(), t.stride(0), t.stride(1), t.stride(2)};
@@ -56,11 +46,11 @@ int64_t value_of(const Labels& t, int64_t at) {
   }
 }
 
-// One call: what the kernels read, and the memory behind its pointers.
+// One call: the UpsampleCrossEntropy that the kernels read, and the memory behind its pointers.
 template <class T>
 struct Call {
   const Kernels<T>& kernel = kernels<T>();
-  ResizeAxis rows, columns;
+  AxisTable rows, columns;
   UpsampleCrossEntropy<T> d;
   Buffer<T> class_weight;
   int64_t vectors, gaps, workers;
@@ -68,12 +58,15 @@ struct Call {
   Buffer<T> row_weights, column_weights, collect;
   Buffer<label<T>> taps;
 
-  Call(const Tensor& logits, const Tensor& target, const OptionalTensor& class_weight_, bool align_corners, int64_t ignore_index,
-       double smoothing, bool gradient)
-      : rows(logits.size(2), target.size(1), align_corners), columns(logits.size(3), target.size(2), align_corners),
-        d(shape(logits, target)), class_weight(numbers<T>(OP, "class_weight", class_weight_, d.C, T(1))), vectors(ceil_div(d.W, kernel.width)), gaps(d.N * d.h),
-        workers(std::max<int64_t>(1, std::min(threads(), gaps))), first_row(d.h + 1), base(vectors), row_weights(2 * d.H),
-        column_weights(2 * vectors * kernel.width), collect(gradient ? vectors * count_chunks() * kernel.width * kernel.width : 0),
+  Call(const Tensor& logits, const Tensor& target, const OptionalTensor& class_weight_, bool align_corners,
+       int64_t ignore_index, double smoothing, bool gradient)
+      : rows(axis(logits.size(2), target.size(1), align_corners)),
+        columns(axis(logits.size(3), target.size(2), align_corners)), d(shape(logits, target)),
+        class_weight(numbers<T>(OP, "class_weight", class_weight_, d.C, T(1))),
+        vectors(ceil_div(d.W, kernel.width)), gaps(d.N * d.h),
+        workers(std::max<int64_t>(1, std::min(threads(), gaps))), first_row(d.h + 1), base(vectors),
+        row_weights(2 * d.H), column_weights(2 * vectors * kernel.width),
+        collect(gradient ? vectors * count_chunks() * kernel.width * kernel.width : 0, T(0)),
         taps(2 * vectors * kernel.width) {
     d.logits = maps(OP, "logits", logits);
     d.target = labels(target);
@@ -88,7 +81,8 @@ struct Call {
     if (gradient) set_collect();
   }
 
-  // Shares the gaps out and runs them; returns whether all labels are classes. head and tail: (workers, C, pitch).
+  // Distribute the gaps and run them. Return whether all labels are classes. head and tail: (workers, C,
+  // pitch).
   bool run(const UpsampleOutputs<T>& to, T* head, T* tail, int64_t* confusion_parts) const {
     const int64_t size = kernel.upsample_scratch(d), edge = d.C * d.pitch;
     Buffer<T> scratch(workers * size);
@@ -97,13 +91,14 @@ struct Call {
       UpsampleOutputs<T> mine = to;
       if (confusion_parts) mine.confusion = confusion_parts + worker * d.C * d.C;
       bool wrong = false;
-      kernel.upsample_gaps(d, first, last, scratch.get() + worker * size, mine, head + worker * edge, tail + worker * edge, wrong);
+      kernel.upsample_gaps(d, first, last, scratch.get() + worker * size, mine, head + worker * edge,
+                           tail + worker * edge, wrong);
       bad[worker] = wrong;
     });
     return std::none_of(bad.begin(), bad.end(), [](char b) { return b != 0; });
   }
 
-  // The source rows at which the gaps of one worker end and those of the next begin.
+  // Write the source rows between the gaps of one worker and the next.
   void join(const Maps& to, T* head, const T* tail) const {
     const int64_t edge = d.C * d.pitch;
     for (int64_t worker = 1; worker < workers; worker++) {
@@ -111,7 +106,8 @@ struct Call {
       if (y == 0) continue;
       T* row = head + worker * edge;
       for (int64_t i = 0; i < edge; i++) row[i] += tail[(worker - 1) * edge + i];
-      for (int64_t c = 0; c < d.C; c++) kernel.write_row(to.data, row + c * d.pitch, to.dtype, n * to.n + c * to.c + y * to.y, to.x, d.w);
+      for (int64_t c = 0; c < d.C; c++)
+        kernel.write_row(to.data, row + c * d.pitch, to.dtype, n * to.n + c * to.c + y * to.y, to.x, d.w);
     }
   }
 
@@ -121,16 +117,18 @@ struct Call {
       for (int64_t Y = 0; Y < d.H; Y++)
         for (int64_t X = 0; X < d.W; X++) {
           const int64_t value = value_of(t, n * t.n + Y * t.y + X * t.x);
-          STD_TORCH_CHECK(value == d.ignore_index || (value >= 0 && value < d.C), OP, ": target: expected classes in [0, ", d.C,
-                          ") or ignore_index ", d.ignore_index, ", got ", value, " at (", n, ", ", Y, ", ", X, ")");
+          CHECK(value == d.ignore_index || (value >= 0 && value < d.C), OP,
+                ": target: expected classes in [0, ", d.C, ") or ignore_index ", d.ignore_index, ", got ",
+                value, " at (", n, ", ", Y, ", ", X, ")");
         }
-    STD_TORCH_CHECK(false, OP, ": target: expected classes in [0, ", d.C, "), and labels that do not change during the call");
+    fail(OP, ": target: expected classes in [0, ", d.C, "), and labels that do not change during the call");
   }
 
  private:
   static UpsampleCrossEntropy<T> shape(const Tensor& logits, const Tensor& target) {
     UpsampleCrossEntropy<T> d = {};
-    d.N = logits.size(0), d.C = logits.size(1), d.h = logits.size(2), d.w = logits.size(3), d.H = target.size(1), d.W = target.size(2);
+    d.N = logits.size(0), d.C = logits.size(1), d.h = logits.size(2), d.w = logits.size(3),
+    d.H = target.size(1), d.W = target.size(2);
     return d;
   }
 
@@ -139,7 +137,8 @@ struct Call {
   int64_t count_chunks() const {
     int64_t most = 1;
     for (int64_t v = 0; v < vectors; v++)
-      most = std::max(most, ceil_div(columns.high[last_pixel(v)] - columns.low[v * kernel.width] + 1, kernel.width));
+      most = std::max(
+          most, ceil_div(columns.high[last_pixel(v)] - columns.low[v * kernel.width] + 1, kernel.width));
     return most;
   }
 
@@ -176,7 +175,6 @@ struct Call {
 
   void set_collect() {
     const int64_t width = kernel.width;
-    collect.fill(T(0), vectors * d.chunks * width * width);
     const auto weight = [&](int64_t X, int64_t tap) -> T& {
       return collect[((X / width * d.chunks + tap / width) * width + X % width) * width + tap % width];
     };
@@ -189,17 +187,20 @@ struct Call {
 };
 
 template <class T>
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& logits, const Tensor& target, const OptionalTensor& class_weight,
-                                                   bool align_corners, int64_t ignore_index, double smoothing, Reduction reduction, Keep keep,
-                                                   bool needs_confusion) {
-  STD_TORCH_CHECK(keep != Keep::lse, OP, ": keep: the CPU kernels keep the gradient or nothing");
+Tensors4 forward(const Tensor& logits, const Tensor& target, const OptionalTensor& class_weight,
+                 bool align_corners, int64_t ignore_index, double smoothing, Reduction reduction, Keep keep,
+                 bool needs_confusion) {
+  CHECK(keep != Keep::lse, OP, ": keep: the CPU kernels keep the gradient or nothing");
   const bool each = reduction == Reduction::none, needs_gradient = keep == Keep::gradient;
-  STD_TORCH_CHECK(!(each && needs_gradient), OP, ": keep: the gradient needs one loss, got reduction \"none\"");
+  CHECK(!(each && needs_gradient), OP, ": keep: the gradient needs one loss, got reduction \"none\"");
   const Call<T> call(logits, target, class_weight, align_corners, ignore_index, smoothing, needs_gradient);
   const UpsampleCrossEntropy<T>& d = call.d;
-  std::vector<int64_t> none = {0}, pixels = {d.N, d.H, d.W}, source = {d.N, d.C, d.h, d.w}, scalar = {}, classes = {d.C, d.C};
-  Tensor loss = empty(each ? pixels : scalar, scalar_type<T>), kept = empty(needs_gradient ? source : none, scalar_type<T>);
-  Tensor divisor = empty(scalar, ScalarType::Double), confusion = empty(needs_confusion ? classes : none, ScalarType::Long);
+  std::vector<int64_t> none = {0}, pixels = {d.N, d.H, d.W}, source = {d.N, d.C, d.h, d.w}, scalar = {},
+                       classes = {d.C, d.C};
+  Tensor loss = empty(each ? pixels : scalar, scalar_type<T>),
+         kept = empty(needs_gradient ? source : none, scalar_type<T>);
+  Tensor divisor = empty(scalar, ScalarType::Double),
+         confusion = empty(needs_confusion ? classes : none, ScalarType::Long);
   const int64_t counters = d.C * d.C, edges = needs_gradient ? call.workers * d.C * d.pitch : 0;
   Buffer<double> sums(2 * call.gaps);
   Buffer<T> head(edges), tail(edges);
@@ -210,20 +211,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& logits, const T
   to.gradient = needs_gradient;
   to.upstream = &one;
   if (needs_gradient) to.d_logits = maps(OP, "gradient", kept);
-  // Counters of each thread's own where they are few; else in common, where threads seldom meet.
-  to.shared_confusion = needs_confusion && call.workers > 1 && counters * (call.workers - 1) > d.N * d.H * d.W / 8;
-  Buffer<int64_t> parts(needs_confusion && !to.shared_confusion ? call.workers * counters : 0);
+  // Few counters: each thread has its own. Many: the threads share them, and seldom meet.
+  to.shared_confusion =
+      needs_confusion && call.workers > 1 && counters * (call.workers - 1) > d.N * d.H * d.W / 8;
+  Buffer<int64_t> parts(needs_confusion && !to.shared_confusion ? call.workers * counters : 0, 0);
   if (needs_confusion) {
     std::fill(pointer<int64_t>(confusion), pointer<int64_t>(confusion) + counters, 0);
-    if (to.shared_confusion)
-      to.confusion = pointer<int64_t>(confusion);
-    else
-      parts.fill(0, call.workers * counters);
+    if (to.shared_confusion) to.confusion = pointer<int64_t>(confusion);
   }
-  if (!call.run(to, head.get(), tail.get(), needs_confusion && !to.shared_confusion ? parts.get() : nullptr)) call.refuse_labels();
+  if (!call.run(to, head.get(), tail.get(), needs_confusion && !to.shared_confusion ? parts.get() : nullptr))
+    call.refuse_labels();
   if (needs_gradient) call.join(to.d_logits, head.get(), tail.get());
   if (needs_confusion && !to.shared_confusion)
-    for (int64_t i = 0; i < call.workers * counters; i++) pointer<int64_t>(confusion)[i % counters] += parts[i];
+    for (int64_t i = 0; i < call.workers * counters; i++)
+      pointer<int64_t>(confusion)[i % counters] += parts[i];
   double total = 0, weight = 0;
   for (int64_t gap = 0; gap < call.gaps; gap++) {
     total += sums[2 * gap];
@@ -235,14 +236,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& logits, const T
   return {loss, kept, divisor, confusion};
 }
 
-template <class T>
-Tensor backward(const Tensor& grad, const Tensor& logits, const Tensor& target, const OptionalTensor& class_weight, const Tensor& kept,
-                const Tensor& divisor, bool align_corners, int64_t ignore_index, double smoothing, Reduction reduction, Keep keep) {
+template <class T> Tensor backward(const Tensor& grad, const Tensor& logits, const Tensor& target,
+                const OptionalTensor& class_weight, const Tensor& kept, const Tensor& divisor,
+                bool align_corners, int64_t ignore_index, double smoothing, Reduction reduction, Keep keep) {
   Tensor d_logits = torch::stable::empty_like(logits);
   const bool each = reduction == Reduction::none;
   const int64_t N = logits.size(0), C = logits.size(1), h = logits.size(2), w = logits.size(3);
   const Maps to_maps = maps(OP, "logits", d_logits);
-  STD_TORCH_CHECK(grad.scalar_type() == scalar_type<T>, OP, ": grad: expected the dtype of the loss");
+  CHECK(grad.scalar_type() == scalar_type<T>, OP, ": grad: expected the dtype of the loss");
   const T factor = each ? T(1) : T(double(*pointer<T>(grad)) / *pointer<double>(divisor));
   if (keep == Keep::gradient) {
     const Kernels<T>& kernel = kernels<T>();
@@ -275,20 +276,26 @@ Tensor backward(const Tensor& grad, const Tensor& logits, const Tensor& target, 
   return d_logits;
 }
 
-}  // namespace
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> upsample_cross_entropy_forward_cpu(Tensor logits, Tensor target, OptionalTensor class_weight,
-                                                                              bool align_corners, int64_t ignore_index,
-                                                                              double label_smoothing, int64_t reduction, int64_t keep,
-                                                                              bool needs_confusion) {
+Tensors4 upsample_cross_entropy_forward(Tensor logits, Tensor target, OptionalTensor class_weight,
+                                        bool align_corners, int64_t ignore_index, double label_smoothing,
+                                        int64_t reduction, int64_t keep, bool needs_confusion) {
   auto run = is_double(logits) ? forward<double> : forward<float>;
-  return run(logits, target, class_weight, align_corners, ignore_index, label_smoothing, Reduction(reduction), Keep(keep), needs_confusion);
+  return run(logits, target, class_weight, align_corners, ignore_index, label_smoothing, Reduction(reduction),
+             Keep(keep), needs_confusion);
 }
 
-Tensor upsample_cross_entropy_backward_cpu(Tensor grad, Tensor logits, Tensor target, OptionalTensor class_weight, Tensor kept, Tensor divisor,
-                                           bool align_corners, int64_t ignore_index, double label_smoothing, int64_t reduction, int64_t keep) {
+Tensor upsample_cross_entropy_backward(Tensor grad, Tensor logits, Tensor target, OptionalTensor class_weight,
+                                       Tensor kept, Tensor divisor, bool align_corners, int64_t ignore_index,
+                                       double label_smoothing, int64_t reduction, int64_t keep) {
   auto run = is_double(logits) ? backward<double> : backward<float>;
-  return run(grad, logits, target, class_weight, kept, divisor, align_corners, ignore_index, label_smoothing, Reduction(reduction), Keep(keep));
+  return run(grad, logits, target, class_weight, kept, divisor, align_corners, ignore_index, label_smoothing,
+             Reduction(reduction), Keep(keep));
 }
 
+}  // namespace
 }  // namespace infopro
+
+STABLE_TORCH_LIBRARY_IMPL(infopro_fast, CPU, m) {
+  m.impl("upsample_cross_entropy_forward", TORCH_BOX(&infopro::upsample_cross_entropy_forward));
+  m.impl("upsample_cross_entropy_backward", TORCH_BOX(&infopro::upsample_cross_entropy_backward));
+}

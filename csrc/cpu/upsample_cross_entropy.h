@@ -1,17 +1,16 @@
-// Cross entropy of logits (N, C, h, w) resized to (H, W) by two taps an axis, and its gradient, without the resized logits.
+// Cross entropy of logits (N, C, h, w), resized to (H, W), and its gradient, without the resized logits.
 //
-// Work goes by gaps: gap (n, y) are the rows of pixels between the source rows y and y + 1. For a vector of pixels along x, both source
-// rows are expanded to (C, width) once a gap; a row of pixels is then a mix of two such tiles, all its classes are in the first cache,
-// and every reduction over them is lane by lane. The gradient in the two tiles is summed over the rows of the gap before it is taken
-// back to the source rows.
+// The unit of work is a gap: gap (n, y) holds the rows of pixels between the source rows y and y + 1. For a
+// vector of pixels along x, both source rows are expanded to tiles (C, width) once in a gap. A row of pixels
+// is then a mix of two tiles: all its classes are in the L1 cache, and reductions over them are lane by lane.
+// The gradient in the two tiles is summed over the rows of the gap, and then added to the source rows.
 #pragma once
 
 #include "../kernels.h"
 #include "convert.h"
 #include "simd.h"
 
-namespace infopro {
-namespace INFOPRO_ISA {
+namespace infopro::INFOPRO_ISA {
 
 template <class T>
 struct UpsampleScratch {
@@ -25,13 +24,13 @@ struct UpsampleScratch {
   UpsampleScratch(const UpsampleCrossEntropy<T>& d, T* memory) {
     T** rows[] = {&low, &high, &d_low, &d_high};
     for (T** p : rows) *p = memory, memory += d.C * d.pitch;
-    for (int64_t i = 0; i < 2 * d.C * d.pitch; i++) low[i] = T(0);  // what is behind a row is read, and not used
+    for (int64_t i = 0; i < 2 * d.C * d.pitch; i++) low[i] = T(0);  // the padding is read, but not used
     expanded = memory;
     gradient = expanded + 2 * d.C * width;
     tile = gradient + 2 * d.C * width;
   }
 
-  // Read the source rows y and y + 1, or take over the one that was the last gap's.
+  // Read the source rows y and y + 1, or reuse row y from the last gap.
   void move_to(const UpsampleCrossEntropy<T>& d, int64_t n, int64_t y) {
     const bool next = y > 0 && row + 1 == n * d.h + y;
     if (next) {
@@ -48,16 +47,16 @@ struct UpsampleScratch {
  private:
   void read(const UpsampleCrossEntropy<T>& d, int64_t n, int64_t y, T* to) {
     const Maps& m = d.logits;
-    for (int64_t c = 0; c < d.C; c++) read_row(to + c * d.pitch, m.data, m.dtype, n * m.n + c * m.c + y * m.y, m.x, d.w);
+    for (int64_t c = 0; c < d.C; c++)
+      read_row(to + c * d.pitch, m.data, m.dtype, n * m.n + c * m.c + y * m.y, m.x, d.w);
   }
 };
 
-template <class T>
-int64_t upsample_scratch(const UpsampleCrossEntropy<T>& d) {
+template <class T> int64_t upsample_scratch(const UpsampleCrossEntropy<T>& d) {
   return d.C * (4 * d.pitch + 5 * Simd<T>::width);
 }
 
-// The source row (C, pitch) at the pixels of vector v, (C, width).
+// to (C, width) = the source row (C, pitch) at the pixels of vector v.
 template <class T>
 INLINE void expand_logits(const UpsampleCrossEntropy<T>& d, int64_t v, const T* row, T* to) {
   constexpr int width = Simd<T>::width;
@@ -75,11 +74,13 @@ INLINE void expand_logits(const UpsampleCrossEntropy<T>& d, int64_t v, const T* 
     }
   } else {
     for (int64_t c = 0; c < d.C; c++)
-      for (int i = 0; i < width; i++) to[c * width + i] = row[c * d.pitch + low[i]] * low_weight[i] + row[c * d.pitch + high[i]] * high_weight[i];
+      for (int i = 0; i < width; i++)
+        to[c * width + i] =
+            row[c * d.pitch + low[i]] * low_weight[i] + row[c * d.pitch + high[i]] * high_weight[i];
   }
 }
 
-// Its transpose: row += what the gradient (C, width) at the pixels of vector v gives.
+// The transpose: add the gradient (C, width) at the pixels of vector v to the row.
 template <class T>
 INLINE void collect_gradient(const UpsampleCrossEntropy<T>& d, int64_t v, const T* gradient, T* row) {
   constexpr int width = Simd<T>::width;
@@ -87,12 +88,10 @@ INLINE void collect_gradient(const UpsampleCrossEntropy<T>& d, int64_t v, const 
   for (int64_t chunk = 0; chunk < d.chunks; chunk++, row += width) {
     const T* weights = d.collect + (v * d.chunks + chunk) * width * width;
     vec<T> m[width];
-#pragma GCC unroll 16
-    for (int i = 0; i < width; i++) m[i] = load<T>(weights + i * width);
+    UNROLL(16) for (int i = 0; i < width; i++) m[i] = load<T>(weights + i * width);
     for (int64_t c = 0; c < d.C; c++) {
       vec<T> even = {}, odd = {};
-#pragma GCC unroll 16
-      for (int i = 0; i < width; i += 2) {
+      UNROLL(16) for (int i = 0; i < width; i += 2) {
         even += m[i] * gradient[c * width + i];
         odd += m[i + 1] * gradient[c * width + i + 1];
       }
@@ -101,9 +100,11 @@ INLINE void collect_gradient(const UpsampleCrossEntropy<T>& d, int64_t v, const 
   }
 }
 
-// The labels of a vector of pixels: -1 where one is ignored, or there is no pixel, or the label is no class (which sets `bad`).
+// The labels of a vector of pixels: -1 if ignored, if there is no pixel, or if the label is no class, which
+// sets `bad`.
 template <class T, class S>
-INLINE void read_label_row(const S* from, int64_t stride, int count, int64_t ignore_index, int64_t C, label<T>* to, bool& bad) {
+INLINE void read_label_row(const S* from, int64_t stride, int count, int64_t ignore_index, int64_t C,
+                           label<T>* to, bool& bad) {
   int64_t wrong = 0;
   for (int i = 0; i < count; i++) {
     int64_t value = int64_t(from[i * stride]);
@@ -114,8 +115,10 @@ INLINE void read_label_row(const S* from, int64_t stride, int count, int64_t ign
   bad |= wrong != 0;
 }
 
+// Return whether any label of the vector is a class.
 template <class T>
-INLINE bool read_labels(const UpsampleCrossEntropy<T>& d, int64_t n, int64_t Y, int64_t X, int count, label<T>* to, bool& bad) {
+INLINE bool read_labels(const UpsampleCrossEntropy<T>& d, int64_t n, int64_t Y, int64_t X, int count,
+                        label<T>* to, bool& bad) {
   constexpr int width = Simd<T>::width;
   const Labels& t = d.target;
   const int64_t at = n * t.n + Y * t.y + X * t.x;
@@ -138,20 +141,21 @@ INLINE bool read_labels(const UpsampleCrossEntropy<T>& d, int64_t n, int64_t Y, 
   return any != -1;
 }
 
-// A vector of pixels of one row, as the steps below hand it on.
+// A vector of pixels of one row, on its way through the steps below.
 template <class T>
 struct Pixels {
   using lanes = typename Simd<T>::mask;
   label<T> target[Simd<T>::width];
-  lanes kept;                    // as a selection
-  vec<T> weight;                 // of the target's class, 0 where not kept
-  vec<T> top, at_target, sum;    // of the logits: the largest, the target's, sum of exp(x - top)
-  vec<T> deviation;              // sum over classes of class_weight (x - top), where labels are smoothed
+  lanes kept;                  // as a selection
+  vec<T> weight;               // of the target's class, 0 if not kept
+  vec<T> top, at_target, sum;  // the largest logit, the target's logit, the sum of exp(x - top)
+  vec<T> deviation;            // with label smoothing: sum over classes of class_weight (x - top)
 };
 
-// tile = the logits of a row of pixels, then exp(x - top).
+// tile = the logits of a vector of pixels. Set what of `p` needs no exponentials.
 template <class T>
-INLINE void softmax_step(const UpsampleCrossEntropy<T>& d, int64_t Y, const T* expanded, T* tile, Pixels<T>& p) {
+INLINE void softmax_step(const UpsampleCrossEntropy<T>& d, int64_t Y, const T* expanded, T* tile,
+                         Pixels<T>& p) {
   constexpr int width = Simd<T>::width;
   const vec<T> low = splat<T>(d.row_low_weight[Y]), high = splat<T>(d.row_high_weight[Y]);
   const T* below = expanded + d.C * width;
@@ -172,11 +176,12 @@ INLINE void softmax_step(const UpsampleCrossEntropy<T>& d, int64_t Y, const T* e
   p.top = top;
   p.deviation = vec<T>{};
   if (d.smoothing > 0)
-    for (int64_t c = 0; c < d.C; c++) p.deviation += (load<T>(tile + c * width) - top) * (d.class_weight ? d.class_weight[c] : T(1));
+    for (int64_t c = 0; c < d.C; c++)
+      p.deviation += (load<T>(tile + c * width) - top) * (d.class_weight ? d.class_weight[c] : T(1));
 }
 
-template <class T>
-INLINE void exponentials_step(const UpsampleCrossEntropy<T>& d, T* tile, Pixels<T>& p) {
+// tile = exp(x - top).
+template <class T> INLINE void exponentials_step(const UpsampleCrossEntropy<T>& d, T* tile, Pixels<T>& p) {
   constexpr int width = Simd<T>::width;
   vec<T> sum = {};
   for (int64_t c = 0; c < d.C; c++) {
@@ -187,13 +192,14 @@ INLINE void exponentials_step(const UpsampleCrossEntropy<T>& d, T* tile, Pixels<
   p.sum = sum;
 }
 
-// The first class whose logit is the largest.
-template <class T>
-INLINE void count_step(const UpsampleCrossEntropy<T>& d, const T* tile, const Pixels<T>& p, int64_t* confusion, bool shared) {
+// Count the predicted class, the first one with the largest logit.
+template <class T> INLINE void count_step(const UpsampleCrossEntropy<T>& d, const T* tile, const Pixels<T>& p,
+                       int64_t* confusion, bool shared) {
   constexpr int width = Simd<T>::width;
   using lanes = typename Simd<T>::mask;
   lanes first = {};
-  for (int64_t c = d.C - 1; c > 0; c--) first = load<T>(tile + c * width) == p.top ? label<T>(c) - lanes{} : first;
+  for (int64_t c = d.C - 1; c > 0; c--)
+    first = load<T>(tile + c * width) == p.top ? label<T>(c) - lanes{} : first;
   first = load<T>(tile) == p.top ? lanes{} : first;
   label<T> found[width];
   __builtin_memcpy(found, &first, sizeof first);
@@ -207,23 +213,23 @@ INLINE void count_step(const UpsampleCrossEntropy<T>& d, const T* tile, const Pi
   }
 }
 
-template <class T>
-INLINE vec<T> loss_step(const UpsampleCrossEntropy<T>& d, const Pixels<T>& p) {
+template <class T> INLINE vec<T> loss_step(const UpsampleCrossEntropy<T>& d, const Pixels<T>& p) {
   const vec<T> log_sum = log<T>(p.sum), zero = {};
   vec<T> value = p.weight * (p.top - p.at_target + log_sum) * (T(1) - d.smoothing);
   if (d.smoothing > 0) value += (log_sum * d.weight_sum - p.deviation) * (d.smoothing / T(d.C));
   return p.kept != 0 ? value : zero;
 }
 
-// gradient (2, C, width) += the weights of the two source rows times d loss / d x, with d loss / d x =
-//   g (probability e / sum - smoothing / C w_c - [c is the target] (1 - smoothing) w_t)
+// gradient (2, C, width) += the weights of the two source rows times d loss / d x, with
+//     d loss / d x = g (probability e / sum - smoothing / C w_c - [c is the target] (1 - smoothing) w_t)
 template <class T>
-INLINE void gradient_step(const UpsampleCrossEntropy<T>& d, int64_t Y, vec<T> g, T* tile, const Pixels<T>& p, T* gradient) {
+INLINE void gradient_step(const UpsampleCrossEntropy<T>& d, int64_t Y, vec<T> g, T* tile, const Pixels<T>& p,
+                          T* gradient) {
   constexpr int width = Simd<T>::width;
   const vec<T> low = splat<T>(d.row_low_weight[Y]), high = splat<T>(d.row_high_weight[Y]), zero = {};
   T* below = gradient + d.C * width;
   const vec<T> at = p.weight * (T(1) - d.smoothing), probability = at + d.smoothing / T(d.C) * d.weight_sum;
-  T less[width];  // what to take off the target's e, so that one factor serves for both
+  T less[width];  // to subtract from the target's e, so that one factor serves all classes
   store<T>(less, probability == zero ? zero : p.sum * at / probability);
   for (int i = 0; i < width; i++)
     if (p.target[i] >= 0) tile[p.target[i] * width + i] -= less[i];
@@ -256,10 +262,9 @@ INLINE vec<T> read_upstream(const UpsampleOutputs<T>& to, int64_t n, int64_t Y, 
   return g;
 }
 
-// The pixels of vector v in all rows of a gap: sums += (loss, weight of the targets).
-template <class T>
-void upsample_vector(const UpsampleCrossEntropy<T>& d, int64_t n, int64_t y, int64_t v, const UpsampleScratch<T>& s,
-                     const UpsampleOutputs<T>& to, double* sums, bool& bad) {
+// The pixels of vector v in all rows of a gap. sums += (loss, weight of the targets)
+template <class T> void upsample_vector(const UpsampleCrossEntropy<T>& d, int64_t n, int64_t y, int64_t v,
+                     const UpsampleScratch<T>& s, const UpsampleOutputs<T>& to, double* sums, bool& bad) {
   constexpr int width = Simd<T>::width;
   const int64_t X = v * width;
   const int count = d.W - X < width ? int(d.W - X) : width;
@@ -299,11 +304,12 @@ void upsample_vector(const UpsampleCrossEntropy<T>& d, int64_t n, int64_t y, int
   }
 }
 
-// Gaps [first, last), in order. Source row y gets gradient from gap y - 1 and from gap y; where those are not both here, what there is goes
-// to `head` (from the first gap, if it is not a map's first) and `tail` (from the last, for the row after it).
+// Gaps [first, last), in order. Source row y gets gradients from gap y - 1 and from gap y. If only one of
+// them is here, its part goes to `head` (of the first gap, if it is not a map's first) or to `tail` (of the
+// last gap, for the next row).
 template <class T>
-void upsample_gaps(const UpsampleCrossEntropy<T>& d, int64_t first, int64_t last, T* scratch, const UpsampleOutputs<T>& to, T* head, T* tail,
-                   bool& bad) {
+void upsample_gaps(const UpsampleCrossEntropy<T>& d, int64_t first, int64_t last, T* scratch,
+                   const UpsampleOutputs<T>& to, T* head, T* tail, bool& bad) {
   UpsampleScratch<T> s(d, scratch);
   const int64_t size = d.C * d.pitch;
   T* above = tail;  // the gradient of source row y from gap y - 1
@@ -314,7 +320,8 @@ void upsample_gaps(const UpsampleCrossEntropy<T>& d, int64_t first, int64_t last
     if (to.sums) to.sums[2 * gap] = to.sums[2 * gap + 1] = 0;
     if (d.first_row[y] < d.first_row[y + 1]) {
       s.move_to(d, n, y);
-      for (int64_t v = 0; v * Simd<T>::width < d.W; v++) upsample_vector(d, n, y, v, s, to, to.sums ? to.sums + 2 * gap : nullptr, bad);
+      for (int64_t v = 0; v * Simd<T>::width < d.W; v++)
+        upsample_vector(d, n, y, v, s, to, to.sums ? to.sums + 2 * gap : nullptr, bad);
     }
     if (!to.gradient) continue;
     if (y > 0 && gap == first) {
@@ -322,7 +329,8 @@ void upsample_gaps(const UpsampleCrossEntropy<T>& d, int64_t first, int64_t last
     } else {
       for (int64_t i = 0; i < size && y > 0; i++) s.d_low[i] += above[i];
       const Maps& m = to.d_logits;
-      for (int64_t c = 0; c < d.C; c++) write_row(m.data, s.d_low + c * d.pitch, m.dtype, n * m.n + c * m.c + y * m.y, m.x, d.w);
+      for (int64_t c = 0; c < d.C; c++)
+        write_row(m.data, s.d_low + c * d.pitch, m.dtype, n * m.n + c * m.c + y * m.y, m.x, d.w);
     }
     T* free = above;
     above = s.d_high;
@@ -332,5 +340,4 @@ void upsample_gaps(const UpsampleCrossEntropy<T>& d, int64_t first, int64_t last
     for (int64_t i = 0; i < size; i++) tail[i] = above[i];
 }
 
-}  // namespace INFOPRO_ISA
-}  // namespace infopro
+}  // namespace infopro::INFOPRO_ISA

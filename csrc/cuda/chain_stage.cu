@@ -1,5 +1,6 @@
-// A chain decoder's stages on CUDA tensors: checks, memory from torch, and the launches on torch's current stream. The schemas are defined
-// in Python (infopro_fast/ops/reconstruction_loss_chain.py), which also asks whether a call is one that these kernels take.
+// A chain decoder's stages on CUDA tensors: checks, memory from torch, and the launches on torch's current
+// stream. The schemas are defined in Python (infopro_fast/ops/reconstruction_loss_chain.py), which also
+// decides whether these kernels take a call.
 #include <limits>
 #include <map>
 #include <tuple>
@@ -18,39 +19,50 @@ struct Norm {
   double eps;
 };
 
-chain::Line line_of(int64_t in, int64_t out, int64_t mode, double factor) { return {int(in), int(out), Resize(int(mode)), factor}; }
+chain::Line line_of(int64_t in, int64_t out, int64_t mode, double factor) {
+  return {int(in), int(out), Resize(int(mode)), factor};
+}
 
 // x (N, C, h, w), weight (K, C, 3, 3), z (N, K, H, W)
 struct Arguments {
   Parameter weight, bias, mean, var, gamma, beta;
-  std::vector<double> restore;
+  Doubles restore;
   chain::Request request = {};
 
-  Arguments(const char* op, const Tensor& x, const Norm& norm, const Tensor& weight_, const OptionalTensor& bias_, int64_t H, int64_t W, int64_t mode,
-            const std::vector<double>& factors)
-      : weight(op, "weight", weight_, 9 * weight_.size(0) * x.size(1), 0), bias(op, "bias", bias_, weight_.size(0), 0),
-        mean(op, "mean", norm.mean, x.size(1), 0), var(op, "var", norm.var, x.size(1), 1), gamma(op, "gamma", norm.gamma, x.size(1), 1),
+  Arguments(const char* op, const Tensor& x, const Norm& norm, const Tensor& weight_,
+            const OptionalTensor& bias_, int64_t H, int64_t W, int64_t mode, const Doubles& factors)
+      : weight(op, "weight", weight_, 9 * weight_.size(0) * x.size(1), 0),
+        bias(op, "bias", bias_, weight_.size(0), 0), mean(op, "mean", norm.mean, x.size(1), 0),
+        var(op, "var", norm.var, x.size(1), 1), gamma(op, "gamma", norm.gamma, x.size(1), 1),
         beta(op, "beta", norm.beta, x.size(1), 0) {
-    const int64_t N = x.size(0), C = x.size(1), h = x.size(2), w = x.size(3), K = weight_.size(0), most = std::numeric_limits<int32_t>::max();
-    STD_TORCH_CHECK(weight_.size(1) == C && weight_.size(2) == 3 && weight_.size(3) == 3, op, ": weight: expected (K, ", C, ", 3, 3)");
-    STD_TORCH_CHECK(C > 0 && C <= chain::MOST_CHANNELS, op, ": x: expected 1 to ", chain::MOST_CHANNELS, " channels, got ", C);
-    STD_TORCH_CHECK(K > 0 && K <= chain::MOST_OUTPUTS, op, ": weight: expected 1 to ", chain::MOST_OUTPUTS, " output channels, got ", K);
-    STD_TORCH_CHECK(h > 0 && w > 0 && N * H * W <= most, op, ": expected maps of at least 1x1 and fewer than 2^31 pixels");
-    STD_TORCH_CHECK(h <= H && w <= W && H <= chain::MOST_ENLARGED * h && W <= chain::MOST_ENLARGED * w, op, ": expected maps of 1 to ",
-                    chain::MOST_ENLARGED, " times the size of x, got (", H, ", ", W, ") of (", h, ", ", w, ")");
-    STD_TORCH_CHECK(mode >= 0 && mode <= 2, op, ": mode: expected 0, 1 or 2, got ", mode);
+    const int64_t N = x.size(0), C = x.size(1), h = x.size(2), w = x.size(3), K = weight_.size(0),
+                  most = std::numeric_limits<int32_t>::max();
+    CHECK(weight_.size(1) == C && weight_.size(2) == 3 && weight_.size(3) == 3, op, ": weight: expected (K, ",
+          C, ", 3, 3)");
+    CHECK(C > 0 && C <= chain::MOST_CHANNELS, op, ": x: expected 1 to ", chain::MOST_CHANNELS,
+          " channels, got ", C);
+    CHECK(K > 0 && K <= chain::MOST_OUTPUTS, op, ": weight: expected 1 to ", chain::MOST_OUTPUTS,
+          " output channels, got ", K);
+    CHECK(h > 0 && w > 0 && N * H * W <= most, op,
+          ": expected maps of at least 1x1 and fewer than 2^31 pixels");
+    CHECK(h <= H && w <= W && H <= chain::MOST_ENLARGED * h && W <= chain::MOST_ENLARGED * w, op,
+          ": expected maps of 1 to ", chain::MOST_ENLARGED, " times the size of x, got (", H, ", ", W,
+          ") of (", h, ", ", w, ")");
+    CHECK(mode >= 0 && mode <= 2, op, ": mode: expected 0, 1 or 2, got ", mode);
     check_dtype(op, "x", x);
     const bool scaled = factors.size() == 2;
-    request.s = {int(N), int(C), int(K), line_of(h, H, mode, scaled ? factors[0] : 0), line_of(w, W, mode, scaled ? factors[1] : 0)};
+    request.s = {int(N), int(C), int(K), line_of(h, H, mode, scaled ? factors[0] : 0),
+                 line_of(w, W, mode, scaled ? factors[1] : 0)};
     request.x = maps(op, "x", x);
     request.norm = bool(norm.mean);
-    request.given = {weight.numbers, bias.numbers, mean.numbers, var.numbers, gamma.numbers, beta.numbers, norm.eps};
+    request.given = {weight.numbers, bias.numbers, mean.numbers, var.numbers,
+                     gamma.numbers,  beta.numbers, norm.eps};
   }
 
-  void set_image(const char* op, const Tensor& image, const std::vector<double>& restore_, int64_t loss) {
-    STD_TORCH_CHECK(request.s.K == 3 && image.size(0) == request.s.N && image.size(1) == 3, op, ": image: expected (", request.s.N,
-                    ", 3, H, W) and a weight of 3 output channels");
-    STD_TORCH_CHECK(loss >= 0 && loss <= 2, op, ": loss: expected 0, 1 or 2, got ", loss);
+  void set_image(const char* op, const Tensor& image, const Doubles& restore_, int64_t loss) {
+    CHECK(request.s.K == 3 && image.size(0) == request.s.N && image.size(1) == 3, op, ": image: expected (",
+          request.s.N, ", 3, H, W) and a weight of 3 output channels");
+    CHECK(loss >= 0 && loss <= 2, op, ": loss: expected 0, 1 or 2, got ", loss);
     check_dtype(op, "image", image);
     restore = restore_;
     request.image = maps(op, "image", image);
@@ -61,36 +73,41 @@ struct Arguments {
   Arguments(const Arguments&) = delete;
 };
 
-// The plan of a direction, which takes some tens of microseconds to find, and is the same for every batch of a shape.
-template <class Direction>
-const Direction& planned(const char* op, const chain::Shape& s, int index) {
+// The plan of a direction. It takes tens of microseconds to find, so it is kept for later calls of the shape.
+template <class Direction> const Direction& planned(const char* op, const chain::Shape& s, int index) {
   constexpr size_t MOST = 64;
   using Key = std::tuple<int, int, int, int, int, int, int, int, Resize, double, double>;
   static thread_local std::map<Key, Direction> found;
-  const Key key = {index, s.N, s.C, s.K, s.rows.in, s.rows.out, s.columns.in, s.columns.out, s.rows.mode, s.rows.factor, s.columns.factor};
+  const Key key = {index,        s.N,           s.C,         s.K,           s.rows.in,       s.rows.out,
+                   s.columns.in, s.columns.out, s.rows.mode, s.rows.factor, s.columns.factor};
   auto at = found.find(key);
   if (at == found.end()) {
     const gpu::Device& device = device_facts(op, index);
     const Direction made(s, device);
-    STD_TORCH_CHECK(made.plan.shared > 0, op, ": no tile fits the ", device.shared_per_block,
-                    " bytes of shared memory that a block has on this device; impl='triton' and impl='reference' take this call");
+    CHECK(made.plan.shared > 0, op, ": no tile fits the ", device.shared_per_block,
+          " bytes of shared memory that a block has on this device; impl='triton' and impl='reference' take "
+          "this call");
     if (found.size() == MOST) found.clear();
     at = found.emplace(key, made).first;
   }
   return at->second;
 }
 
-// Results of a backward: the gradient of x, its sums, and the gradient of the weight; those that are not needed are empty.
+// The results of a backward: the gradient of x, its sums, and the gradient of the weight, empty if not
+// needed.
 struct Gradients {
   Tensor x, sums, weight;
   Maps to = {};
 
-  Gradients(const char* op, const Tensor& of, const Norm& norm, const Tensor& w, bool needs_x, bool needs_weight)
+  Gradients(const char* op, const Tensor& of, const Norm& norm, const Tensor& w, bool needs_x,
+            bool needs_weight)
       : x(!needs_x    ? empty_like_on(of, {0}, of.scalar_type())
           : norm.mean ? empty_like_on(of, {of.size(0), of.size(1), of.size(2), of.size(3)}, ScalarType::Float)
                       : torch::stable::empty_like(of)),
         sums(empty_like_on(of, {2, of.size(1)}, ScalarType::Float)),
-        weight(empty_like_on(of, needs_weight ? std::vector<int64_t>{w.size(0), w.size(1), 3, 3} : std::vector<int64_t>{0}, ScalarType::Float)) {
+        weight(empty_like_on(
+            of, needs_weight ? std::vector<int64_t>{w.size(0), w.size(1), 3, 3} : std::vector<int64_t>{0},
+            ScalarType::Float)) {
     if (needs_x) to = maps(op, "x", x);
     if (of.size(0) == 0) {
       torch::stable::zero_(sums);
@@ -102,14 +119,15 @@ struct Gradients {
 const float* floats_of(const char* op, const char* name, const Tensor& t, const std::vector<int64_t>& shape) {
   bool fits = t.scalar_type() == ScalarType::Float && t.dim() == int64_t(shape.size());
   for (size_t i = 0; fits && i < shape.size(); i++) fits = t.size(i) == shape[i];
-  STD_TORCH_CHECK(fits, op, ": ", name, ": expected float32 of the shape that x and weight give");
+  CHECK(fits, op, ": ", name, ": expected float32 of the shape that x and weight give");
   return static_cast<const float*>(t.const_data_ptr());
 }
 
 // ---- the last stage ----
 
-Tensor loss_forward(Tensor x, OptionalTensor mean, OptionalTensor var, OptionalTensor gamma, OptionalTensor beta, double eps, Tensor weight,
-                    OptionalTensor bias, Tensor image, std::vector<double> restore, int64_t mode, std::vector<double> factors, int64_t loss, bool) {
+Tensor loss_forward(Tensor x, OptionalTensor mean, OptionalTensor var, OptionalTensor gamma,
+                    OptionalTensor beta, double eps, Tensor weight, OptionalTensor bias, Tensor image,
+                    Doubles restore, int64_t mode, Doubles factors, int64_t loss, bool) {
   constexpr const char* OP = "chain_loss";
   const int index = x.get_device_index();
   torch::stable::accelerator::DeviceGuard guard(index);
@@ -118,18 +136,20 @@ Tensor loss_forward(Tensor x, OptionalTensor mean, OptionalTensor var, OptionalT
     torch::stable::zero_(value);
     return value;
   }
-  Arguments arguments(OP, x, {mean, var, gamma, beta, eps}, weight, bias, image.size(2), image.size(3), mode, factors);
+  Arguments arguments(OP, x, {mean, var, gamma, beta, eps}, weight, bias, image.size(2), image.size(3), mode,
+                      factors);
   arguments.set_image(OP, image, restore, loss);
   const auto& call = planned<chain::LossForward>(OP, arguments.request.s, index);
   Tensor workspace = empty_like_on(x, {call.bytes}, ScalarType::Byte);
-  check_launch(OP, call.run(arguments.request, floats(value), workspace.mutable_data_ptr(), current_stream(index)));
+  check_launch(
+      OP, call.run(arguments.request, floats(value), workspace.mutable_data_ptr(), current_stream(index)));
   return value;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> loss_backward(Tensor grad, Tensor x, OptionalTensor mean, OptionalTensor var, OptionalTensor gamma,
-                                                         OptionalTensor beta, double eps, Tensor weight, OptionalTensor bias, Tensor image,
-                                                         std::vector<double> restore, int64_t mode, std::vector<double> factors, int64_t loss,
-                                                         bool needs_x, bool needs_weight) {
+Tensors4 loss_backward(Tensor grad, Tensor x, OptionalTensor mean, OptionalTensor var, OptionalTensor gamma,
+                       OptionalTensor beta, double eps, Tensor weight, OptionalTensor bias, Tensor image,
+                       Doubles restore, int64_t mode, Doubles factors, int64_t loss, bool needs_x,
+                       bool needs_weight) {
   constexpr const char* OP = "chain_loss";
   const int index = x.get_device_index();
   torch::stable::accelerator::DeviceGuard guard(index);
@@ -145,15 +165,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> loss_backward(Tensor grad, Tensor x, 
   Tensor upstream = torch::stable::contiguous(grad);
   const auto& call = planned<chain::LossBackward>(OP, arguments.request.s, index);
   Tensor workspace = empty_like_on(x, {call.bytes}, ScalarType::Byte);
-  check_launch(OP, call.run(arguments.request, floats_of(OP, "grad", upstream, {}), needs_x, found.to, floats(found.sums),
-                            needs_weight ? floats(found.weight) : nullptr, floats(d_bias), workspace.mutable_data_ptr(), current_stream(index)));
+  check_launch(OP, call.run(arguments.request, floats_of(OP, "grad", upstream, {}), needs_x, found.to,
+                            floats(found.sums), needs_weight ? floats(found.weight) : nullptr, floats(d_bias),
+                            workspace.mutable_data_ptr(), current_stream(index)));
   return {found.x, found.sums, found.weight, d_bias};
 }
 
 // ---- the stages in front of it ----
 
-std::tuple<Tensor, Tensor> stage_forward(Tensor x, OptionalTensor mean, OptionalTensor var, OptionalTensor gamma, OptionalTensor beta, double eps,
-                                         Tensor weight, OptionalTensor bias, int64_t H, int64_t W, int64_t mode, std::vector<double> factors, bool) {
+Tensors2 stage_forward(Tensor x, OptionalTensor mean, OptionalTensor var, OptionalTensor gamma,
+                       OptionalTensor beta, double eps, Tensor weight, OptionalTensor bias, int64_t H,
+                       int64_t W, int64_t mode, Doubles factors, bool) {
   constexpr const char* OP = "chain_stage";
   const int index = x.get_device_index();
   torch::stable::accelerator::DeviceGuard guard(index);
@@ -166,14 +188,15 @@ std::tuple<Tensor, Tensor> stage_forward(Tensor x, OptionalTensor mean, Optional
   const Arguments arguments(OP, x, {mean, var, gamma, beta, eps}, weight, bias, H, W, mode, factors);
   const auto& call = planned<chain::StageForward>(OP, arguments.request.s, index);
   Tensor workspace = empty_like_on(x, {call.bytes}, ScalarType::Byte);
-  check_launch(OP, call.run(arguments.request, floats(z), floats(statistics), workspace.mutable_data_ptr(), current_stream(index)));
+  check_launch(OP, call.run(arguments.request, floats(z), floats(statistics), workspace.mutable_data_ptr(),
+                            current_stream(index)));
   return {z, statistics};
 }
 
-std::tuple<Tensor, Tensor, Tensor> stage_backward(Tensor dy, Tensor z, Tensor z_mean, Tensor z_var, OptionalTensor z_gamma, double z_eps,
-                                                  OptionalTensor mean_dy, Tensor x, OptionalTensor mean, OptionalTensor var, OptionalTensor gamma,
-                                                  OptionalTensor beta, double eps, Tensor weight, int64_t mode, std::vector<double> factors,
-                                                  bool needs_x, bool needs_weight) {
+Tensors3 stage_backward(Tensor dy, Tensor z, Tensor z_mean, Tensor z_var, OptionalTensor z_gamma,
+                        double z_eps, OptionalTensor mean_dy, Tensor x, OptionalTensor mean,
+                        OptionalTensor var, OptionalTensor gamma, OptionalTensor beta, double eps,
+                        Tensor weight, int64_t mode, Doubles factors, bool needs_x, bool needs_weight) {
   constexpr const char* OP = "chain_stage";
   const int index = x.get_device_index();
   torch::stable::accelerator::DeviceGuard guard(index);
@@ -185,16 +208,25 @@ std::tuple<Tensor, Tensor, Tensor> stage_backward(Tensor dy, Tensor z, Tensor z_
   }
   const int64_t K = weight.size(0), H = dy.size(2), W = dy.size(3);
   const Arguments arguments(OP, x, norm, weight, {}, H, W, mode, factors);
-  const Parameter outer_mean(OP, "z_mean", z_mean, K, 0), outer_var(OP, "z_var", z_var, K, 1), outer_gamma(OP, "z_gamma", z_gamma, K, 1);
+  const Parameter outer_mean(OP, "z_mean", z_mean, K, 0), outer_var(OP, "z_var", z_var, K, 1),
+      outer_gamma(OP, "z_gamma", z_gamma, K, 1);
   const Tensor given = torch::stable::contiguous(dy), output = torch::stable::contiguous(z);
-  const OptionalTensor means = mean_dy ? OptionalTensor(torch::stable::contiguous(*mean_dy)) : OptionalTensor();
+  const OptionalTensor means =
+      mean_dy ? OptionalTensor(torch::stable::contiguous(*mean_dy)) : OptionalTensor();
   const std::vector<int64_t> shape = {x.size(0), K, H, W};
-  const chain::Outer outer = {floats_of(OP, "dy", given, shape), floats_of(OP, "z", output, shape), outer_mean.numbers, outer_var.numbers,
-                              outer_gamma.numbers, means ? floats_of(OP, "mean_dy", *means, {2, K}) : nullptr, z_eps, nullptr};
+  const chain::Outer outer = {floats_of(OP, "dy", given, shape),
+                              floats_of(OP, "z", output, shape),
+                              outer_mean.numbers,
+                              outer_var.numbers,
+                              outer_gamma.numbers,
+                              means ? floats_of(OP, "mean_dy", *means, {2, K}) : nullptr,
+                              z_eps,
+                              nullptr};
   const auto& call = planned<chain::StageBackward>(OP, arguments.request.s, index);
   Tensor workspace = empty_like_on(x, {call.bytes}, ScalarType::Byte);
-  check_launch(OP, call.run(arguments.request, outer, needs_x, found.to, floats(found.sums), needs_weight ? floats(found.weight) : nullptr,
-                            workspace.mutable_data_ptr(), current_stream(index)));
+  check_launch(OP, call.run(arguments.request, outer, needs_x, found.to, floats(found.sums),
+                            needs_weight ? floats(found.weight) : nullptr, workspace.mutable_data_ptr(),
+                            current_stream(index)));
   return {found.x, found.sums, found.weight};
 }
 

@@ -1,5 +1,5 @@
-// The launches of a chain decoder's stages on plain pointers: the order of the kernels, their grids, and the one workspace they share.
-// Nothing here waits for the device or allocates.
+// The launches of a chain decoder's stages on plain pointers: the order of the kernels, their grids, and
+// their one workspace. Nothing here waits for the device or allocates.
 #pragma once
 
 #include "chain_stage_kernels.cuh"
@@ -11,7 +11,7 @@ struct Request {
   Maps x;
   bool norm;
   Given given;
-  // of the last stage
+  // for the last stage
   Maps image;
   const double* restore;  // see Target::of
   Pixel pixel;
@@ -36,15 +36,16 @@ inline Call make_call(const Request& r, const Plan& plan, Workspace& w) {
   return d;
 }
 
-// One direction's plan, and what its launches beside the sweep need.
+// One direction's plan, and the launches beside the sweep.
 struct Sweep {
   Plan plan;
   int blocks;
   int64_t bytes;  // of the workspace
 
-  // own: what the direction takes of the workspace beside `make_call`
+  // own: takes the direction's own part of the workspace
   template <class Own>
-  Sweep(const Shape& s, const Device& device, Kind kind, Own own) : plan(make_plan(s, device, kind)), blocks(1), bytes(0) {
+  Sweep(const Shape& s, const Device& device, Kind kind, Own own)
+      : plan(make_plan(s, device, kind)), blocks(1), bytes(0) {
     if (plan.shared == 0) return;
     blocks = smaller(s.N * plan.tiles(), device.multiprocessors * blocks_per_multiprocessor(plan, device));
     Request request = {};
@@ -60,10 +61,11 @@ struct Sweep {
     return launch(chain_prepare_kernel, smaller(32, ceil_div(most, THREADS)), THREADS, 0, stream, d, r.given);
   }
 
-  Error reduce(const Call& d, bool last, const float* partial, float* sums, float* d_weight, float* d_bias, Stream stream) const {
+  Error reduce(const Call& d, bool last, const float* partial, float* sums, float* d_weight, float* d_bias,
+               Stream stream) const {
     const int columns = sums_columns(d.s, last);
-    return launch(chain_reduce_kernel, ceil_div(columns, SUM_COLUMNS), SUM_COLUMNS * SUM_ROWS, 0, stream, partial, blocks, columns, d.s, sums, d_weight,
-                  d_bias);
+    return launch(chain_reduce_kernel, ceil_div(columns, SUM_COLUMNS), SUM_COLUMNS * SUM_ROWS, 0, stream,
+                  partial, blocks, columns, d.s, sums, d_weight, d_bias);
   }
 };
 
@@ -83,7 +85,8 @@ struct LossForward : Sweep {
     if (error == success) error = launch(chain_loss_kernel, blocks, THREADS, plan.shared, stream, d, partial);
     const double factor = 1.0 / (3.0 * double(d.s.N) * double(d.s.rows.out) * double(d.s.columns.out));
     if (error == success)
-      error = launch(chain_reduce_loss_kernel, 1, SUM_COLUMNS * SUM_ROWS, 0, stream, static_cast<const double*>(partial), blocks, factor, value);
+      error = launch(chain_reduce_loss_kernel, 1, SUM_COLUMNS * SUM_ROWS, 0, stream,
+                     static_cast<const double*>(partial), blocks, factor, value);
     return error;
   }
 };
@@ -91,18 +94,22 @@ struct LossForward : Sweep {
 struct LossBackward : Sweep {
   LossBackward(const Shape& s, const Device& device) : Sweep(s, device, {true, true}, take) {}
 
-  static float* take(const Call& d, int blocks, Workspace& w) { return w.take<float>(int64_t(blocks) * sums_columns(d.s, true)); }
+  static float* take(const Call& d, int blocks, Workspace& w) {
+    return w.take<float>(int64_t(blocks) * sums_columns(d.s, true));
+  }
 
-  // upstream: one number on the device. d_x where needs_x, sums (2, C), d_weight (3, C, 3, 3) or null, d_bias (3)
-  Error run(const Request& r, const float* upstream, bool needs_x, Maps d_x, float* sums, float* d_weight, float* d_bias, void* workspace,
-            Stream stream) const {
+  // upstream: one number on the device. d_x if needs_x, sums (2, C), d_weight (3, C, 3, 3) or null, d_bias
+  // (3)
+  Error run(const Request& r, const float* upstream, bool needs_x, Maps d_x, float* sums, float* d_weight,
+            float* d_bias, void* workspace, Stream stream) const {
     Workspace w(workspace);
     Call d = make_call(r, plan, w);
     d.upstream = upstream;
     float* partial = take(d, blocks, w);
     Error error = prepare(d, r, stream);
     if (error == success)
-      error = launch(chain_gradient_kernel, blocks, THREADS, plan.shared, stream, d, needs_x, d_weight != nullptr, d_x, partial);
+      error = launch(chain_gradient_kernel, blocks, THREADS, plan.shared, stream, d, needs_x,
+                     d_weight != nullptr, d_x, partial);
     return error == success ? reduce(d, true, partial, sums, d_weight, d_bias, stream) : error;
   }
 };
@@ -112,7 +119,9 @@ struct LossBackward : Sweep {
 struct StageForward : Sweep {
   StageForward(const Shape& s, const Device& device) : Sweep(s, device, {false, false}, take) {}
 
-  static double* take(const Call& d, int, Workspace& w) { return w.take<double>(int64_t(d.tiles()) * d.s.K * 2); }
+  static double* take(const Call& d, int, Workspace& w) {
+    return w.take<double>(int64_t(d.tiles()) * d.s.K * 2);
+  }
 
   // z (N, K, H, W), statistics (2, K)
   Error run(const Request& r, float* z, float* statistics, void* workspace, Stream stream) const {
@@ -120,9 +129,11 @@ struct StageForward : Sweep {
     const Call d = make_call(r, plan, w);
     double* moments = take(d, blocks, w);
     Error error = prepare(d, r, stream);
-    if (error == success) error = launch(chain_stage_kernel, blocks, THREADS, plan.shared, stream, d, z, moments);
     if (error == success)
-      error = launch(chain_statistics_kernel, d.s.K, THREADS, 0, stream, d, static_cast<const double*>(moments), statistics);
+      error = launch(chain_stage_kernel, blocks, THREADS, plan.shared, stream, d, z, moments);
+    if (error == success)
+      error = launch(chain_statistics_kernel, d.s.K, THREADS, 0, stream, d,
+                     static_cast<const double*>(moments), statistics);
     return error;
   }
 };
@@ -139,8 +150,9 @@ struct StageBackward : Sweep {
     return {coefficients, w.take<float>(int64_t(blocks) * sums_columns(d.s, false))};
   }
 
-  // d_x where needs_x, sums (2, C), d_weight (K, C, 3, 3) or null
-  Error run(const Request& r, Outer outer, bool needs_x, Maps d_x, float* sums, float* d_weight, void* workspace, Stream stream) const {
+  // d_x if needs_x, sums (2, C), d_weight (K, C, 3, 3) or null
+  Error run(const Request& r, Outer outer, bool needs_x, Maps d_x, float* sums, float* d_weight,
+            void* workspace, Stream stream) const {
     Workspace w(workspace);
     const Call d = make_call(r, plan, w);
     const Parts parts = take(d, blocks, w);
@@ -148,7 +160,8 @@ struct StageBackward : Sweep {
     Error error = prepare(d, r, stream);
     if (error == success) error = launch(chain_outer_kernel, 1, THREADS, 0, stream, outer, d.s.K);
     if (error == success)
-      error = launch(chain_stage_gradient_kernel, blocks, THREADS, plan.shared, stream, d, outer, needs_x, d_weight != nullptr, d_x, parts.partial);
+      error = launch(chain_stage_gradient_kernel, blocks, THREADS, plan.shared, stream, d, outer, needs_x,
+                     d_weight != nullptr, d_x, parts.partial);
     return error == success ? reduce(d, false, parts.partial, sums, d_weight, nullptr, stream) : error;
   }
 };

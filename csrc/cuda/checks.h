@@ -1,4 +1,4 @@
-// What the files <op>.cu share: facts of a device, torch's current stream, parameters as plain pointers.
+// What the files <op>.cu share: a device's limits, torch's current stream, parameters as plain pointers.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -10,19 +10,21 @@
 
 namespace infopro {
 
-// Asking the driver takes microseconds, and the answer does not change.
+// Limits of a device, kept per thread: asking the driver takes microseconds.
 inline const gpu::Device& device_facts(const char* op, int index) {
   constexpr int MOST_DEVICES = 64;
   static thread_local gpu::Device found[MOST_DEVICES] = {};
-  STD_TORCH_CHECK(index >= 0 && index < MOST_DEVICES, op, ": expected one of ", MOST_DEVICES, " devices, got ", index);
+  CHECK(index >= 0 && index < MOST_DEVICES, op, ": expected one of ", MOST_DEVICES, " devices, got ", index);
   gpu::Device& d = found[index];
   if (d.multiprocessors == 0) {
     gpu::Device asked;
     cudaError_t error = cudaDeviceGetAttribute(&asked.multiprocessors, cudaDevAttrMultiProcessorCount, index);
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&asked.shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
     if (error == cudaSuccess)
-      error = cudaDeviceGetAttribute(&asked.shared_per_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, index);
-    STD_TORCH_CHECK(error == cudaSuccess, op, ": ", cudaGetErrorString(error));
+      error = cudaDeviceGetAttribute(&asked.shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
+    if (error == cudaSuccess)
+      error = cudaDeviceGetAttribute(&asked.shared_per_multiprocessor,
+                                     cudaDevAttrMaxSharedMemoryPerMultiprocessor, index);
+    CHECK(error == cudaSuccess, op, ": ", cudaGetErrorString(error));
     d = asked;
   }
   return d;
@@ -39,25 +41,29 @@ inline Tensor empty_like_on(const Tensor& like, std::vector<int64_t> shape, Scal
 }
 
 inline void check_dtype(const char* op, const char* name, const Tensor& t) {
-  STD_TORCH_CHECK(dtype_of(op, name, t) != Dtype::f64, op, ": ", name, ": expected float32, bfloat16 or float16, got float64");
+  CHECK(dtype_of(op, name, t) != Dtype::f64, op, ": ", name,
+        ": expected float32, bfloat16 or float16, got float64");
 }
 
-// A parameter in order, kept alive; `missing` where there is no tensor.
+// A parameter, contiguous and kept alive, or `missing` for each number if there is no tensor.
 struct Parameter {
   std::optional<Tensor> kept;
   gpu::Numbers numbers;
 
-  Parameter(const char* op, const char* name, const OptionalTensor& t, int64_t n, float missing) : numbers({nullptr, Dtype::f32, missing}) {
+  Parameter(const char* op, const char* name, const OptionalTensor& t, int64_t n, float missing)
+      : numbers({nullptr, Dtype::f32, missing}) {
     if (!t) return;
     check_dtype(op, name, *t);
-    STD_TORCH_CHECK(t->numel() == n, op, ": ", name, ": expected ", n, " numbers, got ", t->numel());
+    CHECK(t->numel() == n, op, ": ", name, ": expected ", n, " numbers, got ", t->numel());
     kept = torch::stable::contiguous(*t);
     numbers.data = n > 0 ? kept->const_data_ptr() : nullptr;
     numbers.dtype = dtype_of(op, name, *kept);
   }
 };
 
-inline void check_launch(const char* op, cudaError_t error) { STD_TORCH_CHECK(error == cudaSuccess, op, ": ", cudaGetErrorString(error)); }
+inline void check_launch(const char* op, cudaError_t error) {
+  CHECK(error == cudaSuccess, op, ": ", cudaGetErrorString(error));
+}
 
 inline float* floats(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
 

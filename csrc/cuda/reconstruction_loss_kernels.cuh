@@ -1,7 +1,8 @@
-// The kernels: parameters in the order they are read; three sweeps over the tiles, which batch norm's statistics force apart; and the sums
-// over tiles or blocks, always in the same order.
+// The kernels: parameters in the order they are read; three sweeps over the tiles, as batch norm needs its
+// statistics in between; and the sums over tiles or blocks, always in the same order.
 //
-// A sweep runs as many blocks as the device holds at a time, each taking every so manieth tile. Nothing of the size of z leaves a block.
+// A sweep runs as many blocks as the device holds at a time; a block strides over the tiles. Nothing of the
+// size of z leaves a block.
 #pragma once
 
 #include "reconstruction_loss_layers.cuh"
@@ -12,7 +13,8 @@ struct GivenParameters {
   Numbers w1, b1, gamma, beta, w2, b2;
 };
 
-__host__ __device__ inline int sums_columns(int K) { return 29 * K + 4; }  // d gamma, d beta, d W2, d b2, loss
+// d gamma, d beta, d W2, d b2, loss
+__host__ __device__ inline int sums_columns(int K) { return 29 * K + 4; }
 
 __global__ void __launch_bounds__(THREADS) decoder_prepare_kernel(Call d, GivenParameters given) {
   const int C = d.s.C, K = d.s.K, hidden = d.hidden_rows(), padded = round_up(C, 4);
@@ -43,9 +45,8 @@ __global__ void __launch_bounds__(THREADS) decoder_prepare_kernel(Call d, GivenP
 
 // ---- sweeps ----
 
-// LOW: Plan::low_resolution, known to the compiler, for the registers that the other way would take.
-template <bool LOW>
-__device__ __forceinline__ void first_convolution(const Call& d, const Shared& s, const Tile& t) {
+// LOW: Plan::low_resolution as a template parameter, which saves the registers of the other way.
+template <bool LOW> DEVICE void first_convolution(const Call& d, const Shared& s, const Tile& t) {
   if constexpr (LOW)
     first_convolution_taps(d, s, t);
   else
@@ -60,7 +61,7 @@ __global__ void __launch_bounds__(THREADS, 2) decoder_statistics_kernel(Call d, 
   load_constants(d, s);
   for (int tile = blockIdx.x; tile < d.tiles(); tile += gridDim.x) {
     const Tile t(d, tile);
-    __syncthreads();  // the constants are there; the last tile's cells and z are read
+    __syncthreads();  // the constants are loaded; the last tile's cells and z are no longer needed
     load_cells(d, s, t);
     __syncthreads();
     first_convolution<LOW>(d, s, t);
@@ -68,9 +69,11 @@ __global__ void __launch_bounds__(THREADS, 2) decoder_statistics_kernel(Call d, 
   }
 }
 
-// The planes of dev with their border, and the gradient of the logits, to the next barrier. `again`: the border has to be set.
+// The planes of dev with their border, and the gradient of the logits; complete at the next barrier. again:
+// set the border.
 template <bool LOW>
-__device__ __forceinline__ void forward_tile(const Call& d, const Shared& s, const Tile& t, bool again, float weight, float (&sums)[4]) {
+DEVICE void forward_tile(const Call& d, const Shared& s, const Tile& t, bool again, float weight,
+                         float (&sums)[4]) {
   load_cells(d, s, t);
   if (again) fill_border(d, s, t, [&](int k) { return border_value(s.norm[SCALE * d.s.K + k]); });
   __syncthreads();
@@ -93,8 +96,7 @@ __global__ void __launch_bounds__(THREADS, 2) decoder_loss_kernel(Call d, bool n
     for (int i = threadIdx.x; i < WARPS * row; i += THREADS) s.sums[i] = 0.0f;
     float sums[4] = {};
     forward_tile<LOW>(d, s, t, tile == int(blockIdx.x) || d.p.tiles() > 1, d.pixel_weight, sums);
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
+    UNROLL_ALL for (int i = 0; i < 4; i++) {
       const float sum = warp_sum(sums[i]);
       if (threadIdx.x % WARP == 0) s.sums[threadIdx.x / WARP * row + 2 * K + i] = sum;
     }
@@ -105,11 +107,7 @@ __global__ void __launch_bounds__(THREADS, 2) decoder_loss_kernel(Call d, bool n
       __syncthreads();
     }
     float* to = partial + int64_t(tile) * sums_columns(K);
-    auto total = [&](int column) {
-      float sum = 0.0f;
-      for (int warp = 0; warp < WARPS; warp++) sum += s.sums[warp * row + column];
-      return sum;
-    };
+    auto total = [&](int column) { return sum_of_warps<WARPS>(s.sums, row, column); };
     if (threadIdx.x == 0) to[29 * K + 3] = total(2 * K);
     if (!needs_grad) continue;
     for (int i = threadIdx.x; i < 29 * K + 3; i += THREADS) {
@@ -119,28 +117,30 @@ __global__ void __launch_bounds__(THREADS, 2) decoder_loss_kernel(Call d, bool n
         to[i] = total(2 * K + 1 + i - 29 * K);
       } else {
         float sum = 0.0f;
-        for (int segment = 0; segment < SEGMENTS; segment++) sum += s.w2_sums(d)[segment * 27 * K + i - 2 * K];
+        for (int segment = 0; segment < SEGMENTS; segment++)
+          sum += s.w2_sums(d)[segment * 27 * K + i - 2 * K];
         to[i] = sum;
       }
     }
   }
 }
 
-// Features that no pixel of the image is resized from (the image is smaller) have gradient 0.
-__device__ __forceinline__ void clear_unused_features(const Call& d, const Tile& t, const Maps& to) {
+// Features that no pixel reads, as the image is smaller, have gradient 0.
+DEVICE void clear_unused_features(const Call& d, const Tile& t, const Maps& to) {
   const int rest = d.s.h * d.s.w;
   if (t.low_h == d.s.h && t.low_w == d.s.w) return;
   for (int64_t i = threadIdx.x; i < int64_t(d.s.C) * rest; i += THREADS) {
     const int c = int(i / rest), y = int(i % rest) / d.s.w, x = int(i % rest) % d.s.w;
-    if (y >= t.low_h || x >= t.low_w) store(to.data, to.dtype, t.n * to.n + c * to.c + y * to.y + x * to.x, 0.0f);
+    if (y >= t.low_h || x >= t.low_w)
+      store(to.data, to.dtype, t.n * to.n + c * to.c + y * to.y + x * to.x, 0.0f);
   }
 }
 
-// Tiles [first, last). w1_partial (blocks, K, C, 9), added to where `add`, or null; the features' gradient to d_features, or, where a
-// sample is several tiles, to parts (last - first, C, pixels).
-template <bool LOW>
-__global__ void __launch_bounds__(THREADS, 2) decoder_backward_kernel(Call d, int first, int last, bool add, float* w1_partial, bool needs_features,
-                                                                      Maps d_features, float* parts) {
+// Tiles [first, last). w1_partial (blocks, K, C, 9), added to if `add`, or null. The features' gradient goes
+// to d_features, or to parts (last - first, C, pixels) if a sample is several tiles.
+template <bool LOW> __global__ void __launch_bounds__(THREADS, 2)
+    decoder_backward_kernel(Call d, int first, int last, bool add, float* w1_partial, bool needs_features,
+                            Maps d_features, float* parts) {
   INFOPRO_DYNAMIC_SHARED(memory);
   const Shared s(d, reinterpret_cast<float*>(memory));
   load_constants(d, s);
@@ -166,11 +166,14 @@ __global__ void __launch_bounds__(THREADS, 2) decoder_backward_kernel(Call d, in
 
 // ---- sums over tiles and blocks ----
 
-// The features' gradient of samples [n0, n0 + samples) from the parts of their tiles.
-__global__ void __launch_bounds__(THREADS) decoder_overlap_kernel(Call d, int n0, int samples, const float* parts, Maps to) {
+// The gradient of the features of samples [n0, n0 + samples) from the parts of their tiles.
+__global__ void __launch_bounds__(THREADS)
+    decoder_overlap_kernel(Call d, int n0, int samples, const float* parts, Maps to) {
   const int64_t pixels = int64_t(d.s.h) * d.s.w, total = samples * d.s.C * pixels;
-  for (int64_t i = int64_t(blockIdx.x) * THREADS + threadIdx.x; i < total; i += int64_t(gridDim.x) * THREADS) {
-    const int x = int(i % d.s.w), y = int(i / d.s.w % d.s.h), c = int(i / pixels % d.s.C), n = int(i / pixels / d.s.C);
+  for (int64_t i = int64_t(blockIdx.x) * THREADS + threadIdx.x; i < total;
+       i += int64_t(gridDim.x) * THREADS) {
+    const int x = int(i % d.s.w), y = int(i / d.s.w % d.s.h), c = int(i / pixels % d.s.C),
+              n = int(i / pixels / d.s.C);
     float sum = 0.0f;
     for (int tile = 0; tile < d.p.tiles(); tile++) {
       const Tile t(d, n * d.p.tiles() + tile);
@@ -182,7 +185,7 @@ __global__ void __launch_bounds__(THREADS) decoder_overlap_kernel(Call d, int n0
   }
 }
 
-__device__ __forceinline__ void set_norm(const Call& d, int k, float mean, float var, double eps) {
+DEVICE void set_norm(const Call& d, int k, float mean, float var, double eps) {
   const int K = d.s.K;
   const float inverse_std = float(1.0 / sqrt(double(var) + eps));
   d.w.norm[START * K + k] = d.w.b1[k] - mean;
@@ -191,10 +194,11 @@ __device__ __forceinline__ void set_norm(const Call& d, int k, float mean, float
   d.w.norm[INVERSE_STD * K + k] = inverse_std;
 }
 
-// Block k: mean and biased variance of channel k, those given or those of the tiles' moments (Chan, Golub & LeVeque 1983) in float64,
-// to saved[k] and saved[K + k], and the coefficients of the norm.
-__global__ void __launch_bounds__(THREADS) decoder_norm_kernel(Call d, Numbers running_mean, Numbers running_var, const double* moments, double eps,
-                                                               float* saved) {
+// Block k: mean and biased variance of channel k, to saved[k] and saved[K + k], and the coefficients of the
+// norm. They are given, or computed in float64 from the tiles' moments (Chan, Golub & LeVeque 1983).
+__global__ void __launch_bounds__(THREADS)
+    decoder_norm_kernel(Call d, Numbers running_mean, Numbers running_var, const double* moments, double eps,
+                        float* saved) {
   __shared__ double memory[THREADS];
   const int k = blockIdx.x, K = d.s.K;
   float mean, var;
@@ -207,7 +211,8 @@ __global__ void __launch_bounds__(THREADS) decoder_norm_kernel(Call d, Numbers r
       return double(smaller(d.p.tile_h, d.s.H - y)) * smaller(d.p.tile_w, d.s.W - x);
     };
     double sum = 0;
-    for (int i = threadIdx.x; i < d.tiles(); i += THREADS) sum += pixels(i) * moments[(int64_t(i) * K + k) * 2];
+    for (int i = threadIdx.x; i < d.tiles(); i += THREADS)
+      sum += pixels(i) * moments[(int64_t(i) * K + k) * 2];
     const double center = block_sum<THREADS>(sum, memory) / count;
     double squares = 0;
     for (int i = threadIdx.x; i < d.tiles(); i += THREADS) {
@@ -222,9 +227,10 @@ __global__ void __launch_bounds__(THREADS) decoder_norm_kernel(Call d, Numbers r
   set_norm(d, k, mean, var, eps);
 }
 
-// The coefficients of the norm and of its backward from what forward saved, and the gradient of b1, which with batch statistics is 0:
-// a constant added to z changes nothing.
-__global__ void __launch_bounds__(THREADS) decoder_norm_backward_kernel(Call d, const float* saved, bool batch_statistics, double eps, float* d_b1) {
+// The coefficients of the norm and of its backward from what forward saved, and the gradient of b1. With
+// batch statistics that is 0: a constant added to z changes nothing.
+__global__ void __launch_bounds__(THREADS)
+    decoder_norm_backward_kernel(Call d, const float* saved, bool batch_statistics, double eps, float* d_b1) {
   const int K = d.s.K;
   const float upstream = *d.upstream;
   const double share = batch_statistics ? double(upstream) / (double(d.s.N) * d.s.H * d.s.W) : 0.0;
@@ -237,10 +243,11 @@ __global__ void __launch_bounds__(THREADS) decoder_norm_backward_kernel(Call d, 
   }
 }
 
-// to[column] = sum over the rows of partial (rows, columns), in float64; the last column times last_factor to `last` instead, if that is
-// not null, and then, unless all, 0 to the others.
-__global__ void __launch_bounds__(SUM_COLUMNS* SUM_ROWS) reduce_rows_kernel(const float* partial, int rows, int columns, float* to, float* last,
-                                                                            double last_factor, bool all) {
+// to[column] = sum over the rows of partial (rows, columns), in float64. Unless `last` is null, the last
+// column goes there, times last_factor; then the others are set to 0 unless `all`.
+__global__ void __launch_bounds__(SUM_COLUMNS* SUM_ROWS)
+    reduce_rows_kernel(const float* partial, int rows, int columns, float* to, float* last,
+                       double last_factor, bool all) {
   const int column = blockIdx.x * SUM_COLUMNS + threadIdx.x;
   const double sum = column_sum(partial, rows, columns, all ? -1 : columns - 1);
   if (threadIdx.x >= SUM_COLUMNS || column >= columns) return;

@@ -1,5 +1,5 @@
-// The launches of reconstruction_loss on plain pointers: the order of the kernels, their grids, and the one workspace they share.
-// Nothing here waits for the device or allocates.
+// The launches of reconstruction_loss on plain pointers: the order of the kernels, their grids, and their one
+// workspace. Nothing here waits for the device or allocates.
 #pragma once
 
 #include "reconstruction_loss_kernels.cuh"
@@ -10,7 +10,7 @@ struct Request {
   Shape s;
   Maps features, image;
   GivenParameters parameters;
-  const double* restore;  // three means, three standard deviations; or null
+  const double* restore;  // three means and three standard deviations, or null
   Pixel pixel;
   double eps;
 };
@@ -79,23 +79,29 @@ struct Forward {
   }
 
   // value (1); saved (31 K + 3): mean, var, d gamma, d beta, d W2, d b2
-  Error run(const Request& r, Numbers running_mean, Numbers running_var, bool needs_grad, float* value, float* saved, void* workspace,
-            Stream stream) const {
+  Error run(const Request& r, Numbers running_mean, Numbers running_var, bool needs_grad, float* value,
+            float* saved, void* workspace, Stream stream) const {
     Workspace w(workspace);
     const Call d = make_call(r, plan, w);
     const Parts parts = take(d, w);
     const int K = d.s.K, blocks = sweep_blocks(plan, device, d.tiles());
     Error error = launch_prepare(d, r, stream);
+    const auto statistics =
+        plan.low_resolution ? decoder_statistics_kernel<true> : decoder_statistics_kernel<false>;
+    const auto loss = plan.low_resolution ? decoder_loss_kernel<true> : decoder_loss_kernel<false>;
+    const double* moments = parts.moments;
+    const float* partial = parts.partial;
+    const double share = 1.0 / (3.0 * double(r.s.N) * double(r.s.H) * double(r.s.W));
     if (error == success && !running_mean.data)
-      error = launch(plan.low_resolution ? decoder_statistics_kernel<true> : decoder_statistics_kernel<false>, blocks, THREADS, plan.shared, stream, d, parts.moments);
+      error = launch(statistics, blocks, THREADS, plan.shared, stream, d, parts.moments);
     if (error == success)
-      error = launch(decoder_norm_kernel, K, THREADS, 0, stream, d, running_mean, running_var, static_cast<const double*>(parts.moments), r.eps, saved);
-    if (error == success) error = launch(plan.low_resolution ? decoder_loss_kernel<true> : decoder_loss_kernel<false>, blocks, THREADS, plan.shared, stream, d, needs_grad, parts.partial);
+      error = launch(decoder_norm_kernel, K, THREADS, 0, stream, d, running_mean, running_var, moments, r.eps,
+                     saved);
     if (error == success)
-      error = launch(reduce_rows_kernel, ceil_div(sums_columns(K), SUM_COLUMNS), SUM_COLUMNS * SUM_ROWS, 0, stream,
-                     static_cast<const float*>(parts.partial), d.tiles(), sums_columns(K), saved + 2 * K, value,
-                     1.0 / (3.0 * double(r.s.N) * double(r.s.H) * double(r.s.W)), needs_grad);
-    return error;
+      error = launch(loss, blocks, THREADS, plan.shared, stream, d, needs_grad, parts.partial);
+    if (error != success) return error;
+    return launch(reduce_rows_kernel, ceil_div(sums_columns(K), SUM_COLUMNS), SUM_COLUMNS * SUM_ROWS, 0,
+                  stream, partial, d.tiles(), sums_columns(K), saved + 2 * K, value, share, needs_grad);
   }
 };
 
@@ -105,11 +111,12 @@ struct Backward {
   Plan plan;
   Device device;
   bool needs_features, needs_w1;
-  int samples;    // in a launch of the sweep
+  int samples;    // of a launch of the sweep
   int64_t bytes;  // of the workspace
 
   Backward(const Shape& s, const Device& device, bool needs_features, bool needs_w1)
-      : plan(make_plan(s, device)), device(device), needs_features(needs_features), needs_w1(needs_w1), samples(s.N) {
+      : plan(make_plan(s, device)), device(device), needs_features(needs_features), needs_w1(needs_w1),
+        samples(s.N) {
     if (needs_features && plan.tiles() > 1) samples = samples_of_a_launch(s);
     Request request = {};
     request.s = s;
@@ -119,11 +126,14 @@ struct Backward {
     bytes = counted.used();
   }
 
-  // As many as leave all transient memory under a quarter of the resized map; then whole rounds of the blocks, if it is one or more.
+  // As many as keep all transient memory under a quarter of the resized map, rounded down to whole rounds of
+  // the blocks.
   int samples_of_a_launch(const Shape& s) const {
-    const int tiles = plan.tiles(), together = device.multiprocessors * blocks_per_multiprocessor(plan, device);
-    const double w1 = (needs_w1 ? together + 3.0 : 3.0) * 9 * s.K * s.C;  // partial sums and the packed copies
-    const double part = double(tiles) * plan.pixels * s.C, room = double(s.N) * s.C * s.H * s.W / 4 - w1 - 4096;
+    const int tiles = plan.tiles(),
+              together = device.multiprocessors * blocks_per_multiprocessor(plan, device);
+    const double w1 = (needs_w1 ? together + 3.0 : 3.0) * 9 * s.K * s.C;  // partial sums, packed copies
+    const double part = double(tiles) * plan.pixels * s.C,
+                 room = double(s.N) * s.C * s.H * s.W / 4 - w1 - 4096;
     const int most = larger(1, smaller(s.N, int(room / part)));
     const int rounds = int(int64_t(most) * tiles / together);
     return rounds > 0 && most < s.N ? larger(1, int(int64_t(rounds) * together / tiles)) : most;
@@ -141,30 +151,36 @@ struct Backward {
     return {w1, split ? w.take<float>(int64_t(samples) * plan.tiles() * d.s.C * plan.pixels) : nullptr};
   }
 
-  // d_w1 (K, C, 3, 3) where needs_w1, d_b1 (K), d_features where needs_features. upstream: one number on the device.
-  Error run(const Request& r, const float* upstream, const float* saved, bool batch_statistics, Maps d_features, float* d_w1, float* d_b1,
-            void* workspace, Stream stream) const {
+  // d_w1 (K, C, 3, 3) if needs_w1, d_b1 (K), d_features if needs_features. upstream: one number on the
+  // device.
+  Error run(const Request& r, const float* upstream, const float* saved, bool batch_statistics,
+            Maps d_features, float* d_w1, float* d_b1, void* workspace, Stream stream) const {
     Workspace w(workspace);
     Call d = make_call(r, plan, w);
     const Parts parts = take(d, w);
     d.upstream = upstream;
     Error error = launch_prepare(d, r, stream);
-    if (error == success) error = launch(decoder_norm_backward_kernel, 1, THREADS, 0, stream, d, saved, batch_statistics, r.eps, d_b1);
+    if (error == success)
+      error = launch(decoder_norm_backward_kernel, 1, THREADS, 0, stream, d, saved, batch_statistics, r.eps,
+                     d_b1);
     if (!needs_features && !needs_w1) return error;
+    const auto sweep = plan.low_resolution ? decoder_backward_kernel<true> : decoder_backward_kernel<false>;
+    const float *w1 = parts.w1, *features = parts.features;
     for (int n = 0; n < d.s.N && error == success; n += samples) {
       const int count = smaller(samples, d.s.N - n), tiles = plan.tiles();
-      error = launch(plan.low_resolution ? decoder_backward_kernel<true> : decoder_backward_kernel<false>, sweep_blocks(plan, device, count * tiles), THREADS, plan.shared, stream, d, n * tiles,
-                     (n + count) * tiles, n > 0, parts.w1, needs_features, d_features, parts.features);
+      error =
+          launch(sweep, sweep_blocks(plan, device, count * tiles), THREADS, plan.shared, stream, d, n * tiles,
+                 (n + count) * tiles, n > 0, parts.w1, needs_features, d_features, parts.features);
       if (error == success && parts.features) {
         const int64_t numbers = int64_t(count) * d.s.C * d.s.h * d.s.w;
-        const int blocks = int((numbers + THREADS - 1) / THREADS < 4096 ? (numbers + THREADS - 1) / THREADS : 4096);
-        error = launch(decoder_overlap_kernel, blocks, THREADS, 0, stream, d, n, count, static_cast<const float*>(parts.features), d_features);
+        const int blocks = int(numbers < 4096 * THREADS ? (numbers + THREADS - 1) / THREADS : 4096);
+        error = launch(decoder_overlap_kernel, blocks, THREADS, 0, stream, d, n, count, features, d_features);
       }
     }
     const int columns = 9 * d.s.K * d.s.C;
     if (error == success && needs_w1)
-      error = launch(reduce_rows_kernel, ceil_div(columns, SUM_COLUMNS), SUM_COLUMNS * SUM_ROWS, 0, stream, static_cast<const float*>(parts.w1),
-                     blocks(), columns, d_w1, static_cast<float*>(nullptr), 1.0, true);
+      error = launch(reduce_rows_kernel, ceil_div(columns, SUM_COLUMNS), SUM_COLUMNS * SUM_ROWS, 0, stream,
+                     w1, blocks(), columns, d_w1, static_cast<float*>(nullptr), 1.0, true);
     return error;
   }
 };

@@ -1,7 +1,5 @@
-// Where a resize takes its samples, along one axis: the cells that csrc/resize.h tabulates for the CPU, one at a time.
+// A place of a resize as kernels hold it, with a float32 weight, and the inverse: who reads an element.
 #pragma once
-
-#include <cmath>
 
 #include "../resize.h"
 #include "numbers.cuh"
@@ -14,30 +12,29 @@ struct Cell {
   float weight;
 };
 
-// factor: the scale_factor that `out` came from, 0 where it was given as a size; corners take no notice of it.
 __host__ __device__ inline Cell cell(int in, int out, int p, Resize mode, double factor = 0) {
-  if (in == out) return {p, 0.0f};
-  if (mode == Resize::nearest) {  // as F.interpolate: a float32 scale
-    const float scale = factor > 0 ? float(1.0 / factor) : float(in) / float(out);
-    return {smaller(int(floorf(float(p) * scale)), in - 1), 0.0f};
-  }
-  double source = 0.0;
-  if (mode == Resize::centers) {
-    source = (double(p) + 0.5) * (factor > 0 ? 1.0 / factor : double(in) / double(out)) - 0.5;
-    source = source > 0.0 ? source : 0.0;
-  } else if (out > 1) {
-    source = double(in - 1) * double(p) / double(out - 1);
-  }
-  const int low = smaller(int(source), in - 1);
-  const double weight = source - double(low);
-  return {low, low + 1 < in ? float(weight < 1.0 ? weight : 1.0) : 0.0f};
+  const Place at = place(in, out, p, mode, factor);
+  return {at.low, at.high > at.low ? float(at.weight) : 0.0f};
 }
 
 __host__ __device__ inline int high(Cell c) { return c.low + (c.weight > 0.0f ? 1 : 0); }
 
-// The first p whose cell lies at `low` or behind it; `out` where there is none.
+// to[i] = cell first + i of the table, for i < n, with `low` counted from `low` on. A thread takes every
+// THREADS-th.
+template <int THREADS> DEVICE void load_axis(const Cell* table, int out, int first, int n, int low, Cell* to,
+                                          int thread) {
+  for (int i = thread; i < n; i += THREADS) {
+    const int p = first + i;
+    const bool inside = p >= 0 && p < out;
+    Cell c = inside ? table[p] : Cell{-1, 0.0f};
+    if (inside) c.low -= low;
+    to[i] = c;
+  }
+}
+
+// The first p whose cell lies at `low` or behind it; `out` if there is none.
 __host__ __device__ inline int first_at(int in, int out, int low, Resize mode, double factor) {
-  int before = 0, from = out;  // every p below `before` lies before `low`, every one from `from` on does not
+  int before = 0, from = out;  // all p < before have cells in front of `low`, all p >= from do not
   while (before < from) {
     const int p = before + (from - before) / 2;
     if (cell(in, out, p, mode, factor).low < low)
