@@ -206,7 +206,7 @@ def chain_backward(s: shapes.ChainShape, size: int = 4) -> Floor:
 # 12, the one in front of it. What their two implementations move and compute, from which impl="auto" has its order.
 
 LAST_CHANNELS = 12
-LAST_TILE = {"forward": (48, 28), "backward": (16, 16)}  # of the CUDA C++ kernels on an A100: csrc/chain_plan.cuh
+LAST_TILE = {"forward": (48, 28), "backward": (16, 16)}  # of the CUDA C++ kernels on an A100: csrc/cuda/chain_stage_plan.cuh
 STAGE_CHANNELS = (32, 12)
 STAGE_TILE = {"forward": (28, 28), "backward": (28, 4)}
 

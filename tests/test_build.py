@@ -114,7 +114,7 @@ CPU_SOURCE = """
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include "level.h"
+#include "../level.h"
 
 int64_t level(const torch::stable::Tensor& x) { return LEVEL + x.numel(); }
 
@@ -152,9 +152,10 @@ def project(tmp_path) -> str:
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE"):
         shutil.copy(os.path.join(ROOT, name), copy)
     (copy / "README.md").write_text("The text on the package's page.\n")
-    (copy / "csrc").mkdir()
+    (copy / "csrc" / "cpu").mkdir(parents=True)
+    (copy / "csrc" / "cuda").mkdir()
     (copy / "csrc" / "level.h").write_text("#define LEVEL 40\n")
-    (copy / "csrc" / "registration.cpp").write_text(CPU_SOURCE)
+    (copy / "csrc" / "cpu" / "registration.cpp").write_text(CPU_SOURCE)
     return str(copy)
 
 
@@ -228,7 +229,7 @@ def test_wheel_with_cuda_kernels(project, backend):
         _, nvcc = backend.find_toolkit(torch.version.cuda)
     except backend.NoCuda as reason:
         pytest.skip(f"no CUDA compiler: {reason}")
-    with open(os.path.join(project, "csrc", "level_cuda.cu"), "w") as file:
+    with open(os.path.join(project, "csrc", "cuda", "level.cu"), "w") as file:
         file.write(CUDA_SOURCE)
     _, unpacked = build_wheel(project, FORCE_CUDA="1", TORCH_CUDA_ARCH_LIST="8.0 9.0+PTX")
     with open(os.path.join(unpacked, "infopro_fast", "_build.json")) as file:
@@ -249,7 +250,7 @@ def test_wheel_with_cuda_kernels(project, backend):
 
 
 def test_without_nvcc_the_package_builds_and_says_why(project):
-    with open(os.path.join(project, "csrc", "level_cuda.cu"), "w") as file:
+    with open(os.path.join(project, "csrc", "cuda", "level.cu"), "w") as file:
         file.write(CUDA_SOURCE)
     nowhere = os.path.join(project, "nowhere")
     command = (sys.executable, "setup.py", "build_ext", "--inplace")
@@ -363,7 +364,7 @@ def test_requirements_of_a_build(bare, monkeypatch):
     hooks = (bare.get_requires_for_build_wheel, bare.get_requires_for_build_editable)
     monkeypatch.setattr(bare, "cuda_sources", list)
     assert [hook() for hook in hooks] == [[], []]
-    monkeypatch.setattr(bare, "cuda_sources", lambda: ["csrc/x_cuda.cu"])
+    monkeypatch.setattr(bare, "cuda_sources", lambda: ["csrc/cuda/x.cu"])
     for hook in hooks:
         assert "nvidia-cuda-nvcc==13.0.*" in hook()
     monkeypatch.setenv("INFOPRO_NO_CUDA", "1")

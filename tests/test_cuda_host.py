@@ -269,7 +269,7 @@ BREAKS = {
 @pytest.mark.parametrize("case", BREAKS)
 def test_a_broken_copy_is_caught(case, library, on_host, tmp_path):
     """By the very comparison that the tests above make, for some order of the warps."""
-    path = binding.build(str(tmp_path / "broken.so"), csrc=broken(tmp_path, "decoder_taps.cuh", *BREAKS[case]))
+    path = binding.build(str(tmp_path / "broken.so"), csrc=broken(tmp_path, "cuda/reconstruction_loss_taps.cuh", *BREAKS[case]))
     caught = []
     for seed in (0, 1, 2, 3):
         on_host(path, seed=seed)
@@ -283,7 +283,7 @@ def test_a_broken_copy_is_caught(case, library, on_host, tmp_path):
 
 
 def test_a_divergent_barrier_is_a_deadlock(on_host, library, tmp_path):
-    where = ("decoder_taps.cuh", "__syncthreads();  // T is whole", "if (threadIdx.x < 40) __syncthreads();  // T is whole")
+    where = ("cuda/reconstruction_loss_taps.cuh", "__syncthreads();  // T is whole", "if (threadIdx.x < 40) __syncthreads();  // T is whole")
     on_host(binding.build(str(tmp_path / "broken.so"), csrc=broken(tmp_path, *where)))
     with pytest.raises(RuntimeError, match=r"deadlock: threads .*at __syncthreads"):
         op_cases.check(reconstruction(**SHAPES["primes"]), "cuda", torch.float32)
@@ -310,7 +310,7 @@ def test_sanitizers_find_nothing(library, tmp_path):
 
 
 def test_sanitizers_find_an_overrun_of_shared_memory(library, tmp_path):
-    where = ("decoder_kernels.cuh", "i < WARPS * row; i += THREADS) s.sums[i] = 0.0f", "i <= WARPS * row; i += THREADS) s.sums[i] = 0.0f")
+    where = ("cuda/reconstruction_loss_kernels.cuh", "i < WARPS * row; i += THREADS) s.sums[i] = 0.0f", "i <= WARPS * row; i += THREADS) s.sums[i] = 0.0f")
     done = sanitized(binding.build(str(tmp_path / "kernels.so"), *binding.SANITIZERS, csrc=broken(tmp_path, *where)))
     assert done.returncode != 0
     assert "heap-buffer-overflow" in done.stderr and "decoder_loss_kernel" in done.stderr, done.stderr[-5000:]

@@ -293,7 +293,7 @@ def test_without_triton_stages_with_kernels_of_their_own_run(library, on_host, m
 
 def test_limits_are_those_of_the_kernels():
     """Written down twice: a call is refused before anything runs, and checked where it runs."""
-    with open(f"{binding.CSRC}/chain_plan.cuh") as source:
+    with open(f"{binding.CSRC}/cuda/chain_stage_plan.cuh") as source:
         text = source.read()
     assert f"MOST_CHANNELS = {reconstruction_loss_layers.MOST_CHANNELS}, MOST_OUTPUTS = {reconstruction_loss_layers.MOST_OUTPUTS};" in text
     assert f"MOST_ENLARGED = {reconstruction_loss_layers.MOST_ENLARGED};" in text
@@ -347,11 +347,11 @@ def test_plans_of_the_papers_shapes(shape, device, library, on_host):
 # ---------------------------------------------------------------------------------------------------------------------
 # The net holds
 
-KERNELS, OF_STAGES = "chain_loss_kernels.cuh", "chain_stage_kernels.cuh"
+KERNELS, OF_STAGES = "cuda/chain_stage_loss.cuh", "cuda/chain_stage_kernels.cuh"
 BREAKS = {
     "a barrier that is not there": (KERNELS, "  mix(d, s, t);\n  __syncthreads();", "  mix(d, s, t);"),
     "a barrier that is not there, backward": (KERNELS, "    collect(d, s, t);\n    __syncthreads();", "    collect(d, s, t);"),
-    "an index off by one": ("chain_block.cuh", "const Cell c = s.columns[x + dx];", "const Cell c = s.columns[x + (dx + 1) % 3];"),
+    "an index off by one": ("cuda/chain_stage_block.cuh", "const Cell c = s.columns[x + dx];", "const Cell c = s.columns[x + (dx + 1) % 3];"),
     "a barrier of a stage that is not there": (OF_STAGES, "      __syncthreads();\n      tile_moments", "      tile_moments"),
     "a barrier of a stage that is not there, backward": (OF_STAGES, "        __syncthreads();\n        add_weights", "        add_weights"),
     "a channel of a stage too far": (OF_STAGES, "k = channel + o;\n    float g", "k = channel + (o + 1) % 3;\n    float g"),
