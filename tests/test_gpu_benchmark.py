@@ -12,8 +12,10 @@ import sys
 import pytest
 import torch
 
-from benchmarks import cuda_smoke, gpu, gpu_claims, gpu_files, shapes, train_step, workloads
-from benchmarks.gpu_meter import Budget, Meter, Result
+from benchmarks import cuda_smoke, shapes, train_step, workloads
+from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu import claims, files
+from benchmarks.gpu.meter import Budget, Meter, Result
 from tests.conftest import need_cpu_kernels
 
 COMPILED_METHODS = ("compile", "compile channels_last", "compile max-autotune", "released compile", "released compile max-autotune")
@@ -32,7 +34,7 @@ def rows_of_the_claims() -> list[Result]:
 
 
 def values(results: list[Result]) -> list[float | None]:
-    return [c.value for c in gpu_claims.claims(results)]
+    return [c.value for c in claims.claims(results)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -51,17 +53,17 @@ def test_the_first_parts_measure_all_that_the_claims_need():
     ("resnet32", 1, 1024, "ours"), ("resnet32", 16, 128, "released channels_last"), ("resnet32", 16, 128, train_step.GRAPH),
 ])  # fmt: skip
 def test_no_claim_of_a_step_holds_against_what_is_missing(arch, K, N, method):
-    label = gpu_claims.step_label(arch, K, N)
+    label = claims.step_label(arch, K, N)
     rest = [r for r in rows_of_the_claims() if (r.shape, r.method) != (label, method)]
-    lost = [c for c in gpu_claims.claims(rest) if c.value is None]
+    lost = [c for c in claims.claims(rest) if c.value is None]
     assert lost and all(f"N {N}" in c.what and "not measured" == c.holds() for c in lost)
     assert len(rest) == len(rows_of_the_claims()) - 1
 
 
-@pytest.mark.parametrize("method", gpu_claims.DECODER_BASELINES)
+@pytest.mark.parametrize("method", claims.DECODER_BASELINES)
 def test_no_claim_of_the_decoder_holds_against_what_is_missing(method):
     rest = [r for r in rows_of_the_claims() if (r.part, r.method) != ("reconstruction_loss", method)]
-    lost = [c for c in gpu_claims.claims(rest) if c.value is None]
+    lost = [c for c in claims.claims(rest) if c.value is None]
     assert [c.what for c in lost] == ["same, faster than the best of torch.compile and channels_last"]
 
 
@@ -80,21 +82,21 @@ def set_seconds(rows: list[Result], seconds: dict[tuple[str, str], float]) -> li
 
 
 def test_the_step_is_compared_with_the_best_end_to_end_and_graph_with_graph():
-    sixteen, one = gpu_claims.step_label("resnet32", 16, 1024), gpu_claims.step_label("resnet32", 1, 1024)
+    sixteen, one = claims.step_label("resnet32", 16, 1024), claims.step_label("resnet32", 1, 1024)
     rows = set_seconds(rows_of_the_claims(), {(sixteen, "ours"): 9.0, (sixteen, train_step.GRAPH): 6.0, (one, train_step.GRAPH): 5.0,
                                               (one, "ours"): 8.0, (one, "compile"): 4.0, (one, "released"): 9.0,
                                               (one, "released channels_last"): 9.0})  # fmt: skip
-    graphs, best = gpu_claims.claims(rows)[5:7]
+    graphs, best = claims.claims(rows)[5:7]
     assert graphs.value == 6.0 / 5.0 and graphs.holds() == "yes"
     assert best.value == 6.0 / 4.0 and best.against == "compile" and best.holds() == "**no**"
 
 
 def test_max_autotune_counts_where_it_is_measured():
-    label = workloads.label(gpu_claims.DECODER)
+    label = workloads.label(claims.DECODER)
     rows = set_seconds(rows_of_the_claims(), {(label, workloads.TUNED): 0.5})
-    assert gpu_claims.claims(rows)[1].value == 0.5 and gpu_claims.claims(rows)[1].against == workloads.TUNED
+    assert claims.claims(rows)[1].value == 0.5 and claims.claims(rows)[1].against == workloads.TUNED
     without = [r for r in rows if r.method != workloads.TUNED]
-    assert gpu_claims.claims(without)[1].value == 1.0
+    assert claims.claims(without)[1].value == 1.0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -175,7 +177,7 @@ def test_a_peer_with_another_loss_is_measured_and_says_so(tmp_path, monkeypatch)
     importlib.invalidate_caches()
     (found,) = gpu.measure_op(Meter("cpu"), "supcon_loss", shapes.SupConShape(16), "float32", ("memeff",), Budget(60), ("both",))
     assert found.seconds > 0 and found.error is None and found.note == workloads.OTHER_LOSS["memeff"]
-    assert found.note in gpu_files.line(found) and " ms" in gpu_files.line(found)
+    assert found.note in files.line(found) and " ms" in files.line(found)
     del sys.modules["memeff"]  # monkeypatch would put it back
 
 
@@ -247,7 +249,7 @@ def test_files_are_written_and_claim_nothing_of_small_shapes(report):
     _, folder = report
     assert {p.name for p in folder.iterdir()} == {"results.jsonl", "results.md", "bars.md", "batch_size.png"}
     bars = (folder / "bars.md").read_text()
-    assert bars.count("not measured") == len(gpu_claims.claims([])) and "| yes |" not in bars
+    assert bars.count("not measured") == len(claims.claims([])) and "| yes |" not in bars
     assert "host, us" in (folder / "results.md").read_text()
 
 
@@ -308,7 +310,7 @@ def test_the_one_command_fails_only_where_neither_build_works(pip, build, status
     calls = tmp_path / "calls"
     own = dict(CALLS=str(calls), PIP=str(pip), BUILD=str(build), PYTHON=str(tmp_path / "python"), SECONDS_IN_ALL="100")
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
-    script = pathlib.Path(gpu.__file__).parent / "gpu.sh"
+    script = pathlib.Path(gpu.__file__).parents[1] / "gpu.sh"
     done = subprocess.run(["bash", script], env=os.environ | own | {"PATH": path}, capture_output=True, text=True, timeout=60)
     assert done.returncode == status, done.stdout + done.stderr
     called = calls.read_text().splitlines()

@@ -18,11 +18,12 @@ import typing
 
 import torch
 
-from benchmarks import floors, gpu_claims, gpu_files, shapes, train_step, workloads
+from benchmarks import floors, shapes, train_step, workloads
 from benchmarks.device import provenance
-from benchmarks.gpu_meter import Budget, Meter, Result, reason
+from benchmarks.gpu import claims, files
+from benchmarks.gpu.meter import Budget, Meter, Result, reason
 
-RESULTS = pathlib.Path(__file__).parent / "results"
+RESULTS = pathlib.Path(__file__).parents[1] / "results"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BY_NAME = (workloads.TRITON, workloads.CUDA)  # where "ours" is one of two
 COMPILED = ("compile", "compile channels_last", workloads.TUNED)
@@ -133,7 +134,7 @@ def claimed_ops(small: bool) -> list[tuple[str, typing.NamedTuple]]:
     if small:
         return [(op, SMALL[op]) for op in ("reconstruction_loss", "supcon_loss")]
     return [
-        ("reconstruction_loss", gpu_claims.DECODER), ("supcon_loss", gpu_claims.SUPCON), ("supcon_loss", gpu_claims.SUPCON_LARGE),
+        ("reconstruction_loss", claims.DECODER), ("supcon_loss", claims.SUPCON), ("supcon_loss", claims.SUPCON_LARGE),
     ]  # fmt: skip
 
 
@@ -168,7 +169,7 @@ def measure_sizes(meter: Meter, budget: Budget, small: bool) -> Rows:
     Of the device's whole memory, or (small) up to 16 images.
     """
     for method in (workloads.OURS, "eager", "channels_last", "checkpoint", "compile"):
-        shape, ran, last = gpu_claims.DECODER._replace(N=4 if small else 256), 0, False
+        shape, ran, last = claims.DECODER._replace(N=4 if small else 256), 0, False
         while not (small and shape.N > 16):
             found = measure_op(meter, "reconstruction_loss", shape, "float32", [method], budget, ("both",), with_error=False)
             for r in found:
@@ -196,11 +197,11 @@ class Step(typing.NamedTuple):
 
     @property
     def label(self) -> str:
-        return gpu_claims.step_label(self.arch, self.K, self.N, self.balanced)
+        return claims.step_label(self.arch, self.K, self.N, self.balanced)
 
 
 def claimed_steps(small: bool) -> list[Step]:
-    released, own = gpu_claims.RELEASED, ("ours", train_step.GRAPH)
+    released, own = claims.RELEASED, ("ours", train_step.GRAPH)
     if small:
         return [Step("resnet32", 16, 8, ("ours", "released")), Step("resnet32", 1, 8, ("ours",))]
     return [
@@ -215,7 +216,7 @@ def claimed_compiled_steps(small: bool) -> list[Step]:
 
 
 def other_steps(small: bool) -> list[Step]:
-    released, every = gpu_claims.RELEASED, ("ours", train_step.GRAPH, *gpu_claims.RELEASED)
+    released, every = claims.RELEASED, ("ours", train_step.GRAPH, *claims.RELEASED)
     if small:
         return [Step("resnet32", 1, 8, ("checkpoint",)), Step("resnet32", 16, 8, ("released checkpoint",))]
     return [
@@ -330,7 +331,7 @@ def main(given: list[str] | None = None) -> int:
         results = report(meter, budget, options.small, folder)
     finally:
         gc.unfreeze()
-    print(gpu_claims.claims_table(results))
+    print(claims.claims_table(results))
     print(f"written: {folder}")
     return 0
 
@@ -342,12 +343,12 @@ def report(meter: Meter, budget: Budget, small: bool, folder: pathlib.Path) -> l
         print(f"{part.what}, {budget.left():.0f} s left", file=sys.stderr)
         for found in part.measure(budget.share(part.share)):
             results += found
-            gpu_files.write(folder, results)  # whatever comes, what was measured stays
+            files.write(folder, results)  # whatever comes, what was measured stays
             for r in found:
-                print(f"  {r.part} {r.shape} {r.dtype} {r.method} {r.direction}: {gpu_files.line(r)}", file=sys.stderr, flush=True)
+                print(f"  {r.part} {r.shape} {r.dtype} {r.method} {r.direction}: {files.line(r)}", file=sys.stderr, flush=True)
         if part.what == "batch sizes" and any(r.part == "batch size" and r.seconds for r in results):
             try:
-                gpu_files.plot(folder, results)
+                files.plot(folder, results)
             except ImportError as error:
                 print(f"no plot: {error}", file=sys.stderr)
     return results

@@ -12,8 +12,8 @@ import torch
 
 from benchmarks import workloads
 from benchmarks.device import provenance
-from benchmarks.gpu_claims import claims_table
-from benchmarks.gpu_meter import Result
+from benchmarks.gpu.claims import claims_table
+from benchmarks.gpu.meter import Result
 from benchmarks.table import size
 
 

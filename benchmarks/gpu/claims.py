@@ -8,7 +8,7 @@ from __future__ import annotations
 import typing
 
 from benchmarks import shapes, train_step, workloads
-from benchmarks.gpu_meter import Result
+from benchmarks.gpu.meter import Result
 
 DECODER = shapes.DecoderShape(1024, 64, 8, 32)
 SUPCON, SUPCON_LARGE = shapes.SupConShape(8192), shapes.SupConShape(65536)
