@@ -38,7 +38,7 @@ class Training:
         self.checkpoints = run / run_folder.CHECKPOINTS
         self.batches = images.batches(config.batch_size, config.drop_last)
         self.steps = config.iterations or config.epochs * self.batches
-        sgd = schedule.released_sgd(config.lr, config.momentum, config.weight_decay, config.optimizer_state, config.nesterov)
+        sgd = schedule.released_sgd(config.lr, config.momentum, config.weight_decay, config.nesterov)
         at = (lambda module, images: None) if share.alone else (lambda module, images: self.at(f"in {module}", images))
         self.trainer = ParallelTrainer(self.net, sgd, amp=amp_dtype(config), at=at, **share.trainer_options)
         self.ema = None if config.ema is None else MovingAverage(self.net, config.ema)
