@@ -11,7 +11,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,52 +30,7 @@ from .planner import make_plan
 from .released import ReleasedTrainer, with_released_losses
 from .resident import KEEPING, in_a_process, peak_above
 from .step import measure_step
-
-
-@dataclass(frozen=True)
-class Way:
-    """A way to train. modules: K, 1 end to end. losses: "ours" or "released". planned: cuts by `make_plan`, not the published ones.
-
-    budget: torch.compile of the blocks with this activation_memory_budget (0 recompute all, 1 keep what is fast), or None.
-    """
-
-    modules: int = 1
-    recompute: str = "none"
-    losses: str = "ours"
-    planned: bool = True
-    budget: float | None = None
-
-    @property
-    def name(self) -> str:
-        if self.modules > 1:
-            who = "released" if self.losses == "released" else "ours"
-            again = {"none": "", "norm": " + norms rebuilt", "block": " + recompute", "sqrt": " + recompute sqrt"}[self.recompute]
-            return f"{who} K={self.modules}{again}"
-        if self.budget is not None:
-            return f"E2E compiled, budget {self.budget:g}"
-        return {"none": "E2E", "norm": "E2E + norms rebuilt", "block": "E2E checkpoint/block", "sqrt": "E2E checkpoint/sqrt"}[
-            self.recompute
-        ]
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What a way takes. peak: `Bytes` at the step's highest point, or None where compiled code hides it; saved: most kept by autograd.
-
-    resident: peak beyond the loaded model, its optimizer's state and the batch, as the system (or a GPU's allocator) sees it.
-    parameters, optimizer: there all the time. seconds: a step, median; end_to_end: of steps end to end between those.
-    """
-
-    way: Way
-    parameters: int
-    optimizer: int
-    saved: int
-    peak: Bytes | None
-    resident: int
-    seconds: float
-    end_to_end: float
-    device: str = "cpu"
-    threads: int = 0
+from .ways import Measured, Way
 
 
 def ways(modules: list[int], budgets: list[float]) -> list[Way]:

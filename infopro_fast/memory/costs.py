@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from infopro_fast.modules import LocalLoss, LocalNetwork, Stage
-from infopro_fast.trainer.step import _GradientOf, local_step
+from infopro_fast.modules import LocalLoss, LocalNetwork, Stage, Tap
+from infopro_fast.trainer.step import GradientOf, local_step
 
 from .live import LiveBytes, nbytes
 
@@ -38,12 +38,16 @@ class BlockCost(typing.NamedTuple):
 
 
 class LossCost(typing.NamedTuple):
-    """Bytes of a local loss at a module's end, the features not counted: kept at most, highest point, parameters; seconds."""
+    """Bytes of a local loss at a module's end, the features not counted: kept at most, highest point, parameters; seconds.
+
+    left: what stays for the module's backward beside the gradient of its output: the gradient at a `Tap`.
+    """
 
     saved: int
     peak: int
     parameters: int
     seconds: float = 0.0
+    left: int = 0
 
 
 class ChainCosts:
@@ -84,7 +88,7 @@ class ChainCosts:
             found = max(found, before + block.forward)
             before += own
         found = max(found, before + loss.peak)
-        gradients, result = loss.parameters, blocks[-1].output  # the module's output outlives its backward
+        gradients, result = loss.parameters + loss.left, blocks[-1].output  # the module's output outlives its backward
         for i in range(len(blocks) - 1, -1, -1):
             block, last = blocks[i], i == len(blocks) - 1
             before -= kept[i]
@@ -116,16 +120,17 @@ def measure_chain(
     blocks: list[BlockCost] = []
     losses: list[LossCost | None] = []
     known: dict[object, object] = {}
-    h, batch = image, (image, label)
+    h, batch, tapped = image, (image, label), None
     for stage, local_loss in zip(net.stages, net.local_losses):
         key = (repr(stage), h.shape, len(blocks) > 0)
         if key not in known:
             known[key] = _measure_block(stage, h, first=not blocks, timed=timed)
         cost, h = known[key]
         blocks.append(cost)
+        tapped = next(((block, h) for block in stage if isinstance(block, Tap)), tapped)
         key = (repr(local_loss), h.shape)
         if key not in known:
-            known[key] = None if isinstance(local_loss, NoCut) else _measure_loss(local_loss, h, *batch, timed=timed)
+            known[key] = None if isinstance(local_loss, NoCut) else _measure_loss(local_loss, h, *batch, tapped, timed)
         losses.append(known[key])
     return ChainCosts(blocks, losses, nbytes([image]), "block" if recompute == "block" else "none")
 
@@ -155,7 +160,7 @@ def _block_bytes(
         kept = live.now.total - result.untyped_storage().nbytes()
         live.hold("loaded", [result])
         grad = [torch.empty_like(result)]
-        target = _GradientOf.apply(out, grad)
+        target = GradientOf.apply(out, grad)
         alive = out.detach() if outlived else None
         del out
         before = live.now.total
@@ -167,21 +172,29 @@ def _block_bytes(
 
 
 def _run_block(stage, x, grad, parameters):
-    torch.autograd.grad(_GradientOf.apply(stage(x), [grad]), [*parameters, *([x] if x.requires_grad else [])])
+    torch.autograd.grad(GradientOf.apply(stage(x), [grad]), [*parameters, *([x] if x.requires_grad else [])])
 
 
-def _measure_loss(local_loss: LocalLoss, h: torch.Tensor, image: torch.Tensor, label: torch.Tensor, timed: bool) -> LossCost:
+def _measure_loss(
+    local_loss: LocalLoss, h: torch.Tensor, image: torch.Tensor, label: torch.Tensor,
+    tapped: tuple[Tap, torch.Tensor] | None, timed: bool,
+) -> LossCost:  # fmt: skip
+    """tapped: a tap before this loss, which may have a head on it, and the map there."""
     h = h.detach().requires_grad_()
     parameters = local_loss.trained_parameters()
 
     def run() -> None:
+        if tapped is not None:
+            tap, at = tapped
+            tap(at)
         local_step(nn.Identity(), local_loss, _NoOptimizer(parameters), h, image, label)
         h.grad = None
 
-    live = LiveBytes([*local_loss.parameters(), *local_loss.buffers(), h, image, label])
+    live = LiveBytes([*local_loss.parameters(), *local_loss.buffers(), h, image, label, *([tapped[1]] if tapped else [])])
     with live:
         run()
-    return LossCost(live.most_saved, live.peak.total, nbytes(parameters), _seconds(run) if timed else 0.0)
+        left = live.now.total
+    return LossCost(live.most_saved, live.peak.total, nbytes(parameters), _seconds(run) if timed else 0.0, left)
 
 
 class _NoOptimizer:

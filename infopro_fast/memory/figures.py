@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from infopro_fast.figure import aligned, new_figure, save
 from infopro_fast.plan import Plan, for_people
 
-if TYPE_CHECKING:
-    from .compare import Measured
+from .ways import Measured
 
 KINDS = (("parameters", "C7"), ("optimizer", "C4"), ("gradients", "C3"), ("saved", "C0"), ("transient", "C1"))
 

@@ -97,7 +97,7 @@ def make_plan(
         chain = _Chain(arch, batch_size, size, recompute, losses, objective == "time")
     except PlanError:
         raise
-    except ValueError as error:  # of batch norms that would have a single value
+    except (ValueError, ImportError) as error:  # from `build`, or from a batch norm that would have a single value
         raise PlanError(f"{arch}, batch {batch_size} of images {size[0]}x{size[1]}: {error}") from error
     for K in range(1, len(chain.costs) + 1) if modules is None else [modules]:
         try:
@@ -188,10 +188,8 @@ def _size(arch: str, image_size: int | tuple[int, int] | None) -> tuple[int, int
     if image_size is None:
         return chains.published_size(arch)
     size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-    released = arch in (*chains.IMAGENET, *chains.CITYSCAPES)  # whose decoders give 8 pixels for one
-    if min(size) < 4 or (released and any(side % 8 for side in size)):
-        expected = f"multiples of 8 for {arch}" if released else "at least 4"
-        raise PlanError(f"plan: image_size: expected {expected}, got {size[0]}x{size[1]}")
+    if min(size) < 4:
+        raise PlanError(f"plan: image_size: expected at least 4, got {size[0]}x{size[1]}")
     return size
 
 

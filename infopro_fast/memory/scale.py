@@ -84,15 +84,14 @@ class Network:
 def measure(arch: str, modules: int, batch_size: int, *, speedup: float = 1.0) -> Network:
     """Times of this machine, divided by ``speedup``; cuts that make the slowest module fastest. Raises PlanError."""
     size = chains.published_size(arch)
-    losses = "ours" if arch in chains.backbones.BLOCKS else "released"
     with fake.FakeTensorMode():
-        net = fake.build_fake(lambda: chains.chain(arch, size, losses))
+        net = fake.build_fake(lambda: chains.chain(arch, size, "ours"))
         bytes_of = measure_chain(net, *chains.batch(arch, batch_size, size, real=False))
     most = 1 + sum(bytes_of.cut_allowed(end) for end in range(len(bytes_of) - 1))
     if not 1 <= modules <= most:
         raise PlanError(f"modules: expected 1 to {most} for {arch}, got {modules}")
     image, label = chains.batch(arch, batch_size, size, real=True)
-    times = measure_chain(chains.chain(arch, size, losses), image, label, timed=True)
+    times = measure_chain(chains.chain(arch, size, "ours"), image, label, timed=True)
     return _network(arch, modules, batch_size, times, bytes_of, image.nbytes + label.nbytes, net.positions, speedup)
 
 

@@ -76,7 +76,7 @@ def local_step(
         (loss if scaler is None else scaler.scale(loss)).backward()
         del term, loss  # before the generator goes on, or this term's graph would outlive the next one's making
     grad, leaf.grad = [leaf.grad], None
-    _GradientOf.apply(out, grad).backward()
+    GradientOf.apply(out, grad).backward()
     if not update:
         return leaf.detach(), metrics
     if scaler is None:
@@ -88,7 +88,7 @@ def local_step(
     return leaf.detach(), metrics
 
 
-class _GradientOf(torch.autograd.Function):
+class GradientOf(torch.autograd.Function):
     """A scalar whose gradient with respect to ``out`` is the one tensor in the list ``grad``, which is left empty.
 
     out.backward(gradient) would hold the gradient, as large as the output, until the whole module is done.
