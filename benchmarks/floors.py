@@ -20,6 +20,7 @@ import pathlib
 import typing
 
 from benchmarks import shapes
+from infopro_fast.whole_files import replace_file
 
 DOCUMENT = pathlib.Path(__file__).resolve().parent.parent / "docs" / "floors.md"
 
@@ -373,9 +374,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help=f"write {DOCUMENT.name}")
     if parser.parse_args().write:
         DOCUMENT.parent.mkdir(exist_ok=True)
-        aside = DOCUMENT.with_suffix(".part")
-        aside.write_text(document())
-        aside.replace(DOCUMENT)
+        replace_file(DOCUMENT, document().encode())
     else:
         print(document())
 

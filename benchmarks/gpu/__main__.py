@@ -21,7 +21,8 @@ import torch
 from benchmarks import floors, shapes, train_step, workloads
 from benchmarks.device import provenance
 from benchmarks.gpu import claims, files
-from benchmarks.gpu.meter import Budget, Meter, Result, reason
+from benchmarks.gpu.meter import Budget, Meter, reason
+from benchmarks.table import Row, claims_table
 
 RESULTS = pathlib.Path(__file__).parents[1] / "results"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -39,7 +40,7 @@ METHODS = {  # ours first, then what the claims compare with
 OPS = tuple(METHODS)
 IN_BFLOAT16 = (workloads.OURS, "eager", *BY_NAME, *workloads.PEERS)
 IN_A_GRAPH = "in CUDA graphs, whose memory the allocator does not see"
-Rows = typing.Iterator[list[Result]]
+Rows = typing.Iterator[list[Row]]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -64,7 +65,7 @@ def why_not(method: str, left: float) -> str:
 def measure_op(
     meter: Meter, op: str, shape, dtype: str, methods: typing.Sequence[str], budget: Budget,
     directions: typing.Sequence[str] = ("forward", "both"), with_error: bool = True,
-) -> list[Result]:  # fmt: skip
+) -> list[Row]:  # fmt: skip
     """Every method that runs. directions: "forward" and "both", of which torch.compile makes a program each."""
     results, made = [], {}
     for method in methods:
@@ -80,7 +81,7 @@ def measure_op(
             else:  # CUDA graphs are recorded at the third call
                 why = next(filter(None, (meter.attempt(call, 5 if "autotune" in method else 3) for call in calls.values())), "")
         if why:
-            results.append(Result(op, workloads.label(shape), method, dtype=dtype, note=why))
+            results.append(Row(op, workloads.label(shape), method, dtype=dtype, note=why))
             if why == "out of memory":
                 meter.free()
         else:
@@ -93,7 +94,7 @@ def measure_op(
                 results.append(_result(meter, op, shape, dtype, method, direction, seconds, calls[method], workload))
         except torch.OutOfMemoryError:  # where a method alone had room
             done = {r.method for r in results if r.direction == direction}
-            results += [Result(op, workloads.label(shape), m, direction, dtype, note="out of memory") for m in calls if m not in done]
+            results += [Row(op, workloads.label(shape), m, direction, dtype, note="out of memory") for m in calls if m not in done]
     made.clear()
     if any("compile" in r.method and not r.note.startswith("not measured") for r in results):
         torch.compiler.reset()  # what was compiled keeps the memory of its CUDA graphs
@@ -102,9 +103,9 @@ def measure_op(
     return results
 
 
-def _result(meter: Meter, op: str, shape, dtype: str, method: str, direction: str, seconds: float, call, workload) -> Result:
+def _result(meter: Meter, op: str, shape, dtype: str, method: str, direction: str, seconds: float, call, workload) -> Row:
     """workload: for the error; None: it is not looked for."""
-    found = Result(op, workloads.label(shape), method, direction, dtype, seconds, meter.host_seconds(call, seconds))
+    found = Row(op, workloads.label(shape), method, direction, dtype, seconds, meter.host_seconds(call, seconds))
     if method in workloads.OTHER_LOSS:
         found.note, workload = workloads.OTHER_LOSS[method], None
     elif meter.floor is not None:
@@ -173,7 +174,7 @@ def measure_sizes(meter: Meter, budget: Budget, small: bool) -> Rows:
         while not (small and shape.N > 16):
             found = measure_op(meter, "reconstruction_loss", shape, "float32", [method], budget, ("both",), with_error=False)
             for r in found:
-                r.part = "batch size"
+                r.op = "batch size"
             yield found
             failed = found[-1].seconds is None
             if last or (failed and not ran) or found[-1].note.startswith("not measured"):
@@ -234,7 +235,7 @@ def measure_steps(meter: Meter, budget: Budget, todo: list[Step], needed: float)
     for case in todo:
         for method in case.methods:
             if budget.left() < max(needed, seconds_to_start(method)):
-                yield [Result("step", case.label, method, "step", note="not measured: out of time")]
+                yield [Row("step", case.label, method, "step", note="not measured: out of time")]
             else:
                 yield [_measure_step(meter, case, method)]
 
@@ -242,7 +243,7 @@ def measure_steps(meter: Meter, budget: Budget, todo: list[Step], needed: float)
 FIRST_STEPS = 5  # momentum buffers are made in the first; the step is captured in the fourth
 
 
-def _measure_step(meter: Meter, case: Step, method: str) -> Result:
+def _measure_step(meter: Meter, case: Step, method: str) -> Row:
     """Peak: of everything that training holds, network, batch, gradients and optimizer state too, over the first steps.
 
     Of torch.compile's, over later ones: what its tuning takes is not the step's.
@@ -271,12 +272,12 @@ def _measure_step(meter: Meter, case: Step, method: str) -> Result:
     why = (meter.attempt(start, 1) or meter.attempt(later, 1)) if compiled else meter.attempt(first, 1)
     if why:
         made.clear()
-        return Result("step", case.label, method, "step", note=why)
+        return Row("step", case.label, method, "step", note=why)
     if meter.gpu and "autotune" in method:
         peak, note = None, IN_A_GRAPH
     seconds = meter.medians({method: made[0]}, 1.0)[method]
     host = meter.host_seconds(made[0], seconds)
-    return Result("step", case.label, method, "step", seconds=seconds, host_seconds=host, peak_bytes=peak, note=note)
+    return Row("step", case.label, method, "step", seconds=seconds, host_seconds=host, peak_bytes=peak, note=note)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -331,22 +332,22 @@ def main(given: list[str] | None = None) -> int:
         results = report(meter, budget, options.small, folder)
     finally:
         gc.unfreeze()
-    print(claims.claims_table(results))
+    print(claims_table(claims.claims(results)))
     print(f"written: {folder}")
     return 0
 
 
-def report(meter: Meter, budget: Budget, small: bool, folder: pathlib.Path) -> list[Result]:
+def report(meter: Meter, budget: Budget, small: bool, folder: pathlib.Path) -> list[Row]:
     """All parts, as far as time goes, and their files."""
-    results: list[Result] = []
+    results: list[Row] = []
     for part in parts(meter, small):
         print(f"{part.what}, {budget.left():.0f} s left", file=sys.stderr)
         for found in part.measure(budget.share(part.share)):
             results += found
             files.write(folder, results)  # whatever comes, what was measured stays
             for r in found:
-                print(f"  {r.part} {r.shape} {r.dtype} {r.method} {r.direction}: {files.line(r)}", file=sys.stderr, flush=True)
-        if part.what == "batch sizes" and any(r.part == "batch size" and r.seconds for r in results):
+                print(f"  {r.op} {r.shape} {r.dtype} {r.method} {r.direction}: {files.line(r)}", file=sys.stderr, flush=True)
+        if part.what == "batch sizes" and any(r.op == "batch size" and r.seconds for r in results):
             try:
                 files.plot(folder, results)
             except ImportError as error:
