@@ -128,7 +128,7 @@ def compile_methods(function: typing.Callable) -> dict[str, typing.Callable[[], 
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 DECODER_METHODS = (
     "eager", "channels_last", "compile", "compile channels_last", "compile budget 0", "compile reordered", "checkpoint", OURS,
@@ -182,7 +182,7 @@ def upsample_conv(method: str, shape: shapes.UpsampleConvShape, dtype: torch.dty
     return Workload(lambda: convolved[method](*leaves).square().mean(), leaves, leaves)  # the mean stands for what follows
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 SUPCON_METHODS = ("eager", "eager short", "compile", "compile short", "compile budget 0", "checkpoint", OURS)
 
@@ -198,7 +198,7 @@ def supcon(method: str, shape: shapes.SupConShape, dtype: torch.dtype = torch.fl
     return Workload(lambda: call(features, label), [features], [features, label])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 CHUNKED = "torch chunked"
 LINEAR_METHODS = ("eager", "compile", "compile budget 0", "checkpoint", *([CHUNKED] if hasattr(F, "linear_cross_entropy") else []), OURS)
@@ -216,7 +216,7 @@ def linear(method: str, shape: shapes.LinearShape, dtype: torch.dtype = torch.fl
     return Workload(lambda: call(input, weight, target), [input, weight], [input, weight, target])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 DENSE_METHODS = ("eager", "channels_last", "compile", "compile channels_last", "compile budget 0", "checkpoint", OURS)
 
@@ -234,7 +234,7 @@ def dense(method: str, shape: shapes.DenseShape, dtype: torch.dtype = torch.floa
     return Workload(lambda: call(logits, target), [logits], [logits, target])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 POOL_METHODS = ("eager", "channels_last", "compile", "compile channels_last", "compile budget 0", "checkpoint", OURS)
 
@@ -267,7 +267,7 @@ def head(method: str, shape: shapes.HeadShape, dtype: torch.dtype = torch.float3
     return Workload(lambda: call(x, conv, bn).square().mean(), leaves, [*leaves, *bn.buffers()])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 OPS = {
     "reconstruction_loss": (decoder, shapes.DecoderShape, DECODER_METHODS),

@@ -43,7 +43,7 @@ IN_A_GRAPH = "in CUDA graphs, whose memory the allocator does not see"
 Rows = typing.Iterator[list[Row]]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Ops
 
 
@@ -160,7 +160,7 @@ def measure_compiled(meter: Meter, budget: Budget, todo: list[tuple[str, typing.
         yield measure_op(meter, op, shape, "float32", methods, budget, directions=("both",))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Batch sizes up to running out of memory
 
 
@@ -183,7 +183,7 @@ def measure_sizes(meter: Meter, budget: Budget, small: bool) -> Rows:
             shape = shape._replace(N=2 * ran if failed else 4 * ran)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The whole step
 
 
@@ -280,7 +280,7 @@ def _measure_step(meter: Meter, case: Step, method: str) -> Row:
     return Row("step", case.label, method, "step", seconds=seconds, host_seconds=host, peak_bytes=peak, note=note)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 class Part(typing.NamedTuple):

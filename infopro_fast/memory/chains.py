@@ -26,7 +26,9 @@ STAGE_OF_RELEASED_LOSSES = dict.fromkeys(IMAGENET, 2) | dict.fromkeys(CITYSCAPES
 class Chain(LocalNetwork):
     """A network whose every stage is one block. positions: (stage, block) of each, as in `build`'s cuts."""
 
-    def __init__(self, stages: Sequence[Stage], losses: Sequence[LocalLoss], positions: Sequence[tuple[int, int]]):
+    def __init__(
+        self, stages: Sequence[Stage], losses: Sequence[LocalLoss], positions: Sequence[tuple[int, int]]
+    ):
         super().__init__(stages, losses, positions[:-1], [""] * len(stages))
         self.positions = list(positions)
 
@@ -40,7 +42,8 @@ def chain(arch: str, size: tuple[int, int], losses: str, recompute: str = "none"
     """Return ``arch`` block by block, with a loss after every block that a module can end with, else `NoCut`.
 
     size: height and width of the images. losses: "ours" or "released".
-    recompute: "norm", or anything else, which `ChainCosts` adds up from blocks measured without recomputation.
+    recompute: "norm", or anything else, which `ChainCosts` adds up from blocks measured without
+        recomputation.
 
     Raises PlanError for an unknown name, and what `build` raises.
     """
@@ -64,7 +67,8 @@ def chain(arch: str, size: tuple[int, int], losses: str, recompute: str = "none"
     positions = [unit.position for unit in units if not isinstance(unit.block, Tap)]
     kept = "norm" if recompute == "norm" else "none"
     stages = [Stage(OrderedDict((str(i), block) for i, block in enumerate(group)), kept) for group in groups]
-    return Chain(stages, [*(local_losses.get(at) or NoCut() for at in positions[:-1]), net.classifier], positions)
+    losses_in_order = [*(local_losses.get(at) or NoCut() for at in positions[:-1]), net.classifier]
+    return Chain(stages, losses_in_order, positions)
 
 
 def batch(arch: str, batch_size: int, size: tuple[int, int], real: bool) -> tuple[torch.Tensor, torch.Tensor]:

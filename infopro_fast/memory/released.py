@@ -1,7 +1,7 @@
-"""The losses and the step of the authors' code in plain torch, written from their description: the baseline of all comparisons.
+"""The losses and the step of the authors' code in plain torch, written from its description, as a baseline.
 
-Both auxiliary networks of a module run layer by layer whatever their weight, and one backward goes through both.
-The image is restored at every boundary, and all gradients stay until one optimizer has stepped.
+Both auxiliary networks of a module run layer by layer whatever their weight, and one backward goes through
+both. The image is restored at every boundary, and all gradients stay until one optimizer has stepped.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from infopro_fast.trainer.step import LocalTrainer
 class ReleasedDecoder(nn.Module):
     """Binary cross entropy of a decoder's output; autograd keeps every map in between.
 
-    decoder: layers that end in a sigmoid. size: side to which the features are resized first, or None for layers that resize.
+    decoder: layers that end in a sigmoid. size: features are resized to it first; None: the layers resize.
     """
 
     def __init__(self, decoder: nn.Sequential, size: int | None = None):
@@ -34,7 +34,7 @@ class ReleasedDecoder(nn.Module):
 
 
 class ReleasedHead(nn.Module):
-    """The contrastive loss of a head's output or its cross entropy, for segmentation that of the resized logits."""
+    """The contrastive loss or the cross entropy of a head's output. Logits of pixels are resized first."""
 
     def __init__(self, head: nn.Sequential, contrast: bool):
         super().__init__()
@@ -42,12 +42,13 @@ class ReleasedHead(nn.Module):
 
     def forward(self, features: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
         output = self.head(features)
-        loss = released_supcon if self.contrast else resized_cross_entropy if output.dim() == 4 else F.cross_entropy
-        return loss(output, label)
+        if self.contrast:
+            return released_supcon(output, label)
+        return (resized_cross_entropy if output.dim() == 4 else F.cross_entropy)(output, label)
 
 
 def released_supcon(features: torch.Tensor, labels: torch.Tensor, temperature: float = 0.07) -> torch.Tensor:
-    """Supervised contrastive loss with masks and logits as N x N maps (class SupConLoss of the authors' code, one view)."""
+    """Supervised contrastive loss with N x N masks and logits (the authors' class SupConLoss, one view)."""
     z = F.normalize(features, dim=1)
     labels = labels.view(-1, 1)
     mask = torch.eq(labels, labels.T).float()
@@ -74,7 +75,8 @@ class ReleasedLoss(LocalLoss):
         super().__init__()
         decoder, head = loss.decoder, loss.aux_classifier
         self.loss = loss
-        self.reconstruction = ReleasedDecoder(decoder.decoder, decoder.image_size if isinstance(decoder, Decoder) else None)
+        size = decoder.image_size if isinstance(decoder, Decoder) else None
+        self.reconstruction = ReleasedDecoder(decoder.decoder, size)
         self.task = ReleasedHead(head.head, head.loss_mode == "contrast")
 
     def terms(self, features, image, label):
@@ -91,7 +93,7 @@ class ReleasedLoss(LocalLoss):
 
 
 class ReleasedEnd(LocalLoss):
-    """The network's own loss with its logits formed. For segmentation: all its terms, by the op's reference, in one graph."""
+    """The network's own loss with its logits formed; for segmentation all its terms in one graph."""
 
     def __init__(self, end: LocalLoss):
         super().__init__()
@@ -107,7 +109,8 @@ class ReleasedEnd(LocalLoss):
             yield Term("cross_entropy", 1.0, sum(term.weight * term.loss for term in terms), terms[0].correct)
         else:
             logits = self.end(features)
-            yield Term("cross_entropy", 1.0, F.cross_entropy(logits, label), (logits.argmax(1) == label).sum())
+            loss, correct = F.cross_entropy(logits, label), (logits.argmax(1) == label).sum()
+            yield Term("cross_entropy", 1.0, loss, correct)
 
     def trained_parameters(self):
         return self.end.trained_parameters()
@@ -117,7 +120,7 @@ class ReleasedEnd(LocalLoss):
 
 
 def with_released_losses(net: LocalNetwork) -> LocalNetwork:
-    """Return ``net`` itself, every loss of `InfoPro` and the network's own replaced by the authors' on the same layers."""
+    """Replace the losses of ``net`` by the authors' on the same layers, and return it."""
     for k, loss in enumerate(net.local_losses[:-1]):
         if isinstance(loss, InfoPro):
             net.local_losses[k] = ReleasedLoss(loss)
@@ -128,14 +131,16 @@ def with_released_losses(net: LocalNetwork) -> LocalNetwork:
 class ReleasedTrainer(LocalTrainer):
     """One optimizer over everything, which steps when all modules have their gradients."""
 
-    def __init__(self, net: LocalNetwork, make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer]):
+    def __init__(
+        self, net: LocalNetwork, make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+    ):
         super().__init__(net, lambda parameters: _Later())
         losses = [p for local_loss in net.local_losses for p in local_loss.trained_parameters()]
         self.optimizers[-1] = make_optimizer([*net.stages.parameters(), *losses])
 
 
 class _Later:
-    """Takes the place of a module's optimizer, and leaves its gradients to the optimizer of the last module."""
+    """Stands for a module's optimizer, and leaves its gradients to the optimizer of the last module."""
 
     state: dict = {}
     param_groups: tuple = ()

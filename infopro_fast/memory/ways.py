@@ -9,9 +9,11 @@ from .live import Bytes
 
 @dataclass(frozen=True)
 class Way:
-    """A way to train. modules: K, 1 end to end. losses: "ours" or "released". planned: cut by `make_plan`, not as published.
+    """A way to train.
 
-    budget: the stages go through torch.compile with this activation_memory_budget, 0 (recompute all) to 1; None: not compiled.
+    modules: K, 1 for end to end. losses: "ours" or "released". planned: cut by `make_plan`, not as published.
+    budget: activation_memory_budget of torch.compile, 0 (recompute all) to 1 (keep what is fast); None: not
+        compiled.
     """
 
     modules: int = 1
@@ -23,21 +25,22 @@ class Way:
     @property
     def name(self) -> str:
         if self.modules > 1:
-            ending = {"none": "", "norm": " + norms rebuilt", "block": " + recompute", "sqrt": " + recompute sqrt"}
-            return f"{self.losses} K={self.modules}{ending[self.recompute]}"
+            again = {"norm": " + norms rebuilt", "block": " + recompute", "sqrt": " + recompute sqrt"}
+            return f"{self.losses} K={self.modules}{again.get(self.recompute, '')}"
         if self.budget is not None:
             return f"E2E compiled, budget {self.budget:g}"
-        ending = {"none": "", "norm": " + norms rebuilt", "block": " checkpoint/block", "sqrt": " checkpoint/sqrt"}
-        return f"E2E{ending[self.recompute]}"
+        again = {"norm": " + norms rebuilt", "block": " checkpoint/block", "sqrt": " checkpoint/sqrt"}
+        return f"E2E{again.get(self.recompute, '')}"
 
 
 @dataclass(frozen=True)
 class Measured:
     """Bytes and seconds of a step.
 
-    parameters, optimizer: bytes that are always there.
-    saved: the most that autograd keeps at any time. peak: `Bytes` at the highest point, None where compiled code hides it.
-    resident: the peak beyond the loaded model, its optimizer's state and the batch, as the system or a GPU's allocator sees it.
+    parameters, optimizer: bytes that are always there. saved: the most that autograd keeps at any time.
+    peak: `Bytes` at the highest point, or None where compiled code hides it.
+    resident: the same point beyond model, optimizer state and batch, as the system or a GPU's allocator sees
+        it.
     seconds: median of a step. end_to_end: median of the end-to-end steps that took turns with those.
     """
 
