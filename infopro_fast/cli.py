@@ -74,7 +74,7 @@ class MakePlan:
         "resnet20", "resnet32", "resnet44", "resnet56", "resnet110",
         "resnet50", "resnet101", "resnet152", "resnext101_32x8d", "deeplabv3_resnet101",
     ] = "resnet110"  # fmt: skip
-    """Network. Those of ImageNet and Cityscapes (with the released losses) are planned only."""
+    """Network."""
     batch_size: int | None = None
     """Images a step, 128 if not given. With budget and modules: the largest that fits."""
     image_size: tuple[int, ...] | None = None
@@ -87,8 +87,8 @@ class MakePlan:
     """With budget and modules: what to find the largest of. Default: batch, unless a batch size is given."""
     recompute: Literal["none", "norm", "block"] = "none"
     """Make again in backward what a norm gives a convolution, or whole residual blocks."""
-    losses: Literal["ours", "released"] | None = None
-    """Whose bytes: the kernels', or the released code's in plain torch. Default: ours where there is a choice."""
+    losses: Literal["ours", "released"] = "ours"
+    """Whose bytes: the kernels', or those of the authors' code in plain torch."""
     objective: Literal["peak", "saved", "time"] = "peak"
     """What the largest module is least in: bytes alive, bytes kept for backward, or seconds, measured here."""
     out: Path = Path("plan.json")
@@ -392,14 +392,13 @@ def _train(command: Train, argv: list[str]) -> None:
 def _plan(command: MakePlan) -> None:
     from infopro_fast.errors import PlanError
 
-    from .memory import chains, figures, largest_batch, largest_image, make_plan
+    from .memory import figures, largest_batch, largest_image, make_plan
     from .plan import parse_bytes
 
     _check_plan(command)
     size = command.image_size[0] if command.image_size is not None and len(command.image_size) == 1 else command.image_size
     budget = None if command.budget is None else parse_bytes(command.budget)
-    ours = command.arch not in (*chains.IMAGENET, *chains.CITYSCAPES)
-    how = dict(recompute=command.recompute, losses=command.losses or ("ours" if ours else "released"), objective=command.objective)
+    how = dict(recompute=command.recompute, losses=command.losses, objective=command.objective)
     grow = command.grow or ("batch" if budget and command.modules and command.batch_size is None else None)
     if grow and not (budget and command.modules):
         raise PlanError(f"grow {grow}: expected a budget and modules, to find the largest {grow} that fits")

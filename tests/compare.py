@@ -44,9 +44,6 @@ ULPS = 8.0
 TABLE = 4e-3
 RESIDENT = 0.10
 
-# Half the widest gap between torchao's dynamic 8-bit numbers, relative to the largest of a block.
-EIGHT_BIT = 0.0071
-
 
 def assert_golden(
     name: str,

@@ -358,7 +358,7 @@ def test_settings_of_auglocal():
 
 
 def test_the_example_of_the_documentation_trains():
-    (code,) = re.findall(r"```python\n(.*?)```", DOC.read_text(), re.DOTALL)
+    code, _ = re.findall(r"```python\n(.*?)```", DOC.read_text(), re.DOTALL)
     scope = {}
     exec(compile(code, str(DOC), "exec"), scope)
     metrics, net = scope["metrics"], scope["net"]
@@ -366,6 +366,18 @@ def test_the_example_of_the_documentation_trains():
                             "module2/sparsity", "loss", "correct"}  # fmt: skip
     assert metrics["module1/task"] < scope["before"]["module1/task"]
     assert sum(name.startswith("sparse_head_") for name in net.released_state_dict()) == 4
+
+
+@pytest.mark.compile
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torchao's, of caches
+def test_an_optimizer_with_state_of_8_bits():
+    pytest.importorskip("torchao.optim")
+    _, code = re.findall(r"```python\n(.*?)```", DOC.read_text(), re.DOTALL)
+    scope = {"net": build("contrast", 2), "infopro_fast": infopro_fast}
+    exec(compile(code, str(DOC), "exec"), scope)
+    losses = [scope["trainer"].step(IMAGE, LABEL)["loss"].item() for _ in range(5)]
+    kept = [type(t).__name__ for o in scope["trainer"].optimizers for state in o.state.values() for t in state.values()]
+    assert losses[-1] < losses[0] and "OptimState8bit" in kept
 
 
 def test_places():

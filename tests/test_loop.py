@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import importlib.util
 import io
 import json
 import math
@@ -573,42 +572,27 @@ def test_dgl_needs_two_images_in_every_part(tmp_path):
             setup.check_batches(alone, images, replicas)
 
 
-def without_torchao(monkeypatch):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *rest: None if name == "torchao" else find(name, *rest)
-    )
-
-
 @pytest.mark.parametrize(
     "trained",
     [
-        {"device": "cuda", "tf32": True, "cuda_graph": True, "impl": "triton"}, {"device": "cuda:1",
-        "tf32": True, "impl": "cuda"},
-        {"optimizer_state": "8bit"},
+        {"device": "cuda", "tf32": True, "cuda_graph": True, "impl": "triton"},
+        {"device": "cuda:1", "tf32": True, "impl": "cuda"},
+        {"optimizer_state": "float32"},  # a setting of earlier versions
     ],
-)  # fmt: skip
-def test_what_a_run_had_in_training_alone_is_not_needed_to_evaluate_it(
-    finished, tmp_path, monkeypatch, trained
-):
-    without_torchao(monkeypatch)
+)
+def test_what_a_run_had_in_training_alone_is_not_needed_to_evaluate_it(finished, tmp_path, trained):
     content = json.loads((finished / run_folder.CONFIG).read_text())
     (tmp_path / run_folder.CONFIG).write_text(json.dumps(content | trained))
     (tmp_path / run_folder.WEIGHTS).write_bytes((finished / run_folder.WEIGHTS).read_bytes())
     assert evaluate_run(tmp_path, device="cpu") == evaluate_run(finished)
 
 
-def test_training_needs_torchao_for_8_bits(finished, tmp_path, monkeypatch):
-    """Before there is a folder, and before a checkpoint is read."""
-    without_torchao(monkeypatch)
-    message = r"optimizer_state 8bit needs torchao: pip install 'infopro-fast\[8bit\]'"
-    with pytest.raises(ConfigError, match=message):
-        fit(tiny_run.config(tmp_path / "run", optimizer_state="8bit"))
-    assert not (tmp_path / "run").exists()
+def test_a_run_with_an_optimizer_state_of_fewer_bits_is_refused(finished, tmp_path):
     content = json.loads((finished / run_folder.CONFIG).read_text())
     (tmp_path / run_folder.CONFIG).write_text(json.dumps(content | {"optimizer_state": "8bit"}))
-    with pytest.raises(ConfigError, match=message):
-        resume(tmp_path)
+    for call in (resume, evaluate_run):
+        with pytest.raises(errors.UserError, match="optimizer_state: expected float32, .* got 8bit"):
+            call(tmp_path)
 
 
 def test_folders_that_are_no_runs(tmp_path, finished):

@@ -489,7 +489,6 @@ def test_schedules():
         (dict(ema=1.0), "ema: expected a number in"),
         (dict(accumulate=0), "accumulate: expected an integer of at least 1"),
         (dict(schedule="poly", warmup=1), "schedule poly has no warm-up"),
-        (dict(optimizer_state="bfloat16", nesterov=False), "optimizer_state bfloat16 and no-nesterov"),
     ],
 )
 def test_settings_that_are_refused(settings, message):

@@ -69,7 +69,6 @@ def resume(
     config = run_folder.read_config(Path(run))
     if data_root is not None:
         config = dataclasses.replace(config, data_root=Path(data_root).absolute())
-    config.check_installed()
     if sharing:
         config = continuing.shared_anew(config, sharing)
     several = config.parallel != "none" and bool(connect.launched() or sharing)

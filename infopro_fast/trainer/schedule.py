@@ -8,22 +8,16 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from .low_bit_sgd import LowBitSGD
 from .settings.config import TrainConfig
 
 
 def released_sgd(
-    lr: float, momentum: float = 0.9, weight_decay: float = 1e-4, state: str = "float32", nesterov: bool = True
+    lr: float, momentum: float = 0.9, weight_decay: float = 1e-4, nesterov: bool = True
 ) -> Callable[[Iterable[torch.Tensor]], torch.optim.Optimizer]:
     """make_optimizer of the released recipe: SGD with Nesterov momentum, decay on all parameters; one fused pass a module.
 
-    state: "float32", or the momentum's in "bfloat16" or "8bit" (`LowBitSGD`, always Nesterov's). nesterov:
-    False on Cityscapes.
+    nesterov: False on Cityscapes.
     """
-    if state != "float32" and not nesterov:
-        raise ValueError(f"released_sgd: nesterov: expected True with state {state!r}, got False")
-    if state != "float32":
-        return functools.partial(LowBitSGD, lr=lr, momentum=momentum, weight_decay=weight_decay, state=state)
     nesterov = nesterov and momentum > 0
     return functools.partial(torch.optim.SGD, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, fused=True)
 

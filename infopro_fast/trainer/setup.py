@@ -31,7 +31,7 @@ def autocast(config: TrainConfig) -> contextlib.AbstractContextManager:
 def optimizer(config: TrainConfig) -> Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]:
     """Return `LocalTrainer`'s make_optimizer."""
     c = config
-    return schedule.released_sgd(c.lr, c.momentum, c.weight_decay, c.optimizer_state, c.nesterov)
+    return schedule.released_sgd(c.lr, c.momentum, c.weight_decay, c.nesterov)
 
 
 def load_init(net: modules.LocalNetwork, path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import math
 import os
@@ -151,8 +150,6 @@ class TrainConfig:
     """L2 penalty on every parameter."""
     nesterov: bool = True
     """Nesterov's momentum rather than the plain one; the recipe of cityscapes has the plain one."""
-    optimizer_state: Literal["float32", "bfloat16", "8bit"] = "float32"
-    """What the momentum is kept in; 8bit needs torchao."""
     drop_last: bool = False
     """Leave out a last, smaller batch; the recipe of cityscapes does."""
     accumulate: int = 1
@@ -240,7 +237,6 @@ class TrainConfig:
         from infopro_fast.modules.auglocal import AUX_DEPTH
         from infopro_fast.modules.local_loss import default_lambdas
 
-        self.check_installed()
         recipe, modules, arch, local_loss = RECIPES[self.dataset], self.number_of_modules(), self.network, self.loss
         lambdas = self.lambdas
         if lambdas is None and local_loss in WEIGHTED and modules > 1:
@@ -286,11 +282,6 @@ class TrainConfig:
             raise ConfigError(f"warmup {warmup}: expected fewer than the {epochs} epochs of {self.iterations} iterations")
         return dataclasses.replace(self, epochs=epochs, warmup=warmup)
 
-    def check_installed(self) -> None:
-        """Raises ConfigError for what training needs, though not a look at what was trained, and is not installed."""
-        if self.optimizer_state == "8bit" and importlib.util.find_spec("torchao") is None:
-            raise ConfigError("optimizer_state 8bit needs torchao: pip install 'infopro-fast[8bit]'")
-
     def to_look_at(
         self, *, device: str | None = None, data_root: str | Path | None = None, threads: int | None = None
     ) -> TrainConfig:  # fmt: skip
@@ -331,6 +322,9 @@ class TrainConfig:
         """Raises ConfigError if this is not what `to_json` wrote."""
         try:
             content = json.loads(text)
+            state = content.pop("optimizer_state", "float32") if isinstance(content, dict) else "float32"
+            if state != "float32":  # a setting of earlier versions
+                raise ConfigError(f"optimizer_state: expected float32, the only one that runs have, got {state}")
             return TrainConfig(**content)
         except (json.JSONDecodeError, TypeError) as error:
             raise ConfigError(f"not the settings of a run: {error}") from error
@@ -371,7 +365,6 @@ def _check_choices(c: TrainConfig) -> None:
         ("local_loss", (None, "contrast", "softmax", "greedy", "dgl", "infopro_l", "auglocal", "none")),
         ("net_config", (None, "0c1f", "0c2f", "1c1f", "1c2f", "1c3f", "2c2f")),
         ("recompute", ("none", "norm", "block", "sqrt")),
-        ("optimizer_state", ("float32", "bfloat16", "8bit")),
         ("schedule", (None, "cosine", "step", "one_cycle", "half_cosine", "poly")),
         ("dtype", ("float32", "float64")),
         ("amp", ("none", "bfloat16", "float16")),
@@ -508,11 +501,6 @@ def _check_contradictions(c: TrainConfig) -> None:
         _fail("device", "auto, cpu, cuda or cuda:N", repr(c.device))
     if c.amp != "none" and c.dtype == "float64":
         raise ConfigError(f"amp {c.amp} and dtype float64: autocast is of float32")
-    if c.optimizer_state != "float32" and c.cuda_graph:
-        raise ConfigError(f"optimizer_state {c.optimizer_state} and cuda_graph: its steps are not captured")
-    nesterov = c.nesterov and RECIPES[c.dataset].nesterov
-    if c.optimizer_state != "float32" and not nesterov:
-        raise ConfigError(f"optimizer_state {c.optimizer_state} and no-nesterov: its momentum is Nesterov's")
     if c.amp == "float16" and c.cuda_graph:
         raise ConfigError("amp float16 and cuda_graph: its gradient scaler is not captured; use bfloat16")
     if c.device != "auto":

@@ -18,11 +18,13 @@ import typing
 
 import torch
 
-from benchmarks import floors, gpu_claims, gpu_files, shapes, train_step, workloads
+from benchmarks import floors, shapes, train_step, workloads
 from benchmarks.device import provenance
-from benchmarks.gpu_meter import Budget, Meter, Result, reason
+from benchmarks.gpu import claims, files
+from benchmarks.gpu.meter import Budget, Meter, reason
+from benchmarks.table import Row, claims_table
 
-RESULTS = pathlib.Path(__file__).parent / "results"
+RESULTS = pathlib.Path(__file__).parents[1] / "results"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BY_NAME = (workloads.TRITON, workloads.CUDA)  # where "ours" is one of two
 COMPILED = ("compile", "compile channels_last", workloads.TUNED)
@@ -38,10 +40,10 @@ METHODS = {  # ours first, then what the claims compare with
 OPS = tuple(METHODS)
 IN_BFLOAT16 = (workloads.OURS, "eager", *BY_NAME, *workloads.PEERS)
 IN_A_GRAPH = "in CUDA graphs, whose memory the allocator does not see"
-Rows = typing.Iterator[list[Result]]
+Rows = typing.Iterator[list[Row]]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Ops
 
 
@@ -63,7 +65,7 @@ def why_not(method: str, left: float) -> str:
 def measure_op(
     meter: Meter, op: str, shape, dtype: str, methods: typing.Sequence[str], budget: Budget,
     directions: typing.Sequence[str] = ("forward", "both"), with_error: bool = True,
-) -> list[Result]:  # fmt: skip
+) -> list[Row]:  # fmt: skip
     """Every method that runs. directions: "forward" and "both", of which torch.compile makes a program each."""
     results, made = [], {}
     for method in methods:
@@ -79,7 +81,7 @@ def measure_op(
             else:  # CUDA graphs are recorded at the third call
                 why = next(filter(None, (meter.attempt(call, 5 if "autotune" in method else 3) for call in calls.values())), "")
         if why:
-            results.append(Result(op, workloads.label(shape), method, dtype=dtype, note=why))
+            results.append(Row(op, workloads.label(shape), method, dtype=dtype, note=why))
             if why == "out of memory":
                 meter.free()
         else:
@@ -92,7 +94,7 @@ def measure_op(
                 results.append(_result(meter, op, shape, dtype, method, direction, seconds, calls[method], workload))
         except torch.OutOfMemoryError:  # where a method alone had room
             done = {r.method for r in results if r.direction == direction}
-            results += [Result(op, workloads.label(shape), m, direction, dtype, note="out of memory") for m in calls if m not in done]
+            results += [Row(op, workloads.label(shape), m, direction, dtype, note="out of memory") for m in calls if m not in done]
     made.clear()
     if any("compile" in r.method and not r.note.startswith("not measured") for r in results):
         torch.compiler.reset()  # what was compiled keeps the memory of its CUDA graphs
@@ -101,9 +103,9 @@ def measure_op(
     return results
 
 
-def _result(meter: Meter, op: str, shape, dtype: str, method: str, direction: str, seconds: float, call, workload) -> Result:
+def _result(meter: Meter, op: str, shape, dtype: str, method: str, direction: str, seconds: float, call, workload) -> Row:
     """workload: for the error; None: it is not looked for."""
-    found = Result(op, workloads.label(shape), method, direction, dtype, seconds, meter.host_seconds(call, seconds))
+    found = Row(op, workloads.label(shape), method, direction, dtype, seconds, meter.host_seconds(call, seconds))
     if method in workloads.OTHER_LOSS:
         found.note, workload = workloads.OTHER_LOSS[method], None
     elif meter.floor is not None:
@@ -133,7 +135,7 @@ def claimed_ops(small: bool) -> list[tuple[str, typing.NamedTuple]]:
     if small:
         return [(op, SMALL[op]) for op in ("reconstruction_loss", "supcon_loss")]
     return [
-        ("reconstruction_loss", gpu_claims.DECODER), ("supcon_loss", gpu_claims.SUPCON), ("supcon_loss", gpu_claims.SUPCON_LARGE),
+        ("reconstruction_loss", claims.DECODER), ("supcon_loss", claims.SUPCON), ("supcon_loss", claims.SUPCON_LARGE),
     ]  # fmt: skip
 
 
@@ -158,7 +160,7 @@ def measure_compiled(meter: Meter, budget: Budget, todo: list[tuple[str, typing.
         yield measure_op(meter, op, shape, "float32", methods, budget, directions=("both",))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Batch sizes up to running out of memory
 
 
@@ -168,11 +170,11 @@ def measure_sizes(meter: Meter, budget: Budget, small: bool) -> Rows:
     Of the device's whole memory, or (small) up to 16 images.
     """
     for method in (workloads.OURS, "eager", "channels_last", "checkpoint", "compile"):
-        shape, ran, last = gpu_claims.DECODER._replace(N=4 if small else 256), 0, False
+        shape, ran, last = claims.DECODER._replace(N=4 if small else 256), 0, False
         while not (small and shape.N > 16):
             found = measure_op(meter, "reconstruction_loss", shape, "float32", [method], budget, ("both",), with_error=False)
             for r in found:
-                r.part = "batch size"
+                r.op = "batch size"
             yield found
             failed = found[-1].seconds is None
             if last or (failed and not ran) or found[-1].note.startswith("not measured"):
@@ -181,7 +183,7 @@ def measure_sizes(meter: Meter, budget: Budget, small: bool) -> Rows:
             shape = shape._replace(N=2 * ran if failed else 4 * ran)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The whole step
 
 
@@ -196,11 +198,11 @@ class Step(typing.NamedTuple):
 
     @property
     def label(self) -> str:
-        return gpu_claims.step_label(self.arch, self.K, self.N, self.balanced)
+        return claims.step_label(self.arch, self.K, self.N, self.balanced)
 
 
 def claimed_steps(small: bool) -> list[Step]:
-    released, own = gpu_claims.RELEASED, ("ours", train_step.GRAPH)
+    released, own = claims.RELEASED, ("ours", train_step.GRAPH)
     if small:
         return [Step("resnet32", 16, 8, ("ours", "released")), Step("resnet32", 1, 8, ("ours",))]
     return [
@@ -215,7 +217,7 @@ def claimed_compiled_steps(small: bool) -> list[Step]:
 
 
 def other_steps(small: bool) -> list[Step]:
-    released, every = gpu_claims.RELEASED, ("ours", train_step.GRAPH, *gpu_claims.RELEASED)
+    released, every = claims.RELEASED, ("ours", train_step.GRAPH, *claims.RELEASED)
     if small:
         return [Step("resnet32", 1, 8, ("checkpoint",)), Step("resnet32", 16, 8, ("released checkpoint",))]
     return [
@@ -233,7 +235,7 @@ def measure_steps(meter: Meter, budget: Budget, todo: list[Step], needed: float)
     for case in todo:
         for method in case.methods:
             if budget.left() < max(needed, seconds_to_start(method)):
-                yield [Result("step", case.label, method, "step", note="not measured: out of time")]
+                yield [Row("step", case.label, method, "step", note="not measured: out of time")]
             else:
                 yield [_measure_step(meter, case, method)]
 
@@ -241,7 +243,7 @@ def measure_steps(meter: Meter, budget: Budget, todo: list[Step], needed: float)
 FIRST_STEPS = 5  # momentum buffers are made in the first; the step is captured in the fourth
 
 
-def _measure_step(meter: Meter, case: Step, method: str) -> Result:
+def _measure_step(meter: Meter, case: Step, method: str) -> Row:
     """Peak: of everything that training holds, network, batch, gradients and optimizer state too, over the first steps.
 
     Of torch.compile's, over later ones: what its tuning takes is not the step's.
@@ -270,15 +272,15 @@ def _measure_step(meter: Meter, case: Step, method: str) -> Result:
     why = (meter.attempt(start, 1) or meter.attempt(later, 1)) if compiled else meter.attempt(first, 1)
     if why:
         made.clear()
-        return Result("step", case.label, method, "step", note=why)
+        return Row("step", case.label, method, "step", note=why)
     if meter.gpu and "autotune" in method:
         peak, note = None, IN_A_GRAPH
     seconds = meter.medians({method: made[0]}, 1.0)[method]
     host = meter.host_seconds(made[0], seconds)
-    return Result("step", case.label, method, "step", seconds=seconds, host_seconds=host, peak_bytes=peak, note=note)
+    return Row("step", case.label, method, "step", seconds=seconds, host_seconds=host, peak_bytes=peak, note=note)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 class Part(typing.NamedTuple):
@@ -330,24 +332,24 @@ def main(given: list[str] | None = None) -> int:
         results = report(meter, budget, options.small, folder)
     finally:
         gc.unfreeze()
-    print(gpu_claims.claims_table(results))
+    print(claims_table(claims.claims(results)))
     print(f"written: {folder}")
     return 0
 
 
-def report(meter: Meter, budget: Budget, small: bool, folder: pathlib.Path) -> list[Result]:
+def report(meter: Meter, budget: Budget, small: bool, folder: pathlib.Path) -> list[Row]:
     """All parts, as far as time goes, and their files."""
-    results: list[Result] = []
+    results: list[Row] = []
     for part in parts(meter, small):
         print(f"{part.what}, {budget.left():.0f} s left", file=sys.stderr)
         for found in part.measure(budget.share(part.share)):
             results += found
-            gpu_files.write(folder, results)  # whatever comes, what was measured stays
+            files.write(folder, results)  # whatever comes, what was measured stays
             for r in found:
-                print(f"  {r.part} {r.shape} {r.dtype} {r.method} {r.direction}: {gpu_files.line(r)}", file=sys.stderr, flush=True)
-        if part.what == "batch sizes" and any(r.part == "batch size" and r.seconds for r in results):
+                print(f"  {r.op} {r.shape} {r.dtype} {r.method} {r.direction}: {files.line(r)}", file=sys.stderr, flush=True)
+        if part.what == "batch sizes" and any(r.op == "batch size" and r.seconds for r in results):
             try:
-                gpu_files.plot(folder, results)
+                files.plot(folder, results)
             except ImportError as error:
                 print(f"no plot: {error}", file=sys.stderr)
     return results

@@ -12,12 +12,13 @@ import torch
 
 from benchmarks import workloads
 from benchmarks.device import provenance
-from benchmarks.gpu_claims import claims_table
-from benchmarks.gpu_meter import Result
-from benchmarks.table import size
+from benchmarks.gpu.claims import claims
+from benchmarks.table import Row, claims_table, gpu_markdown, size
+from infopro_fast import figure
+from infopro_fast.whole_files import replace_file
 
 
-def line(r: Result) -> str:
+def line(r: Row) -> str:
     if r.seconds is None:
         return r.note
     host = "" if r.host_seconds is None else f", host {1e6 * r.host_seconds:.0f} us"
@@ -26,47 +27,28 @@ def line(r: Result) -> str:
     return f"{1e3 * r.seconds:.3g} ms{host}{multiple}{peak}" + (f" ({r.note})" if r.note else "")
 
 
-def table(results: typing.Iterable[Result]) -> str:
-    head = ("part", "shape", "dtype", "direction", "method", "ms", "host, us", "x floor", "peak", "error", "note")
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    for r in results:
-        cells = (
-            r.part, r.shape, r.dtype, r.direction, r.method, "" if r.seconds is None else f"{1e3 * r.seconds:.3g}",
-            "" if r.host_seconds is None else f"{1e6 * r.host_seconds:.0f}", "" if r.multiple is None else f"{r.multiple:.2f}",
-            size(r.peak_bytes), "" if r.error is None else f"{r.error:.1e}", r.note.replace("|", "/"),
-        )  # fmt: skip
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
 def here() -> dict[str, str | int]:
     return provenance("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def write(folder: pathlib.Path, results: list[Result]) -> None:
+def write(folder: pathlib.Path, results: list[Row]) -> None:
     """results.jsonl, results.md and bars.md, each whole or as it was."""
     folder.mkdir(parents=True, exist_ok=True)
     where = here()
     foot = "\n\n" + ", ".join(f"{k} {v}" for k, v in where.items()) + "\n"
     texts = {
         "results.jsonl": "".join(json.dumps(dataclasses.asdict(r) | where) + "\n" for r in results),
-        "results.md": table(results) + foot, "bars.md": claims_table(results) + foot,
+        "results.md": gpu_markdown(results) + foot, "bars.md": claims_table(claims(results)) + foot,
     }  # fmt: skip
     for name, text in texts.items():
-        aside = folder / (name + ".part")
-        aside.write_text(text)
-        aside.replace(folder / name)
+        replace_file(folder / name, text.encode())
 
 
-def plot(folder: pathlib.Path, results: typing.Iterable[Result]) -> None:
+def plot(folder: pathlib.Path, results: typing.Iterable[Row]) -> None:
     """batch_size.png: time and peak of the decoder over the batch size."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    rows = [r for r in results if r.part == "batch size"]
-    figure = Figure(figsize=(11, 4.2), constrained_layout=True)
-    FigureCanvasAgg(figure)
-    for axes, of, unit in zip(figure.subplots(1, 2), ("seconds", "peak_bytes"), ("forward + backward, ms", "peak above inputs, MiB")):
+    rows = [r for r in results if r.op == "batch size"]
+    drawing, panels = figure.new_figure((11, 4.2), 2)
+    for axes, of, unit in zip(panels, ("seconds", "peak_bytes"), ("forward + backward, ms", "peak above inputs, MiB")):
         for method in dict.fromkeys(r.method for r in rows):
             own = [(int(re.match(r"N(\d+)", r.shape).group(1)), r) for r in rows if r.method == method and getattr(r, of)]
             own.sort(key=lambda pair: pair[0])
@@ -77,7 +59,5 @@ def plot(folder: pathlib.Path, results: typing.Iterable[Result]) -> None:
         axes.grid(True, which="both", alpha=0.25)
         axes.legend()
     where = "{device}, torch {torch}, {commit}".format(**here())
-    figure.suptitle(f"reconstruction_loss, 64 channels 8x8 to 32x32: {where}", fontsize=9)
-    aside = folder / "batch_size.png.part"
-    figure.savefig(aside, dpi=130, format="png")
-    aside.replace(folder / "batch_size.png")
+    drawing.suptitle(f"reconstruction_loss, 64 channels 8x8 to 32x32: {where}", fontsize=9)
+    figure.save(drawing, folder / "batch_size.png")

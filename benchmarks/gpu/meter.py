@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import statistics
 import time
@@ -13,24 +12,6 @@ import torch
 from benchmarks import floors, timing
 
 Call = typing.Callable[[], object]
-
-
-@dataclasses.dataclass
-class Result:
-    """One measurement, or why there is none. seconds: median; host_seconds: until a call returns, whatever the device is at then;
-    multiple: of the floor; peak_bytes: above the inputs."""
-
-    part: str
-    shape: str
-    method: str
-    direction: str = "both"
-    dtype: str = "float32"
-    seconds: float | None = None
-    host_seconds: float | None = None
-    multiple: float | None = None
-    peak_bytes: int | None = None
-    error: float | None = None
-    note: str = ""
 
 
 class Budget:
