@@ -26,6 +26,10 @@ def double():
     return nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True)
 
 
+def denormalized(image):
+    return image * image.new_tensor(STD).view(3, 1, 1) + image.new_tensor(MEAN).view(3, 1, 1)
+
+
 class LocalResNet(nn.Module):
     """A ResNet-18 whose first module ends after the first block of layer2.
 
@@ -49,8 +53,7 @@ class LocalResNet(nn.Module):
     def first_module(self, image, target):
         """Return the features for the next module, detached, and the local loss."""
         x = self.first(image)
-        mean, std = (image.new_tensor(numbers).view(3, 1, 1) for numbers in (MEAN, STD))
-        restored = (image * std + mean).clamp(0, 1)
+        restored = denormalized(image).clamp(0, 1)
         recons = F.binary_cross_entropy(self.decoder(x), restored)
         task = F.cross_entropy(self.head(x), target)
         return x.detach(), 5 * recons + 0.75 * task
