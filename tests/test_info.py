@@ -21,8 +21,7 @@ def test_collect_is_json_and_true():
     assert facts["versions"]["infopro_fast"] == infopro_fast.__version__
     assert facts["versions"]["python"] == platform.python_version()
     assert facts["versions"]["torch"] == torch.__version__
-    commit = facts["versions"]["commit"]
-    assert commit is None or re.fullmatch(r"[0-9a-f]{7,}\+?", commit)
+    assert facts["versions"]["commit"] is None or re.fullmatch(r"[0-9a-f]{7,}\+?", facts["versions"]["commit"])
     assert facts["cpu"]["threads"] == torch.get_num_threads()
     assert facts["cpu"]["isa"] == ops.cpu_isa()
     assert (facts["cuda"]["device"] is None) == (not torch.cuda.is_available())
@@ -58,9 +57,8 @@ RECORD = {"torch": "2.12.0", "torch_target": "2.10", "compiler": "c++ 12.2.0", "
 @pytest.mark.parametrize(
     ("cuda", "expected"),
     [
-        ({"built": False, "reason": "no nvcc"}, "CUDA kernels    not built: no nvcc"),
-        ({"built": True, "nvcc": "13.0", "architectures": ["9.0", "12.0+PTX"]},
-         "CUDA kernels    nvcc 13.0, 9.0 12.0+PTX"),
+        ({"built": False, "reason": "INFOPRO_NO_CUDA was set"}, "CUDA kernels    not built: INFOPRO_NO_CUDA was set"),
+        ({"built": True, "nvcc": "13.0", "architectures": ["9.0", "12.0+PTX"]}, "CUDA kernels    nvcc 13.0, 9.0 12.0+PTX"),
     ],
 )
 def test_build_record_is_told(tmp_path, monkeypatch, cuda, expected):
@@ -80,12 +78,11 @@ def test_missing_build_record_is_told(tmp_path, monkeypatch):
 
 
 def test_the_commit_is_of_the_package_own_checkout(tmp_path, monkeypatch):
-    """The commit is a hash, "+" marks changes, and a package inside another project's checkout has none."""
+    """Hash, + for what differs from it, nothing for a package that merely lies inside another project's checkout."""
 
     def git(*args):
         who = ("-c", "user.name=a", "-c", "user.email=a@b")
-        options = {"cwd": tmp_path, "check": True, "capture_output": True, "text": True}
-        return subprocess.run(["git", *who, *args], **options).stdout.strip()
+        return subprocess.run(["git", *who, *args], cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
 
     package = tmp_path / "infopro_fast"
     package.mkdir()
