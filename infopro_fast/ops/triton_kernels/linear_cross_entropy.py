@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .target import Compilation, capability, dot_precision, multiprocessors, rounded
+from .target import Compilation, capability, dot_precision, multiprocessors, rounded, spread
 
 MEAN, SUM, NONE = range(3)  # linear_cross_entropy.REDUCTIONS
 
@@ -142,7 +142,7 @@ def _few_backward_kernel(
                 share = tl.dot(tl.trans(g), tile, input_precision=PRECISION)
                 inside = (classes < C)[:, None] & (dimensions < D)[None, :]
                 at = mine + classes[:, None] * D + dimensions[None, :]
-                share += tl.load(at, mask=inside & (block != tl.program_id(0)), other=0.0)
+                share += tl.load(at, mask=inside & spread(block != tl.program_id(0), inside), other=0.0)
                 tl.store(at, share, mask=inside)
     tl.store(mine + C * D + classes, g_bias, mask=classes < C)
 

@@ -123,8 +123,9 @@ def _pool_kernel(
     tl.store(counts + at, tl.sum(positive, 1), mask=channels < C)
     tl.store(counts + tl.cast(N, tl.int64) * C + at, tl.sum(normalised, 1), mask=channels < C)
     if RUNNING:
-        tl.store(saved + channels, centre, mask=(channels < C) & (n == 0))
-        tl.store(saved + C + channels, tl.load(var + channels, mask=channels < C).to(tl.float32), mask=(channels < C) & (n == 0))
+        if n == 0:
+            tl.store(saved + channels, centre, mask=channels < C)
+            tl.store(saved + C + channels, tl.load(var + channels, mask=channels < C).to(tl.float32), mask=channels < C)
 
 
 @triton.jit

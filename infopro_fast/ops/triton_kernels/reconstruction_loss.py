@@ -46,7 +46,7 @@ import triton
 import triton.language as tl
 
 from .reconstruction_loss_plan import Plan, Shape, plan
-from .target import INTERPRETED, Compilation, capability, dot_precision, multiprocessors
+from .target import INTERPRETED, Compilation, capability, dot_precision, multiprocessors, spread
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
@@ -419,13 +419,13 @@ def _add_sums(
             d_beta += dy
             d_gamma += dy * normalized
             d_w2 = _dot(tl.trans(around), activation, d_w2, "ieee")
-        kept = (k < K) & (fresh == 0)
+        kept = (k < K) & spread(fresh == 0, k)
         to = partial + k
         tl.store(to, tl.sum(d_gamma, 0) + tl.load(to, mask=kept, other=0.0), mask=k < K)
         tl.store(to + K, tl.sum(d_beta, 0) + tl.load(to + K, mask=kept, other=0.0), mask=k < K)
         to_w2 = partial + 2 * K + (q // 9 * K)[:, None] * 9 + k[None, :] * 9 + (q % 9)[:, None]
         valid = (q[:, None] < 27) & (k[None, :] < K)
-        tl.store(to_w2, d_w2 + tl.load(to_w2, mask=valid & (fresh == 0), other=0.0), mask=valid)
+        tl.store(to_w2, d_w2 + tl.load(to_w2, mask=valid & spread(fresh == 0, valid), other=0.0), mask=valid)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -545,7 +545,7 @@ def _add_w1_from_taps(
                 acc = _dot(x, tl.load(features + at, mask=(p[:, None] < count) & (c[None, :] < C), other=0.0), acc, PRECISION)
             mask = (m[:, None] < 9 * K) & (c[None, :] < C)
             to = partial + m[:, None] * C + c[None, :]
-            tl.store(to, acc + tl.load(to, mask=mask & (fresh == 0), other=0.0), mask=mask)
+            tl.store(to, acc + tl.load(to, mask=mask & spread(fresh == 0, mask), other=0.0), mask=mask)
 
 
 @triton.jit(noinline=True)
@@ -595,7 +595,7 @@ def _add_w1_convolved(
                 acc = _dot(x, tl.load(u, mask=(p[:, None] < count) & (c[None, :] < C), other=0.0), acc, PRECISION)
             mask = (m[:, None] < 9 * K) & (c[None, :] < C)
             to = partial + m[:, None] * C + c[None, :]
-            tl.store(to, acc + tl.load(to, mask=mask & (fresh == 0), other=0.0), mask=mask)
+            tl.store(to, acc + tl.load(to, mask=mask & spread(fresh == 0, mask), other=0.0), mask=mask)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -28,6 +28,12 @@ def rounded(x, dtype: tl.constexpr):
     return x.to(dtype)
 
 
+@triton.jit
+def spread(condition, block):
+    """A scalar condition as a mask of the shape of ``block``. (Broadcast as it is, Triton 3.9's interpreter makes integers of it.)"""
+    return tl.full(block.shape, condition.to(tl.int32), tl.int32) != 0
+
+
 class Compilation(typing.NamedTuple):
     """A kernel as one of its launches compiles it."""
 
