@@ -60,10 +60,9 @@ def _compile_one(module: str, cc: int, index: int) -> Statistics:
     from triton.compiler import ASTSource
 
     c = _configurations(module, cc)[index]
-    names = list(c.signature)
-    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in c.aligned}
+    attributes = {(c.kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in c.aligned}
     source = ASTSource(fn=c.kernel, signature=c.signature, constexprs=c.constexprs, attrs=attributes)
-    options = {"num_warps": c.num_warps, "num_stages": c.num_stages}
+    options = {"num_warps": c.num_warps, "num_stages": c.num_stages, **c.kernel.run.keywords}
     log = io.StringIO()
     with triton.knobs.nvidia.scope(), triton.knobs.compilation.scope(), contextlib.redirect_stdout(log):
         triton.knobs.nvidia.dump_ptxas_log = True

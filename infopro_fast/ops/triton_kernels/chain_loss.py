@@ -19,7 +19,7 @@ import triton.language as tl
 
 from . import chain_stage as stage
 from .reconstruction_loss import _pixel, _target
-from .target import Compilation
+from .target import Compilation, launched
 
 BLOCK = 1024  # pixels of a plane that a program takes
 
@@ -42,7 +42,7 @@ def _pixels(
     return tl.load(s + place, mask=inside, other=0.0), target, place, inside
 
 
-@triton.jit
+@launched
 def _loss_kernel(
     s, image, partial, W, HW, stride_n, stride_o, stride_y, stride_x, m0, m1, m2, d0, d1, d2,
     RESTORE: tl.constexpr, LOSS: tl.constexpr, BLOCK: tl.constexpr,
@@ -54,7 +54,7 @@ def _loss_kernel(
     tl.store(partial + tl.program_id(0), tl.sum(tl.where(inside, loss, 0.0)))
 
 
-@triton.jit
+@launched
 def _gradient_kernel(
     s, image, grad, weight, W, HW, stride_n, stride_o, stride_y, stride_x, m0, m1, m2, d0, d1, d2,
     RESTORE: tl.constexpr, LOSS: tl.constexpr, BLOCK: tl.constexpr,

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .target import Compilation, multiprocessors, rounded
+from .target import Compilation, launched, multiprocessors, rounded
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Kernels
@@ -30,7 +30,7 @@ def _merge(count, mean, m2, more, more_mean, more_m2):
     return total, mean + delta * part, m2 + more_m2 + delta * delta * (count * part)
 
 
-@triton.jit
+@launched
 def _statistics_kernel(
     x, partial, N, C, stride_n, stride_c, stride_p,
     HW: tl.constexpr, SPLITS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -61,7 +61,7 @@ def _statistics_kernel(
     tl.store(partial + split * 2 * C + C + channels, m2, mask=channels < C)
 
 
-@triton.jit
+@launched
 def _join_kernel(partial, saved, N, C, HW: tl.constexpr, SPLITS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
     """Mean and biased variance from what the splits of `_statistics_kernel` found."""
     channels = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -92,7 +92,7 @@ def _load_norm(mean, var, gamma, beta, channels, C, eps, AFFINE: tl.constexpr):
     return tl.load(mean + channels, mask=inside, other=0.0).to(tl.float32), inverse, scale, shift
 
 
-@triton.jit
+@launched
 def _pool_kernel(
     x, mean, var, gamma, beta, saved, pooled, N, C, stride_n, stride_c, stride_p, eps,
     HW: tl.constexpr, AFFINE: tl.constexpr, RUNNING: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -128,7 +128,7 @@ def _pool_kernel(
             tl.store(saved + C + channels, tl.load(var + channels, mask=channels < C).to(tl.float32), mask=channels < C)
 
 
-@triton.jit
+@launched
 def _sums_kernel(
     grad, saved, g_gamma, g_beta, N, C, grad_stride_n, grad_stride_c,
     HW: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -151,7 +151,7 @@ def _sums_kernel(
     tl.store(g_gamma + channels, tl.sum(sum_dy_xhat, 0), mask=channels < C)
 
 
-@triton.jit
+@launched
 def _gradient_kernel(
     grad, x, saved, gamma, beta, g_gamma, g_beta, out, N, C, grad_stride_n, grad_stride_c, stride_n, stride_c, stride_p,
     out_stride_n, out_stride_c, out_stride_p, eps,

@@ -46,7 +46,7 @@ import triton
 import triton.language as tl
 
 from .reconstruction_loss_plan import Plan, Shape, plan
-from .target import INTERPRETED, Compilation, capability, dot_precision, multiprocessors, spread
+from .target import INTERPRETED, Compilation, capability, dot_precision, launched, multiprocessors, spread
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
@@ -602,7 +602,7 @@ def _add_w1_convolved(
 # The sweeps
 
 
-@triton.jit(do_not_specialize=["strips"])
+@launched(do_not_specialize=["strips"])
 def statistics_kernel(
     scratch, items, strips, features, s_n, s_c, s_y, s_x, w_taps, b1, means, squares,
     C: tl.constexpr, h: tl.constexpr, w: tl.constexpr, H: tl.constexpr, W: tl.constexpr, K: tl.constexpr, NEAREST: tl.constexpr,
@@ -644,7 +644,7 @@ def statistics_kernel(
         tl.debug_barrier()
 
 
-@triton.jit
+@launched
 def merge_statistics_kernel(
     means, squares, saved, items, H: tl.constexpr, W: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, B: tl.constexpr
 ):
@@ -668,7 +668,7 @@ def merge_statistics_kernel(
     tl.store(saved + K + k, (tl.sum(total, 0) / pixels).to(tl.float32))
 
 
-@triton.jit(do_not_specialize=["strips"])
+@launched(do_not_specialize=["strips"])
 def loss_kernel(
     scratch, items, strips, features, s_n, s_c, s_y, s_x, image, i_n, i_c, i_y, i_x, w_taps, b1, gamma, beta, w2, b2, mean, var, partial,
     eps, weight, m0, m1, m2, d0, d1, d2,
@@ -713,7 +713,7 @@ def loss_kernel(
             tl.debug_barrier()
 
 
-@triton.jit
+@launched
 def reduce_sums_kernel(partial, saved, loss, programs, weight, K: tl.constexpr, NEEDS_GRAD: tl.constexpr, R: tl.constexpr, N: tl.constexpr):
     """saved[2 K..] and the loss from the partial sums of `loss_kernel`."""
     ROW: tl.constexpr = 29 * K + 4
@@ -730,7 +730,7 @@ def reduce_sums_kernel(partial, saved, loss, programs, weight, K: tl.constexpr, 
     tl.store(loss + column * 0, (found * weight).to(tl.float32), mask=column == ROW - 1)
 
 
-@triton.jit(do_not_specialize=["strips"])
+@launched(do_not_specialize=["strips"])
 def backward_kernel(
     scratch, items, strips, features, s_n, s_c, s_y, s_x, image, i_n, i_c, i_y, i_x, w_taps, b1, gamma, beta, w2, b2, saved, grad,
     d_features, f_n, f_c, f_y, f_x, partial, eps, weight, scale_sums, m0, m1, m2, d0, d1, d2,
@@ -817,7 +817,7 @@ def backward_kernel(
         tl.debug_barrier()
 
 
-@triton.jit
+@launched
 def reduce_w1_kernel(partial, d_w1, programs, C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, N: tl.constexpr):
     """d W1 (K, C, 3, 3) from the partial sums of `backward_kernel`."""
     column = tl.program_id(0) * N + tl.arange(0, N)

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .target import Compilation
+from .target import Compilation, launched
 
 BLOCK = 256
 
@@ -61,7 +61,7 @@ def _axis_places(low, weights, total, offset, IN, OUT, MODE: tl.constexpr, BLOCK
     tl.store(weights + total + at, tl.where(inside, weight, 0.0), mask=e < OUT + 2)
 
 
-@triton.jit
+@launched
 def _places_kernel(low, weights, h, w, H, W, MODE: tl.constexpr, BLOCK: tl.constexpr):
     """Of rows and of columns, for each output position from -1 on to one past the last: `taps`, weights 0 outside."""
     total = H + W + 4
@@ -85,7 +85,7 @@ def _axis_takers(first, weights, IN, OUT, COUNT, MODE: tl.constexpr, BLOCK: tl.c
     tl.store(first + e, begin, mask=e < IN)
 
 
-@triton.jit
+@launched
 def _takers_kernel(first, weights, h, w, H, W, COUNT_Y, COUNT_X, MODE: tl.constexpr, BLOCK: tl.constexpr):
     """Of rows and of columns, for each source position: the first output that takes it, and the weights in it and those after."""
     if tl.program_id(1) == 0:

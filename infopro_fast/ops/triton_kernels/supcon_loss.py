@@ -28,7 +28,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .target import INTERPRETED, Compilation, capability, dot_precision, multiprocessors, rounded
+from .target import INTERPRETED, Compilation, capability, dot_precision, launched, multiprocessors, rounded
 
 NORM_EPS = tl.constexpr(1e-12)  # supcon_loss.NORM_EPS
 SUMS_APART = tl.constexpr(INTERPRETED)  # whose reductions by a function take a call an element
@@ -48,7 +48,7 @@ def _load_rows(x, rows, columns, M, stride, D: tl.constexpr, WIDEN: tl.constexpr
     return tile.to(tl.float32) if WIDEN else tile
 
 
-@triton.jit
+@launched
 def _inverse_norms_kernel(x, inverse, M, stride, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
     """inverse[i] = 1 / |x_i|, 0 where |x_i| <= 1e-12: of bfloat16 and float16 rows."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -60,7 +60,7 @@ def _inverse_norms_kernel(x, inverse, M, stride, D: tl.constexpr, BLOCK_M: tl.co
     tl.store(inverse + rows, tl.where(norm <= NORM_EPS, 0.0, 1.0 / norm), mask=rows < M)
 
 
-@triton.jit
+@launched
 def _split_kernel(
     x, hi, lo, factor, inverse, M, stride,
     D: tl.constexpr, NORMALIZE: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -163,7 +163,7 @@ def _row_sums(a, b, c):
         return tl.reduce((a, b, c), 1, _add_three)
 
 
-@triton.jit
+@launched
 def _forward_kernel(
     hi, lo, labels, factor, loss, lse, counts, partial, M, stride, scale,
     D: tl.constexpr, SCALED: tl.constexpr, FIXED_MAXIMUM: tl.constexpr, SPLITS: tl.constexpr, PARTS: tl.constexpr,
@@ -220,7 +220,7 @@ def _forward_kernel(
         tl.store(at + 3 * step, count, mask=rows < M)
 
 
-@triton.jit
+@launched
 def _join_kernel(partial, loss, lse, counts, M, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr):
     """What the splits of `_forward_kernel` found, as one."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -242,7 +242,7 @@ def _join_kernel(partial, loss, lse, counts, M, SPLITS: tl.constexpr, BLOCK_M: t
     _store_loss(loss, lse, counts, rows, M, maximum, total, positive, count)
 
 
-@triton.jit
+@launched
 def _coefficients_kernel(
     grad, lse, counts, factor, out, largest, M, grad_stride, scale, SCALED: tl.constexpr, FIXED_MAXIMUM: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -290,7 +290,7 @@ def _tangential(gradient, row, inverse):
     return inverse[:, None] * (gradient - z * tl.sum(z * gradient, 1)[:, None])
 
 
-@triton.jit
+@launched
 def _backward_kernel(
     coefficients, largest, hi, lo, labels, factor, out, M, stride, scale,
     D: tl.constexpr, SCALED: tl.constexpr, FIXED_MAXIMUM: tl.constexpr, SPLITS: tl.constexpr, PARTS: tl.constexpr,
@@ -353,7 +353,7 @@ def _backward_kernel(
     tl.store(out + at, rounded(gradient, out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@launched
 def _finish_kernel(
     partial, x, inverse, out, M, stride,
     D: tl.constexpr, NORMALIZE: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
