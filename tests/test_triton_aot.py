@@ -1,8 +1,8 @@
 """Compile every Triton kernel, at every configuration that is shipped, for every architecture. Needs no GPU.
-
-With any version of Triton: shared memory fits, and what is meant for the tensor cores uses them. Registers and spills are a version's
-own: with a version in ``triton_statistics.json`` they are no more than there. With another one, a warning says what is more than with
-the newest version there, and a kernel fails only above SPILL_BOUND.
+With any version of Triton: shared memory fits, and what is meant for the tensor cores uses them. Registers
+and spills are a version's
+own: with a version in ``triton_statistics.json`` they are no more than there. With another one, a warning
+says what is more than with the newest version there, and a kernel fails only above SPILL_BOUND.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ def test_kernels_fit_the_architecture(module, cc, pool):
 
 
 def compare(found, cc: int, version: str, table) -> tuple[list[str], list[str]]:
-    """What to tell of registers and spills of kernels, and what fails; found: {kernel: (registers, spilled)}."""
+    """What to tell about registers and spills, and what fails. found: {kernel: (registers, spilled)}."""
     at = triton_aot.CAPABILITIES.index(cc)
-    known = version in table
+    known, none = version in table, [0] * len(triton_aot.CAPABILITIES)
     reference = version if known else max(table, key=lambda v: [int(n) for n in v.split(".")])
     told, failures = [], []
     for name, numbers in found.items():
         row = table[reference].get(name)
         for kind, number in zip(("registers", "spilled"), numbers):
-            before = None if row is None else row.get(kind, [0] * len(triton_aot.CAPABILITIES))[at]
-            line = f"sm_{cc} {name}: {kind}: {number} with Triton {version}, {before} in the table ({reference})"
+            before = None if row is None else row.get(kind, none)[at]
+            line = f"sm_{cc} {name}: {kind}: {number} with Triton {version}, {before} in the row of {reference}"
             if known and (before is None or number > before):
                 failures.append(f"{line}; python -m tests.triton_aot writes it anew")
             elif not known and kind == "spilled" and number > SPILL_BOUND:
@@ -58,7 +58,7 @@ def compare(found, cc: int, version: str, table) -> tuple[list[str], list[str]]:
     return told, failures
 
 
-TABLE = {"3.8": {"a._k": {"registers": [10, 20, 30, 40], "spilled": [0, 8, 0, 0]}, "a._l": {"registers": [1, 2, 3, 4]}}}
+ROWS = {"a._k": {"registers": [10, 20, 30, 40], "spilled": [0, 8, 0, 0]}, "a._l": {"registers": [1, 2, 3, 4]}}
 
 
 @pytest.mark.parametrize(
@@ -75,12 +75,12 @@ TABLE = {"3.8": {"a._k": {"registers": [10, 20, 30, 40], "spilled": [0, 8, 0, 0]
     ],
 )
 def test_a_version_is_compared_with_its_own_row_or_told(version, found, told, failures):
-    for lines, expected in zip(compare(found, 90, version, TABLE), (told, failures)):
+    for lines, expected in zip(compare(found, 90, version, {"3.8": ROWS}), (told, failures)):
         assert len(lines) == len(expected) and all(part in line for line, part in zip(lines, expected))
 
 
 def test_kernels_are_launched_with_the_options_that_they_are_compiled_with(pool):
-    """Fused multiply-adds are asked for, so that their default, which Triton 3.10 changes, changes no result."""
+    """They ask for fused multiply-adds: Triton 3.10 changes the default, which would change results."""
     for module in MODULES:
         assert set(pool.submit(options_of, module).result()) == {("enable_fp_fusion", True)}, module
 

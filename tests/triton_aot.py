@@ -1,9 +1,9 @@
 """Compile Triton kernels for GPUs that need not be there, and read what the assembler made of them.
 
     python -m tests.triton_aot [--processes N]
-
-writes what the installed version of Triton makes of every kernel into ``triton_statistics.json``, beside this file: registers a thread,
-and bytes of spills where there are any, the most over a kernel's configurations, for each of CAPABILITIES in order. It takes minutes.
+ writes what the installed version of Triton makes of every kernel into ``triton_statistics.json``, beside
+this file: registers a thread, and bytes of spills where there are any, the most over a kernel's
+configurations, for each of CAPABILITIES in order. It takes minutes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CAPABILITIES = (80, 90, 100, 120)
 TABLE = Path(__file__).with_name("triton_statistics.json")
 
 # Shared memory that one block may have, in bytes.
-SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 
 # Instructions of the tensor cores in PTX and in SASS, on whatever architecture.
 PTX_TENSOR_CORES = re.compile(r"\b(wmma|mma|wgmma|tcgen05)\.")
@@ -37,7 +37,7 @@ TENSOR_CORES = re.compile(r"\b(HMMA|HGMMA|QGMMA|UTCHMMA|UTCQMMA|IMMA|DMMA)\b")
 
 @dataclasses.dataclass(frozen=True)
 class Statistics:
-    """What became of a kernel: registers a thread, bytes of spills and of stack, bytes of shared memory a block."""
+    """What became of a kernel: registers a thread; bytes of spills and stack, and of shared memory."""
 
     kernel: str
     name: str  # with its configuration
@@ -53,20 +53,22 @@ def modules() -> list[str]:
     from infopro_fast.ops import triton_kernels
 
     files = sorted(Path(triton_kernels.__file__).parent.glob("*.py"))
-    # `upsample_conv3x3` compiles the kernels of `resize` with its own.
-    return [file.stem for file in files if "def configurations(" in file.read_text() and file.stem != "resize"]
+    found = [file.stem for file in files if "def configurations(" in file.read_text()]
+    return [name for name in found if name != "resize"]  # compiled with `upsample_conv3x3`
 
 
 def processes(count: int = 2) -> concurrent.futures.ProcessPoolExecutor:
-    """Processes to compile in: new ones, since Triton does not compile where it interprets. One each with `pytest -n N`."""
+    """Processes to compile in: new ones, since Triton does not compile where it interprets."""
     count = 1 if "PYTEST_XDIST_WORKER" in os.environ else count
     return concurrent.futures.ProcessPoolExecutor(count, multiprocessing.get_context("spawn"))
 
 
 def compile_all(module: str, cc: int, pool: concurrent.futures.Executor) -> list[Statistics]:
-    """Compile every configuration that ``infopro_fast.ops.triton_kernels.<module>`` ships for compute capability ``cc``.
+    """Compile every configuration that ``infopro_fast.ops.triton_kernels.<module>`` ships for compute
+    capability ``cc``.
 
-    The module has `configurations(cc)`, which yields `target.Compilation`s. pool: `processes`, each takes one at a time.
+    The module has `configurations(cc)`, which yields `target.Compilation`s. pool: `processes`, each takes one
+    at a time.
     """
     count = len(configurations_of(module, cc))
     return list(pool.map(_compile_one, [module] * count, [cc] * count, range(count)))
@@ -78,7 +80,7 @@ def triton_version() -> str:
 
 
 def table() -> dict[str, dict[str, dict[str, list[int]]]]:
-    """TABLE: by version of Triton and ``module.kernel``, "registers" and, unless all are 0, "spilled", by CAPABILITIES."""
+    """TABLE by version and ``module.kernel``: "registers" and "spilled" (unless all 0) by CAPABILITIES."""
     return json.loads(TABLE.read_text()) if TABLE.exists() else {}
 
 
@@ -118,7 +120,8 @@ def _compile_one(module: str, cc: int, index: int) -> Statistics:
 
 def _statistics(kernel: str, name: str, compiled, log: str, meant: bool) -> Statistics:
     """log: what ptxas said; the object alone does not tell spills from other local memory."""
-    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)  # a function each
+    # a function each
+    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
     registers = int(re.search(r"Used (\d+) registers", log)[1])
     # An instruction missing from PTX is missing from SASS too, and disassembling takes as long as compiling.
     in_ptx = PTX_TENSOR_CORES.search(compiled.asm["ptx"])
@@ -134,7 +137,8 @@ def _disassembled(cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        return subprocess.run([tool, "-c", "-ndf", file.name], capture_output=True, text=True, check=True).stdout
+        command = [tool, "-c", "-ndf", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def _write_table(count: int) -> None:
@@ -147,16 +151,19 @@ def _write_table(count: int) -> None:
                     for column, number in zip(row.values(), numbers):
                         column.append(number)
                 print(f"{module} sm_{cc}", flush=True)
-    rows = {name: row if any(row["spilled"]) else {"registers": row["registers"]} for name, row in found.items()}
-    versions = sorted((table() | {triton_version(): rows}).items(), key=lambda item: [int(n) for n in item[0].split(".")])
+    for row in found.values():
+        if not any(row["spilled"]):
+            del row["spilled"]
     blocks = []
-    for version, rows in versions:
+    versions = table() | {triton_version(): found}
+    for version, rows in sorted(versions.items(), key=lambda item: [int(n) for n in item[0].split(".")]):
         lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items())
         blocks.append(f'  "{version}": {{\n{lines}\n  }}')
     TABLE.write_text("{\n" + ",\n".join(blocks) + "\n}\n")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--processes", type=int, default=2)
     _write_table(parser.parse_args().processes)
