@@ -48,7 +48,7 @@ def compare(found, cc: int, version: str, table) -> tuple[list[str], list[str]]:
         row = table[reference].get(name)
         for kind, number in zip(("registers", "spilled"), numbers):
             before = None if row is None else row.get(kind, none)[at]
-            line = f"sm_{cc} {name}: {kind}: {number} with Triton {version}, {before} in the row of {reference}"
+            line = f"sm_{cc} {name}: {kind}: {number} with Triton {version}, {before} as of {reference}"
             if known and (before is None or number > before):
                 failures.append(f"{line}; python -m tests.triton_aot writes it anew")
             elif not known and kind == "spilled" and number > SPILL_BOUND:

@@ -1,9 +1,10 @@
 """Compile Triton kernels for GPUs that need not be there, and read what the assembler made of them.
 
-    python -m tests.triton_aot [--processes N]
- writes what the installed version of Triton makes of every kernel into ``triton_statistics.json``, beside
-this file: registers a thread, and bytes of spills where there are any, the most over a kernel's
-configurations, for each of CAPABILITIES in order. It takes minutes.
+    python -m tests.triton_aot [--processes N] [MODULE ...]
+
+writes what the installed version of Triton makes of every kernel, or of those of the modules named, into
+``triton_statistics.json``, beside this file: registers a thread, and bytes of spills where there are any, the
+most over a kernel's configurations, for each of CAPABILITIES in order. It takes minutes.
 """
 
 from __future__ import annotations
@@ -141,10 +142,10 @@ def _disassembled(cubin: bytes) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def _write_table(count: int) -> None:
+def _write_table(names: list[str], count: int) -> None:
     found: dict[str, dict[str, list[int]]] = {}
     with processes(count) as pool:
-        for module in modules():
+        for module in names:
             for cc in CAPABILITIES:
                 for name, numbers in most(module, compile_all(module, cc, pool)).items():
                     row = found.setdefault(name, {"registers": [], "spilled": []})
@@ -154,8 +155,10 @@ def _write_table(count: int) -> None:
     for row in found.values():
         if not any(row["spilled"]):
             del row["spilled"]
+    others = table().get(triton_version(), {})
+    found |= {name: row for name, row in others.items() if name.partition(".")[0] not in names}
     blocks = []
-    versions = table() | {triton_version(): found}
+    versions = table() | {triton_version(): dict(sorted(found.items()))}
     for version, rows in sorted(versions.items(), key=lambda item: [int(n) for n in item[0].split(".")]):
         lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items())
         blocks.append(f'  "{version}": {{\n{lines}\n  }}')
@@ -165,5 +168,7 @@ def _write_table(count: int) -> None:
 if __name__ == "__main__":
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("modules", nargs="*", metavar="MODULE", default=modules())
     parser.add_argument("--processes", type=int, default=2)
-    _write_table(parser.parse_args().processes)
+    arguments = parser.parse_args()
+    _write_table(arguments.modules, arguments.processes)
