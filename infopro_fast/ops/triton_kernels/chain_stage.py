@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 
 from . import upsample_conv3x3 as conv3x3
-from .target import Compilation, launched
+from .target import Compilation, compilation, launched
 
 BLOCK = 1024  # pixels of a map that a program takes
 
@@ -257,8 +257,5 @@ def configurations(cc: int) -> typing.Iterator[Compilation]:
     for parameters, affine, fixed in (("*fp32", True, {}), ("*bf16", True, {}), ("*fp32", False, {"C": 1, "HW": 1})):
         for kernel in (_activation_kernel, _normalised_gradient_kernel, _rectify_kernel):
             chosen = {"AFFINE": affine, "BATCH_STATISTICS": affine, "BLOCK": BLOCK} | fixed
-            constexprs = {name: value for name, value in chosen.items() if name in kernel.arg_names}
-            names = [name for name in kernel.arg_names if name not in constexprs]
-            types = {"C": "i32", "HW": "i32", "blocks_of_all": "i32", "eps": "fp32", "gamma": parameters, "beta": parameters}
-            signature = {name: types.get(name, "*fp32") for name in names} | dict.fromkeys(constexprs, "constexpr")
-            yield Compilation(kernel, signature, constexprs, 4, 3, False, tuple(name for name in names if name != "eps"))
+            types = {"blocks_of_all": "i32", "eps": "fp32", "gamma": parameters, "beta": parameters}
+            yield compilation(kernel, types, chosen)

@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .target import Compilation, capability, dot_precision, launched, multiprocessors, rounded, spread
+from .target import Compilation, capability, compilation, dot_precision, launched, multiprocessors, rounded, spread
 
 MEAN, SUM, NONE = range(3)  # linear_cross_entropy.REDUCTIONS
 
@@ -515,11 +515,7 @@ def configurations(cc: int) -> typing.Iterator[Compilation]:
     yield _compilation(_add_up_kernel, {}, {"BLOCK": 256})
 
 
-def _compilation(kernel, pointers, constexprs, warps: int = 4, stages: int = 3, tensor_cores: bool = False) -> Compilation:
-    constexprs = {name: value for name, value in constexprs.items() if name in kernel.arg_names}
-    names = [name for name in kernel.arg_names if name not in constexprs]
-    types = {name: "i32" for name in ("N", "D", "C", "PROGRAMS", "size", "ignore_index", *(n for n in names if "stride" in n))}
-    types |= {"label_smoothing": "fp32", "target": "*i64"} | pointers
-    signature = {name: types.get(name, "*fp32") for name in names}
-    aligned = tuple(name for name in names if signature[name][0] == "*" or name == "D" or "stride" in name)
-    return Compilation(kernel, signature | dict.fromkeys(constexprs, "constexpr"), constexprs, warps, stages, tensor_cores, aligned)
+def _compilation(kernel, pointers, constexprs, *args, **kwargs) -> Compilation:
+    types = {"PROGRAMS": "i32", "size": "i32", "ignore_index": "i32", "label_smoothing": "fp32", "target": "*i64"}
+    unaligned = ("N", "C", "PROGRAMS", "size", "ignore_index")
+    return compilation(kernel, types | pointers, constexprs, unaligned, *args, **kwargs)

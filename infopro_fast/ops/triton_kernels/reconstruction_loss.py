@@ -45,6 +45,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .pixel import load_target, pixel_loss
 from .reconstruction_loss_plan import Plan, Shape, plan
 from .target import INTERPRETED, Compilation, capability, dot_precision, launched, multiprocessors, spread
 
@@ -295,31 +296,6 @@ def _fill_zero(to, count, B: tl.constexpr):
 
 
 @triton.jit
-def _pixel(s, t, LOSS: tl.constexpr):
-    """Loss of a pixel from its logit s and target t, and the derivative in s; nothing overflows or cancels."""
-    e = tl.exp(-tl.abs(s))
-    inverse = 1 / (1 + e)
-    small = e * inverse  # sigmoid(-|s|)
-    if LOSS == 0:
-        log1p = tl.where(e < 0.01, e * (1 - e * (0.5 - e * (1.0 / 3 - e * 0.25))), tl.log(1 + e))
-        loss = tl.where(s > 0, s * (1 - t), -s * t) + log1p
-        return loss, tl.where(s > 0, (1 - t) - small, small - t)
-    off = tl.where(s > 0, (1 - t) - small, small - t)
-    slope = small * inverse
-    if LOSS == 1:
-        return off * off, 2 * off * slope
-    return tl.abs(off), tl.where(off > 0, slope, tl.where(off < 0, -slope, 0.0))
-
-
-@triton.jit
-def _target(image, at, mask, restore_mean, restore_std, RESTORE: tl.constexpr):
-    t = tl.load(image + at, mask=mask, other=0.0).to(tl.float32)
-    if RESTORE:
-        t = tl.minimum(tl.maximum(t * restore_std + restore_mean, 0.0), 1.0)
-    return t
-
-
-@triton.jit
 def _add(to, value, fresh):
     """to += value; what is there counts unless `fresh`."""
     tl.store(to, value + tl.load(to, mask=fresh == 0, other=0.0))
@@ -356,9 +332,9 @@ def _write_gradient(
                 s1 += value * tl.load(w2 + (K + k) * 9 + tap).to(tl.float32)
                 s2 += value * tl.load(w2 + (2 * K + k) * 9 + tap).to(tl.float32)
         pixel = Y * i_y + X * i_x
-        loss0, gradient0 = _pixel(s0, _target(image, pixel, mask, m0, d0, RESTORE), LOSS)
-        loss1, gradient1 = _pixel(s1, _target(image, pixel + i_c, mask, m1, d1, RESTORE), LOSS)
-        loss2, gradient2 = _pixel(s2, _target(image, pixel + 2 * i_c, mask, m2, d2, RESTORE), LOSS)
+        loss0, gradient0 = pixel_loss(s0, load_target(image, pixel, mask, m0, d0, RESTORE), LOSS)
+        loss1, gradient1 = pixel_loss(s1, load_target(image, pixel + i_c, mask, m1, d1, RESTORE), LOSS)
+        loss2, gradient2 = pixel_loss(s2, load_target(image, pixel + 2 * i_c, mask, m2, d2, RESTORE), LOSS)
         to = g + (Y - g0 + 1) * PITCH + X + 1
         tl.store(to, gradient0 * weight, mask=mask)
         tl.store(to + GP, gradient1 * weight, mask=mask)

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .target import Compilation, launched
+from .target import Compilation, compilation, launched
 
 BLOCK = 256
 
@@ -131,12 +131,6 @@ def most_takers(size: int, out: int, mode: int) -> int:
 
 def configurations(cc: int) -> typing.Iterator[Compilation]:
     """Both kernels in every mode."""
-    sizes = dict.fromkeys(("h", "w", "H", "W"), "i32")
     for mode in range(3):
-        fixed = {"MODE": mode, "BLOCK": BLOCK}
-        aligned = ("low", "first", "weights", *sizes)
-        pointers = {"low": "*i32", "weights": "*fp32"}
-        signature = pointers | sizes | dict.fromkeys(fixed, "constexpr")
-        yield Compilation(_places_kernel, signature, fixed, 4, 3, False, tuple(n for n in aligned if n in signature))
-        signature = {"first": "*i32", "weights": "*fp32"} | sizes | {"COUNT_Y": "i32", "COUNT_X": "i32"} | dict.fromkeys(fixed, "constexpr")
-        yield Compilation(_takers_kernel, signature, fixed, 4, 3, False, tuple(n for n in aligned if n in signature))
+        for kernel, table in ((_places_kernel, "low"), (_takers_kernel, "first")):
+            yield compilation(kernel, {table: "*i32"}, {"MODE": mode, "BLOCK": BLOCK}, ("COUNT_Y", "COUNT_X"))

@@ -57,6 +57,23 @@ class Compilation(typing.NamedTuple):
     aligned: tuple[str, ...]  # arguments that are multiples of 16 (pointers: addresses), as in most calls
 
 
+def compilation(
+    kernel, types: dict[str, str], constexprs: dict, unaligned: typing.Container[str] = (), warps: int = 4,
+    stages: int = 3, tensor_cores: bool = False,
+) -> Compilation:  # fmt: skip
+    """Describe a compilation: ``types`` and ``constexprs`` of those of its arguments that the kernel has.
+
+    Other arguments: int32 where the name is that of a size or a stride, float32 pointers else.
+    """
+    constexprs = {name: value for name, value in constexprs.items() if name in kernel.arg_names}
+    names = [name for name in kernel.arg_names if name not in constexprs]
+    number = lambda name: name.isupper() or name in ("h", "w") or "stride" in name  # noqa: E731
+    signature = {name: types.get(name, "i32" if number(name) else "*fp32") for name in names}
+    aligned = tuple(name for name in names if name not in unaligned and signature[name] != "fp32")
+    signature |= dict.fromkeys(constexprs, "constexpr")
+    return Compilation(kernel, signature, constexprs, warps, stages, tensor_cores, aligned)
+
+
 @functools.cache
 def capability(device: torch.device) -> int:
     """Compute capability as 10 * major + minor; that of an H100 for the CPU, where kernels are interpreted."""

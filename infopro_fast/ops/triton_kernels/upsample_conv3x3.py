@@ -38,7 +38,7 @@ import triton.language as tl
 from ..reconstruction_loss_chain import fits
 from . import resize as resizing
 from .resize import places, takers
-from .target import Compilation, launched, rounded
+from .target import Compilation, compilation, launched, rounded
 
 MOST = 2**23  # 32 MiB of float32, which the second caches of an H100 and an A100 hold beside the output
 MOST_SAMPLES = 2**15  # in one call of cuBLAS, whose batches are counted in 16 bits for some types
@@ -521,12 +521,5 @@ def configurations(cc: int) -> typing.Iterator[Compilation]:
             block, block_x = choose_tile(channels, 128, MOST_PIXELS if kernel is _from_neighbours_kernel else 64)
             fixed = ones | {"MODE": mode, "BIAS": True, "ROWS": ROWS, "BLOCK_K": block, "BLOCK_C": block, "BLOCK_X": block_x, "BLOCK_P": block_x}
             warps = EXPAND_WARPS if kernel is _expand_kernel else WARPS
-            yield _compilation(kernel, types | dict.fromkeys(("mixed", "weights"), "*fp32"), fixed, warps)
+            yield compilation(kernel, types, fixed, ("COUNT_Y", "COUNT_X"), warps)
 
-
-def _compilation(kernel, pointers: dict[str, str], constexprs: dict, warps: int) -> Compilation:
-    constexprs = {name: value for name, value in constexprs.items() if name in kernel.arg_names}
-    names = [name for name in kernel.arg_names if name not in constexprs]
-    signature = {name: pointers.get(name, "i32") for name in names}
-    aligned = tuple(name for name in names if not name.startswith("COUNT"))
-    return Compilation(kernel, signature | dict.fromkeys(constexprs, "constexpr"), constexprs, warps, 3, False, aligned)

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from .resize import taps
-from .target import Compilation, capability, dot_precision, launched, rounded
+from .target import Compilation, capability, compilation, dot_precision, launched, rounded
 
 MEAN, SUM, NONE = range(3)  # linear_cross_entropy.REDUCTIONS
 KEEP_LSE = 1  # in upsample_cross_entropy.KEEP
@@ -302,11 +302,6 @@ def configurations(cc: int) -> typing.Iterator[Compilation]:
         yield _compilation(_finish_kernel, {}, {"MEAN_OF": mean, "EACH": each, "BLOCK": 1024}, 4, 3, False)
 
 
-def _compilation(kernel, pointers: dict[str, str], constexprs: dict, warps: int, stages: int, tensor_cores: bool) -> Compilation:
-    constexprs = {name: value for name, value in constexprs.items() if name in kernel.arg_names}
-    names = [name for name in kernel.arg_names if name not in constexprs]
-    types = {name: "i32" for name in names if name in ("C", "h", "w", "H", "W", "count") or "stride" in name}
-    types |= {"ignore_index": "i32", "smoothing": "fp32", "confusion": "*i64", "divisor": "*fp64"} | pointers
-    signature = {name: types.get(name, "*fp32") for name in names}
-    aligned = tuple(name for name in names if name not in ("C", "ignore_index", "smoothing", "count"))
-    return Compilation(kernel, signature | dict.fromkeys(constexprs, "constexpr"), constexprs, warps, stages, tensor_cores, aligned)
+def _compilation(kernel, types: dict[str, str], constexprs: dict, *options) -> Compilation:
+    fixed = {"count": "i32", "ignore_index": "i32", "smoothing": "fp32", "confusion": "*i64", "divisor": "*fp64"}
+    return compilation(kernel, fixed | types, constexprs, ("C", "ignore_index", "count"), *options)
