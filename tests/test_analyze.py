@@ -222,7 +222,7 @@ def test_each_probe_is_measured_at_its_best_epoch(few, monkeypatch):
 
 
 def test_images_that_choose_the_epoch_train_nothing(net, few):
-    study = probes._Study(net, few, QUICK)
+    study = probes.Training(net, few, QUICK)
     assert len(study.held) == 20 and len(study.kept) == 180
     assert torch.equal(torch.cat([study.held, study.kept]).sort().values, torch.arange(200))
 

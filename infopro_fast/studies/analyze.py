@@ -184,7 +184,8 @@ def _entry(
     return {
         "run": str(subject.run), "where": provenance(), "method": subject.method,
         "modules": subject.config.number_of_modules(), "seed": subject.config.seed,
-        "weights": subject.weights, "settings": dataclasses.asdict(settings), **subject.images_and_network, "classes": images.num_classes,
+        "weights": subject.weights, "settings": dataclasses.asdict(settings),
+        **subject.images_and_network, "classes": images.num_classes,
         "train_images": len(images.train), "test_images": len(images.test),
         "baseline": baseline(images.train, images.test), "blocks": blocks,
         "seconds": round(time.monotonic() - began, 1),
