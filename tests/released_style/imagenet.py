@@ -1,6 +1,8 @@
-"""ImageNet training in the style of the released code, small: two local modules, an auxiliary net of each kind, all of it plain torch.
+"""ImageNet training in the style of the released code, small: two local modules, an auxiliary net of each
+kind, all of it plain torch.
 
-README shows how its loss lines change; `test_large_networks.test_diff_of_a_released_style_script` makes the change and runs both.
+README shows how its loss lines change; `test_large_networks.test_diff_of_a_released_style_script` makes the
+change and runs both.
 
     python imagenet.py --steps 5 --dtype float32 --out state.pt
 """
@@ -17,7 +19,11 @@ CLASSES, SIZE, BATCH = 10, 48, 8
 
 
 def conv_norm_relu(inplanes, planes, kernel, stride=1, bias=False):
-    return nn.Conv2d(inplanes, planes, kernel, stride, kernel // 2, bias=bias), nn.BatchNorm2d(planes), nn.ReLU(inplace=True)
+    return (
+        nn.Conv2d(inplanes, planes, kernel, stride, kernel // 2, bias=bias),
+        nn.BatchNorm2d(planes),
+        nn.ReLU(inplace=True),
+    )
 
 
 def double():
@@ -25,7 +31,7 @@ def double():
 
 
 class LocalResNet(nn.Module):
-    """A ResNet-18 that ends its first module after the first block of layer2: 128 channels at an eighth of the image's size."""
+    """A ResNet-18 whose first module ends after layer2.0: 128 channels at an eighth of the image's size."""
 
     def __init__(self):
         super().__init__()
@@ -42,9 +48,11 @@ class LocalResNet(nn.Module):
         )  # fmt: skip
 
     def first_module(self, image, target):
-        """Features without their graph for the module after it, and the local loss."""
+        """Return features without their graph, for the next module, and the local loss."""
         x = self.first(image)
-        restored = (image * image.new_tensor(STD).view(3, 1, 1) + image.new_tensor(MEAN).view(3, 1, 1)).clamp(0, 1)
+        restored = (image * image.new_tensor(STD).view(3, 1, 1) + image.new_tensor(MEAN).view(3, 1, 1)).clamp(
+            0, 1
+        )
         recons = F.binary_cross_entropy(self.decoder(x), restored)
         task = F.cross_entropy(self.head(x), target)
         return x.detach(), 5 * recons + 0.75 * task
