@@ -8,7 +8,7 @@ import torch
 
 from infopro_fast import data
 from infopro_fast.data import Augmentation, ImageSet, Split, fashion_mnist, normalize
-from infopro_fast.data.augment import _per_channel
+from infopro_fast.data.augment import per_channel
 from infopro_fast.data.image_set import epoch_seed
 from infopro_fast.errors import DataError
 
@@ -127,7 +127,7 @@ def test_mean_and_deviation_are_made_once(monkeypatch):
     monkeypatch.setattr(
         torch, "tensor", lambda *args, **kwargs: (made.append(args), tensor(*args, **kwargs))[1]
     )
-    _per_channel.cache_clear()
+    per_channel.cache_clear()
     images = small(10)
     with torch.inference_mode():
         assert len(list(images.test_batches(2))) == 2
@@ -135,9 +135,9 @@ def test_mean_and_deviation_are_made_once(monkeypatch):
         batches = [image for image, _ in images.train_epoch(4, seed=0, epoch=epoch)]
         assert len(batches) == 3 and not any(image.is_inference() for image in batches)
     assert [values for (values,) in made] == [images.mean, images.std]
-    assert not _per_channel(images.mean, torch.float32, images.train.images.device).is_inference()
+    assert not per_channel(images.mean, torch.float32, images.train.images.device).is_inference()
     monkeypatch.undo()
-    _per_channel.cache_clear()
+    per_channel.cache_clear()
 
 
 def test_refuses_inconsistent_tensors():

@@ -88,7 +88,7 @@ def test_cells_of_table3_can_be_built(scale):
             image_size=config.image_size,
         )
         cuts = split.BALANCED.get(("resnet110", 32, config.modules), ())
-        assert [list(stage._modules)[-1] for stage in net.stages[:-1]] == [
+        assert [list(dict(stage.named_children()))[-1] for stage in net.stages[:-1]] == [
             f"layer{stage}_{block}" for stage, block in cuts
         ]
     for wrong in (dict(modules=(5,)), dict(arch="resnet32")):

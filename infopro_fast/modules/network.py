@@ -131,7 +131,7 @@ class LocalNetwork(nn.Module):
         return self.classifier(image)
 
     def released_modules(self) -> Iterator[tuple[str, nn.Module]]:
-        """Yield (prefix, module): prefix + name in the module is the authors' name. Auxiliary nets are last."""
+        """Yield (prefix, module): prefix + name in the module is the authors' name. Auxiliary nets last."""
         for prefix, block in zip(self._prefixes, (block for stage in self.stages for block in stage)):
             yield from block.original() if isinstance(block, Joined) else [(prefix, block)]
         yield from self.classifier.released_nets(0, 0).items()
@@ -150,8 +150,7 @@ class LocalNetwork(nn.Module):
         Raises ValueError naming missing and unexpected keys and different shapes, before anything is copied.
         """
         if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
-            got = type(state).__name__
-            raise ValueError(f"load_released_state_dict: expected tensors by name, got {got}")
+            raise ValueError(f"load_released_state_dict: expected tensors by name, got {type(state)}")
         if state and all(name.startswith("module.") for name in state):
             state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
         own = self.released_state_dict()

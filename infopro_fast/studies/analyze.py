@@ -112,10 +112,6 @@ def analyze(
     return found
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The runs
-
-
 def _subject(run: Path) -> Subject:
     """Read a run. Raises RunError if the folder holds none, or an unfinished one."""
     config = run_folder.read_config(run)
@@ -162,10 +158,6 @@ def _check_same_but_seed(a: Subject, b: Subject) -> None:
         raise ConfigError(f"{where} have the same seed {a.config.seed}: they are one run, with no error bar")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# analysis.json
-
-
 def _entry(
     subject: Subject, config: TrainConfig, images: data.ImageSet, settings: ProbeSettings, progress: _Progress
 ) -> dict:
@@ -175,8 +167,7 @@ def _entry(
     try:
         net.load_released_state_dict(run_folder.read_weights(subject.run))
     except ValueError as error:
-        weights = subject.run / run_folder.WEIGHTS
-        raise RunError(f"{weights} does not fit {run_folder.CONFIG}: {error}") from error
+        raise RunError(f"{subject.run}: {run_folder.WEIGHTS} does not fit {run_folder.CONFIG}: {error}") from error
     try:
         blocks = probe_network(net, images, settings, progress)
     except FloatingPointError as error:
@@ -241,10 +232,6 @@ class _Progress:
             f"{run}: epoch {epoch}/{self.epochs}  validation (first, middle, last block): {losses}  "
             f"{duration(passed)}, left {left}"
         )
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Methods
 
 
 def summarize(entries: Sequence[dict]) -> list[dict]:

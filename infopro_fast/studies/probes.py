@@ -136,10 +136,6 @@ class Probes(nn.Module):
         yield "linear", *self.linear.loss_and_correct(h, label)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# What needs no features
-
-
 def baseline(train: Split, test: Split) -> dict[str, float]:
     """Return what is known of test images without features, in nats; uint8 images (N, 3, H, W), labels (N,).
 
@@ -157,10 +153,6 @@ def baseline(train: Split, test: Split) -> dict[str, float]:
     share = test.labels.bincount().double() / len(test)
     label_entropy = -torch.xlogy(share, share).sum()
     return {"constant": constant.item(), "floor": floor.item(), "label_entropy": label_entropy.item()}
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Features of the frozen network
 
 
 def block_names(net: LocalNetwork) -> list[str]:
@@ -190,10 +182,6 @@ def features(net: LocalNetwork, image: torch.Tensor, at: Sequence[int]) -> Itera
             image = block(image)
         if index in wanted:
             yield image
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Training and measuring
 
 
 @dataclass
