@@ -150,7 +150,8 @@ class LocalNetwork(nn.Module):
         Raises ValueError naming missing and unexpected keys and different shapes, before anything is copied.
         """
         if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
-            raise ValueError(f"load_released_state_dict: expected tensors by name, got {type(state)}")
+            got = type(state).__name__
+            raise ValueError(f"load_released_state_dict: expected tensors by name, got {got}")
         if state and all(name.startswith("module.") for name in state):
             state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
         own = self.released_state_dict()

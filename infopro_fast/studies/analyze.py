@@ -167,7 +167,8 @@ def _entry(
     try:
         net.load_released_state_dict(run_folder.read_weights(subject.run))
     except ValueError as error:
-        raise RunError(f"{subject.run}: {run_folder.WEIGHTS} does not fit {run_folder.CONFIG}: {error}") from error
+        weights = subject.run / run_folder.WEIGHTS
+        raise RunError(f"{weights} does not fit {run_folder.CONFIG}: {error}") from error
     try:
         blocks = probe_network(net, images, settings, progress)
     except FloatingPointError as error:
