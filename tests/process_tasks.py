@@ -711,7 +711,7 @@ def _slow() -> None:
 
         return wrapped
 
-    folder_set.Samples.__getitem__ = slowly(folder_set._Samples.__getitem__, 0.35)
+    folder_set.Samples.__getitem__ = slowly(folder_set.Samples.__getitem__, 0.35)
     modules.LocalNetwork.forward = slowly(modules.LocalNetwork.forward, 0.6)
     os.fsync = slowly(os.fsync, 0.2)
 

@@ -1,4 +1,4 @@
-"""Information analysis: the probes' numbers mean what docs/analysis.md says, and the command that makes curves of them."""
+"""Information analysis: the meaning of the probes' numbers (docs/analysis.md), and the command."""
 
 import json
 import math
@@ -26,7 +26,7 @@ CHANNELS = 6
 
 
 class Keep(nn.Module):
-    """(N, 3, H, W) to (N, 6, H, W): x and -x, which lose nothing."""
+    """(N, 3, H, W) to (N, 6, H, W): x and -x, which keep all information."""
 
     def forward(self, x):
         return torch.cat([x, -x], 1)
@@ -38,12 +38,14 @@ class Destroy(nn.Module):
 
 
 def keep_then_destroy() -> LocalNetwork:
-    return LocalNetwork([Stage(OrderedDict(keep=Keep(), destroy=Destroy()))], [Classifier(CHANNELS, 10)], [], ["", ""])
+    return LocalNetwork(
+        [Stage(OrderedDict(keep=Keep(), destroy=Destroy()))], [Classifier(CHANNELS, 10)], [], ["", ""]
+    )
 
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """For the fixtures below, too: sums of several threads are rounded otherwise."""
+    """The fixtures below need it too: the number of threads changes the rounding of sums."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -54,7 +56,9 @@ def one_thread():
 def images():
     """1000 and 500 images of 8x8."""
     found = fashion_mnist.load()
-    train, test = (Split(s.images[:count], s.labels[:count]) for s, count in ((found.train, 1000), (found.test, 500)))
+    train, test = (
+        Split(s.images[:count], s.labels[:count]) for s, count in ((found.train, 1000), (found.test, 500))
+    )
     return replace(found, train=train, test=test).shrunk(4)
 
 
@@ -72,19 +76,27 @@ def kept_and_destroyed(images):
     return probes.probe_network(keep_then_destroy(), images, SETTINGS)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # What the numbers mean
 
 
 def test_tells_features_that_keep_information_from_those_that_do_not(kept_and_destroyed, images):
     known = probes.baseline(images.train, images.test)
     keep, destroy = kept_and_destroyed
-    assert [keep["block"], destroy["block"]] == ["keep", "destroy"] and [keep["depth"], destroy["depth"]] == [1, 2]
+    assert [keep["block"], destroy["block"]] == ["keep", "destroy"] and [keep["depth"], destroy["depth"]] == [
+        1,
+        2,
+    ]
     assert (keep["channels"], keep["size"]) == (CHANNELS, [8, 8])
     most = known["constant"] - known["floor"]
     assert 0.5 * most < keep["pixel_information"] < most
-    assert keep["label_information"] > 0.5 and keep["classifier_accuracy"] > 0.4 and keep["linear_accuracy"] > 0.15
-    # From zeros a decoder cannot even have the mean image, but for the zeros around them; and no label is better than chance.
+    assert (
+        keep["label_information"] > 0.5
+        and keep["classifier_accuracy"] > 0.4
+        and keep["linear_accuracy"] > 0.15
+    )
+    # From zeros a decoder cannot even have the mean image, but for the zeros around them; and no label is
+    # better than chance.
     assert destroy["pixel_information"] < 0.02 * most
     assert destroy["label_information"] < 0.02
     assert destroy["classifier_accuracy"] < 0.15 and destroy["linear_accuracy"] < 0.15
@@ -99,7 +111,7 @@ def test_numbers_belong_together(kept_and_destroyed, images):
 
 
 def test_shuffled_labels_hold_no_information(kept_and_destroyed, images):
-    """And the decoders do not notice: probes have no influence on each other."""
+    """The decoders stay the same: probes do not influence each other."""
     order = torch.randperm(len(images.train), generator=torch.Generator().manual_seed(1))
     shuffled = replace(images, train=Split(images.train.images, images.train.labels[order]))
     found = probes.probe_network(keep_then_destroy(), shuffled, SETTINGS)
@@ -130,18 +142,24 @@ def test_baseline(images):
     # A pixel that is black in all training images and white in a test image costs much, not infinitely much.
     black = Split(torch.zeros(9, 3, 2, 2, dtype=torch.uint8), torch.zeros(9, dtype=torch.int64))
     white = Split(black.images + 255, black.labels)
-    assert probes.baseline(black, white) == {"constant": pytest.approx(math.log(20)), "floor": 0, "label_entropy": 0}
+    assert probes.baseline(black, white) == {
+        "constant": pytest.approx(math.log(20)),
+        "floor": 0,
+        "label_entropy": 0,
+    }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # How they are found
 
 
 @pytest.fixture(scope="module")
 def net(images):
-    """A small network whose running statistics are not those it began with."""
+    """A small network whose running statistics have moved."""
     torch.manual_seed(3)
-    net = infopro_fast.build("resnet20", 3, "greedy", image_size=8, image_mean=images.mean, image_std=images.std)
+    net = infopro_fast.build(
+        "resnet20", 3, "greedy", image_size=8, image_mean=images.mean, image_std=images.std
+    )
     with torch.no_grad():
         net(torch.randn(16, 3, 8, 8))
     return net
@@ -155,7 +173,9 @@ def test_network_stays_as_it_is_and_a_seed_repeats(net, few):
     found = probes.probe_network(net, few, QUICK)
     assert net.training and all(p.grad is None and p.requires_grad for p in net.parameters())
     after = net.state_dict()
-    assert list(before) == list(after) and all(torch.equal(before[name], tensor) for name, tensor in after.items())
+    assert list(before) == list(after) and all(
+        torch.equal(before[name], tensor) for name, tensor in after.items()
+    )
     torch.manual_seed(4)  # nothing comes from the generator as it happens to stand
     assert probes.probe_network(net, few, QUICK) == found
     assert probes.probe_network(net, few, replace(QUICK, seed=1)) != found
@@ -176,23 +196,33 @@ def test_features_are_those_of_the_network(net):
 
 
 class Keep16(nn.Module):
-    """16 channels: torch 2.14's 1x1 convolution of stride 2 corrupts memory (channels_last, AVX2) at 6, which no network here has."""
+    """16 channels: with 6, torch 2.14's 1x1 convolution of stride 2 corrupts memory (AVX2)."""
 
     def forward(self, x):
         return torch.cat([x, -x] * 3, 1)[:, :16].contiguous()
 
 
 def test_a_deeper_classifier_finds_more(images):
-    net = LocalNetwork([Stage(OrderedDict(keep=Keep16(), destroy=Destroy()))], [Classifier(16, 10)], [], ["", ""])
-    found = {name: probes.probe_network(net, images, replace(SETTINGS, epochs=3, classifier=name)) for name in probes.CLASSIFIERS}
+    net = LocalNetwork(
+        [Stage(OrderedDict(keep=Keep16(), destroy=Destroy()))], [Classifier(16, 10)], [], ["", ""]
+    )
+    found = {
+        name: probes.probe_network(net, images, replace(SETTINGS, epochs=3, classifier=name))
+        for name in probes.CLASSIFIERS
+    }
     assert found["residual"][0]["label_information"] > found["1c2f"][0]["label_information"] + 0.05
     assert found["residual"][1]["label_information"] < 0.02
 
 
-@pytest.mark.parametrize("channels,widths", [(16, [16, 32, 64]), (32, [32, 64, 64]), (64, [64, 64, 64]), (8, [8, 16, 32])])
+@pytest.mark.parametrize(
+    "channels,widths", [(16, [16, 32, 64]), (32, [32, 64, 64]), (64, [64, 64, 64]), (8, [8, 16, 32])]
+)
 def test_residual_classifier(channels, widths):
     probe = probes.ResidualClassifier(channels, 7)
-    assert [block.conv2.out_channels for block in probe.blocks] == widths and probe.fc.weight.shape == (7, widths[-1])
+    assert [block.conv2.out_channels for block in probe.blocks] == widths and probe.fc.weight.shape == (
+        7,
+        widths[-1],
+    )
     h, label = torch.randn(5, channels, 4, 4), torch.arange(5)
     loss, correct = probe.eval().loss_and_correct(h, label)
     logits = probe.fc(probe.blocks(h).mean((2, 3)))
@@ -207,13 +237,15 @@ def test_spread():
 
 
 def test_each_probe_is_measured_at_its_best_epoch(few, monkeypatch):
-    """After an epoch of training, epochs that ruin the probes: the numbers are those of the first."""
+    """Epochs after the first ruin the probes; the numbers are those of the first."""
     settings, seen = replace(SETTINGS, epochs=1, depths=1), []
     net = LocalNetwork([Stage(OrderedDict(keep=Keep()))], [Classifier(CHANNELS, 10)], [], [""])
     steps = 180 // 50
     monkeypatch.setattr(probes, "one_cycle", lambda step, *_, **__: 0.01 if step < steps else 3.0)
     one = probes.probe_network(net, few, settings)
-    three = probes.probe_network(net, few, replace(settings, epochs=3), lambda epoch, found: seen.append((epoch, found)))
+    three = probes.probe_network(
+        net, few, replace(settings, epochs=3), lambda epoch, found: seen.append((epoch, found))
+    )
     assert three == one and three[0]["best_epoch"] == dict.fromkeys(probes.PROBES, 1)
     assert [epoch for epoch, _ in seen] == [1, 2, 3]
     for probe in probes.PROBES:
@@ -222,7 +254,7 @@ def test_each_probe_is_measured_at_its_best_epoch(few, monkeypatch):
 
 
 def test_images_that_choose_the_epoch_train_nothing(net, few):
-    study = probes._Study(net, few, QUICK)
+    study = probes.Training(net, few, QUICK)
     assert len(study.held) == 20 and len(study.kept) == 180
     assert torch.equal(torch.cat([study.held, study.kept]).sort().values, torch.arange(200))
 
@@ -233,13 +265,13 @@ def test_a_loss_that_is_not_finite_is_named(net, few, monkeypatch):
         probes.probe_network(net, few, QUICK)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The command
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """end to end, greedy with two seeds"""
+    """Run folders: end to end, and greedy with two seeds."""
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fashion_mnist, "load", tiny_run.load)
@@ -259,7 +291,7 @@ FLAGS = ("--depths", 3, "--epochs", 2, "--batch-size", 16, "--threads", 1)
 
 
 def call(capsys, *argv):
-    """Exit code, stdout, stderr."""
+    """Return exit code, stdout and stderr."""
     with pytest.raises(SystemExit) as stop:
         cli.main(["analyze", *map(str, argv)])
     out, err = capsys.readouterr()
@@ -268,12 +300,14 @@ def call(capsys, *argv):
 
 @pytest.fixture(scope="module")
 def once(runs, tmp_path_factory):
-    """Folder of an analysis of all three runs, and what was said."""
+    """Folder of an analysis of all three runs, and its output."""
     folder, said = tmp_path_factory.mktemp("once"), []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fashion_mnist, "load", tiny_run.load)
         every = [runs / "whole", runs / "greedy0", runs / "greedy1"]
-        analyze.analyze(every, folder, ProbeSettings(depths=3, epochs=2, batch_size=16), threads=1, show=said.append)
+        analyze.analyze(
+            every, folder, ProbeSettings(depths=3, epochs=2, batch_size=16), threads=1, show=said.append
+        )
     return folder, said
 
 
@@ -284,21 +318,36 @@ def analyzed(once, tmp_path):
 
 def test_what_is_written(once):
     folder, said = once
-    expected = ["run 1/3, end to end, seed 0", "run 2/3, greedy, K = 3, seed 0", "run 3/3, greedy, K = 3, seed 1"]
+    expected = [
+        "run 1/3, end to end, seed 0",
+        "run 2/3, greedy, K = 3, seed 0",
+        "run 3/3, greedy, K = 3, seed 1",
+    ]
     assert [line.split(":")[0] for line in said] == [line for line in expected for _ in range(2)]
     content = json.loads((folder / "analysis.json").read_text())
     assert [entry["seed"] for entry in content["runs"]] == [0, 0, 1]
-    assert all(entry["image_size"] == [8, 8] and entry["train_images"] == tiny_run.TRAIN for entry in content["runs"])
+    assert all(
+        entry["image_size"] == [8, 8] and entry["train_images"] == tiny_run.TRAIN for entry in content["runs"]
+    )
     assert [row["block"] for row in content["runs"][0]["blocks"]] == ["stem", "layer2_0", "layer3_2"]
     whole, greedy = content["methods"]
-    assert (whole["method"], whole["seeds"], greedy["method"], greedy["seeds"]) == ("end to end", [0], "greedy, K = 3", [0, 1])
+    assert (whole["method"], whole["seeds"], greedy["method"], greedy["seeds"]) == (
+        "end to end",
+        [0],
+        "greedy, K = 3",
+        [0, 1],
+    )
     for k, row in enumerate(greedy["blocks"]):
         for name in analyze.QUANTITIES:
             a, b = (entry["blocks"][k][name] for entry in content["runs"][1:])
             assert row[name] == {"mean": pytest.approx((a + b) / 2), "error": pytest.approx(abs(a - b) / 2)}
             assert whole["blocks"][k][name] == {"mean": content["runs"][0]["blocks"][k][name], "error": None}
     assert (folder / "analysis.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    rows = [line for line in (folder / "analysis.md").read_text().splitlines() if line.startswith(("| end", "| greedy"))]
+    rows = [
+        line
+        for line in (folder / "analysis.md").read_text().splitlines()
+        if line.startswith(("| end", "| greedy"))
+    ]
     assert len(rows) == 6 and "±" not in rows[0] and rows[3].count("±") == 6
     assert f"| {whole['blocks'][0]['reconstruction']['mean']:.4f} |" in rows[0]
     assert not list(folder.glob(".aside-*"))
@@ -324,21 +373,27 @@ def test_runs_that_are_there_are_not_probed_again(analyzed, runs, few_images, ca
     call(capsys, *every, "--out", folder, *FLAGS)
     assert len(probed) == 2
     after = json.loads((folder / "analysis.json").read_text())["runs"]
-    assert [{**entry, "seconds": 0} for entry in after] == [{**before["runs"][i], "seconds": 0} for i in (1, 2, 0)]
+    assert [{**entry, "seconds": 0} for entry in after] == [
+        {**before["runs"][i], "seconds": 0} for i in (1, 2, 0)
+    ]
 
 
 def test_runs_are_known_by_their_weights(analyzed, runs, few_images, tmp_path, monkeypatch):
-    """Not by where they lie: analysis.json has folders as they were given, none of a machine, and goes on elsewhere."""
+    """A moved run is recognised. analysis.json has the folders as they were given."""
     moved = shutil.copytree(runs / "whole", tmp_path / "moved")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(analyze, "probe_network", lambda *a: pytest.fail("probed again"))
     said = []
-    analyze.analyze([moved.name], "out", ProbeSettings(depths=3, epochs=2, batch_size=16), threads=1, show=said.append)
+    analyze.analyze(
+        [moved.name], "out", ProbeSettings(depths=3, epochs=2, batch_size=16), threads=1, show=said.append
+    )
     assert said == ["moved: in out/analysis.json already"]
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(fashion_mnist, "load", tiny_run.load)
-    analyze.analyze(["moved"], "elsewhere", ProbeSettings(depths=1, epochs=1, batch_size=16), threads=1, show=said.append)
+    analyze.analyze(
+        ["moved"], "elsewhere", ProbeSettings(depths=1, epochs=1, batch_size=16), threads=1, show=said.append
+    )
     text = (tmp_path / "elsewhere/analysis.json").read_text()
     (entry,) = json.loads(text)["runs"]
     assert entry["run"] == "moved" and str(tmp_path) not in text
@@ -346,12 +401,17 @@ def test_runs_are_known_by_their_weights(analyzed, runs, few_images, tmp_path, m
 
 
 def test_a_run_of_a_gpu_is_analyzed_on_the_cpu(runs, few_images, tmp_path):
-    """With what only a GPU has: the numbers are those of the run without."""
+    """Settings that only a GPU has change no number."""
     run = shutil.copytree(runs / "whole", tmp_path / "run")
     content = json.loads((run / "config.json").read_text())
-    (run / "config.json").write_text(json.dumps(content | {"device": "cuda", "tf32": True, "cuda_graph": True, "impl": "triton"}))
+    (run / "config.json").write_text(
+        json.dumps(content | {"device": "cuda", "tf32": True, "cuda_graph": True, "impl": "triton"})
+    )
     settings = ProbeSettings(depths=1, epochs=1, batch_size=16)
-    found = [analyze.analyze([at], tmp_path / f"of {at.name}", settings, threads=1, device="cpu", show=str) for at in (run, runs / "whole")]
+    found = [
+        analyze.analyze([at], tmp_path / f"of {at.name}", settings, threads=1, device="cpu", show=str)
+        for at in (run, runs / "whole")
+    ]
     assert found[0][0]["blocks"] == found[1][0]["blocks"]
 
 
@@ -360,11 +420,24 @@ def test_a_run_with_other_weights_is_probed_again(runs, few_images, tmp_path):
     settings, said = ProbeSettings(depths=1, epochs=1, batch_size=16), []
     first = analyze.analyze([run], tmp_path / "out", settings, threads=1, show=said.append)
     shutil.copy(runs / "greedy0" / "weights.safetensors", run)
-    with pytest.raises(errors.RunError, match="does not fit config.json: load_released_state_dict: unexpected aux_classifier"):
+    with pytest.raises(
+        errors.RunError, match="does not fit config.json: load_released_state_dict: unexpected aux_classifier"
+    ):
         analyze.analyze([run], tmp_path / "out", settings, threads=1, show=said.append)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fashion_mnist, "load", tiny_run.load)
-        other = fit(tiny_run.config(tmp_path / "x", local_loss="none", modules=1, lambdas=None, epochs=1, warmup=0, shrink=4, seed=9))
+        other = fit(
+            tiny_run.config(
+                tmp_path / "x",
+                local_loss="none",
+                modules=1,
+                lambdas=None,
+                epochs=1,
+                warmup=0,
+                shrink=4,
+                seed=9,
+            )
+        )
     shutil.copy(other / "weights.safetensors", run)
     second = analyze.analyze([run], tmp_path / "out", settings, threads=1, show=said.append)
     assert second[0]["blocks"] != first[0]["blocks"] and not any("already" in line for line in said)
@@ -387,12 +460,18 @@ def test_what_is_done_survives_a_crash(runs, few_images, tmp_path, monkeypatch):
     assert [entry["seed"] for entry in json.loads((tmp_path / "analysis.json").read_text())["runs"]] == [0]
     monkeypatch.setattr(analyze, "probe_network", kept)
     said = []
-    found = analyze.analyze([runs / "greedy0", runs / "greedy1"], tmp_path, settings, threads=1, show=said.append)
-    assert found[0]["seeds"] == [0, 1] and sum(line.startswith("run 1/1") for line in said) == 1 and "already" in said[0]
+    found = analyze.analyze(
+        [runs / "greedy0", runs / "greedy1"], tmp_path, settings, threads=1, show=said.append
+    )
+    assert (
+        found[0]["seeds"] == [0, 1]
+        and sum(line.startswith("run 1/1") for line in said) == 1
+        and "already" in said[0]
+    )
 
 
 def changed(run, to, **settings):
-    """A copy of a run whose config.json says something else."""
+    """Copy a run and change settings in its config.json."""
     shutil.copytree(run, to)
     content = json.loads((to / "config.json").read_text())
     (to / "config.json").write_text(json.dumps(content | settings))
@@ -400,7 +479,7 @@ def changed(run, to, **settings):
 
 
 def wrong(name, runs, folder):
-    """Run folders that `analyze` must refuse."""
+    """Return run folders that `analyze` must refuse."""
     greedy = runs / "greedy0"
     if name == "unfinished":
         return [changed(greedy, folder / "longer", epochs=5)]
@@ -410,9 +489,13 @@ def wrong(name, runs, folder):
     others = {
         "network": dict(arch="resnet32"), "size": dict(shrink=2), "held out": dict(hold_out=10),
         "rate": dict(seed=5, lr=0.3), "same seed": {},
-        "segmentation": dict(dataset="shapes_seg", arch="fcn_resnet20", local_loss="softmax", modules=2, shrink=1),
+        "segmentation": dict(
+            dataset="shapes_seg", arch="fcn_resnet20", local_loss="softmax", modules=2, shrink=1
+        ),
     }  # fmt: skip
-    return [greedy, greedy] if name == "twice" else [greedy, changed(greedy, folder / "other", **others[name])]
+    return (
+        [greedy, greedy] if name == "twice" else [greedy, changed(greedy, folder / "other", **others[name])]
+    )
 
 
 @pytest.mark.parametrize(
@@ -426,7 +509,10 @@ def wrong(name, runs, folder):
         ("rate", r"differ in more than their seed, so their mean has no meaning: lr \(0.05 and 0.3\)"),
         ("same seed", "have the same seed 0"),
         ("twice", "greedy0 is given twice"),
-        ("segmentation", "other: expected a run that classifies the images of a set in memory, got one of shapes_seg"),
+        (
+            "segmentation",
+            "other: expected a run that classifies the images of a set in memory, got one of shapes_seg",
+        ),
     ],
 )
 def test_runs_that_cannot_be_analyzed(runs, few_images, tmp_path, capsys, name, message):
@@ -457,7 +543,11 @@ def test_wrong_arguments(capsys, argv, message):
 def test_wrong_folder(runs, few_images, tmp_path, capsys):
     (tmp_path / "analysis.json").write_text("[1, 2")
     code, _, err = call(capsys, runs / "whole", "--out", tmp_path, *FLAGS)
-    assert code == 2 and "analysis.json is not what analyze writes" in err and (tmp_path / "analysis.json").read_text() == "[1, 2"
+    assert (
+        code == 2
+        and "analysis.json is not what analyze writes" in err
+        and (tmp_path / "analysis.json").read_text() == "[1, 2"
+    )
     code, _, err = call(capsys, runs / "whole", "--out", tmp_path / "out", "--threads", 0)
     assert code == 2 and "threads: expected at least 1, got 0" in err
     code, _, err = call(capsys, runs / "whole", "--out", tmp_path / "out", "--device", "abacus")

@@ -1,4 +1,4 @@
-"""Augmentations against a plain loop over images, and against torchvision's own classes, which the released code runs."""
+"""Augmentations equal a plain loop over images, and torchvision's classes, which the authors use."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from infopro_fast.data.augment import Draws
 
 
 def one_by_one(images, augmentation, draws):
-    """The same thing image by image, in numpy: numpy.pad's own modes, a slice, a reversed slice."""
+    """Augment image by image in numpy: numpy.pad, a slice, a reversed slice."""
     mode = {"reflect": "reflect", "zeros": "constant"}[augmentation.mode]
     p, (H, W) = augmentation.padding, images.shape[2:]
     out = []
@@ -46,7 +46,10 @@ def test_draws_cover_every_place_equally():
         counts = places.bincount(minlength=5)
         assert len(counts) == 5 and (counts - 10_000).abs().max() < 500  # 5 standard deviations are 447
     assert abs(draws.flip.sum() - 25_000) < 600
-    assert abs(torch.corrcoef(torch.stack([draws.top, draws.left, draws.flip]).double()) - torch.eye(3)).max() < 0.03
+    assert (
+        abs(torch.corrcoef(torch.stack([draws.top, draws.left, draws.flip]).double()) - torch.eye(3)).max()
+        < 0.03
+    )
     assert not draw(1000, Augmentation(2, "zeros", False), torch.Generator().manual_seed(0)).flip.any()
 
 
@@ -60,7 +63,7 @@ def test_released_settings():
 
 @pytest.mark.parametrize("padding,size", [(4, 96), (2, 32)])
 def test_zero_padding_equals_random_crop_of_torchvision(padding, size):
-    """torchvision pads and crops on PIL images; its draws are handed to ours."""
+    """torchvision pads and crops PIL images; ours gets the same draws."""
     transforms = pytest.importorskip("torchvision.transforms")
     F = pytest.importorskip("torchvision.transforms.functional")
     image = torch.randint(256, (3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
@@ -72,7 +75,7 @@ def test_zero_padding_equals_random_crop_of_torchvision(padding, size):
 
 
 def test_reflection_equals_that_of_torch():
-    """The released CIFAR pipeline pads float images with F.pad(mode="reflect")."""
+    """The authors' CIFAR pipeline pads float images with F.pad(mode="reflect")."""
     image = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     expected = torch.nn.functional.pad(image.float(), (4,) * 4, mode="reflect").to(torch.uint8)
     for top, left in ((0, 0), (8, 8), (3, 7)):

@@ -1,4 +1,4 @@
-"""Networks of all kinds as chains: the same layers, names and numbers; where they can be cut, and what an error says."""
+"""Networks of all kinds as chains: the same layers, names and numbers; cuts, and errors."""
 
 from __future__ import annotations
 
@@ -28,11 +28,16 @@ class Residual(nn.Module):
 
 
 class WrittenOut(nn.Module):
-    """Layers in attributes, a residual sum and a flatten in the forward itself."""
+    """Layers in attributes; the forward has a residual sum and a flatten."""
 
     def __init__(self):
         super().__init__()
-        self.first, self.a, self.b, self.last = conv(3, 8, 2), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1), conv(8, 16, 2)
+        self.first, self.a, self.b, self.last = (
+            conv(3, 8, 2),
+            nn.Conv2d(8, 8, 3, padding=1),
+            nn.Conv2d(8, 8, 1),
+            conv(8, 16, 2),
+        )
         self.fc = nn.Linear(16, 5)
 
     def forward(self, image):
@@ -46,7 +51,12 @@ class WrittenOut(nn.Module):
 class UNet(nn.Module):
     def __init__(self):
         super().__init__()
-        self.down1, self.down2, self.up, self.head = conv(3, 8), conv(8, 8, 2), nn.Upsample(scale_factor=2), nn.Conv2d(16, 4, 1)
+        self.down1, self.down2, self.up, self.head = (
+            conv(3, 8),
+            conv(8, 8, 2),
+            nn.Upsample(scale_factor=2),
+            nn.Conv2d(16, 4, 1),
+        )
         self.pool = nn.AdaptiveAvgPool2d(1)
 
     def forward(self, image):
@@ -56,10 +66,20 @@ class UNet(nn.Module):
 
 
 def sequential():
-    return nn.Sequential(conv(3, 8), Residual(8), conv(8, 16, 2), Residual(16), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5))
+    return nn.Sequential(
+        conv(3, 8),
+        Residual(8),
+        conv(8, 16, 2),
+        Residual(16),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(16, 5),
+    )
 
 
-@pytest.mark.parametrize("make, modules", [(sequential, 4), (sequential, 2), (WrittenOut, 3), (WrittenOut, 1)])
+@pytest.mark.parametrize(
+    "make, modules", [(sequential, 4), (sequential, 2), (WrittenOut, 3), (WrittenOut, 1)]
+)
 def test_the_split_network_is_the_network(make, modules):
     """The same function of the same parameters under the same names, in training and evaluation."""
     net = make().double()
@@ -80,14 +100,25 @@ def test_it_trains_and_keeps_its_weights():
     net = sequential()
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     split = infopro_fast.build(net, 3, "contrast", lambdas=(1, 1, 1, 1), image_size=16)
-    assert all(torch.equal(net.state_dict()[name], tensor) for name, tensor in before.items())  # nothing drawn anew
+    assert all(
+        torch.equal(net.state_dict()[name], tensor) for name, tensor in before.items()
+    )  # nothing drawn anew
     trainer = infopro_fast.LocalTrainer(split, lambda params: torch.optim.SGD(params, lr=0.1))
     image, label = torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 0])
     metrics = trainer.step(image, label)
     infopro_fast.trainer.check_finite(metrics)
     assert {"module1/reconstruction", "module2/contrast", "loss"} <= metrics.keys()
-    changed = {name for name, tensor in net.state_dict().items() if tensor.is_floating_point() and not torch.equal(before[name], tensor)}
-    zero = {"0.0.bias", "1.body.0.bias", "2.0.bias", "3.body.0.bias"}  # in front of a batch norm: no gradient but rounding
+    changed = {
+        name
+        for name, tensor in net.state_dict().items()
+        if tensor.is_floating_point() and not torch.equal(before[name], tensor)
+    }
+    zero = {
+        "0.0.bias",
+        "1.body.0.bias",
+        "2.0.bias",
+        "3.body.0.bias",
+    }  # in front of a batch norm: no gradient but rounding
     assert changed | zero >= {name for name, _ in net.named_parameters()}
 
 
@@ -96,21 +127,33 @@ def test_positions_and_names():
     body, tail = chain.without_end(links)
     units = chain.units_of(body, (16, 16))
     assert [(unit.position, unit.label) for unit in units] == [((0, i), str(i)) for i in range(4)]
-    assert [(unit.channels, unit.size) for unit in units] == [(8, (16, 16)), (8, (16, 16)), (16, (8, 8)), (16, (8, 8))]
+    assert [(unit.channels, unit.size) for unit in units] == [
+        (8, (16, 16)),
+        (8, (16, 16)),
+        (16, (8, 8)),
+        (16, (8, 8)),
+    ]
     assert [link.name for link in tail] == ["4", "5", "6"]
     for cuts in ([(0, 1), (0, 2)], ["1", "2"], ["1", (0, 2)]):
-        assert infopro_fast.build(sequential(), cuts=cuts, local_loss="softmax", image_size=16).cuts == ((0, 1), (0, 2))
+        assert infopro_fast.build(sequential(), cuts=cuts, local_loss="softmax", image_size=16).cuts == (
+            (0, 1),
+            (0, 2),
+        )
     nested = nn.Sequential(conv(3, 8), nn.Sequential(Residual(8), Residual(8)), *list(sequential())[2:])
-    found = chain.units_of(chain.without_end(chain.with_shapes(chain.trace(nested).links, (16, 16)))[0], (16, 16))
+    found = chain.units_of(
+        chain.without_end(chain.with_shapes(chain.trace(nested).links, (16, 16)))[0], (16, 16)
+    )
     assert [(unit.position, unit.label) for unit in found] == [
         ((0, 0), "0"), ((1, 0), "1.0"), ((1, 1), "1.1"), ((2, 0), "2"), ((2, 1), "3"),
     ]  # fmt: skip
 
 
 def test_a_residual_sum_is_not_cut():
-    """Inside a + b two tensors go on; the stretch stays whole, and its layers are the network's."""
+    """Inside a + b two tensors are alive: the stretch stays whole, and its layers are the network's."""
     net = WrittenOut()
-    units = chain.units_of(chain.without_end(chain.with_shapes(chain.trace(net).links, (16, 16)))[0], (16, 16))
+    units = chain.units_of(
+        chain.without_end(chain.with_shapes(chain.trace(net).links, (16, 16)))[0], (16, 16)
+    )
     assert [unit.label for unit in units] == ["first", "add", "last"]
     own, fc = {id(p) for p in net.parameters()}, {id(p) for p in net.fc.parameters()}
     assert {id(p) for unit in units for p in unit.block.parameters()} == own - fc
@@ -144,22 +187,44 @@ def hooked():
 
 
 def fails():
-    return nn.Sequential(conv(3, 8), nn.Conv2d(4, 8, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+    return nn.Sequential(
+        conv(3, 8), nn.Conv2d(4, 8, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)
+    )
 
 
 @pytest.mark.parametrize(
     "make, kwargs, message",
     [
-        (UNet, {"modules": 4}, "modules: UNet can be cut into 3 at most, got 4: not after down2, since down1 is needed later, by cat; not"),
-        (UNet, {"cuts": ["down2"]}, "cuts: no module of UNet can end with 'down2': down1 is needed later, by cat"),
-        (sequential, {"cuts": ["7"]}, r"no module of Sequential can end with '7'; expected one of \('0', '1', '2'\)"),
-        (TwoOutputs, {}, "TwoOutputs cannot be split: TwoOutputs: expected one tensor as its output, got .*dict"),
+        (
+            UNet,
+            {"modules": 4},
+            "modules: UNet can be cut into 3 at most, got 4: not after down2, since down1 is needed later",
+        ),
+        (
+            UNet,
+            {"cuts": ["down2"]},
+            "cuts: no module of UNet can end with 'down2': down1 is needed later, by cat",
+        ),
+        (
+            sequential,
+            {"cuts": ["7"]},
+            r"no module of Sequential can end with '7'; expected one of \('0', '1', '2'\)",
+        ),
+        (
+            TwoOutputs,
+            {},
+            "TwoOutputs cannot be split: TwoOutputs: expected one tensor as its output, got .*dict",
+        ),
         (TwoInputs, {}, "TwoInputs: expected a forward of one tensor, got 2 inputs: image, extra"),
         (Branching, {}, "Branching: its forward cannot be traced .*control flow"),
         (OtherInTraining, {}, "OtherInTraining: its forward is not the same in training and in evaluation"),
         (hooked, {}, "Sequential: has forward hooks"),
         (fails, {}, r"Sequential cannot be split: 1: failed on \(2, 8, 16, 16\): RuntimeError"),
-        (lambda: nn.Sequential(conv(3, 8), conv(8, 4)), {}, r"ends in class scores \(N, classes\), got \(N, 4, 16, 16\)"),
+        (
+            lambda: nn.Sequential(conv(3, 8), conv(8, 4)),
+            {},
+            r"ends in class scores \(N, classes\), got \(N, 4, 16, 16\)",
+        ),
         (lambda: nn.Sequential(nn.Flatten(), nn.Linear(768, 5)), {}, "none of its blocks gives one"),
         (sequential, {"num_classes": 7}, "num_classes: Sequential has 5 classes, got 7"),
         (sequential, {"net_config": "1c2f"}, "the auxiliary nets of Sequential have no such settings"),
@@ -167,7 +232,15 @@ def fails():
 )
 def test_what_cannot_be_split_says_why(make, kwargs, message):
     with pytest.raises(ValueError) as caught:
-        infopro_fast.build(make(), **{"modules": None if "cuts" in kwargs else 2, "local_loss": "softmax", "image_size": 16, **kwargs})
+        infopro_fast.build(
+            make(),
+            **{
+                "modules": None if "cuts" in kwargs else 2,
+                "local_loss": "softmax",
+                "image_size": 16,
+                **kwargs,
+            },
+        )
     assert re.search(message, str(caught.value)), str(caught.value)
 
 
@@ -185,25 +258,29 @@ def test_maps_with_channels_last_are_refused():
 
 @pytest.mark.parametrize("name", ["resnet50", "mobilenet_v2", "vgg11_bn", "convnext_tiny", "efficientnet_b0"])
 def test_torchvision(name):
-    """Every weight is in the chain under its own name; on the meta device, where nothing is drawn and nothing runs."""
+    """On the meta device: every weight is in the chain under its own name."""
     models = pytest.importorskip("torchvision.models")
     with torch.device("meta"):
         net = getattr(models, name)()
         split = infopro_fast.build(net, 3, "softmax", image_size=224)
     names = split.released_state_dict()
-    assert {k: v.shape for k, v in net.state_dict().items()}.items() <= {k: v.shape for k, v in names.items()}.items()
+    assert {k: v.shape for k, v in net.state_dict().items()}.items() <= {
+        k: v.shape for k, v in names.items()
+    }.items()
     assert split(torch.empty(2, 3, 224, 224, device="meta")).shape == (2, 1000)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "regnety_002", "convnext_atto"])
 def test_timm(name):
-    """Networks that this package has never heard of: in 3 modules the same numbers, and every module trains."""
+    """Networks unknown to this package: in 3 modules the same numbers, and every module trains."""
     timm = pytest.importorskip("timm")
     net = timm.create_model(name, pretrained=False, num_classes=7).eval()
     image = torch.randn(2, 3, 64, 64)
     expected = net(image)
     split = infopro_fast.build(net, 3, "softmax", lambdas=(1, 1, 1, 1), image_size=64).eval()
-    assert len(split.stages) == 3 and torch.allclose(split(image), expected, rtol=1e-4, atol=1e-5)  # convolutions in another layout
+    assert len(split.stages) == 3 and torch.allclose(
+        split(image), expected, rtol=1e-4, atol=1e-5
+    )  # convolutions in another layout
     assert net.state_dict().keys() <= split.released_state_dict().keys()
     trainer = infopro_fast.LocalTrainer(split, lambda params: torch.optim.SGD(params, lr=0.1))
     before = copy.deepcopy(split.stages)
@@ -216,5 +293,8 @@ def test_timm_network_of_tokens():
     """A vision transformer cannot be cut into maps (its forward takes a mask too), and the error says so."""
     timm = pytest.importorskip("timm")
     net = timm.create_model("vit_tiny_patch16_224", pretrained=False, img_size=32, num_classes=7)
-    with pytest.raises(ValueError, match="build: arch: VisionTransformer cannot be split: .*forward of one tensor, got 3 inputs"):
+    with pytest.raises(
+        ValueError,
+        match="build: arch: VisionTransformer cannot be split: .*forward of one tensor, got 3 inputs",
+    ):
         infopro_fast.build(net, 2, "softmax", image_size=32)

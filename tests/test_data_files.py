@@ -1,4 +1,4 @@
-"""Readers of the original files: tiny files of the true formats, read by ours and by torchvision, and what is refused."""
+"""Readers of original files: tiny files of the true formats, read as torchvision does, and refusals."""
 
 import gzip
 import hashlib
@@ -20,12 +20,15 @@ rng = np.random.default_rng(0)
 
 def md5_of(folder, names):
     contents = {name: (folder / name).read_bytes() for name in names}
-    return {name: hashlib.md5(gzip.decompress(of) if name.endswith(".gz") else of).hexdigest() for name, of in contents.items()}
+    return {
+        name: hashlib.md5(gzip.decompress(of) if name.endswith(".gz") else of).hexdigest()
+        for name, of in contents.items()
+    }
 
 
 @pytest.fixture
 def cifar(tmp_path):
-    """Six batches of 20 images, pickled in protocol 2 like the originals."""
+    """Six batches of 20 images, pickled in protocol 2 like the original files."""
     folder = tmp_path / cifar10.FOLDER
     folder.mkdir()
     pixels = {}
@@ -56,7 +59,9 @@ def test_cifar10_content(cifar):
 def test_cifar10_equals_torchvision(cifar):
     datasets = pytest.importorskip("torchvision.datasets")
     root, _, md5 = cifar
-    (root / cifar10.FOLDER / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}, protocol=2))
+    (root / cifar10.FOLDER / "batches.meta").write_bytes(
+        pickle.dumps({"label_names": list("abcdefghij")}, protocol=2)
+    )
 
     class Tiny(datasets.CIFAR10):
         train_list = [[name, md5[name]] for name in cifar10.TRAIN]
@@ -73,7 +78,7 @@ def test_cifar10_equals_torchvision(cifar):
 
 
 def test_cifar10_never_runs_code(cifar, tmp_path):
-    """A pickle that would create a file: refused, even with the right checksum, and nothing runs."""
+    """A pickle that would create a file is refused, even with the right checksum, and runs nothing."""
     root, _, _ = cifar
     sentinel = tmp_path / "ran"
 
@@ -81,7 +86,9 @@ def test_cifar10_never_runs_code(cifar, tmp_path):
         def __reduce__(self):
             return (open, (str(sentinel), "w"))
 
-    (root / cifar10.FOLDER / "data_batch_2").write_bytes(pickle.dumps({"data": Payload(), "labels": []}, protocol=2))
+    (root / cifar10.FOLDER / "data_batch_2").write_bytes(
+        pickle.dumps({"data": Payload(), "labels": []}, protocol=2)
+    )
     with pytest.raises(DataError, match="io.open, which no CIFAR-10 batch contains: refused"):
         cifar10.load(root, md5=md5_of(root / cifar10.FOLDER, cifar10.MD5))
     assert not sentinel.exists()
@@ -89,7 +96,11 @@ def test_cifar10_never_runs_code(cifar, tmp_path):
 
 def test_cifar10_other_pickles_are_refused_by_name(cifar):
     root, _, _ = cifar
-    for content in (pickle.dumps([1, 2]), b"no pickle", pickle.dumps({"data": np.zeros((2, 5), np.uint8), "labels": [0, 1]})):
+    for content in (
+        pickle.dumps([1, 2]),
+        b"no pickle",
+        pickle.dumps({"data": np.zeros((2, 5), np.uint8), "labels": [0, 1]}),
+    ):
         (root / cifar10.FOLDER / "test_batch").write_bytes(content)
         with pytest.raises(DataError, match="test_batch is not a CIFAR-10 batch"):
             cifar10.load(root, md5=md5_of(root / cifar10.FOLDER, cifar10.MD5))
@@ -101,7 +112,9 @@ def clothes(tmp_path):
     content = {}
     for name in fashion_mnist_full.MD5:
         count, images = (7 if name.startswith("train") else 3), "images" in name
-        array = rng.integers(0, 256 if images else 10, (count, 28, 28) if images else (count,), dtype=np.uint8)
+        array = rng.integers(
+            0, 256 if images else 10, (count, 28, 28) if images else (count,), dtype=np.uint8
+        )
         header = bytes((0, 0, 8, array.ndim)) + struct.pack(f">{array.ndim}I", *array.shape)
         (tmp_path / name).write_bytes(gzip.compress(header + array.tobytes()))
         content[name] = array
@@ -114,14 +127,20 @@ def test_fashion_mnist_full_content(clothes):
     for split, part in ((images.train, "train"), (images.test, "t10k")):
         pixels = content[f"{part}-images-idx3-ubyte.gz"]
         assert split.images.shape == (len(pixels), 3, 32, 32)
-        assert torch.equal(split.images[:, 1, 2:30, 2:30], torch.from_numpy(pixels)) and split.images[:, :, :2].sum() == 0
+        assert (
+            torch.equal(split.images[:, 1, 2:30, 2:30], torch.from_numpy(pixels))
+            and split.images[:, :, :2].sum() == 0
+        )
         assert split.labels.tolist() == content[f"{part}-labels-idx1-ubyte.gz"].tolist()
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (bytes((0, 0, 9, 3)) + bytes(12), "train-images-idx3-ubyte.gz is not an IDX file of bytes with 3 axes"),
+        (
+            bytes((0, 0, 9, 3)) + bytes(12),
+            "train-images-idx3-ubyte.gz is not an IDX file of bytes with 3 axes",
+        ),
         (bytes((0, 0, 8, 3)) + struct.pack(">3I", 2, 28, 28) + bytes(5), "expected 1568 bytes for .*, got 5"),
         (bytes((0, 0, 8, 3)) + struct.pack(">3I", 1, 2, 2) + bytes(4), "expected images of 28x28"),
     ],
@@ -138,19 +157,30 @@ def test_fashion_mnist_full_damaged(clothes):
     path = root / "train-images-idx3-ubyte.gz"
     md5, whole = md5_of(root, fashion_mnist_full.MD5), path.read_bytes()
     other = gzip.compress(b"x")
-    for content, got in ((b"plain", "none: Not a gzipped file"), (whole[:-20], "none: Compressed file ended"), (other, "9dd4")):
+    for content, got in (
+        (b"plain", "none: Not a gzipped file"),
+        (whole[:-20], "none: Compressed file ended"),
+        (other, "9dd4"),
+    ):
         path.write_bytes(content)
-        with pytest.raises(DataError, match=f"fashion_mnist_full: .* is damaged or another version: MD5 expected .*, got {got}"):
+        with pytest.raises(
+            DataError,
+            match=f"fashion_mnist_full: .* is damaged or another version: MD5 expected .*, got {got}",
+        ):
             fashion_mnist_full.load(root, md5=md5)
 
 
 def test_fashion_mnist_full_download_repairs(clothes, tmp_path, monkeypatch):
-    """What is damaged or missing is fetched, what is whole is left; by torchvision, with a folder in the place of the server."""
+    """Damaged and missing files are fetched, others stay; a folder takes the place of the server."""
     utils = pytest.importorskip("torchvision.datasets.utils")
     root, _ = clothes
     md5, own = md5_of(root, fashion_mnist_full.MD5), tmp_path / "own"
     monkeypatch.setattr(utils, "_get_redirect_url", lambda url, **_: url)
-    monkeypatch.setattr(utils, "_urlretrieve", lambda url, to: shutil.copy(root / url.removeprefix(fashion_mnist_full.URL), to))
+    monkeypatch.setattr(
+        utils,
+        "_urlretrieve",
+        lambda url, to: shutil.copy(root / url.removeprefix(fashion_mnist_full.URL), to),
+    )
     damaged, missing, *whole = md5
     fashion_mnist_full.load(own, download=True, md5=md5)
     for name in whole:
@@ -173,7 +203,10 @@ def digits(tmp_path):
     io = pytest.importorskip("scipy.io")
     content = {}
     for name, count in (("train_32x32.mat", 23), ("test_32x32.mat", 11)):
-        entry = {"X": rng.integers(0, 256, (32, 32, 3, count), dtype=np.uint8), "y": rng.integers(1, 11, (count, 1), dtype=np.uint8)}
+        entry = {
+            "X": rng.integers(0, 256, (32, 32, 3, count), dtype=np.uint8),
+            "y": rng.integers(1, 11, (count, 1), dtype=np.uint8),
+        }
         entry["y"][:2] = [[10], [1]]
         io.savemat(tmp_path / name, entry)
         content[name] = entry
@@ -244,7 +277,10 @@ def test_stl10_content(stl):
         assert split.images[1, 2, 90, 5] == pixels[1, 2, 5, 90]  # the file has columns first
         assert torch.equal(split.images, torch.from_numpy(pixels).transpose(2, 3))
         assert split.labels.tolist() == [int(v) - 1 for v in labels]
-    assert (images.num_classes, images.image_size) == (10, 96)  # ten classes: the released code made a 100-way classifier
+    assert (images.num_classes, images.image_size) == (
+        10,
+        96,
+    )  # the authors' code has a 100-way classifier
 
 
 def test_stl10_equals_torchvision(stl):
@@ -260,7 +296,9 @@ def test_stl10_equals_torchvision(stl):
         theirs = Tiny(root, split=part)
         assert torch.equal(split.images, torch.from_numpy(theirs.data.copy()))
         assert split.labels.tolist() == theirs.labels.tolist()
-    published = {n: m for n, m in datasets.STL10.train_list + datasets.STL10.test_list if not n.startswith("unlabeled")}
+    published = {
+        n: m for n, m in datasets.STL10.train_list + datasets.STL10.test_list if not n.startswith("unlabeled")
+    }
     assert published == stl10.MD5 and datasets.STL10.tgz_md5 == stl10.ARCHIVE_MD5
 
 
@@ -274,26 +312,30 @@ def test_stl10_counts_must_agree(stl):
 
 @pytest.mark.parametrize("name", ["cifar10", "svhn", "stl10"])
 def test_missing_and_damaged_files_are_named(name, tmp_path):
-    """By the real checksums: the files' own folder is empty, then it holds something else under the right name."""
+    """With the real checksums: an empty folder, then one with another file of the right name."""
     if name == "svhn":
         pytest.importorskip("scipy.io")
     with pytest.raises(DataError, match=f"{name}: .* got none"):
         data.load(name)
     with pytest.raises(DataError, match=f"{name}: --data-root .*nowhere is not a folder"):
         data.load(name, tmp_path / "nowhere")
-    with pytest.raises(DataError, match=f"{name}: .*not found; put the original files there or add --download"):
+    with pytest.raises(
+        DataError, match=f"{name}: .*not found; put the original files there or add --download"
+    ):
         data.load(name, tmp_path)
     module = {"cifar10": cifar10, "svhn": svhn, "stl10": stl10}[name]
     folder = tmp_path / getattr(module, "FOLDER", "")
     folder.mkdir(exist_ok=True)
     first = next(iter(module.MD5))
     (folder / first).write_bytes(b"half of a file")
-    with pytest.raises(DataError, match=f"{name}: .*{first} is damaged or another version: MD5 expected {module.MD5[first]}"):
+    with pytest.raises(
+        DataError, match=f"{name}: .*{first} is damaged or another version: MD5 expected {module.MD5[first]}"
+    ):
         data.load(name, tmp_path)
 
 
 def test_download_only_when_asked_and_errors_named(cifar, monkeypatch):
-    """The fetch runs only with download=True and a file that is missing or damaged; a failure names the data set."""
+    """A fetch needs download=True and a missing or damaged file; a failure names the data set."""
     root, _, md5 = cifar
     calls = []
     monkeypatch.setattr(cifar10, "fetch_archive", lambda url, at, md5: calls.append(at))
@@ -320,5 +362,8 @@ def test_download_only_when_asked_and_errors_named(cifar, monkeypatch):
 
 
 def test_unknown_name():
-    with pytest.raises(DataError, match="expected one of .*'fashion_mnist', 'shapes_seg', 'fashion_mnist_full', 'cifar10'.*, got 'mnist'"):
+    with pytest.raises(
+        DataError,
+        match="expected one of .*'fashion_mnist', 'shapes_seg', .* 'cifar10'.*, got 'mnist'",
+    ):
         data.load("mnist")

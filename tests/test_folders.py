@@ -1,4 +1,4 @@
-"""ImageNet's and Cityscapes' layouts: tiny files of the true formats, the augmentations, and that workers change nothing."""
+"""ImageNet's and Cityscapes' layouts: tiny files of the true formats, augmentations, and workers."""
 
 from __future__ import annotations
 
@@ -24,14 +24,16 @@ rng = np.random.default_rng(0)
 
 @pytest.fixture(scope="module")
 def imagenet_root(tmp_path_factory):
-    """3 classes of 4 training and 2 test images, of different sizes."""
+    """3 classes with 4 training and 2 test images each, of different sizes."""
     root = tmp_path_factory.mktemp("imagenet")
     for part, count in (("train", 4), ("val", 2)):
         for name in ("n01440764", "n01443537", "n01484850"):
             (root / part / name).mkdir(parents=True)
             for i in range(count):
                 size = (40 + 7 * i, 60 - 5 * i, 3)
-                Image.fromarray(rng.integers(0, 256, size, dtype=np.uint8)).save(root / part / name / f"{name}_{i}.JPEG")
+                Image.fromarray(rng.integers(0, 256, size, dtype=np.uint8)).save(
+                    root / part / name / f"{name}_{i}.JPEG"
+                )
     return root
 
 
@@ -49,8 +51,12 @@ def cityscapes_root(tmp_path_factory):
                 label[:3] = 255
                 image = np.stack([label, 255 - label, rng.integers(0, 256, label.shape, dtype=np.uint8)], -1)
                 Image.fromarray(image).save(root / "leftImg8bit" / part / city / f"{stem}_leftImg8bit.png")
-                Image.fromarray(label).save(root / "gtFine" / part / city / f"{stem}_gtFine_labelTrainIds.png")
-                Image.fromarray(label).save(root / "gtFine" / part / city / f"{stem}_gtFine_labelIds.png")  # another file beside it
+                Image.fromarray(label).save(
+                    root / "gtFine" / part / city / f"{stem}_gtFine_labelTrainIds.png"
+                )
+                Image.fromarray(label).save(
+                    root / "gtFine" / part / city / f"{stem}_gtFine_labelIds.png"
+                )  # another file beside it
     return root
 
 
@@ -79,30 +85,42 @@ def test_epochs_depend_on_seed_and_epoch_alone(name, request):
     assert torch.equal(torch.get_rng_state(), state)  # the transforms leave it as it was
     for other in ({"seed": 4}, {"epoch": 2}):
         assert not torch.equal(batches(images, **other)[0][0], whole[0][0])
-    assert images.batches(5) == -(-images.train_count // 5) and images.batches(5, drop_last=True) == images.train_count // 5
+    assert (
+        images.batches(5) == -(-images.train_count // 5)
+        and images.batches(5, drop_last=True) == images.train_count // 5
+    )
     assert not any(torch.equal(a, b) for a, b in zip(whole[0][0], batches(images, epoch=2)[0][0]))
 
 
 def test_imagenet_crops(imagenet_root):
-    """The transforms of the released code, by torchvision's first API, on the same random numbers."""
+    """The crops equal the authors' transforms (torchvision's first API) on the same random numbers."""
     from torchvision import datasets, transforms
 
     images = imagenet.load(imagenet_root, crop=(32, 32))
-    assert (images.num_classes, images.train_count, len(images.test), images.image_size) == (3, 12, 6, (32, 32))
+    assert (images.num_classes, images.train_count, len(images.test), images.image_size) == (
+        3,
+        12,
+        6,
+        (32, 32),
+    )
     theirs = datasets.ImageFolder(
         imagenet_root / "val",
         transforms.Compose([transforms.Resize(37), transforms.CenterCrop(32), transforms.ToTensor(),
                             transforms.Normalize(imagenet.MEAN, imagenet.STD)]),
     )  # fmt: skip
     found = list(images.test_batches(4))
-    torch.testing.assert_close(torch.cat([image for image, _ in found]), torch.stack([image for image, _ in theirs]))
+    torch.testing.assert_close(
+        torch.cat([image for image, _ in found]), torch.stack([image for image, _ in theirs])
+    )
     assert torch.cat([label for _, label in found]).tolist() == theirs.targets == [0, 0, 1, 1, 2, 2]
     picture = images.train[0][0]
     for seed in range(5):
         torch.manual_seed(seed)
         ours, _ = images.train_transform(picture, 0)
         torch.manual_seed(seed)
-        first = transforms.Compose([transforms.RandomResizedCrop(32), transforms.RandomHorizontalFlip(), transforms.PILToTensor()])
+        first = transforms.Compose(
+            [transforms.RandomResizedCrop(32), transforms.RandomHorizontalFlip(), transforms.PILToTensor()]
+        )
         assert torch.equal(ours, first(picture))
     plain = batches(images, augmented=False)
     assert all(image.shape[1:] == (3, 32, 32) for image, _ in plain)
@@ -116,11 +134,13 @@ def test_cityscapes_content(cityscapes_root):
     for image, label in found:
         assert label.dtype == torch.uint8 and label.shape == (1, 32, 64) and (label[:, :3] == 255).all()
         red = image[:, 0] * cityscapes.STD[0] + cityscapes.MEAN[0]
-        assert torch.equal((red * 255).round().to(torch.uint8), label)  # red was drawn as the label: the pairs fit
+        assert torch.equal(
+            (red * 255).round().to(torch.uint8), label
+        )  # red was drawn as the label: the pairs fit
 
 
 def test_cityscapes_augmentation(cityscapes_root):
-    """Image and label are scaled, cropped and flipped alike; crops of one class are avoided; padding is the mean colour, ignored."""
+    """Image and label are augmented alike; crops avoid a single class; padding is ignored."""
     images = cityscapes.load(cityscapes_root, crop=(16, 32))
     images.train_transform.distort = torch.nn.Identity()  # so that red still is the label
     agree, flips = [], 0
@@ -128,7 +148,11 @@ def test_cityscapes_augmentation(cityscapes_root):
         for seed in range(10):
             torch.manual_seed(100 * index + seed)
             image, label = images.train_transform(*images.train[index])
-            assert image.shape == (3, 16, 32) and label.shape == (16, 32) and image.dtype == label.dtype == torch.uint8
+            assert (
+                image.shape == (3, 16, 32)
+                and label.shape == (16, 32)
+                and image.dtype == label.dtype == torch.uint8
+            )
             agree.append(((image[0] == label) | (label == 255)).float().mean().item())
             counts = torch.bincount(label[label != 255].long())
             flips += counts.max() / counts.sum() >= 0.75 or (counts > 0).sum() < 2
@@ -142,10 +166,15 @@ def test_cityscapes_augmentation(cityscapes_root):
 
 
 def test_distortion_is_drawn_in_its_ranges():
-    """Each part half of the time and as far as its range goes; contrast before saturation and hue as often as after them."""
+    """Each step applies half of the time, over its whole range; contrast comes first as often as last."""
     torch.manual_seed(0)
     draws = [cityscapes.Distortion().draw() for _ in range(2000)]
-    for name, (low, high) in {"brightness": (-32, 32), "contrast": (0.5, 1.5), "saturation": (0.5, 1.5), "hue": (-0.1, 0.1)}.items():
+    for name, (low, high) in {
+        "brightness": (-32, 32),
+        "contrast": (0.5, 1.5),
+        "saturation": (0.5, 1.5),
+        "hue": (-0.1, 0.1),
+    }.items():
         amounts = [dict(draw)[name] for draw in draws if name in dict(draw)]
         assert 900 < len(amounts) < 1100
         margin = 0.01 * (high - low)
@@ -153,14 +182,21 @@ def test_distortion_is_drawn_in_its_ranges():
     orders = [[name for name, _ in draw] for draw in draws]
     assert all(order[0] == "brightness" for order in orders if "brightness" in order)
     for other in ("saturation", "hue"):
-        both = [order.index("contrast") < order.index(other) for order in orders if {"contrast", other} <= set(order)]
+        both = [
+            order.index("contrast") < order.index(other)
+            for order in orders
+            if {"contrast", other} <= set(order)
+        ]
         assert 0.4 < sum(both) / len(both) < 0.6
 
 
-@pytest.mark.parametrize("name, amount", [("brightness", -31.5), ("brightness", 30.2), ("contrast", 0.6), ("contrast", 1.5),
-                                          ("saturation", 0.5), ("saturation", 1.5), ("hue", -0.1), ("hue", 0.04)])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, amount",
+    [("brightness", -31.5), ("brightness", 30.2), ("contrast", 0.6), ("contrast", 1.5), ("saturation", 0.5),
+     ("saturation", 1.5), ("hue", -0.1), ("hue", 0.04)],
+)  # fmt: skip
 def test_distortion_by_the_pixel(name, amount):
-    """Against Python's colorsys; a unit and a half for what is cut off."""
+    """Equals Python's colorsys, within the unit and a half that fractions may take."""
     import colorsys
 
     image = torch.randint(256, (3, 9, 11), dtype=torch.uint8)
@@ -181,7 +217,10 @@ def test_distortion_by_the_pixel(name, amount):
 
 
 def test_distortion_keeps_grey_and_the_order_of_channels():
-    distort, grey = cityscapes.Distortion(), torch.arange(48, 176, dtype=torch.uint8).view(1, 8, 16).repeat(3, 1, 1)
+    distort, grey = (
+        cityscapes.Distortion(),
+        torch.arange(48, 176, dtype=torch.uint8).view(1, 8, 16).repeat(3, 1, 1),
+    )
     reddish = torch.tensor([150, 90, 80], dtype=torch.uint8)[:, None, None].repeat(1, 4, 4)
     changed = 0
     for seed in range(200):
@@ -197,7 +236,10 @@ def test_distortion_keeps_grey_and_the_order_of_channels():
 
 
 def test_what_is_missing_is_named(imagenet_root, cityscapes_root, tmp_path):
-    for name, message in (("imagenet", "train not found"), ("cityscapes", "no <city>/\\*_leftImg8bit.png found")):
+    for name, message in (
+        ("imagenet", "train not found"),
+        ("cityscapes", "no <city>/\\*_leftImg8bit.png found"),
+    ):
         with pytest.raises(DataError, match=message):
             data.load(name, tmp_path)
         with pytest.raises(DataError, match="cannot be fetched"):
@@ -220,34 +262,44 @@ def test_what_is_missing_is_named(imagenet_root, cityscapes_root, tmp_path):
         data.load("imagenet", tmp_path)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Runs on such folders
 
 RUNS = {
     "imagenet": dict(
-        arch="resnet18", cuts=((2, 1),), lambdas=(1, 1, 1, 1), crop=(64, 64), batch_size=8, epochs=1, lr=0.01, log_every=2, threads=1
+        arch="resnet18", cuts=((2, 1),), lambdas=(1, 1, 1, 1), crop=(64, 64), batch_size=8, epochs=1, lr=0.01,
+        log_every=2, threads=1
     ),
     "cityscapes": dict(
-        arch="fcn_resnet20", lambdas=(1, 1, 1, 1), crop=(32, 64), batch_size=2, iterations=5, lr=0.01, log_every=2, threads=1
+        arch="fcn_resnet20", lambdas=(1, 1, 1, 1), crop=(32, 64), batch_size=2, iterations=5, lr=0.01,
+        log_every=2, threads=1
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_is_evaluated_and_continued(name, request, tmp_path, monkeypatch):
-    """`fit`, `evaluate_run` and `resume`: stopped halfway, with other worker processes, it ends in the same bits."""
+    """A run that stops halfway and resumes, with another number of workers, ends in the same bits."""
     settings = dict(dataset=name, data_root=request.getfixturevalue(f"{name}_root"), **RUNS[name])
     alone = fit(TrainConfig(out=tmp_path / "alone", workers=0, **settings))
     config, epochs = run_folder.read_config(alone), run_folder.read_metrics(alone, "epoch")
     last, stop = ((1, 2), 1) if name == "imagenet" else ((2, 2), 4)  # epochs of 12 images by 8, and of 6 by 2
     assert [(s["epoch"], s["batch"]) for s in run_folder.read_metrics(alone, "step")][-1] == last
-    assert (config.epochs, config.iterations, config.modules) == (last[0], RUNS[name].get("iterations"), 2) and len(epochs) == last[0]
+    assert (config.epochs, config.iterations, config.modules) == (
+        last[0],
+        RUNS[name].get("iterations"),
+        2,
+    ) and len(epochs) == last[0]
     assert all(math.isfinite(value) for epoch in epochs for value in epoch["train"].values())
     assert epochs[-1]["train"].keys() >= {"module1/reconstruction", "module1/softmax", "loss"}
     test = epochs[-1]["test"]
     assert test == evaluate_run(alone)
     if name == "imagenet":
-        assert test["count"] == 6 and test["top5"] == 1 and test["accuracy"] * 6 == pytest.approx(round(test["accuracy"] * 6))
+        assert (
+            test["count"] == 6
+            and test["top5"] == 1
+            and test["accuracy"] * 6 == pytest.approx(round(test["accuracy"] * 6))
+        )
     else:
         assert test["count"] == 3 and len(test["iou"]) == 19 and config.drop_last
         mirrored = evaluate_run(alone, scales=(0.5, 1.0), flip=True)
@@ -260,25 +312,36 @@ def test_a_run_is_evaluated_and_continued(name, request, tmp_path, monkeypatch):
     assert run_folder.read_metrics(tmp_path / "run", "epoch")[-1]["test"] == test
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The embedded scenes
 
 
 def test_scenes():
-    """11 classes, outlines ignored, the constants are those of the images; the same scenes every time, other ones in the test."""
+    """11 classes, ignored outlines, mean and std of the images; every load gives the same scenes."""
     from infopro_fast.data import shapes_seg
 
     images = data.load("shapes_seg")
     assert images.dense and images.num_classes == 11 and images.train.images.shape == (2000, 3, 48, 48)
     pixels = images.train.images.double() / 255
-    torch.testing.assert_close(pixels.mean((0, 2, 3)), torch.tensor(shapes_seg.MEAN).double(), atol=1e-4, rtol=0)
-    torch.testing.assert_close(pixels.std((0, 2, 3)), torch.tensor(shapes_seg.STD).double(), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        pixels.mean((0, 2, 3)), torch.tensor(shapes_seg.MEAN).double(), atol=1e-4, rtol=0
+    )
+    torch.testing.assert_close(
+        pixels.std((0, 2, 3)), torch.tensor(shapes_seg.STD).double(), atol=1e-4, rtol=0
+    )
     for split in (images.train, images.test):
         share = torch.bincount(split.labels.flatten().long(), minlength=256) / split.labels.numel()
-        assert share[0] < 0.75 and share[1:11].min() > 0.005 and 0.05 < share[255] < 0.15 and share[11:255].sum() == 0
+        assert (
+            share[0] < 0.75
+            and share[1:11].min() > 0.005
+            and 0.05 < share[255] < 0.15
+            and share[11:255].sum() == 0
+        )
     shapes_seg.load.cache_clear()
     again = shapes_seg.load()
-    assert torch.equal(again.train.labels, images.train.labels) and torch.equal(again.test.images, images.test.images)
+    assert torch.equal(again.train.labels, images.train.labels) and torch.equal(
+        again.test.images, images.test.images
+    )
     with pytest.raises(DataError, match="expected below 11 or 255, got up to 11"):
         wrong = data.Split(again.test.images, torch.full_like(again.test.labels, 11))
         data.SegmentationSet("x", wrong, again.test, 11, (0,) * 3, (1,) * 3, images.augmentation)
@@ -302,8 +365,12 @@ def test_masks_are_augmented_like_their_images():
     from infopro_fast.data import Augmentation
 
     images = data.load("shapes_seg")
-    part = data.Split(images.test.labels[:8, None].repeat(1, 3, 1, 1), images.test.labels[:8])  # images that show their labels
-    images = replace(images, train=part, test=part, augmentation=Augmentation(padding=5, mode="zeros", flip=True))
+    part = data.Split(
+        images.test.labels[:8, None].repeat(1, 3, 1, 1), images.test.labels[:8]
+    )  # images that show their labels
+    images = replace(
+        images, train=part, test=part, augmentation=Augmentation(padding=5, mode="zeros", flip=True)
+    )
     flipped = 0
     for image, label in images.uint8_batches(4, 0, 0, 0, False, True, (0, 1)):
         padded = (label == 255) & (image[:, 0] == 0)

@@ -1,4 +1,4 @@
-"""The paper's larger networks: published cuts, released names and layers, auxiliary nets at any boundary, auxiliary heads by taps."""
+"""The paper's larger networks: published cuts, the authors' names and layers, any boundary, taps."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ from tests import compare, golden
 torchvision = pytest.importorskip("torchvision")
 
 ROOT = Path(__file__).resolve().parents[1]
+TERMS = ("reconstruction", "softmax", "softmax_correct")
 
 
 def meta(*args, **kwargs):
-    """No memory and no time: shapes and names alone."""
+    """Build on the meta device, for shapes and names alone."""
     with torch.device("meta"):
         return infopro_fast.build(*args, impl="reference", **kwargs)
 
@@ -37,29 +38,41 @@ def shapes(net) -> dict[str, tuple[int, ...]]:
     return {name: tuple(t.shape) for name, t in net.released_state_dict().items()}
 
 
-@pytest.mark.parametrize("arch, ends", [("resnet101", "layer2.0."), ("resnet152", "layer2.5."), ("resnext101_32x8d", "layer2.2.")])
+@pytest.mark.parametrize(
+    "arch, ends", [("resnet101", "layer2.0."), ("resnet152", "layer2.5."), ("resnext101_32x8d", "layer2.2.")]
+)
 def test_imagenet_networks_as_released(arch, ends):
-    """The published cut, torchvision's names, and the released decoder and head: `decoder.decoder.<i>`, `head.<i>`."""
+    """The published cut, torchvision's names, and the authors' names of decoder and head."""
     net = meta(arch, 2, "softmax")
-    assert [net._prefixes[len(net.stages[0]) - 1]] == [ends] and net.cuts == split.PUBLISHED[arch, 2]
+    prefixes = [prefix for prefix, _ in net.released_modules()]
+    assert prefixes[len(net.stages[0]) - 1] == ends and net.cuts == split.PUBLISHED[arch, 2]
     with torch.device("meta"):
         theirs = getattr(torchvision.models, arch)().state_dict()
     own = shapes(net)
     backbone = {name: shape for name, shape in own.items() if not name.startswith(("decoder.", "head."))}
     assert backbone == {name: tuple(t.shape) for name, t in theirs.items()}
-    weights = {name: shape for name, shape in own.items() if name.startswith(("decoder.", "head.")) and name.endswith("weight")}
+    weights = {
+        name: shape
+        for name, shape in own.items()
+        if name.startswith(("decoder.", "head.")) and name.endswith("weight")
+    }
     assert weights == {
         "decoder.decoder.0.weight": (128, 512, 1, 1), "decoder.decoder.1.weight": (128,),
         "decoder.decoder.4.weight": (32, 128, 3, 3), "decoder.decoder.5.weight": (32,),
-        "decoder.decoder.8.weight": (12, 32, 3, 3), "decoder.decoder.9.weight": (12,), "decoder.decoder.12.weight": (3, 12, 3, 3),
-        "head.0.weight": (128, 512, 1, 1), "head.1.weight": (128,), "head.3.weight": (256, 128, 3, 3), "head.4.weight": (256,),
-        "head.6.weight": (512, 256, 3, 3), "head.7.weight": (512,), "head.9.weight": (2048, 512, 1, 1), "head.10.weight": (2048,),
+        "decoder.decoder.8.weight": (12, 32, 3, 3), "decoder.decoder.9.weight": (12,),
+        "decoder.decoder.12.weight": (3, 12, 3, 3),
+        "head.0.weight": (128, 512, 1, 1), "head.1.weight": (128,),
+        "head.3.weight": (256, 128, 3, 3), "head.4.weight": (256,),
+        "head.6.weight": (512, 256, 3, 3), "head.7.weight": (512,),
+        "head.9.weight": (2048, 512, 1, 1), "head.10.weight": (2048,),
         "head.14.weight": (1000, 2048),
     }  # fmt: skip
     assert "decoder.decoder.0.bias" in own and "head.0.bias" not in own and "head.14.bias" in own
     loss = net.local_losses[0]
     assert (loss.reconstruction_weight, loss.task_weight) == (5, 1 if arch == "resnet152" else 0.75)
-    released = {f"module.{name}": torch.empty(shape, device="meta") for name, shape in own.items()}  # DDP's names
+    released = {
+        f"module.{name}": torch.empty(shape, device="meta") for name, shape in own.items()
+    }  # DDP's names
     net.load_released_state_dict(released)
 
 
@@ -67,24 +80,34 @@ def test_the_step_of_a_large_network_takes_shapes_alone():
     for arch, size in (("resnet50", 64), ("resnext50_32x4d", 96)):
         net = meta(arch, 4, "softmax", lambdas=(1, 1, 1, 1), image_size=size)
         trainer = infopro_fast.LocalTrainer(net, lambda params: torch.optim.SGD(params, lr=0.1))
-        metrics = trainer.step(torch.zeros(2, 3, size, size, device="meta"), torch.zeros(2, dtype=torch.long, device="meta"))
+        metrics = trainer.step(
+            torch.zeros(2, 3, size, size, device="meta"), torch.zeros(2, dtype=torch.long, device="meta")
+        )
         assert list(metrics) == [
-            *(f"module{k}/{name}" for k in (1, 2, 3) for name in ("reconstruction", "softmax", "softmax_correct")), "loss", "correct",
+            *(f"module{k}/{term}" for k in (1, 2, 3) for term in TERMS), "loss", "correct",
         ]  # fmt: skip
         names = set(shapes(net))
-        assert any(name.startswith("decoder_") for name in names) and not any(name.startswith("decoder.") for name in names)
+        assert any(name.startswith("decoder_") for name in names) and not any(
+            name.startswith("decoder.") for name in names
+        )
 
 
 @pytest.mark.parametrize("workload", large_networks.WORKLOADS, ids=lambda workload: workload.arch)
 def test_saved_bytes(workload):
-    """A step of K = 2 at the paper's sizes keeps at most 62 % (ResNet-101) and 55 % (DeepLabV3) of what end to end does, in float32."""
+    """At the paper's sizes K = 2 keeps at most 62 % (ResNet-101) or 55 % (DeepLabV3) of end to end."""
     assert workload.bar == {"resnet101": 0.62, "deeplabv3_resnet101": 0.55}[workload.arch]
     (whole,) = large_networks.saved_bytes(workload, 1)
     local = large_networks.saved_bytes(workload, 2)
     assert len(local) == 2 and 0 < min(local) and max(local) <= workload.bar * whole, (local, whole)
 
 
-EVERYWHERE = {"resnet50": 64, "resnet101": 64, "resnext101_32x8d": 64, "densenet_bc_100_12": 32, "deeplabv3_resnet101": (64, 128)}
+EVERYWHERE = {
+    "resnet50": 64,
+    "resnet101": 64,
+    "resnext101_32x8d": 64,
+    "densenet_bc_100_12": 32,
+    "deeplabv3_resnet101": (64, 128),
+}
 
 
 @functools.cache
@@ -93,12 +116,16 @@ def places(arch) -> list[tuple[tuple[int, int], int, tuple[int, int]]]:
     options = dict(image_mean=None, image_std=None, label_smoothing=0.0, impl="reference")
     with torch.device("meta"):
         found = family(arch, None, EVERYWHERE[arch], **options)
-    ends = [unit.position for unit in found.units].index((3, 22)) if arch in cityscapes.ARCHS else len(found.units) - 1
+    ends = (
+        [unit.position for unit in found.units].index((3, 22))
+        if arch in cityscapes.ARCHS
+        else len(found.units) - 1
+    )
     return [(unit.position, unit.channels, found.size(unit)) for unit in found.units[:ends]]
 
 
 def step_of_shapes(arch, cuts) -> tuple[LocalNetwork, list[str], list[torch.Size]]:
-    """A network and a step of it on the meta device: the names of its metrics, and the shape of every module's output."""
+    """Return a network, and from a step on the meta device the metrics' names and the outputs' shapes."""
     size = EVERYWHERE[arch]
     H, W = size if isinstance(size, tuple) else (size, size)
     net = meta(arch, cuts=cuts, local_loss="softmax", lambdas=(1, 1, 1, 1), image_size=size)
@@ -111,15 +138,20 @@ def step_of_shapes(arch, cuts) -> tuple[LocalNetwork, list[str], list[torch.Size
 
 
 def check_shapes(arch, boundaries) -> None:
-    """Cut at all of these at once: every module trains, its output is what the auxiliary nets were made for, and they end as they must."""
+    """Cut at these boundaries: every module trains, and the auxiliary nets fit its output."""
     net, metrics, shapes_found = step_of_shapes(arch, [position for position, _, _ in boundaries])
-    terms = ("reconstruction", "softmax", "softmax_correct")
-    assert metrics == [*(f"module{k}/{name}" for k in range(1, len(boundaries) + 1) for name in terms), "loss", "correct"]
+    assert metrics == [
+        *(f"module{k}/{name}" for k in range(1, len(boundaries) + 1) for name in TERMS),
+        "loss",
+        "correct",
+    ]
     for (position, channels, size), shape, local_loss in zip(boundaries, shapes_found, net.local_losses):
         assert shape == (2, channels, *size), position
         if isinstance(local_loss.decoder, ChainDecoder):
             size = EVERYWHERE[arch] if isinstance(EVERYWHERE[arch], tuple) else (EVERYWHERE[arch],) * 2
-            assert local_loss.decoder.decoder(torch.empty(shape, device="meta")).shape == (2, 3, *size), position
+            assert local_loss.decoder.decoder(torch.empty(shape, device="meta")).shape == (2, 3, *size), (
+                position
+            )
     assert len(shapes(net)) == len(net.state_dict())  # no two tensors under one name
 
 
@@ -129,10 +161,14 @@ def test_every_boundary_at_once(arch):
     check_shapes(arch, places(arch))
 
 
-STAGES = {arch: 4 if arch in (*densenet.ARCHS, *cityscapes.ARCHS) else 5 for arch in EVERYWHERE}  # that a module can end in
+STAGES = {
+    arch: 4 if arch in (*densenet.ARCHS, *cityscapes.ARCHS) else 5 for arch in EVERYWHERE
+}  # that a module can end in
 
 
-@pytest.mark.parametrize("arch, stage", [(arch, stage) for arch in EVERYWHERE for stage in range(STAGES[arch])])
+@pytest.mark.parametrize(
+    "arch, stage", [(arch, stage) for arch in EVERYWHERE for stage in range(STAGES[arch])]
+)
 def test_two_modules_at_boundaries(arch, stage):
     """K = 2 at every boundary of ResNet-50, and at the first and last of each stage of the others."""
     here = [place for place in places(arch) if place[0][0] == stage]
@@ -157,7 +193,7 @@ def test_auxiliary_nets_fit_any_boundary(size, channels):
 
 @pytest.mark.parametrize("case", golden.cases("chain_decoder"), ids=lambda case: case["kind"])
 def test_chain_decoder_is_the_released_one(case):
-    """Loss, gradients and running statistics of the authors' decoders, which these layers are."""
+    """Loss, gradients and running statistics equal those of the authors' decoders."""
     channels, (h, w), N = case["channels"], case["h_size"], case["batch"]
     decoder = ChainDecoder(channels, (h, w), (8 * h, 8 * w)).double()
     golden.fill_parameters(decoder.decoder.state_dict())
@@ -173,7 +209,11 @@ def test_chain_decoder_is_the_released_one(case):
             compare.assert_golden(name, buffer, case["buffers"][name])
 
 
-@pytest.mark.parametrize("case", golden.cases("upsample_cross_entropy"), ids=lambda case: f"{case['classes']}-{case['align_corners']}")
+@pytest.mark.parametrize(
+    "case",
+    golden.cases("upsample_cross_entropy"),
+    ids=lambda case: f"{case['classes']}-{case['align_corners']}",
+)
 def test_pixel_loss_is_the_released_one(case):
     N, C, (h, w), (H, W) = case["batch"], case["classes"], case["h_size"], case["size"]
     logits = golden.wave((N, C, h, w), 31, 3.0).requires_grad_()
@@ -186,7 +226,7 @@ def test_pixel_loss_is_the_released_one(case):
 
 
 def patched(source: str, diff: str) -> str:
-    """``source`` after ``diff``, whose hunks (separated by @@) have to fit in one place each."""
+    """Return ``source`` after ``diff``, whose hunks (separated by @@) must each fit in one place."""
     for hunk in diff.split("@@\n"):
         lines = hunk.splitlines(keepends=True)
         old, new = ("".join(line[1:] for line in lines if line[0] in kind) for kind in (" -", " +"))
@@ -196,10 +236,12 @@ def patched(source: str, diff: str) -> str:
 
 
 def test_diff_of_a_released_style_script(tmp_path, capsys):
-    """README's three lines: the script and what they make of it print the same losses and end in the same weights and buffers.
+    """README's three lines: the script and what they make of it print the same losses and end in the same
+    weights and buffers.
 
-    In float64, where nothing but a wrong formula could part them. In float32 rounding does, step by step, in the part of the network
-    that no line was changed in too: there the ops may be as far from the float64 run as plain torch is, within the usual factor.
+    In float64, where nothing but a wrong formula could part them. In float32 rounding does, step by step, in
+    the part of the network that no line was changed in too: there the ops may be as far from the float64 run
+    as plain torch is, within the usual factor.
     """
     script = (ROOT / "tests/released_style/imagenet.py").read_text()
     (diff,) = re.findall(r"```diff\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
@@ -213,7 +255,10 @@ def test_diff_of_a_released_style_script(tmp_path, capsys):
         assert len(losses) == 6
         return torch.tensor(losses, dtype=torch.float64), torch.load(tmp_path / "state.pt")
 
-    (losses, plain), (losses_here, here) = trained(script, "float64"), trained(patched(script, diff), "float64")
+    (losses, plain), (losses_here, here) = (
+        trained(script, "float64"),
+        trained(patched(script, diff), "float64"),
+    )
     compare.assert_close(losses_here, losses)
     assert list(here) == list(plain) and sum("running_var" in name for name in here) > 20
     for name, value in plain.items():
@@ -221,13 +266,17 @@ def test_diff_of_a_released_style_script(tmp_path, capsys):
 
     def distance(source: str) -> float:
         _, state = trained(source, "float32")
-        return sum((state[name].double() - value.double()).square().sum() for name, value in plain.items()).sqrt().item()
+        return (
+            sum((state[name].double() - value.double()).square().sum() for name, value in plain.items())
+            .sqrt()
+            .item()
+        )
 
     assert 0 < distance(patched(script, diff)) <= compare.TIMES_PLAIN * distance(script)
 
 
 def test_densenet():
-    """0.77 M parameters (Huang et al. 2017, DenseNet-BC-100-12), 100 layers: 99 convolutions and the classifier."""
+    """0.77 M parameters (Huang et al. 2017, DenseNet-BC-100-12); 99 convolutions and the classifier."""
     net = infopro_fast.build("densenet_bc_100_12", 1, "none")
     assert 0.76e6 < sum(p.numel() for p in net.parameters()) < 0.78e6
     assert sum(isinstance(m, nn.Conv2d) for m in net.modules()) == 99
@@ -239,40 +288,55 @@ def test_densenet():
     assert net.eval()(torch.randn(2, 3, 8, 8)).shape == (2, 10)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Segmentation
 
 
 def test_deeplab_as_released():
-    """mmsegmentation's names; the FCN head where the third stage ends inside the last module; strides and dilations of D8."""
+    """mmsegmentation's names, the FCN head inside the last module, strides and dilations of D8."""
     net = meta("deeplabv3_resnet101", 2, "softmax", image_size=(64, 128))
     assert net.cuts == ((3, 12),)
     own = shapes(net)
     for name, shape in {
         "backbone.stem.0.weight": (32, 3, 3, 3), "backbone.stem.6.weight": (64, 32, 3, 3),
         "backbone.layer3.22.conv2.weight": (256, 256, 3, 3), "decode_head.conv_seg.bias": (19,),
-        "backbone.layer1.0.downsample.0.weight": (256, 64, 1, 1), "decode_head.image_pool.1.conv.weight": (512, 2048, 1, 1),
-        "decode_head.aspp_modules.0.conv.weight": (512, 2048, 1, 1), "decode_head.aspp_modules.3.conv.weight": (512, 2048, 3, 3),
+        "backbone.layer1.0.downsample.0.weight": (256, 64, 1, 1),
+        "decode_head.image_pool.1.conv.weight": (512, 2048, 1, 1),
+        "decode_head.aspp_modules.0.conv.weight": (512, 2048, 1, 1),
+        "decode_head.aspp_modules.3.conv.weight": (512, 2048, 3, 3),
         "decode_head.bottleneck.bn.weight": (512,), "auxiliary_head.convs.0.conv.weight": (256, 1024, 3, 3),
-        "auxiliary_head.conv_seg.weight": (19, 256, 1, 1), "decoder_inter.0.weight": (128, 1024, 1, 1), "decoder_inter.12.bias": (3,),
+        "auxiliary_head.conv_seg.weight": (19, 256, 1, 1), "decoder_inter.0.weight": (128, 1024, 1, 1),
+        "decoder_inter.12.bias": (3,),
         "head_inter.0.weight": (512, 1024, 3, 3), "head_inter.4.weight": (19, 512, 1, 1),
     }.items():  # fmt: skip
         assert own[name] == shape, name
     assert len(own) == len(net.state_dict())
-    third, fourth = ([m for unit in net.stages[1] for m in unit.modules() if isinstance(m, nn.Conv2d)][i] for i in (1, -2))
+    third, fourth = (
+        [m for unit in net.stages[1] for m in unit.modules() if isinstance(m, nn.Conv2d)][i] for i in (1, -2)
+    )
     assert third.dilation == (2, 2) and fourth.dilation == (4, 4)
     assert net(torch.zeros(2, 3, 64, 128, device="meta")).shape == (2, 19, 8, 16)
     trainer = infopro_fast.LocalTrainer(net, lambda params: torch.optim.SGD(params, lr=0.1))
     label = torch.zeros(2, 64, 128, dtype=torch.uint8, device="meta")
     metrics = trainer.step(torch.zeros(2, 3, 64, 128, device="meta"), label)
-    assert list(metrics) == ["module1/reconstruction", "module1/softmax", "module1/softmax_correct", "loss", "correct"]
+    assert list(metrics) == [
+        "module1/reconstruction",
+        "module1/softmax",
+        "module1/softmax_correct",
+        "loss",
+        "correct",
+    ]
 
 
 def test_deeplab_keeps_its_auxiliary_head():
-    """A cut that leaves the FCN head nothing of the last module to train is an error, and the head is not dropped."""
+    """A cut that leaves the FCN head no block of the last module to train is an error."""
     options = {"local_loss": "softmax", "image_size": (64, 128), "lambdas": (1, 1, 1, 1)}
-    assert "auxiliary_head.conv_seg.weight" in shapes(meta("deeplabv3_resnet101", cuts=["layer3.21"], **options))
-    message = r"modules, cuts: the auxiliary FCN head of deeplabv3_resnet101 reads the output of \(3, 22\), .* got "
+    assert "auxiliary_head.conv_seg.weight" in shapes(
+        meta("deeplabv3_resnet101", cuts=["layer3.21"], **options)
+    )
+    message = (
+        r"modules, cuts: the auxiliary FCN head of deeplabv3_resnet101 reads the output of \(3, 22\), .* got "
+    )
     for cut, at in (("layer3.22", r"\(3, 22\)"), ("tap", r"\(3, 23\)"), ("layer4.0", r"\(4, 0\)")):
         with pytest.raises(ValueError, match=message + at):
             meta("deeplabv3_resnet101", cuts=[cut], **options)
@@ -286,7 +350,12 @@ def test_deeplab_keeps_its_auxiliary_head():
 def test_a_tap_is_end_to_end_training(recompute):
     """Gradients of a chain with a head in its middle: those of the sum of both losses in one graph."""
     torch.manual_seed(0)
-    blocks = [nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU()), nn.Conv2d(4, 4, 3, padding=1), Tap(), nn.Conv2d(4, 5, 1)]
+    blocks = [
+        nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU()),
+        nn.Conv2d(4, 4, 3, padding=1),
+        Tap(),
+        nn.Conv2d(4, 5, 1),
+    ]
     head = nn.Conv2d(4, 5, 1)
     stage = Stage(OrderedDict((str(i), block) for i, block in enumerate(blocks)), recompute)
     end = PixelClassifier(nn.Identity(), 5, (blocks[2], head, 0.4))
@@ -303,13 +372,17 @@ def test_a_tap_is_end_to_end_training(recompute):
             found.update((p, p.grad.clone()) for group in self.param_groups for p in group["params"])
 
     infopro_fast.LocalTrainer(net, lambda params: Recorder(params, lr=0.1)).step(image, label)
-    for p, q in zip([*nn.Sequential(*blocks).parameters(), *head.parameters()], [*twin.parameters(), *twin_head.parameters()], strict=True):
+    for p, q in zip(
+        [*nn.Sequential(*blocks).parameters(), *head.parameters()],
+        [*twin.parameters(), *twin_head.parameters()],
+        strict=True,
+    ):
         compare.assert_close(found[p], q.grad)
     assert blocks[2].leaf is None
 
 
 def test_pixel_loss():
-    """Mean over the labelled pixels; the share of right ones times N; nothing labelled: zero and zero gradients."""
+    """Mean over labelled pixels, share of right ones times N; without labels, zeros and zero gradients."""
     logits = torch.randn(2, 4, 5, 6, dtype=torch.float64, requires_grad=True)
     label = torch.randint(4, (2, 15, 17), dtype=torch.uint8)
     label[0, :4], label[1, :, 3] = IGNORE, IGNORE
@@ -319,7 +392,9 @@ def test_pixel_loss():
         valid = label != IGNORE
         expected = F.cross_entropy(full.permute(0, 2, 3, 1)[valid], label[valid].long())
         compare.assert_close(loss, expected)
-        compare.assert_close(correct.double(), 2 * (full.argmax(1)[valid] == label[valid]).double().mean(), dtype=torch.float32)
+        compare.assert_close(
+            correct.double(), 2 * (full.argmax(1)[valid] == label[valid]).double().mean(), dtype=torch.float32
+        )
     loss, correct = pixel_loss(logits, torch.full((2, 15, 17), IGNORE), align_corners=False)
     loss.backward()
     assert loss == 0 and correct == 0 and (logits.grad == 0).all()
@@ -333,6 +408,8 @@ def test_small_segmentation_network():
     assert net.eval()(image).shape == (2, 11, 32, 32)
     assert net.stages[-1].layer3_2.conv2.dilation == (2, 2)
     for loss in ("contrast", "dgl"):
-        with pytest.raises(ValueError, match="fcn_resnet20 segments images: expected 'softmax', 'greedy' or 'none'"):
+        with pytest.raises(
+            ValueError, match="fcn_resnet20 segments images: expected 'softmax', 'greedy' or 'none'"
+        ):
             infopro_fast.build("fcn_resnet20", 3, loss)
     assert set(SMALL) < set(ARCHS)

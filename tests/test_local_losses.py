@@ -1,4 +1,4 @@
-"""What defines each local loss, what all have in common, and a user's own."""
+"""Local losses: what all have in common, what defines each, and a user's own."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ from tests.test_step import Recorder, _recorded
 DOC = Path(__file__).parents[1] / "docs" / "local_losses.md"
 LOCAL = [name for name in LOCAL_LOSSES if name != "none"]
 LATER = ("infopro_l", "auglocal")
-IMAGE, LABEL = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(5)), torch.tensor([0, 1, 2, 0, 1, 1])
+IMAGE, LABEL = (
+    torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(5)),
+    torch.tensor([0, 1, 2, 0, 1, 1]),
+)
 
 
 def build(local_loss, modules=3, **settings) -> infopro_fast.LocalNetwork:
@@ -44,7 +47,7 @@ def sgd(params):
 
 
 def gradients(net) -> list[list[torch.Tensor]]:
-    """Of every stage's parameters, from one step that updates nothing."""
+    """Return the gradients of every stage's parameters, from a step that updates nothing."""
     trainer = infopro_fast.LocalTrainer(net, Recorder)
     trainer.step(IMAGE, LABEL)
     recorded = _recorded(trainer)
@@ -57,13 +60,13 @@ def scramble(module: nn.Module) -> None:
             p.copy_(torch.randn(p.shape))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # All of them
 
 
 @pytest.mark.parametrize("name", LOCAL)
 def test_a_module_learns_from_its_own_loss_alone(name):
-    """Other weights in the auxiliary nets of module j change the gradients of module j, to the bit of no other."""
+    """Other weights in the auxiliary nets of a module change its gradients, and no bit of others'."""
     base = build(name)
     expected = gradients(copy.deepcopy(base))
     for j in range(3):
@@ -86,7 +89,7 @@ def test_auxiliary_nets_are_for_training_alone(name):
 
 @pytest.mark.parametrize("name", LOCAL)
 def test_states_go_round(name):
-    """By own names and by released ones, a network and its optimizers go on to the same bits."""
+    """With both kinds of names, a loaded network and its optimizers continue to the same bits."""
     net = build(name)
     trainer = infopro_fast.LocalTrainer(net, sgd)
     trainer.step(IMAGE, LABEL)
@@ -112,7 +115,7 @@ def test_states_go_round(name):
 
 @pytest.mark.parametrize("name", LOCAL)
 def test_a_part_of_the_modules_trains_to_the_same_bits(name):
-    """The pipeline's layout: modules 2 and 3 are given the features of module 1, and for infopro_l need no image."""
+    """As in a pipeline, modules 2 and 3 get the features of module 1; infopro_l needs no image there."""
     net, whole = build(name), build(name)
     trainer = infopro_fast.LocalTrainer(whole, sgd)
     first = infopro_fast.LocalTrainer(net.part(range(0, 1)), sgd, modules=3)
@@ -129,8 +132,12 @@ def test_a_part_of_the_modules_trains_to_the_same_bits(name):
 
 def test_infopro_l_in_a_pipeline_of_processes(tmp_path):
     found = drive(tmp_path, "infopro_l")["infopro_l"]
-    assert [run["codes"] for run in found.values()] == [[0], [0, 0]], [run["errors"] for run in found.values()]
-    alone, two = (safetensors.torch.load_file(Path(run["run"]) / run_folder.WEIGHTS) for run in found.values())
+    assert [run["codes"] for run in found.values()] == [[0], [0, 0]], [
+        run["errors"] for run in found.values()
+    ]
+    alone, two = (
+        safetensors.torch.load_file(Path(run["run"]) / run_folder.WEIGHTS) for run in found.values()
+    )
     assert alone.keys() == two.keys() and all(torch.equal(t, two[n]) for n, t in alone.items())
 
 
@@ -140,10 +147,14 @@ def test_trains_in_sequence_from_a_cache_and_without_one(name, tmp_path, monkeyp
     found = []
     for cache in (True, False):
         lambdas = (1, 1, 1, 1) if name in WEIGHTED else None
-        settings = dict(order="sequential", cache=cache, local_loss=name, lambdas=lambdas, epochs=1, warmup=0, shrink=4)
+        settings = dict(
+            order="sequential", cache=cache, local_loss=name, lambdas=lambdas, epochs=1, warmup=0, shrink=4
+        )
         run = fit(tiny_run.config(tmp_path / str(cache), **settings))
         found.append(safetensors.torch.load_file(run / run_folder.WEIGHTS))
-    assert found[0].keys() == found[1].keys() and all(torch.equal(t, found[1][n]) for n, t in found[0].items())
+    assert found[0].keys() == found[1].keys() and all(
+        torch.equal(t, found[1][n]) for n, t in found[0].items()
+    )
 
 
 @pytest.mark.parametrize("name", LATER)
@@ -159,12 +170,18 @@ def test_command_line(name, tmp_path, monkeypatch, capsys):
     assert (config.local_loss, config.aux_depth, config.lambdas) == (
         ("auglocal", 2, None) if name == "auglocal" else ("infopro_l", None, INFOPRO_L_LAMBDAS)
     )
-    terms = {"auglocal": ("auglocal", "auglocal_accuracy"), "infopro_l": ("reconstruction", "softmax", "softmax_accuracy")}[name]
+    terms = {
+        "auglocal": ("auglocal", "auglocal_accuracy"),
+        "infopro_l": ("reconstruction", "softmax", "softmax_accuracy"),
+    }[name]
     (last,) = run_folder.read_metrics(run, "epoch")
-    assert set(last["train"]) == {f"module{k}/{term}" for k in (1, 2) for term in terms} | {"loss", "accuracy"}
+    assert set(last["train"]) == {f"module{k}/{term}" for k in (1, 2) for term in terms} | {
+        "loss",
+        "accuracy",
+    }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Greedy and DGL: their layers. (That DGL's head computes what its authors' does: test_modules)
 
 
@@ -179,23 +196,30 @@ def test_greedy_has_pooling_and_a_linear_layer():
 
 
 def test_dgl_pools_first_and_has_no_convolution_of_a_neighbourhood():
-    """MLP-SR: no parameter before a pooling to a quarter of the side; then 1x1 convolutions; a perceptron on 2x2."""
+    """MLP-SR: pooling to a quarter of the side, 1x1 convolutions, a perceptron on 2x2."""
     loss = build("dgl").local_losses[0]
     layers = list(loss.aux_classifier.head)
-    assert type(layers[0]) is nn.AdaptiveAvgPool2d and layers[0](torch.randn(1, 16, 16, 16)).shape == (1, 16, 4, 4)
+    assert type(layers[0]) is nn.AdaptiveAvgPool2d and layers[0](torch.randn(1, 16, 16, 16)).shape == (
+        1,
+        16,
+        4,
+        4,
+    )
     convs = [layer for layer in layers if isinstance(layer, nn.Conv2d)]
     linears = [(layer.in_features, layer.out_features) for layer in layers if isinstance(layer, nn.Linear)]
     assert [(c.kernel_size, c.stride, c.out_channels) for c in convs] == [((1, 1), (1, 1), 16)] * 3
     assert linears == [(64, 64)] * 3 + [(64, 10)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # InfoProL: the target is the module's input
 
 
 def _metrics(net, k, given, image):
     net = copy.deepcopy(net)
-    return local_step(net.stages[k], net.local_losses[k], Recorder(list(net.stages[k].parameters())), given, image, LABEL)[1]
+    return local_step(
+        net.stages[k], net.local_losses[k], Recorder(list(net.stages[k].parameters())), given, image, LABEL
+    )[1]
 
 
 def test_infopro_l_reconstructs_the_input_of_the_module():
@@ -206,12 +230,17 @@ def test_infopro_l_reconstructs_the_input_of_the_module():
     found, again = _metrics(net, 1, h, IMAGE), _metrics(net, 1, h, other)
     assert set(found) == {"reconstruction", "softmax", "softmax_correct"}
     assert all(torch.equal(found[n], again[n]) for n in found)
-    # The loss is against h: with the module's output held, another target gives another loss, and the image is none.
+    # The loss is against h: with the module's output held, another target gives another loss, and the image
+    # is none.
     loss, (C, H) = net.local_losses[1], (h.shape[1], h.shape[2])
     assert loss.wants_input and loss.decoder.decoder[-1].num_features == C and loss.decoder.size == (H, H)
     with torch.no_grad():
         out = net.stages[1](h)
-        assert next(loss.terms(out, h, LABEL)).loss == found["reconstruction"] != next(loss.terms(out, h + h.roll(1, 2), LABEL)).loss
+        assert (
+            next(loss.terms(out, h, LABEL)).loss
+            == found["reconstruction"]
+            != next(loss.terms(out, h + h.roll(1, 2), LABEL)).loss
+        )
     first = net.local_losses[0].decoder  # of the first module, the image as the network is given it
     assert first.decoder[-1].num_features == 3 and first.size == (16, 16)
     contrast = build("contrast")
@@ -222,7 +251,10 @@ def test_infopro_l_reconstructs_the_input_of_the_module():
 @pytest.mark.parametrize("size", [(8, 8), (4, 4), (3, 5)])
 def test_feature_decoder_written_out(size, impl):
     decoder = FeatureDecoder(5, 7, (8, 8), widen=0.5, impl=impl).double()
-    features, given = torch.randn(4, 5, *size, dtype=torch.float64), 3 * torch.randn(4, 7, 8, 8, dtype=torch.float64) + 2
+    features, given = (
+        torch.randn(4, 5, *size, dtype=torch.float64),
+        3 * torch.randn(4, 7, 8, 8, dtype=torch.float64) + 2,
+    )
     p = dict(decoder.named_parameters())
     x = F.interpolate(features, (8, 8), mode="bilinear", align_corners=True)
     x = F.conv2d(x, p["decoder.0.weight"], p["decoder.0.bias"], padding=1)
@@ -233,11 +265,15 @@ def test_feature_decoder_written_out(size, impl):
     expected = ((x - centered / ((centered**2).mean() + 1e-5).sqrt()) ** 2).mean()
     compare.assert_close(decoder(features, given), expected)
     assert x.shape[1] == 7 and p["decoder.0.weight"].shape[0] == 6  # max(12, 7) / 2
-    assert decoder(features, 100 * given - 5).item() == pytest.approx(expected.item(), rel=1e-5)  # no matter the input's scale
+    assert decoder(features, 100 * given - 5).item() == pytest.approx(
+        expected.item(), rel=1e-5
+    )  # no matter the input's scale
     with torch.no_grad():  # one that knows nothing
         p["decoder.4.weight"].zero_()
     assert decoder(features, given).item() == pytest.approx(1, rel=1e-4)
-    with pytest.raises(ValueError, match=r"FeatureDecoder: given: expected maps of \(8, 8\), got \(4, 7, 9, 9\)"):
+    with pytest.raises(
+        ValueError, match=r"FeatureDecoder: given: expected maps of \(8, 8\), got \(4, 7, 9, 9\)"
+    ):
         decoder(features, torch.zeros(4, 7, 9, 9, dtype=torch.float64))
     with pytest.raises(ValueError, match="FeatureDecoder: widen: expected at least"):
         FeatureDecoder(5, 7, (8, 8), widen=0.01)
@@ -253,7 +289,7 @@ def test_infopro_l_weights_and_terms_that_do_not_run():
 
 
 class PreActivation(nn.Module):
-    """A block that writes into its input, or not."""
+    """A block that writes into its input where ``inplace``."""
 
     def __init__(self, inplanes: int, inplace: bool):
         super().__init__()
@@ -267,7 +303,9 @@ def test_an_input_that_is_overwritten_is_no_target():
     def trainer(inplace: bool) -> infopro_fast.LocalTrainer:
         blocks = [PreActivation(3, False), PreActivation(8, inplace), PreActivation(8, False)]
         chain = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
-        return infopro_fast.LocalTrainer(infopro_fast.build(chain, 3, "infopro_l", cuts=["0", "1"], image_size=16), sgd)
+        return infopro_fast.LocalTrainer(
+            infopro_fast.build(chain, 3, "infopro_l", cuts=["0", "1"], image_size=16), sgd
+        )
 
     infopro_fast.trainer.check_finite(trainer(False).step(IMAGE, LABEL))
     with pytest.raises(ValueError, match="wants the module's input, and the module writes into it"):
@@ -275,18 +313,20 @@ def test_an_input_that_is_overwritten_is_no_target():
 
 
 def test_infopro_l_is_stable_at_the_learning_rates_of_the_recipes():
-    """On images that can be reconstructed, with the momentum of the runs: every loss ends below what it began with."""
+    """On images that can be reconstructed, with the runs' momentum, every loss falls."""
     torch.manual_seed(1)
     image = F.interpolate(torch.randn(32, 3, 4, 4), (16, 16), mode="bilinear")
     label = torch.arange(32) % 10
     net = build("infopro_l", 4, lambdas=(5, 1, 5, 1))
-    trainer = infopro_fast.LocalTrainer(net, lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9, nesterov=True))
+    trainer = infopro_fast.LocalTrainer(
+        net, lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9, nesterov=True)
+    )
     history = [trainer.step(image, label) for _ in range(25)]
     for k in (1, 2, 3):
         assert history[-1][f"module{k}/reconstruction"] < 1 < history[0][f"module{k}/reconstruction"], k
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # AugLocal: blocks of later layers, fewer for later modules
 
 
@@ -303,7 +343,12 @@ def test_sampled_blocks_are_later_ones_at_equal_distances():
         for depth in range(1, 8):
             found = sampled_blocks(end, 16, depth)
             steps = [b - a for a, b in zip([end, *found], found)]
-            assert len(found) == min(depth, 15 - end) and found[-1] == 15 and min(steps) > 0 and max(steps) - min(steps) <= 1
+            assert (
+                len(found) == min(depth, 15 - end)
+                and found[-1] == 15
+                and min(steps) > 0
+                and max(steps) - min(steps) <= 1
+            )
     assert sampled_blocks(0, 16, 3) == [5, 10, 15]
 
 
@@ -331,9 +376,15 @@ def test_auglocal_heads_are_made_of_the_networks_later_blocks(depth):
 
 def test_settings_of_auglocal():
     for settings, message in (
-        (dict(arch="resnet18"), "local_loss 'auglocal' takes its blocks from a CIFAR ResNet: expected arch resnet20, .*, got resnet18"),
+        (
+            dict(arch="resnet18"),
+            "local_loss 'auglocal' takes its blocks from a CIFAR ResNet: expected arch resnet20, .* resnet18",
+        ),
         (dict(arch="densenet_bc_100_12"), "takes its blocks from a CIFAR ResNet: .*, got densenet_bc_100_12"),
-        (dict(arch="fcn_resnet20"), "segments images: expected 'softmax', 'greedy' or 'none', got 'auglocal'"),
+        (
+            dict(arch="fcn_resnet20"),
+            "segments images: expected 'softmax', 'greedy' or 'none', got 'auglocal'",
+        ),
         (dict(aux_depth=0), "aux_depth: expected an integer of at least 1, got 0"),
         (dict(local_loss="dgl", aux_depth=2), "aux_depth: local_loss='dgl' has no such net, got 2"),
         (dict(net_config="1c2f"), "net_config: local_loss='auglocal' has no such head"),
@@ -344,16 +395,22 @@ def test_settings_of_auglocal():
         (dict(arch="densenet_bc_100_12"), "takes its blocks from a CIFAR ResNet: .*, got densenet_bc_100_12"),
         (dict(dataset="shapes_seg"), "dataset shapes_seg is segmented"),
         (dict(aux_depth=0), "aux_depth: expected an integer of at least 1, got 0"),
-        (dict(local_loss="greedy", aux_depth=2), "aux_depth: local_loss greedy with modules 4 has no such net"),
+        (
+            dict(local_loss="greedy", aux_depth=2),
+            "aux_depth: local_loss greedy with modules 4 has no such net",
+        ),
         (dict(widen=2.0), "widen: local_loss auglocal with modules 4 has no such net"),
         (dict(lambdas=(1, 1, 1, 1)), "lambdas: local_loss auglocal with modules 4 has nothing to weigh"),
     ):
         with pytest.raises(ConfigError, match=message):
             TrainConfig(**{"local_loss": "auglocal", **settings})
-    assert TrainConfig(local_loss="auglocal").resolved().aux_depth == 3 and TrainConfig().resolved().aux_depth is None
+    assert (
+        TrainConfig(local_loss="auglocal").resolved().aux_depth == 3
+        and TrainConfig().resolved().aux_depth is None
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # A user's own
 
 
@@ -362,8 +419,8 @@ def test_the_example_of_the_documentation_trains():
     scope = {}
     exec(compile(code, str(DOC), "exec"), scope)
     metrics, net = scope["metrics"], scope["net"]
-    assert set(metrics) == {"module1/task", "module1/task_correct", "module1/sparsity", "module2/task", "module2/task_correct",
-                            "module2/sparsity", "loss", "correct"}  # fmt: skip
+    terms = ("task", "task_correct", "sparsity")
+    assert set(metrics) == {*(f"module{k}/{term}" for k in (1, 2) for term in terms), "loss", "correct"}
     assert metrics["module1/task"] < scope["before"]["module1/task"]
     assert sum(name.startswith("sparse_head_") for name in net.released_state_dict()) == 4
 
@@ -399,11 +456,16 @@ def test_places():
 
     infopro_fast.build("resnet20", local_loss=make, cuts=[(1, 1), (2, 0)], image_size=16, num_classes=5)
     assert seen == [
-        Place(0, 3, 16, (16, 16), 3, (16, 16), (16, 16), 5, 2), Place(1, 3, 32, (8, 8), 16, (16, 16), (16, 16), 5, 4)
+        Place(0, 3, 16, (16, 16), 3, (16, 16), (16, 16), 5, 2),
+        Place(1, 3, 32, (8, 8), 16, (16, 16), (16, 16), 5, 4),
     ]  # fmt: skip
-    with pytest.raises(ValueError, match="local_loss: expected the function to return a LocalLoss, got NoneType"):
+    with pytest.raises(
+        ValueError, match="local_loss: expected the function to return a LocalLoss, got NoneType"
+    ):
         infopro_fast.build("resnet20", 2, lambda place: None)
-    with pytest.raises(ValueError, match="local_loss: expected one of .* or a function that makes one, got Silent"):
+    with pytest.raises(
+        ValueError, match="local_loss: expected one of .* or a function that makes one, got Silent"
+    ):
         infopro_fast.build("resnet20", 2, Silent())
     with pytest.raises(ValueError, match="lambdas: local_loss=<function .* has no weights"):
         infopro_fast.build("resnet20", 2, make, lambdas=(1, 1, 1, 1))

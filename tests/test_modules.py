@@ -1,4 +1,4 @@
-"""Decoder, AuxClassifier, SupConLoss and DGLHead: the released classes' values and names, and clear errors."""
+"""Decoder, AuxClassifier, SupConLoss and DGLHead: the authors' values and names, and clear errors."""
 
 from __future__ import annotations
 
@@ -14,23 +14,33 @@ from tests import compare, golden
 
 
 def _id(case: dict) -> str:
-    return "-".join(str(case[k]) for k in ("channels", "h_size", "mode", "widen", "net_config", "loss_mode") if k in case)
+    return "-".join(
+        str(case[k]) for k in ("channels", "h_size", "mode", "widen", "net_config", "loss_mode") if k in case
+    )
 
 
-def _results(module: nn.Module, case: dict, target: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Loss, gradients and running statistics of one forward and backward on the golden inputs, by their golden names."""
+def _results(
+    module: nn.Module, case: dict, target: torch.Tensor, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """Return loss, gradients and running statistics of one step on the golden inputs, by golden name."""
     golden.fill_parameters(module.to(dtype).state_dict())
-    h = golden.features(case["batch"], case["channels"], case["h_size"], case["h_size"]).to(dtype).requires_grad_()
+    h = (
+        golden.features(case["batch"], case["channels"], case["h_size"], case["h_size"])
+        .to(dtype)
+        .requires_grad_()
+    )
     loss = module(h, target)
     loss.backward()
     gradients = {name: p.grad for name, p in module.named_parameters()}
-    statistics = {name: buffer for name, buffer in module.named_buffers() if not name.endswith("num_batches_tracked")}
+    statistics = {
+        name: buffer for name, buffer in module.named_buffers() if not name.endswith("num_batches_tracked")
+    }
     assert gradients.keys() == case["grads"].keys() and statistics.keys() == case["buffers"].keys()
     return {"loss": loss.detach(), "h": h.grad, **gradients, **statistics}
 
 
 def _terms(module: AuxClassifier, case: dict, target: torch.Tensor) -> dict[str, float]:
-    """For gradients that sum a layer's output gradient over rows and positions (biases, batch norms): the same sum of magnitudes."""
+    """Return the sums of magnitudes behind gradients that are sums over rows and positions."""
     golden.fill_parameters(module.double().state_dict())
     found: dict[str, float] = {}
 
@@ -44,14 +54,20 @@ def _terms(module: AuxClassifier, case: dict, target: torch.Tensor) -> dict[str,
     for name, layer in module.named_modules():
         if isinstance(layer, (nn.Linear, nn.BatchNorm2d)):
             watch(name, layer)
-    out = module.head(golden.features(case["batch"], case["channels"], case["h_size"], case["h_size"]))  # layer by layer
-    loss = ops.supcon_loss(out, target, impl="reference") if case["loss_mode"] == "contrast" else F.cross_entropy(out, target)
+    out = module.head(
+        golden.features(case["batch"], case["channels"], case["h_size"], case["h_size"])
+    )  # layer by layer
+    loss = (
+        ops.supcon_loss(out, target, impl="reference")
+        if case["loss_mode"] == "contrast"
+        else F.cross_entropy(out, target)
+    )
     loss.backward()
     return found
 
 
 def _check_golden(make, case: dict, target: torch.Tensor, impl: str, dtype: torch.dtype) -> None:
-    """make(impl) is the module of the case. float32 is asked of the kernels alone: the reference is plain torch."""
+    """make(impl): the case's module. Only kernels are tested in float32: the reference is plain torch."""
     found, plain, terms = _results(make(impl), case, target, dtype), {}, {}
     if dtype == torch.float32:
         plain = _results(make("reference"), case, target, dtype)
@@ -59,7 +75,9 @@ def _check_golden(make, case: dict, target: torch.Tensor, impl: str, dtype: torc
     expected = {"h": case["grad_h"], **case["grads"], **case["buffers"]}
     compare.assert_golden("loss", found["loss"], case["loss"], dtype)
     for name, digest in expected.items():
-        compare.assert_golden(name, found[name], digest, dtype, plain=plain.get(name), terms=terms.get(name, 0.0))
+        compare.assert_golden(
+            name, found[name], digest, dtype, plain=plain.get(name), terms=terms.get(name, 0.0)
+        )
 
 
 @pytest.mark.parametrize("case", golden.cases("cifar_decoder"), ids=_id)
@@ -74,7 +92,13 @@ def test_decoder_golden_float32(case, cpu):
 
 def _check_decoder(case, impl, dtype):
     def make(impl):
-        return Decoder(case["channels"], case["image_size"], interpolate_mode=case["mode"], widen=case["widen"], impl=impl)
+        return Decoder(
+            case["channels"],
+            case["image_size"],
+            interpolate_mode=case["mode"],
+            widen=case["widen"],
+            impl=impl,
+        )
 
     image = golden.image(case["batch"], case["image_size"], case["image_size"])
     _check_golden(make, case, image.to(dtype), impl, dtype)
@@ -93,7 +117,13 @@ def test_aux_classifier_golden_float32(case, cpu):
 def _check_aux_classifier(case, impl, dtype):
     def make(impl):
         return AuxClassifier(
-            case["channels"], case["net_config"], case["loss_mode"], case["class_num"], 1, case["feature_dim"], impl=impl
+            case["channels"],
+            case["net_config"],
+            case["loss_mode"],
+            case["class_num"],
+            1,
+            case["feature_dim"],
+            impl=impl,
         )
 
     _check_golden(make, case, golden.labels(case["batch"], case["class_num"]), impl, dtype)
@@ -117,13 +147,22 @@ def test_decoder_refuses_an_image_of_another_size():
 @pytest.mark.parametrize("widen, hidden", [(1, 12), (2, 24), (0.5, 6)])
 def test_decoder_widen(widen, hidden):
     state = Decoder(16, 32, widen=widen).state_dict()
-    assert state["decoder.0.weight"].shape == (hidden, 16, 3, 3) and state["decoder.3.weight"].shape == (3, hidden, 3, 3)
+    assert state["decoder.0.weight"].shape == (hidden, 16, 3, 3) and state["decoder.3.weight"].shape == (
+        3,
+        hidden,
+        3,
+        3,
+    )
 
 
 @pytest.mark.parametrize("net_config", CONFIGS)
-@pytest.mark.parametrize("inplanes, out", [(16, (32, 2)), (32, (64, 2)), (64, (64, 1)), (7, (14, 2)), (96, (96, 1))])
+@pytest.mark.parametrize(
+    "inplanes, out", [(16, (32, 2)), (32, (64, 2)), (64, (64, 1)), (7, (14, 2)), (96, (96, 1))]
+)
 def test_aux_classifier_takes_any_inplanes(net_config, inplanes, out):
-    module = AuxClassifier(inplanes, net_config, "cross_entropy", class_num=5, widen=2, feature_dim=24, impl="reference")
+    module = AuxClassifier(
+        inplanes, net_config, "cross_entropy", class_num=5, widen=2, feature_dim=24, impl="reference"
+    )
     convs = [layer for layer in module.head if isinstance(layer, nn.Conv2d)]
     linears = [layer for layer in module.head if isinstance(layer, nn.Linear)]
     assert (len(convs), len(linears)) == (int(net_config[0]), int(net_config[2]))
@@ -158,12 +197,12 @@ def test_aux_classifier_errors(kwargs, message):
         AuxClassifier(16, **kwargs)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # SupConLoss: against the formula of Khosla et al. written out pair by pair
 
 
 def _pairwise_supcon(z: torch.Tensor, labels, temperature: float) -> torch.Tensor:
-    """z: (N, views, D); labels: N of anything comparable. The definition, a loop over anchors."""
+    """Return the loss by definition, anchor by anchor. z: (N, views, D); labels: N comparable values."""
     rows = [(z[n, v], labels[n]) for n in range(z.shape[0]) for v in range(z.shape[1])]
     losses = []
     for i, (a, label) in enumerate(rows):
@@ -193,7 +232,9 @@ def test_supcon_loss_takes_features_as_they_are():
     labels = torch.tensor([[0], [1], [0], [1]])
     loss = SupConLoss(1.0, base_temperature=1.0, impl="reference")
     compare.assert_close(loss(z, labels), _pairwise_supcon(z, labels.flatten().tolist(), 1.0))
-    compare.assert_close(loss(z, labels, temperature=0.5), 0.5 * _pairwise_supcon(z, labels.flatten().tolist(), 0.5))
+    compare.assert_close(
+        loss(z, labels, temperature=0.5), 0.5 * _pairwise_supcon(z, labels.flatten().tolist(), 0.5)
+    )
     compare.assert_close(loss(z.view(4, 2, 3, 1), labels), loss(z, labels))
 
 
@@ -211,7 +252,7 @@ def test_supcon_loss_errors():
         SupConLoss(temperature=0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # DGLHead: against its layers written out
 
 
@@ -229,10 +270,16 @@ def test_dgl_head_is_the_published_one(impl):
     x = F.adaptive_avg_pool2d(h, 3)  # ceil(10 / 4)
     for i in (1, 4, 7):
         assert f"head.{i}.bias" not in p
-        x = norm(F.conv2d(x, p[f"head.{i}.weight"]), p[f"head.{i + 1}.weight"], p[f"head.{i + 1}.bias"]).relu()
+        x = norm(
+            F.conv2d(x, p[f"head.{i}.weight"]), p[f"head.{i + 1}.weight"], p[f"head.{i + 1}.bias"]
+        ).relu()
     x = F.adaptive_avg_pool2d(x, 2).flatten(1)
     for i in (12, 15, 18):
-        x = norm(F.linear(x, p[f"head.{i}.weight"], p[f"head.{i}.bias"]), p[f"head.{i + 1}.weight"], p[f"head.{i + 1}.bias"]).relu()
+        x = norm(
+            F.linear(x, p[f"head.{i}.weight"], p[f"head.{i}.bias"]),
+            p[f"head.{i + 1}.weight"],
+            p[f"head.{i + 1}.bias"],
+        ).relu()
     logits = F.linear(x, p["head.21.weight"], p["head.21.bias"])
     loss, correct = head.loss_and_correct(h, target)
     compare.assert_close(loss, F.cross_entropy(logits, target))

@@ -1,4 +1,4 @@
-"""`build`: slices of the released network under the released names, and arguments that contradict each other."""
+"""`build`: slices of the authors' network with their names, and contradictory arguments."""
 
 from __future__ import annotations
 
@@ -17,10 +17,14 @@ from tests import golden
 TRAIN_STEPS = golden.cases("train_step")
 
 
-@pytest.mark.parametrize("arch, blocks, parameters", [("resnet20", 10, 272474), ("resnet32", 16, 466906), ("resnet44", 22, 661338),
-                                                      ("resnet56", 28, 855770), ("resnet110", 55, 1730714)])  # fmt: skip
+@pytest.mark.parametrize(
+    "arch, blocks, parameters",
+    [("resnet20", 10, 272474), ("resnet32", 16, 466906), ("resnet44", 22, 661338), ("resnet56", 28, 855770),
+     ("resnet110", 55, 1730714)],
+)  # fmt: skip
 def test_depths(arch, blocks, parameters):
-    # The parameter counts of He et al. 2016 (0.27 M, 0.46 M, 0.66 M, 0.85 M, 1.7 M), with the two conv1x1 shortcuts.
+    # The parameter counts of He et al. 2016 (0.27 M, 0.46 M, 0.66 M, 0.85 M, 1.7 M), with the two conv1x1
+    # shortcuts.
     net = infopro_fast.build(arch, modules=1)
     assert len(net.stages) == 1 and len(net.stages[0]) == blocks
     assert sum(p.numel() for p in net.parameters()) == parameters
@@ -52,8 +56,12 @@ def test_forward_is_the_written_out_network():
     state = net.released_state_dict()
 
     def conv_norm(x, conv, norm, stride=1):
-        x = F.conv2d(x, state[f"{conv}.weight"], stride=stride, padding=state[f"{conv}.weight"].shape[-1] // 2)
-        return F.batch_norm(x, *(state[f"{norm}.{k}"] for k in ("running_mean", "running_var", "weight", "bias")))
+        x = F.conv2d(
+            x, state[f"{conv}.weight"], stride=stride, padding=state[f"{conv}.weight"].shape[-1] // 2
+        )
+        return F.batch_norm(
+            x, *(state[f"{norm}.{k}"] for k in ("running_mean", "running_var", "weight", "bias"))
+        )
 
     image = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     x = conv_norm(image, "conv1", "bn1").relu()
@@ -62,7 +70,10 @@ def test_forward_is_the_written_out_network():
             name, stride = f"layer{stage}.{block}", 2 if stage > 1 and block == 0 else 1
             y = conv_norm(x, f"{name}.conv1", f"{name}.bn1", stride).relu()
             y = conv_norm(y, f"{name}.conv2", f"{name}.bn2")
-            x = (y + (conv_norm(x, f"{name}.downsample.0", f"{name}.downsample.1", stride) if stride == 2 else x)).relu()
+            x = (
+                y
+                + (conv_norm(x, f"{name}.downsample.0", f"{name}.downsample.1", stride) if stride == 2 else x)
+            ).relu()
     logits = F.linear(x.mean((2, 3)), state["fc.weight"], state["fc.bias"])
     torch.testing.assert_close(net(image), logits)
 
@@ -79,7 +90,7 @@ def test_initialised_as_released():
             assert (module.weight == 1).all() and (module.bias == 0).all()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Released checkpoints
 
 
@@ -89,7 +100,9 @@ def test_released_state_dict_round_trip():
     with torch.no_grad():
         for tensor in source.state_dict().values():
             tensor.add_(1)
-    released = {f"module.{name}": tensor.clone() for name, tensor in source.released_state_dict().items()}  # nn.DataParallel's names
+    released = {
+        f"module.{name}": tensor.clone() for name, tensor in source.released_state_dict().items()
+    }  # nn.DataParallel's names
     target.load_released_state_dict(released)
     for name, tensor in source.state_dict().items():
         assert torch.equal(tensor, target.state_dict()[name]), name
@@ -118,7 +131,7 @@ def test_loading_is_strict_and_all_or_nothing():
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.released_state_dict().items())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Weights of the local losses
 
 
@@ -136,7 +149,9 @@ def test_lambdas_default_to_the_published_ones():
     assert default_lambdas("resnet110", 3, "contrast", balanced=True, image_size=96) == (20, 0.5, 5, 2)
     assert default_lambdas("resnet32", 4, "softmax", balanced=False, image_size=32) == DEFAULT_LAMBDAS
     assert default_lambdas("resnet56", 4, "contrast", balanced=False, image_size=32) == DEFAULT_LAMBDAS
-    cut = infopro_fast.build("resnet32", cuts=[(1, 0), (2, 0), (3, 0)])  # not the published split, so not its weights
+    cut = infopro_fast.build(
+        "resnet32", cuts=[(1, 0), (2, 0), (3, 0)]
+    )  # not the published split, so not its weights
     assert (cut.local_losses[0].reconstruction_weight, cut.local_losses[0].task_weight) == DEFAULT_LAMBDAS[:2]
 
 
@@ -160,7 +175,10 @@ def test_every_local_loss_at_other_image_sizes(local_loss, modules):
     trainer = infopro_fast.LocalTrainer(net, lambda params: torch.optim.SGD(params, lr=0.1))
     metrics = trainer.step(torch.randn(4, 3, 20, 20), torch.tensor([0, 1, 2, 0]))
     infopro_fast.trainer.check_finite(metrics)
-    assert {name.split("/")[0] for name in metrics} == {f"module{k}" for k in range(1, modules)} | {"loss", "correct"}
+    assert {name.split("/")[0] for name in metrics} == {f"module{k}" for k in range(1, modules)} | {
+        "loss",
+        "correct",
+    }
 
 
 @pytest.mark.parametrize(
@@ -168,7 +186,10 @@ def test_every_local_loss_at_other_image_sizes(local_loss, modules):
     [
         ({"arch": "resnet19"}, r"arch: expected one of \('resnet20'"),
         ({"local_loss": "infonce"}, "local_loss: expected one of"),
-        ({"local_loss": "none", "modules": 4}, "local_loss='none' trains end to end: expected modules=1, got 4"),
+        (
+            {"local_loss": "none", "modules": 4},
+            "local_loss='none' trains end to end: expected modules=1, got 4",
+        ),
         ({"modules": 17}, "modules: expected 1 to 16 for resnet32"),
         ({"balanced": True, "modules": 4}, "balanced: expected one of"),
         ({"balanced": True, "cuts": [(1, 1)]}, "cuts, balanced: expected one or the other"),
@@ -178,18 +199,33 @@ def test_every_local_loss_at_other_image_sizes(local_loss, modules):
         ({"lambdas": (1, 2, math.nan, 0)}, "lambdas: expected 4 numbers"),
         ({"lambdas": (1, 1, 1, 1), "local_loss": "greedy"}, "lambdas: local_loss='greedy' has no weights"),
         ({"lambdas": (1, 1, 1, 1), "modules": 1}, "lambdas: modules=1 has no local loss"),
-        ({"lambdas": (5, 0, 0, 0), "modules": 4}, r"lambdas: \(5, 0, 0, 0\) leave local module 3 of 4 without any loss"),
+        (
+            {"lambdas": (5, 0, 0, 0), "modules": 4},
+            r"lambdas: \(5, 0, 0, 0\) leave local module 3 of 4 without any loss",
+        ),
         ({"net_config": "1c2f", "local_loss": "dgl"}, "net_config: local_loss='dgl' has no such head"),
         ({"widen": 2, "local_loss": "dgl"}, "widen: local_loss='dgl' has no such net, got 2"),
         ({"feature_dim": 64, "local_loss": "none"}, "feature_dim: local_loss='none' has no such net, got 64"),
-        ({"widen": 2, "local_loss": lambda place: None, "modules": 2}, "widen: local_loss=.* has no such net, got 2"),
-        ({"impl": "tpu"}, r"impl: expected one of \('auto', 'reference', 'cpu', 'triton', 'cuda'\), got 'tpu'"),
+        (
+            {"widen": 2, "local_loss": lambda place: None, "modules": 2},
+            "widen: local_loss=.* has no such net, got 2",
+        ),
+        (
+            {"impl": "tpu"},
+            r"impl: expected one of \('auto', 'reference', 'cpu', 'triton', 'cuda'\), got 'tpu'",
+        ),
         ({"modules": 2.0}, "modules: expected an integer, got 2.0"),
         ({"modules": "4"}, "modules: expected an integer, got '4'"),
         ({"image_size": 32.0}, r"image_size: expected an integer, or two \(height, width\), got 32.0"),
-        ({"image_size": (32, 32.5)}, r"image_size: expected an integer, or two \(height, width\), got \(32, 32.5\)"),
+        (
+            {"image_size": (32, 32.5)},
+            r"image_size: expected an integer, or two \(height, width\), got \(32, 32.5\)",
+        ),
         ({"cuts": [1, 2]}, r"cuts: expected pairs \(stage, block\) of integers, or names, got 1"),
-        ({"cuts": [(1, 0.5)]}, r"cuts: expected pairs \(stage, block\) of integers, or names, got \(1, 0.5\)"),
+        (
+            {"cuts": [(1, 0.5)]},
+            r"cuts: expected pairs \(stage, block\) of integers, or names, got \(1, 0.5\)",
+        ),
         ({"cuts": "layer1.0"}, "cuts: expected a list of .* got 'layer1.0'"),
         ({"cuts": 3}, "cuts: expected a list of .* got 3"),
         ({"net_config": "4c4f"}, "net_config: expected one of"),
@@ -204,33 +240,49 @@ def test_errors(kwargs, message):
         infopro_fast.build(**{"arch": "resnet32", **kwargs})
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Recompute
 
 
 @pytest.mark.parametrize("modules", [1, 3])
 @pytest.mark.parametrize("recompute", ["norm", "block", "sqrt"])
 def test_recompute_changes_no_bit(modules, recompute):
-    """Same losses, gradients (the momentum of one step), weights, statistics: these move once a step, not again in the second forward."""
+    """Losses, gradients (the momentum of a step), weights and statistics are equal; statistics move once."""
     states = []
     for each in ("none", recompute):
         torch.manual_seed(0)
         net = infopro_fast.build("resnet20", modules, recompute=each, impl="reference")
-        trainer = infopro_fast.LocalTrainer(net, lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9))
+        trainer = infopro_fast.LocalTrainer(
+            net, lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9)
+        )
         image, label = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0])
         losses = [trainer.step(image, label)["loss"]]
-        momenta = [entry["momentum_buffer"].clone() for optimizer in trainer.optimizers for entry in optimizer.state.values()]
+        momenta = [
+            entry["momentum_buffer"].clone()
+            for optimizer in trainer.optimizers
+            for entry in optimizer.state.values()
+        ]
         losses += [trainer.step(image, label)["loss"]]
-        states.append({**net.state_dict(), "losses": torch.stack(losses), **{f"gradient {i}": m for i, m in enumerate(momenta)}})
-    tracked = [name for name in states[1] if name.startswith("stages") and name.endswith("num_batches_tracked")]
-    assert len(tracked) == 21 and all(states[1][name] == 2 for name in tracked)  # conv1 and 18 of 9 blocks, 2 shortcuts
+        states.append(
+            {
+                **net.state_dict(),
+                "losses": torch.stack(losses),
+                **{f"gradient {i}": m for i, m in enumerate(momenta)},
+            }
+        )
+    tracked = [
+        name for name in states[1] if name.startswith("stages") and name.endswith("num_batches_tracked")
+    ]
+    assert len(tracked) == 21 and all(
+        states[1][name] == 2 for name in tracked
+    )  # conv1 and 18 of 9 blocks, 2 shortcuts
     for name, tensor in states[0].items():
         assert torch.equal(tensor, states[1][name]), name
 
 
 @pytest.mark.parametrize("recompute, kept_blocks", [("block", range(10)), ("sqrt", (0, 3, 6, 9))])
 def test_recompute_keeps_only_inputs(recompute, kept_blocks):
-    """Bytes kept for backward by a stage of a stem and 9 blocks: the inputs of its blocks, or of every third (10 blocks, sqrt 3)."""
+    """A stage of 10 blocks keeps the bytes of its blocks' inputs, or of every third block's (sqrt)."""
     N = 4
     net = infopro_fast.build("resnet20", 1, recompute=recompute)
     kept: dict[int, int] = {}

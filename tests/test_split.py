@@ -1,4 +1,4 @@
-"""Splits: the released tables as the golden cases name them, equal sizes elsewhere, and what is refused."""
+"""Splits: the authors' tables as in the golden cases, equal sizes elsewhere, and refusals."""
 
 from __future__ import annotations
 
@@ -17,11 +17,19 @@ def _sizes(positions, cuts) -> list[int]:
     return [b - a for a, b in zip(ends, ends[1:])]
 
 
-@pytest.mark.parametrize("case", golden.cases("train_step"), ids=lambda c: f"{c['arch']}-{c['modules']}-{c['balanced']}")
+@pytest.mark.parametrize(
+    "case", golden.cases("train_step"), ids=lambda c: f"{c['arch']}-{c['modules']}-{c['balanced']}"
+)
 def test_tables_are_the_released_ones(case):
-    # The released code names an auxiliary net by the (stage, block) its module ends with.
-    named = [tuple(int(i) for i in name.split("_")[1:]) for name, _ in case["local_losses"] if name.startswith("decoder")]
-    found = split.split(case["arch"], _positions(case["arch"]), case["modules"], balanced=case["balanced"], image_size=32)
+    # The authors' code names an auxiliary net by the (stage, block) its module ends with.
+    named = [
+        tuple(int(i) for i in name.split("_")[1:])
+        for name, _ in case["local_losses"]
+        if name.startswith("decoder")
+    ]
+    found = split.split(
+        case["arch"], _positions(case["arch"]), case["modules"], balanced=case["balanced"], image_size=32
+    )
     assert list(found) == named
 
 
@@ -36,7 +44,12 @@ def test_every_depth_and_k_has_an_equal_split(arch):
     positions = _positions(arch)
     for modules in range(1, len(positions) + 1):
         sizes = _sizes(positions, split.split(arch, positions, modules, balanced=False, image_size=32))
-        assert len(sizes) == modules and sum(sizes) == len(positions) and min(sizes) >= 1 and max(sizes) - min(sizes) <= 1
+        assert (
+            len(sizes) == modules
+            and sum(sizes) == len(positions)
+            and min(sizes) >= 1
+            and max(sizes) - min(sizes) <= 1
+        )
         if (arch, modules) not in split.EQUAL:
             assert sizes == sorted(sizes)
 
@@ -53,7 +66,9 @@ def test_balanced_tables():
     positions = _positions("resnet110")
     assert split.split("resnet110", positions, 3, balanced=True, image_size=32) == ((1, 9), (2, 2))
     assert split.split("resnet110", positions, 3, balanced=True, image_size=96) == ((1, 8), (2, 1))
-    with pytest.raises(ValueError, match=r"balanced: expected one of .*\('resnet110', 32, 4\).*got \('resnet32', 32, 4\)"):
+    with pytest.raises(
+        ValueError, match=r"balanced: expected one of .*\('resnet110', 32, 4\).*got \('resnet32', 32, 4\)"
+    ):
         split.split("resnet32", _positions("resnet32"), 4, balanced=True, image_size=32)
 
 

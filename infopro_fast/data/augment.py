@@ -88,12 +88,12 @@ def normalize(
     images: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
     """Return (x / 255 - mean) / std per channel of (N, C, H, W) uint8, with the rounding of torchvision."""
-    mean, std = (_per_channel(tuple(v), dtype, images.device) for v in (mean, std))
+    mean, std = (per_channel(tuple(v), dtype, images.device) for v in (mean, std))
     return images.to(dtype).div_(255).sub_(mean).div_(std)
 
 
 @functools.lru_cache(maxsize=64)
-def _per_channel(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def per_channel(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Return (1, C, 1, 1) on the device. Cached, because copying Python numbers to a GPU waits for it."""
     with torch.inference_mode(False):  # training uses this tensor too, even if an evaluation makes it
         return torch.tensor(values, dtype=dtype, device=device).view(1, -1, 1, 1)

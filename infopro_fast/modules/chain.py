@@ -31,10 +31,6 @@ class NotAChain(ValueError):
     """A network, or a place in it, cannot be cut; the message names the module and the reason."""
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Tracing
-
-
 class _Tracer(fx.Tracer):
     """Does not enter the children of the traced module."""
 
@@ -150,10 +146,6 @@ def _hooked(module: nn.Module) -> bool:
 
 def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).splitlines()[0]}"
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Shapes and blocks
 
 
 def with_shapes(links: Sequence[Link], image_size: tuple[int, int]) -> list[Link]:

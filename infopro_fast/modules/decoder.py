@@ -48,8 +48,7 @@ class Decoder(_Fused):
     ):
         hidden = int(HIDDEN * widen)
         if hidden < 1:
-            least = f"{1 / HIDDEN:.3f} (one hidden channel)"
-            raise ValueError(f"Decoder: widen: expected at least {least}, got {widen}")
+            raise ValueError(f"Decoder: widen: expected at least {1 / HIDDEN:.3f}, got {widen}")
         first, last = nn.Conv2d(inplanes, hidden, 3, padding=1), nn.Conv2d(hidden, 3, 3, padding=1)
         layers = nn.Sequential(first, nn.BatchNorm2d(hidden), nn.ReLU(), last, nn.Sigmoid())
         options = {"image_mean": image_mean, "image_std": image_std, "impl": impl}

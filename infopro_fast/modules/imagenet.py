@@ -30,8 +30,7 @@ def network(arch: str, num_classes: int) -> nn.Module:
     try:
         import torchvision
     except ImportError as error:
-        advice = "pip install 'infopro-fast[data]'"
-        raise ImportError(f"build: {arch} is torchvision's: {advice} ({error})") from error
+        raise ImportError(f"build: {arch} needs torchvision: pip install 'infopro-fast[data]'") from error
     return getattr(torchvision.models, arch)(num_classes=num_classes)
 
 

@@ -37,8 +37,8 @@ class FeatureDecoder(nn.Module):
         super().__init__()
         hidden = int(max(HIDDEN, planes) * widen)
         if hidden < 1:
-            least = f"{1 / max(HIDDEN, planes):.3f} (one hidden channel)"
-            raise ValueError(f"FeatureDecoder: widen: expected at least {least}, got {widen}")
+            least = 1 / max(HIDDEN, planes)
+            raise ValueError(f"FeatureDecoder: widen: expected at least {least:.3f}, got {widen}")
         self.size, self.impl = tuple(size), impl
         self.decoder = nn.Sequential(
             nn.Conv2d(inplanes, hidden, 3, padding=1),

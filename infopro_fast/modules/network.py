@@ -131,7 +131,7 @@ class LocalNetwork(nn.Module):
         return self.classifier(image)
 
     def released_modules(self) -> Iterator[tuple[str, nn.Module]]:
-        """Yield (prefix, module): prefix + name in the module is the authors' name. Auxiliary nets are last."""
+        """Yield (prefix, module): prefix + name in the module is the authors' name. Auxiliary nets last."""
         for prefix, block in zip(self._prefixes, (block for stage in self.stages for block in stage)):
             yield from block.original() if isinstance(block, Joined) else [(prefix, block)]
         yield from self.classifier.released_nets(0, 0).items()

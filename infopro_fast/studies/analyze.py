@@ -112,10 +112,6 @@ def analyze(
     return found
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The runs
-
-
 def _subject(run: Path) -> Subject:
     """Read a run. Raises RunError if the folder holds none, or an unfinished one."""
     config = run_folder.read_config(run)
@@ -162,10 +158,6 @@ def _check_same_but_seed(a: Subject, b: Subject) -> None:
         raise ConfigError(f"{where} have the same seed {a.config.seed}: they are one run, with no error bar")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# analysis.json
-
-
 def _entry(
     subject: Subject, config: TrainConfig, images: data.ImageSet, settings: ProbeSettings, progress: _Progress
 ) -> dict:
@@ -184,7 +176,8 @@ def _entry(
     return {
         "run": str(subject.run), "where": provenance(), "method": subject.method,
         "modules": subject.config.number_of_modules(), "seed": subject.config.seed,
-        "weights": subject.weights, "settings": dataclasses.asdict(settings), **subject.images_and_network, "classes": images.num_classes,
+        "weights": subject.weights, "settings": dataclasses.asdict(settings),
+        **subject.images_and_network, "classes": images.num_classes,
         "train_images": len(images.train), "test_images": len(images.test),
         "baseline": baseline(images.train, images.test), "blocks": blocks,
         "seconds": round(time.monotonic() - began, 1),
@@ -240,10 +233,6 @@ class _Progress:
             f"{run}: epoch {epoch}/{self.epochs}  validation (first, middle, last block): {losses}  "
             f"{duration(passed)}, left {left}"
         )
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Methods
 
 
 def summarize(entries: Sequence[dict]) -> list[dict]:

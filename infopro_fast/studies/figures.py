@@ -103,10 +103,6 @@ def _by_method(results: Iterable[Result]) -> dict[str, list[Result]]:
     return found
 
 
-# -----------------------------------------------------------------------------------------------------------
-# An analysis
-
-
 def draw_analysis(found: Sequence[dict], path: Path) -> None:
     """Write a PNG of information about image and label and of linear separability over depth.
 

@@ -1,4 +1,4 @@
-"""Runs that an earlier study trained, on this machine or another, read from its table (JSON) instead of being trained again."""
+"""Runs of an earlier study, on this machine or another, read from its table (JSON)."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ OF_A_CELL = ("modules", "local_loss", "lambdas", "balanced", "cuts", "recompute"
 
 @dataclass(frozen=True)
 class Run:
-    """What a table needs of a run. curve: test error (%) after every epoch; cross_entropy: on the test images, after the last."""
+    """A run in a table."""
 
-    curve: tuple[float, ...]
-    cross_entropy: float
+    curve: tuple[float, ...]  # test error (%) after every epoch
+    cross_entropy: float  # on the test images, after the last epoch
 
 
 @dataclass(frozen=True)
 class Known:
-    """Runs by (cell, seed), costs of a step by cell, and where each file's came from, as the JSON of a table says it."""
+    """The known runs of a study."""
 
-    runs: dict[tuple[Cell, int], Run]
-    costs: dict[Cell, dict[str, float]]
-    sources: list[dict[str, Any]]
+    runs: dict[tuple[Cell, int], Run]  # by cell and seed
+    costs: dict[Cell, dict[str, float]]  # of a step
+    sources: list[dict[str, Any]]  # where the runs were made, for a table's JSON
 
 
 def settings_of_a_cell(found: TrainConfig) -> dict[str, Any]:
@@ -41,7 +41,8 @@ def settings_of_a_cell(found: TrainConfig) -> dict[str, Any]:
 
 
 def read(study: Study) -> Known:
-    """The runs of ``study.known`` that are cells of ``study``; a cell and seed that two files have is the first one's.
+    """The runs of ``study.known`` that are cells of ``study``; a cell and seed that two files have is the
+    first one's.
 
     Raises StudyError for a file that is no table, and one whose runs were trained with other settings.
     """
@@ -66,20 +67,26 @@ def read(study: Study) -> Known:
 
 
 def _sources(content: dict[str, Any], taken: Sequence[tuple[Cell, int]]) -> list[dict[str, Any]]:
-    """Where the runs taken from this table were made: what it took from earlier ones stays theirs, the rest is its own."""
-    made = {(_cell(row), seed): source["where"] for source in content.get("known", []) for row in source["cells"] for seed in row["seeds"]}
+    """Return where the runs taken from this table were made: by its own study, or by one that it knew."""
+    made = {
+        (_cell(row), seed): source["where"]
+        for source in content.get("known", [])
+        for row in source["cells"]
+        for seed in row["seeds"]
+    }
     by_place: dict[str, dict[Cell, list[int]]] = {}
     for cell, seed in taken:
         place = json.dumps(made.get((cell, seed), content["where"]))
         by_place.setdefault(place, {}).setdefault(cell, []).append(seed)
-    return [
-        {"where": json.loads(place), "cells": [{**dataclasses.asdict(cell), "seeds": seeds} for cell, seeds in cells.items()]}
-        for place, cells in by_place.items()
-    ]
+    found = []
+    for place, cells in by_place.items():
+        rows = [{**dataclasses.asdict(cell), "seeds": seeds} for cell, seeds in cells.items()]
+        found.append({"where": json.loads(place), "cells": rows})
+    return found
 
 
 def _cell(row: dict[str, Any]) -> Cell:
-    weights = row.get("weights")  # the oldest tables do not say them of their sources: they have none
+    weights = row.get("weights")  # absent from the sources in the oldest tables, which compare no weights
     return Cell(row["method"], row["modules"], None if weights is None else tuple(weights))
 
 

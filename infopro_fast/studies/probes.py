@@ -1,14 +1,15 @@
-"""Fresh probes on the features of a frozen network: how much of the image and of the label they still hold.
+"""Fresh probes on the features of a frozen network: how much they tell of the image and the label.
 
-Three probes a block, each trained to its own loss on the training images and measured on the test images:
+Each block gets three probes, trained on the training images and measured on the test images:
 
 - the decoder (`Decoder`): reconstruction loss, in nats a pixel and channel;
-- the classifier (`AuxClassifier`, 1c2f, or the deeper `ResidualClassifier`): cross entropy of the label, in nats;
+- the classifier (`AuxClassifier`, 1c2f, or the deeper `ResidualClassifier`): cross entropy of the label, in
+  nats;
 - the linear probe: global average pooling, standardisation, one linear layer: accuracy.
 
-What these bound, and with what right, is in docs/analysis.md. The estimators are the paper's (Wang et al. 2021, section 3: a decoder of
-minimal reconstruction loss for I(h, x), a classifier's cross entropy for I(h, y)); the numbers are predictive V-information
-(Xu et al. 2020, "A Theory of Usable Information under Computational Constraints").
+docs/analysis.md explains which bounds these are. The estimators are the paper's (Wang et al. 2021, section
+3). The numbers are predictive V-information (Xu et al. 2020, "A Theory of Usable Information under
+Computational Constraints").
 """
 
 from __future__ import annotations
@@ -36,13 +37,14 @@ CLASSIFIERS = ("1c2f", "residual")
 
 @dataclass(frozen=True)
 class ProbeSettings:
-    """How the probes are made and trained; numbers of runs compare only under the same settings.
+    """Settings of the probes. Results compare only under the same settings.
 
-    depths: blocks that are probed, spread evenly, the first and the last among them; more than there are: every block.
-    epochs: passes over the training images. batch_size: images a step. lr: Adam's rate, which falls linearly to 0.
-    seed: of the probes' first weights, the order of the images, and which of them are held back to choose the epoch.
-    validation: share of the training images that is held back. classifier: "1c2f", the released auxiliary classifier, or "residual",
-    a deeper one, which finds more (`ResidualClassifier`).
+    depths: number of blocks to probe, spread evenly, with the first and the last; at most all. epochs: passes
+    over the training images. batch_size: images a step. lr: Adam's rate, which falls linearly to 0. seed: of
+    the probes' first weights, the order of the images, and the held-back images that choose the epoch.
+    validation: share of the training images that is held back.
+    classifier: "1c2f", the authors' auxiliary classifier, or "residual", which finds more
+    (`ResidualClassifier`).
     """
 
     depths: int = 8
@@ -71,25 +73,27 @@ DEFAULT = ProbeSettings()
 class LinearProbe(nn.Module):
     """Global average pooling, standardisation, a linear layer, cross entropy.
 
-    Standardisation (BatchNorm without weights: batch statistics in training, running ones in eval mode) leaves the classifier a linear
-    one of the pooled features, but lets its training not depend on their scale, which differs from block to block.
+    Standardisation is a BatchNorm without weights. The classifier stays linear in the pooled features, and
+    its training does not depend on their scale, which differs from block to block.
     """
 
     def __init__(self, channels: int, class_num: int):
         super().__init__()
-        self.pool, self.standardize, self.fc = GlobalAveragePool(), nn.BatchNorm1d(channels, affine=False), nn.Linear(channels, class_num)
+        self.pool, self.standardize = GlobalAveragePool(), nn.BatchNorm1d(channels, affine=False)
+        self.fc = nn.Linear(channels, class_num)
 
     def loss_and_correct(self, h: torch.Tensor, label: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean cross entropy and number of right rows. h: (N, channels, height, width); label: (N,) integers."""
+        """Return mean cross entropy and number of right rows. h: (N, C, height, width); label: (N,)."""
         rows = self.standardize(self.pool(h))
         return ops.linear_cross_entropy(rows, self.fc.weight, label, bias=self.fc.bias, return_correct=True)
 
 
 class ResidualClassifier(nn.Module):
-    """Three residual blocks, global average pooling, a linear layer, cross entropy: what a network behind these features might find.
+    """Three residual blocks, global average pooling, a linear layer, cross entropy.
 
-    The first block keeps the width; the others double it and halve the map until there are 64 channels. Features of early blocks hold
-    what no single convolution can read; so probed, a curve of I(h, y) depends less on how far the network has come with its work.
+    The first block keeps the width; the others double it and halve the map until there are 64 channels. A
+    single convolution cannot read all that early features hold. With this probe I(h, y) depends less on the
+    depth.
     """
 
     def __init__(self, channels: int, class_num: int):
@@ -98,15 +102,17 @@ class ResidualClassifier(nn.Module):
         for _ in range(2):
             blocks.append(BasicBlock(width, 2 * width, 2) if width < 64 else BasicBlock(width, width, 1))
             width = 2 * width if width < 64 else width
-        self.blocks, self.pool, self.fc = nn.Sequential(*blocks), GlobalAveragePool(), nn.Linear(width, class_num)
+        self.blocks, self.pool = nn.Sequential(*blocks), GlobalAveragePool()
+        self.fc = nn.Linear(width, class_num)
 
     def loss_and_correct(self, h: torch.Tensor, label: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `LinearProbe.loss_and_correct`."""
-        return ops.linear_cross_entropy(self.pool(self.blocks(h)), self.fc.weight, label, bias=self.fc.bias, return_correct=True)
+        """Return what `LinearProbe.loss_and_correct` returns."""
+        rows = self.pool(self.blocks(h))
+        return ops.linear_cross_entropy(rows, self.fc.weight, label, bias=self.fc.bias, return_correct=True)
 
 
 class Probes(nn.Module):
-    """The three probes of one block. channels: of its features. classifier: as in `ProbeSettings`. The images come normalised."""
+    """The three probes of one block. channels: of its features. classifier: as in `ProbeSettings`."""
 
     def __init__(
         self, channels: int, image_size: int, class_num: int, image_mean: Sequence[float],
@@ -121,23 +127,21 @@ class Probes(nn.Module):
         self.linear = LinearProbe(channels, class_num)
         initialize(self)
 
-    def terms(self, h: torch.Tensor, image: torch.Tensor, label: torch.Tensor) -> Iterator[tuple[str, torch.Tensor, torch.Tensor | None]]:
-        """(probe, mean loss, number of right labels or None), one after the other: each graph can go before the next is there."""
+    def terms(
+        self, h: torch.Tensor, image: torch.Tensor, label: torch.Tensor
+    ) -> Iterator[tuple[str, torch.Tensor, torch.Tensor | None]]:
+        """Yield (probe, mean loss, number of right labels or None) one by one. image: normalised."""
         yield "decoder", self.decoder(h, image), None
         yield "classifier", *self.classifier.loss_and_correct(h, label)
         yield "linear", *self.linear.loss_and_correct(h, label)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What needs no features
-
-
 def baseline(train: Split, test: Split) -> dict[str, float]:
-    """What is known of a test image without its features, in nats; uint8 images (N, 3, H, W), labels (N,).
+    """Return what is known of test images without features, in nats; uint8 images (N, 3, H, W), labels (N,).
 
-    constant: reconstruction loss of the best constant image, the training images' mean pixel by pixel (with half a white and half a
-    black image more, so that a pixel that is always black costs little and not infinitely much where it is not).
-    floor: of the images themselves, the least there is: a pixel that is neither black nor white has a binary entropy.
+    constant: reconstruction loss of the training images' mean, pixel by pixel. Half a white and half a black
+    image are added, so that no pixel costs infinitely much.
+    floor: the loss of the images themselves, the least possible: the binary entropy of their pixels.
     label_entropy: H(y) of the test labels.
     """
     p = (train.images.sum(0, dtype=torch.float64) / 255 + 0.5) / (len(train) + 1)
@@ -147,20 +151,17 @@ def baseline(train: Split, test: Split) -> dict[str, float]:
     counts = sum(part.flatten().bincount(minlength=256) for part in test.images.split(1000))
     floor = -((torch.xlogy(x, x) + torch.xlogy(1 - x, 1 - x)) * counts).sum() / counts.sum()
     share = test.labels.bincount().double() / len(test)
-    return {"constant": constant.item(), "floor": floor.item(), "label_entropy": -torch.xlogy(share, share).sum().item()}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Features of the frozen network
+    label_entropy = -torch.xlogy(share, share).sum()
+    return {"constant": constant.item(), "floor": floor.item(), "label_entropy": label_entropy.item()}
 
 
 def block_names(net: LocalNetwork) -> list[str]:
-    """Names of the network's blocks in order, "stem", "layer1_0", ..."""
+    """Return the names of the network's blocks in order: "stem", "layer1_0", ..."""
     return [name for stage in net.stages for name, _ in stage.named_children()]
 
 
 def spread(blocks: int, depths: int) -> list[int]:
-    """``depths`` of the indices 0 to ``blocks`` - 1, evenly spread, the first and the last among them (of one: the last)."""
+    """Return ``depths`` indices below ``blocks``, evenly spread from first to last (of one: the last)."""
     if depths >= blocks:
         return list(range(blocks))
     if depths == 1:
@@ -169,22 +170,18 @@ def spread(blocks: int, depths: int) -> list[int]:
 
 
 def features(net: LocalNetwork, image: torch.Tensor, at: Sequence[int]) -> Iterator[torch.Tensor]:
-    """The outputs of the blocks ``at`` (ascending indices), without a graph, from one forward that stops at the last of them.
+    """Yield the outputs of the blocks ``at`` (ascending indices), without a graph, from one forward.
 
-    Each is handed out before the next block runs, so that one alone need be alive.
+    Each is yielded before the next block runs, so that only one of them need be alive.
     """
     wanted = set(at)
     for index, block in enumerate(block for stage in net.stages for block in stage):
         if index > max(wanted):
             return
-        with torch.no_grad():  # around the block alone: what the caller does between two of them may need a graph
+        with torch.no_grad():  # around the block alone: the caller may need a graph between two blocks
             image = block(image)
         if index in wanted:
             yield image
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Training and measuring
 
 
 @dataclass
@@ -196,8 +193,8 @@ class _Best:
     state: dict[str, torch.Tensor] | None = None
 
 
-class _Study:
-    """The probes of one frozen network while they are trained."""
+class Training:
+    """The probes of one frozen network, during their training."""
 
     def __init__(self, net: LocalNetwork, images: ImageSet, settings: ProbeSettings):
         self.net, self.images, self.settings = net, images, settings
@@ -208,17 +205,18 @@ class _Study:
         held = max(1, round(settings.validation * len(images.train)))
         if len(images.train) - held < 2:
             raise ConfigError(f"{images.name}: expected at least 3 training images, got {len(images.train)}")
-        order = torch.randperm(len(images.train), generator=torch.Generator().manual_seed(epoch_seed(settings.seed, -1)))
-        order = order.to(images.train.images.device)
+        generator = torch.Generator().manual_seed(epoch_seed(settings.seed, -1))
+        order = torch.randperm(len(images.train), generator=generator).to(images.device)
         self.held, self.kept = order[:held], order[held:]
         torch.manual_seed(settings.seed)
-        self.probes = [self._make(h) for h in features(net, self._image(images.train.images[:2]), self.at)]
+        self.probes = [self._make(h) for h in features(net, self.image(images.train.images[:2]), self.at)]
         self.best = [{name: _Best() for name in PROBES} for _ in self.at]
         parameters = [p for probes in self.probes for p in probes.parameters()]
-        # Adam goes parameter by parameter: one optimizer of all probes is the same as one each.
+        # Adam treats every parameter alone, so one optimizer for all probes equals one for each.
         self.optimizer = torch.optim.Adam(parameters, settings.lr, fused=True)
 
-    def _image(self, images: torch.Tensor) -> torch.Tensor:
+    def image(self, images: torch.Tensor) -> torch.Tensor:
+        """Return uint8 images as the network's input."""
         return normalize(images, self.images.mean, self.images.std, self.dtype)
 
     def _make(self, h: torch.Tensor) -> Probes:
@@ -229,7 +227,7 @@ class _Study:
         return probes.to(h.device, h.dtype).to(memory_format=torch.channels_last)
 
     def train_epoch(self, epoch: int) -> None:
-        """One pass over the training images that are not held back, in whole batches (one smaller where there is no whole one)."""
+        """Pass once over the images that are not held back, in whole batches (or one smaller batch)."""
         settings, split = self.settings, self.images.train
         size = min(settings.batch_size, len(self.kept))
         steps = len(self.kept) // size
@@ -239,42 +237,45 @@ class _Study:
             probes.train()
         for step in range(steps):
             here = order[step * size : (step + 1) * size]
-            image, label = self._image(split.images[here]), split.labels[here]
-            self.optimizer.param_groups[0]["lr"] = one_cycle(epoch * steps + step, settings.epochs * steps, settings.lr, warmup_steps=0)
+            image, label = self.image(split.images[here]), split.labels[here]
+            lr = one_cycle(epoch * steps + step, settings.epochs * steps, settings.lr, warmup_steps=0)
+            self.optimizer.param_groups[0]["lr"] = lr
             for probes, h in zip(self.probes, features(self.net, image, self.at)):
                 for _, loss, _ in probes.terms(h, image, label):
-                    loss.backward()  # the features have no graph: into the probes' own parameters alone
+                    loss.backward()  # the features have no graph: this reaches the probes alone
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
 
     @torch.no_grad()
     def measure(self, split: Split) -> list[dict[str, dict[str, float]]]:
-        """Of each block and probe: {"loss": mean over the images, "accuracy": share of right labels (not of the decoder)}."""
+        """Return {"loss": mean, "accuracy": share of right labels, not of decoders}, by block and probe."""
         for probes in self.probes:
             probes.eval()
         sums = torch.zeros(len(self.at), len(PROBES), 2, dtype=torch.float64, device=split.images.device)
-        for images, label in zip(split.images.split(self.settings.batch_size), split.labels.split(self.settings.batch_size)):
-            image = self._image(images)
+        size = self.settings.batch_size
+        for images, label in zip(split.images.split(size), split.labels.split(size)):
+            image = self.image(images)
             for total, probes, h in zip(sums, self.probes, features(self.net, image, self.at)):
                 for row, (_, loss, correct) in zip(total, probes.terms(h, image, label)):
                     row[0] += loss.double() * len(label)
                     row[1] += 0 if correct is None else correct
         means = (sums / len(split)).tolist()
-        found = [{name: {"loss": loss, "accuracy": share} for name, (loss, share) in zip(PROBES, rows)} for rows in means]
-        for rows in found:
-            del rows["decoder"]["accuracy"]
-        return found
+        names = [("loss",) if probe == "decoder" else ("loss", "accuracy") for probe in PROBES]
+        return [{probe: dict(zip(n, row)) for probe, n, row in zip(PROBES, names, rows)} for rows in means]
 
     def validate(self, epoch: int) -> list[dict[str, dict[str, float]]]:
-        """Measure on the images held back, and keep each probe that is better than before."""
-        found = self.measure(Split(self.images.train.images[self.held], self.images.train.labels[self.held]))
+        """Measure on the held-back images, and keep each probe that is better than before."""
+        train = self.images.train
+        found = self.measure(Split(train.images[self.held], train.labels[self.held]))
         for name, probes, rows, best in zip(self.names, self.probes, found, self.best):
             for probe in PROBES:
                 loss = rows[probe]["loss"]
                 if not math.isfinite(loss):
-                    raise FloatingPointError(f"{probe} probe of {name}: loss is {loss} in epoch {epoch + 1}; a smaller lr may help")
+                    what = f"loss is {loss} in epoch {epoch + 1}"
+                    raise FloatingPointError(f"{probe} probe of {name}: {what}; a smaller lr may help")
                 if loss < best[probe].loss:
-                    best[probe] = _Best(loss, epoch + 1, copy.deepcopy(getattr(probes, probe).state_dict()))
+                    state = copy.deepcopy(getattr(probes, probe).state_dict())
+                    best[probe] = _Best(loss, epoch + 1, state)
         return found
 
     def take_best(self) -> None:
@@ -287,55 +288,54 @@ def probe_network(
     net: LocalNetwork, images: ImageSet, settings: ProbeSettings = DEFAULT,
     progress: Callable[[int, list[dict[str, dict[str, float]]]], None] = lambda epoch, found: None,
 ) -> list[dict]:
-    """Train fresh probes on the frozen network's features and measure them on the test images, once, each at its best epoch.
+    """Train fresh probes on the frozen network's features, and measure each at its best epoch on the test
+    images.
 
-    net: any `LocalNetwork` whose blocks give maps; it is put into eval mode for as long as this takes (batch norms with their running
-    statistics) and is not changed. images: on the network's device; none is augmented. progress: called after every epoch with
-    its number, from 1, and the losses and accuracies on the images held back.
+    net: a `LocalNetwork` whose blocks return maps. It runs in eval mode and is not changed.
+    images: on the network's device; they are not augmented.
+    progress: called after every epoch with its number, from 1, and the results on the held-back images.
 
-    All probes are trained from the same batches, so from one forward each, and have no influence on each other.
-    The result is a function of (weights, images, settings) and, in its last digits, of machine and threads. torch's generators move: fork
-    them if that matters.
+    All probes share the batches and their forwards, and do not influence each other. The result is a function
+    of (weights, images, settings) and, in its last digits, of machine and threads. torch's generators move.
 
-    Returns a dict for each probed block, the first one first: "block" (name), "depth" (number of blocks up to it), "channels", "size"
-    (h, w), and, of the test images,
-    - "reconstruction": loss of the decoder, nats a pixel and channel; "pixel_information": how much less that is than `baseline`'s
-      "constant";
-    - "classifier_loss", nats; "label_information": H(y) - classifier_loss, nats, "label_information_bits"; "classifier_accuracy";
-    - "linear_accuracy", "linear_loss";
+    Returns a dict for each probed block: "block" (name), "depth" (number of blocks up to it), "channels",
+    "size" (h, w), and, on the test images, - "reconstruction": the decoder's loss, nats a pixel and channel;
+    "pixel_information": `baseline`'s "constant" minus this loss;
+    - "classifier_loss", nats; "label_information": H(y) - classifier_loss, nats; "label_information_bits";
+      "classifier_accuracy"; "linear_accuracy"; "linear_loss";
     - "best_epoch": of each probe.
-    Informations are as they come out, below 0 where a probe does worse than knowing nothing.
+    An information below 0 means that a probe does worse than without features.
 
-    Raises ConfigError for a network or images that cannot be probed, FloatingPointError naming probe and block for a loss that is
-    not finite.
+    Raises ConfigError for a network or images that cannot be probed, FloatingPointError naming probe and
+    block for a loss that is not finite.
     """
-    training, known = net.training, baseline(images.train, images.test)
+    was_training, known = net.training, baseline(images.train, images.test)
     net.eval()
     try:
-        study = _Study(net, images, settings)
+        training = Training(net, images, settings)
         for epoch in range(settings.epochs):
-            study.train_epoch(epoch)
-            progress(epoch + 1, study.validate(epoch))
-        study.take_best()
-        found = study.measure(images.test)
-        sizes = [tuple(h.shape[1:]) for h in features(net, study._image(images.test.images[:1]), study.at)]
+            training.train_epoch(epoch)
+            progress(epoch + 1, training.validate(epoch))
+        training.take_best()
+        measured = training.measure(images.test)
+        image = training.image(images.test.images[:1])
+        sizes = [tuple(h.shape[1:]) for h in features(net, image, training.at)]
     finally:
-        net.train(training)
-    return [
-        {
-            "block": name,
-            "depth": index + 1,
-            "channels": channels,
-            "size": size,
-            "reconstruction": rows["decoder"]["loss"],
-            "pixel_information": known["constant"] - rows["decoder"]["loss"],
-            "classifier_loss": rows["classifier"]["loss"],
-            "label_information": known["label_entropy"] - rows["classifier"]["loss"],
-            "label_information_bits": (known["label_entropy"] - rows["classifier"]["loss"]) / math.log(2),
-            "classifier_accuracy": rows["classifier"]["accuracy"],
-            "linear_accuracy": rows["linear"]["accuracy"],
-            "linear_loss": rows["linear"]["loss"],
+        net.train(was_training)
+    found = []
+    for index, name, (channels, *size), rows, best in zip(
+        training.at, training.names, sizes, measured, training.best
+    ):
+        reconstruction, classifier, linear = (rows[probe] for probe in PROBES)
+        label_information = known["label_entropy"] - classifier["loss"]
+        found.append({
+            "block": name, "depth": index + 1, "channels": channels, "size": size,
+            "reconstruction": reconstruction["loss"],
+            "pixel_information": known["constant"] - reconstruction["loss"],
+            "classifier_loss": classifier["loss"],
+            "label_information": label_information, "label_information_bits": label_information / math.log(2),
+            "classifier_accuracy": classifier["accuracy"],
+            "linear_accuracy": linear["accuracy"], "linear_loss": linear["loss"],
             "best_epoch": {probe: best[probe].epoch for probe in PROBES},
-        }
-        for name, index, (channels, *size), rows, best in zip(study.names, study.at, sizes, found, study.best)
-    ]
+        })  # fmt: skip
+    return found

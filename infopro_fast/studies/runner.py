@@ -88,7 +88,8 @@ def run_all(jobs: Sequence[Job], at_a_time: int) -> None:
                 shown.end(job, ended_well)
     if failed:
         lines = "; ".join(f"{job.folder.name}: {_last_line(_log(job))}" for job in failed)
-        raise StudyError(f"{len(failed)} of {len(jobs)} runs failed (their output is beside them, .log): {lines}")
+        count = f"{len(failed)} of {len(jobs)} runs failed"
+        raise StudyError(f"{count} (their output is beside them, .log): {lines}")
 
 
 def _start(job: Job) -> subprocess.Popen:
@@ -110,7 +111,8 @@ def remove_unbegun(folder: Path) -> None:
     Half-written folders have other names, so they do not count.
     """
     checkpoints, trained = folder / run_folder.CHECKPOINTS, folder / sequential.TRAINED
-    begun = any(checkpoint.list_checkpoints(place) for place in (checkpoints, *checkpoints.glob("module*")))
+    places = (checkpoints, *checkpoints.glob("module*"))
+    begun = any(checkpoint.list_checkpoints(place) for place in places)
     if (folder / run_folder.CONFIG).is_file() and not begun and not any(trained.glob("module*")):
         shutil.rmtree(folder)
 

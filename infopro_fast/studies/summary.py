@@ -85,8 +85,9 @@ def _title(study: Study) -> str:
     tested = f"the last {one.hold_out} training images held out" if one.hold_out else "the test images"
     seeds = f"{study.first_seed} to {study.first_seed + study.seeds - 1}"
     return (
-        f"{one.arch} on {images}, {one.epochs} epochs, batch {one.batch_size}, lr {one.lr:g} ({one.schedule})."
-        f" Error in % on {tested} after the last epoch: mean ± standard deviation over seeds {seeds}."
+        f"{one.arch} on {images}, {one.epochs} epochs, batch {one.batch_size}, lr {one.lr:g} "
+        f"({one.schedule}). Error in % on {tested} after the last epoch: "
+        f"mean ± standard deviation over seeds {seeds}."
     )
 
 
