@@ -1,7 +1,7 @@
-"""On a GPU: every op by every kernel that can run it, and the trainer. Skipped where there is none;
-benchmarks/gpu.sh runs it there.
+"""Tests for a GPU, skipped without one: every op by every kernel that can run it, and the trainer.
 
-Needs nothing but pytest beside the package: the machine may have no more.
+benchmarks/gpu.sh runs them there. They need only pytest beside the package, since the machine may have no
+more.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def kernel(request) -> str:
 
 
 def need(form: str, impl: str) -> None:
-    """form: an op, or one with what is special of it behind a comma."""
+    """form: an op, or an op and a variant after a comma."""
     reason = ops.available(form.partition(", ")[0], "cuda")[impl]
     if reason is not None:
         pytest.skip(reason)
@@ -96,7 +96,7 @@ def case(request, kernel) -> Case:
 
 @pytest.fixture(autouse=True)
 def full_precision():
-    """Products in float32, as torch's own default is for matrices."""
+    """Matrix products run in float32, torch's default for them."""
     with torch.backends.cudnn.flags(
         enabled=True, allow_tf32=False
     ):  # `flags` turns cuDNN off where it is not told
@@ -129,7 +129,7 @@ def test_shapes_in_use(name, kernel, dtype):
 
 
 def test_tf32_is_used_when_asked_for_and_only_then(kernel):
-    """Errors of a product with long sums: in float32 about 1e-7, in TF32 about 1e-4."""
+    """Errors of a product with long sums: about 1e-7 in float32, 1e-4 in TF32."""
     if kernel == "cuda":
         pytest.skip("the CUDA C++ kernels compute in float32")
     case = op_cases.linear_ce(
@@ -248,11 +248,10 @@ SMALL_TENSORS = 2**18  # bytes: weights' gradients and copies, sums, and what th
 
 @pytest.mark.parametrize("C, h", [(16, 32), (32, 16), (64, 8)])
 def test_decoder_peak(kernel, C, h):
-    """Beyond the gradient returned. CUDA C++: under a quarter of the resized map; Triton: what its programs
-    take by their plan.
+    """Memory beyond the returned gradient.
 
-    (tests/test_cuda_host.py has the former of the plans for these shapes, tests/test_triton_memory.py the
-    latter of the launchers.)
+    CUDA C++ needs under a quarter of the resized map, Triton what its programs' plan says.
+    tests/test_cuda_host.py and tests/test_triton_memory.py check these plans without a GPU.
     """
     need("reconstruction_loss", kernel)
     N = 1024
@@ -280,10 +279,9 @@ def triton_workspace(N: int, C: int, h: int) -> int:
 
 @pytest.mark.parametrize("stages", ((), ((op_cases.doubled(), 3, 12),)), ids=("last", "two"))
 def test_chain_decoder_peak(stages):
-    """CUDA C++ kernels, forward and backward, beyond z, its gradient and that of the features: a sixteenth of
-    the logits.
+    """CUDA C++ memory beyond z, its gradient and the features' gradient: a sixteenth of the logits.
 
-    And the partial sums of the blocks, which are as many for every N; tests/test_cuda_host_chain.py has the
+    The partial sums of the blocks add to it, for every N the same; tests/test_cuda_host_chain.py has the
     plans' bytes.
     """
     need("reconstruction_loss", "cuda")
@@ -334,7 +332,7 @@ def batches(count: int, N: int = 16):
 
 @pytest.mark.parametrize("amp", (None, torch.bfloat16))
 def test_graph_makes_the_steps_that_python_makes(amp):
-    """Rates that change, and a smaller batch in between, too."""
+    """Also with rates that change and a smaller batch in between."""
     torch.backends.cudnn.deterministic = True
     plain, graphed = trainer(amp=amp), trainer(amp=amp, cuda_graph=True)
     given = batches(7)
@@ -414,8 +412,7 @@ def test_a_moving_average_does_not_wait_for_the_device():
 
 @pytest.mark.parametrize("resident", (True, False))
 def test_batches_do_not_wait_for_the_device(resident):
-    """From the second one on: an epoch begins with copies of its order, and a run with those of mean and
-    deviation."""
+    """From the second on: an epoch first copies its order, and a run the mean and deviation."""
     generator = torch.Generator().manual_seed(0)
     split = Split(
         torch.randint(256, (64, 3, 32, 32), dtype=torch.uint8, generator=generator), torch.arange(64) % 10
