@@ -25,7 +25,8 @@ struct AxisTable {
         continue;
       }
       if (mode == Resize::nearest) {  // torch's scale is a float32, whatever the dtype
-        float scale = factor > 0 ? float(1.0 / factor) : float(in) / float(out);
+        // On the CPU it takes an output of twice the size from the sizes, whatever the factor.
+        float scale = factor > 0 && out != 2 * in ? float(1.0 / factor) : float(in) / float(out);
         int64_t source = int64_t(std::floor(float(p) * scale));
         low[p] = high[p] = int32_t(std::min(source, in - 1));
         continue;
