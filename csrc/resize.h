@@ -70,8 +70,11 @@ struct AxisTable {
     }
   }
 
+  // On the CPU, torch places a nearest output of twice the size by the sizes, whatever the factor.
   AxisTable(int64_t in, int64_t out, Resize mode, double factor = 0)
-      : AxisTable(out, [=](int p) { return place(int(in), int(out), p, mode, factor); }) {}
+      : AxisTable(out, [=, by = mode == Resize::nearest && out == 2 * in ? 0 : factor](int p) {
+          return place(int(in), int(out), p, mode, by);
+        }) {}
 
   Axis view(int64_t in) const {
     return {in, int64_t(low.size()), low.data(), high.data(), low_weight.data(), high_weight.data()};

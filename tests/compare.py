@@ -1,8 +1,7 @@
-"""How close is close: every tolerance of the tests, and nothing but tolerances.
+"""Every tolerance of the tests, and nothing else.
 
 Errors are taken against float64 and relative to a tensor's own scale, so that a wrong small element among
-large ones of the same tensor is judged as the optimizer would feel it. Nothing here is wider than what plain
-torch itself achieves.
+large ones counts as much as the optimizer would feel it. No tolerance is wider than plain torch's own error.
 """
 
 from __future__ import annotations
@@ -14,11 +13,11 @@ import torch
 
 from tests import golden
 
-# Relative to the scale of a digest: what "reproduces the released code" means.
+# Relative to the scale of a digest: what "reproduces the authors' code" means.
 GOLDEN = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 # A digest no larger than this is rounding noise around an exact zero (the gradient of a convolution's bias in
-# front of a batch norm): the released code's own noise in float64 is 1e-16 to 1e-14, in float32 up to 1e-7.
+# front of a batch norm): the noise of the authors' code is 1e-16 to 1e-14 in float64, up to 1e-7 in float32.
 GOLDEN_ZERO = 1e-12
 NOISE = {torch.float64: 1e-12, torch.float32: 1e-6}
 
@@ -28,10 +27,10 @@ SUM_EPS = 32.0
 # Largest absolute difference over the largest magnitude of the float64 values, for well-conditioned results.
 CLOSE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 
-# Autocast against float32, of a whole step. Losses are means, in which rounding averages out: this many
-# epsilons. Rounding also moves a share of the ReLUs' inputs across 0 that grows as epsilon does, each with
-# the whole of its gradient: an update is off by the root of that share, this many roots of epsilon (measured:
-# 1.5 to 2 in both dtypes).
+# A whole step under autocast against float32. Losses are means, in which rounding averages out: this many
+# epsilons. Rounding also moves a share of the ReLUs' inputs across 0, in proportion to epsilon, each with
+# its whole gradient. So an update is off by the root of that share: this many roots of epsilon
+# (measured: 1.5 to 2 in both dtypes).
 AMP_LOSS = 1.0
 AMP_UPDATE = 4.0
 
@@ -39,8 +38,7 @@ AMP_UPDATE = 4.0
 TIMES_PLAIN = 2.0
 ULPS = 8.0
 
-# Bytes, relative. Published tables have three or four digits; what the system sees rounds to pages and holds
-# what no tensor owns.
+# Bytes, relative. Published tables have three or four digits; the system counts pages, and more than tensors.
 TABLE = 4e-3
 RESIDENT = 0.10
 
@@ -54,15 +52,14 @@ def assert_golden(
     plain: torch.Tensor | None = None,
     terms: float = 0.0,
 ) -> None:
-    """``tensor`` has the digest the released code gave.
+    """``tensor`` has the digest that the authors' code gave.
 
-    name: the tensor's name in the golden file, which seeds its digest. expected: [norm, dot], or a bare
-    number for a loss.
-    dtype: the precision it was computed in, float64 or float32; that of ``tensor`` if None.
-    plain: the same from plain torch in the same dtype. Where that is itself further off (a few gradients of
-        biases are sums that cancel to a thousandth of their terms), twice its error is allowed.
-    terms: for such a sum, in float32, the sum of its terms' magnitudes: what float32 can be asked to be right
-    to.
+    name: the tensor's name in the golden file, which seeds its digest. expected: [norm, dot], or a number for
+    a loss.
+    dtype: float64 or float32, the precision of the computation; None: that of ``tensor``.
+    plain: the same from plain torch in the same dtype. A few gradients of biases are sums that cancel to a
+    thousandth of their terms; if plain torch is further off there, twice its error is allowed.
+    terms: in float32, the sum of such terms' magnitudes, which bounds what float32 can be asked for.
     """
     dtype = dtype or tensor.dtype
     number = isinstance(expected, (int, float))
@@ -91,11 +88,10 @@ def assert_close(
     scale: float | None = None,
     what: str = "",
 ) -> None:
-    """Same shape, and equal to ``expected`` (float64) within what ``dtype`` (that of ``actual`` if None) can
-    hold.
+    """Same shape, and equal to ``expected`` (float64) within what ``dtype`` can hold.
 
-    scale: magnitude that errors are relative to, if not that of ``expected`` (sums that cancel; gradients
-    that are exactly 0).
+    dtype: None: that of ``actual``. scale: magnitude that errors are relative to, if not that of
+    ``expected``, as for sums that cancel and for gradients that are exactly 0.
     """
     assert actual.shape == expected.shape, (
         f"{what}: expected shape {tuple(expected.shape)}, got {tuple(actual.shape)}"
@@ -113,8 +109,7 @@ def assert_close(
 
 
 def relative_error(actual: torch.Tensor, reference64: torch.Tensor) -> float:
-    """|actual - reference64| / |reference64|, Euclidean norms in float64 (the absolute error where the
-    reference is 0)."""
+    """Return |actual - reference64| / |reference64|, Euclidean norms; the absolute error if that is 0."""
     reference64 = reference64.detach().double()
     size = torch.linalg.vector_norm(reference64).item()
     return torch.linalg.vector_norm(actual.detach().double() - reference64).item() / (size or 1.0)
@@ -129,12 +124,10 @@ def assert_accurate(
     scale: float = 1.0,
     what: str = "",
 ) -> None:
-    """Error against float64 no worse than twice that of plain torch in the same dtype (floor: a few units in
-    the last place).
+    """Error against float64 at most twice plain torch's in the same dtype, or a few units in the last place.
 
-    dtype: the precision of the arithmetic, that of ``actual`` if None. scale: condition of the result, 1
-    unless it is a sum that
-    cancels: then (sum of magnitudes) / |result|, which is what an ulp of a term is worth.
+    dtype: the precision of the arithmetic; None: that of ``actual``. scale: condition of the result: 1, or
+    for a sum that cancels (sum of magnitudes) / |result|, which an ulp of a term is worth.
     """
     assert actual.shape == reference64.shape, (
         f"{what}: expected shape {tuple(reference64.shape)}, got {tuple(actual.shape)}"

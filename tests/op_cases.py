@@ -1,8 +1,7 @@
-"""Cases of every op, each with what a user would write in plain torch instead, and the one way they are
-compared.
+"""Cases of every op, each with the plain torch that a user would write, and one way to compare them.
 
-A case holds its tensors in float64. `function` and `plain` map a dict of such tensors (any dtype, any
-strides) to the loss.
+A case holds its tensors in float64. `function` and `plain` map a dict of such tensors, of any dtype and
+strides, to the loss.
 """
 
 from __future__ import annotations
@@ -24,10 +23,14 @@ Loss = typing.Callable[[Tensors], torch.Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """tensors: all tensor arguments, float64 where floating. differentiable: those that get a gradient. zero:
-    those whose exact gradient is 0, with the one whose gradient sets the scale of the noise. condition:
-    largest logit, what a loss is rounded relative to. magnified: by how much the inputs' own rounding is
-    magnified in any float32 arithmetic, where a case is made for that."""
+    """A call of an op with its inputs, and the same in plain torch.
+
+    tensors: all tensor arguments, float64 if floating. differentiable: those with a gradient. zero: those
+    whose exact gradient is 0, each with the one whose gradient sets the scale of rounding. condition: the
+    largest logit, to which a loss is rounded. magnified: how much float32 arithmetic magnifies the rounding
+    of the inputs. rounded: whether the result is a map in its input's dtype, not a loss in that of the
+    arithmetic.
+    """
 
     op: str
     tensors: Tensors
@@ -45,8 +48,10 @@ class Case:
         grad: typing.Iterable[str] | None = None,
         device: str = "cpu",
     ) -> Tensors:
-        """Fresh leaves in ``dtype`` on ``device``; ``grad`` names those that require grad, all differentiable
-        ones if None."""
+        """Return fresh leaves in ``dtype`` on ``device``.
+
+        grad: names of those that require grad; None: all differentiable ones.
+        """
         grad = self.differentiable if grad is None else tuple(grad)
         floating = {k: t.is_floating_point() for k, t in self.tensors.items()}
         fresh = {
@@ -57,14 +62,13 @@ class Case:
 
 
 def upstream(loss: torch.Tensor) -> torch.Tensor:
-    """A gradient of the loss that differs in every element, signs included; made on its device, which nothing
-    waits for."""
+    """Return a gradient of the loss, different in every element, made on its device without a wait."""
     i = torch.arange(loss.numel(), dtype=torch.float64, device=loss.device)
     return (0.7 + torch.sin(1 + 2.3 * i)).reshape(loss.shape).to(loss)
 
 
 def gradients(loss: torch.Tensor, inputs: Tensors, grad: torch.Tensor | None = None, **kwargs) -> Tensors:
-    """Gradients of every input that requires grad, by name."""
+    """Return the gradient of every input that requires grad, by name."""
     named = {k: t for k, t in inputs.items() if t.requires_grad}
     found = torch.autograd.grad(
         loss, list(named.values()), upstream(loss) if grad is None else grad, **kwargs
@@ -73,7 +77,7 @@ def gradients(loss: torch.Tensor, inputs: Tensors, grad: torch.Tensor | None = N
 
 
 def copies(inputs: Tensors, dtype: torch.dtype | None = None) -> Tensors:
-    """The same values as fresh contiguous leaves, those that are floating in ``dtype`` if one is given."""
+    """Return the same values as fresh contiguous leaves, floating ones in ``dtype`` if one is given."""
     fresh = {}
     for name, t in inputs.items():
         dtype_of_copy = dtype if dtype is not None and t.is_floating_point() else t.dtype
@@ -86,15 +90,15 @@ def widened(inputs: Tensors) -> Tensors:
 
 
 def check(case: Case, impl: str, dtype: torch.dtype, inputs: Tensors | None = None) -> None:
-    """Loss and gradients of ``impl``, computed in ``dtype``, against plain torch.
+    """Compare the loss and gradients of ``impl``, computed in ``dtype``, with plain torch.
 
-    float64: equal. float32: no further from float64 than twice the error of plain torch in float32 (the
-    reference, which
+    float64: equal. float32: no further from float64 than twice plain torch's error in float32 (the reference,
+    which
     is the specification in float64: close). bfloat16, float16: as exact as float32 arithmetic on the rounded
-    inputs is, gradients rounded once.
+    inputs, with gradients rounded once.
     """
     inputs = case.inputs(dtype) if inputs is None else inputs
-    # Copies, since torch's own batch norm misreads a weight that is not contiguous (2.14: nan from next to
+    # Copies: torch's batch norm misreads a weight that is not contiguous (2.14: nan from the memory next to
     # it, in backward).
     exact_inputs = widened(inputs)
     exact = case.plain(exact_inputs)
@@ -134,8 +138,7 @@ def check(case: Case, impl: str, dtype: torch.dtype, inputs: Tensors | None = No
 
 
 def make_decoder(C: int, K: int, *, bias: bool = True, **norm) -> nn.Sequential:
-    """A decoder of the released CIFAR form with parameters and statistics that nothing is symmetric in,
-    float64."""
+    """Return the authors' CIFAR decoder in float64, with asymmetric parameters and statistics."""
     conv1, conv2 = nn.Conv2d(C, K, 3, padding=1, bias=bias), nn.Conv2d(K, 3, 3, padding=1, bias=bias)
     return _drawn(
         nn.Sequential(conv1, nn.BatchNorm2d(K, **norm), nn.ReLU(), conv2, nn.Sigmoid()), seed=C + 7 * K
@@ -145,8 +148,11 @@ def make_decoder(C: int, K: int, *, bias: bool = True, **norm) -> nn.Sequential:
 def make_chain(
     C: int, stages, last: nn.Upsample | None = None, *, bias: bool = True, norm=nn.BatchNorm2d, **options
 ) -> nn.Sequential:
-    """A chain decoder in the same way. stages: (Upsample or None, side of the convolution, its channels) of
-    each hidden stage; last: the Upsample in front of the last convolution."""
+    """Return a chain decoder, likewise.
+
+    stages: (Upsample or None, side of the convolution, its channels) of each hidden stage. last: the Upsample
+    in front of the last convolution.
+    """
     layers: list[nn.Module] = []
     widths = [C, *(K for _, _, K in stages)]
     for (upsample, side, K), inputs in zip(stages, widths, strict=False):
@@ -176,7 +182,7 @@ def _drawn(decoder: nn.Sequential, seed: int) -> nn.Sequential:
 
 
 class _Reconstruction(nn.Module):
-    """The op as a module, so that a decoder's parameters can be handed in as tensors."""
+    """The op as a module, so that a decoder's parameters can be passed as tensors."""
 
     def __init__(self, decoder, call):
         super().__init__()
@@ -187,9 +193,11 @@ class _Reconstruction(nn.Module):
 
 
 def _fresh_statistics(held: dict[str, Tensors], like: torch.Tensor) -> Tensors:
-    """Copies of a norm's buffers in the dtype and on the device of ``like``. held: the buffers by type of
-    device, "cpu" at first: a device gets its own once, so that later calls wait for no copy and can be
-    captured."""
+    """Return copies of a norm's buffers in the dtype and on the device of ``like``.
+
+    held: the buffers by type of device, "cpu" at first. Each device gets its own once, so that later calls
+    wait for no copy and can be captured.
+    """
     if like.device.type not in held:
         held[like.device.type] = {k: b.to(like.device) for k, b in held["cpu"].items()}
     dtypes = {torch.float64: like.dtype}
@@ -202,8 +210,7 @@ def _fresh_statistics(held: dict[str, Tensors], like: torch.Tensor) -> Tensors:
 def plain_reconstruction(
     features, image, decoder, interpolate_mode="bilinear", loss="bce", image_mean=None, image_std=None
 ):
-    """The decoder run layer by layer, as the released code does: one that has no Upsample of its own takes
-    features of the image's size."""
+    """Run the decoder layer by layer; without an Upsample, on features resized to the image."""
     if image_mean is not None:
         mean, std = (image.new_tensor(v).view(1, 3, 1, 1) for v in (image_mean, image_std))
         image = (image * std + mean).clamp(0, 1)
@@ -217,7 +224,7 @@ def plain_reconstruction(
 def reconstruction(
     N=3, C=5, h=4, w=3, H=9, W=7, K=7, *, bias=True, training=True, norm=None, magnified=1.0, **options
 ) -> Case:
-    """A case of `reconstruction_loss`; options as the op takes them."""
+    """Return a case of `reconstruction_loss`; options as the op takes them."""
     decoder = make_decoder(C, K, bias=bias, **(norm or {})).train(training)
     return _reconstruction(decoder, (N, C, h, w), (H, W), magnified, options)
 
@@ -234,7 +241,7 @@ def chain(
     norm=None, magnified=None,
     **options,
 ) -> Case:  # fmt: skip
-    """A case of `reconstruction_loss` with a chain decoder; size: (H, W) if the decoder has no Upsample."""
+    """Return a case of `reconstruction_loss` with a chain decoder. size: (H, W) without an Upsample."""
     last = doubled() if last is None and size is None else last
     decoder = make_chain(C, stages, last, bias=bias, **(norm or {})).train(training)
     with torch.no_grad():
@@ -243,19 +250,20 @@ def chain(
 
 
 def chain_block_sums(multiprocessors: int, C: int, K: int) -> int:
-    """Bytes of the partial sums of a stage's backward in CUDA C++, C channels to K: two blocks a
-    multiprocessor, each with those of the weight's gradient, of the batch norm in front of it and, of the
-    last stage, of the bias."""
+    """Return the bytes of the partial sums in a stage's backward in CUDA C++, from C to K channels.
+
+    Two blocks a multiprocessor each sum the gradients of the weight, of the batch norm in front and, in the
+    last stage, of the bias.
+    """
     return 4 * 2 * multiprocessors * (9 * C * K + 2 * C + 3)
 
 
 def _cancellation(
     decoder: nn.Sequential, features: torch.Tensor, image: torch.Tensor, options: dict
 ) -> float:
-    """How far the gradients of the batch norms' parameters, which are sums over the batch, cancel: sum of
-    magnitudes over the sum.
+    """Return how far the sums over the batch, the batch norms' gradients, cancel: magnitudes over the sum.
 
-    A batch norm makes the sums of the one in front of it cancel; an ulp of a term is worth this many of the
+    A batch norm makes the sums of the one in front of it cancel. An ulp of a term is worth this many of the
     result.
     """
     decoder, worst = copy.deepcopy(decoder), [1.0]
@@ -333,7 +341,7 @@ def _reconstruction(decoder: nn.Sequential, shape, size, magnified: float | None
 
 
 def up_conv(N=3, C=5, h=4, w=3, H=9, W=7, K=6, *, bias=True, mode="bilinear", align_corners=False) -> Case:
-    """A case of `upsample_conv3x3`."""
+    """Return a case of `upsample_conv3x3`."""
     generator = torch.Generator().manual_seed(N + 3 * C + 5 * h + 7 * w + 11 * H + 13 * W + 17 * K)
     draw = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)  # noqa: E731
     tensors = {"x": draw(N, C, h, w), "weight": draw(K, C, 3, 3) / (9 * C) ** 0.5} | (
@@ -360,9 +368,11 @@ def up_conv(N=3, C=5, h=4, w=3, H=9, W=7, K=6, *, bias=True, mode="bilinear", al
 
 
 def plain_supcon(features, labels, temperature=0.07, normalize=True, reduction="mean"):
-    """The formula with N x N maps. (The released lines take a logarithm of a sum of exponentials that
-    underflows to 0 where logits are far apart: nan at temperature 0.005. Where they work, tests/golden has
-    their values.)"""
+    """The formula with N x N maps.
+
+    The authors' lines take the logarithm of a sum of exponentials, which underflows to 0 for logits far
+    apart: nan at temperature 0.005. Elsewhere tests/golden has their values.
+    """
     rows = features if features.dim() == 2 else torch.cat(features.unbind(1))
     views = 1 if features.dim() == 2 else features.shape[1]
     labels = labels.repeat(views)
@@ -380,7 +390,7 @@ def plain_supcon(features, labels, temperature=0.07, normalize=True, reduction="
 def supcon(
     N=6, D=7, views=2, classes=3, *, temperature=0.07, normalize=True, reduction="none", size=1.0
 ) -> Case:
-    """A case of `supcon_loss`; views=None for (N, D) features, size: magnitude of the rows."""
+    """Return a case of `supcon_loss`. views=None: (N, D) features. size: magnitude of the rows."""
     generator = torch.Generator().manual_seed(N + 3 * D + 5 * (views or 0) + 7 * classes)
     shape = (N, D) if views is None else (N, views, D)
     features = size * torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -412,7 +422,7 @@ def linear_ce(
     reduction="none",
     size=1.0,
 ) -> Case:
-    """A case of `linear_cross_entropy`: ``ignored`` rows are, ``size`` is the magnitude of the logits."""
+    """Return a case of `linear_cross_entropy` with ``ignored`` rows and logits of magnitude ``size``."""
     generator = torch.Generator().manual_seed(N + 3 * D + 5 * C)
     draw = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)  # noqa: E731
     target = torch.randint(C, (N,), generator=generator)
@@ -453,14 +463,16 @@ def upsample_ce(
     label_smoothing=0.1,
     reduction="none", size=1.0,
 ) -> Case:  # fmt: skip
-    """A case of `upsample_cross_entropy`: ``ignored`` of the pixels are (all of them: 1), ``size`` is the
-    magnitude of the logits."""
+    """Return a case of `upsample_cross_entropy`.
+
+    ignored: the share of pixels, all if 1. size: magnitude of the logits.
+    """
     generator = torch.Generator().manual_seed(N + 3 * C + 5 * h + 7 * w + 11 * H + 13 * W)
     draw = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)  # noqa: E731
     target = torch.randint(C, (N, H, W), generator=generator)
     target[torch.rand(target.shape, generator=generator) < ignored] = ignore_index
     if 0 < ignored < 1 and target.numel():
-        target.view(-1)[0] = C - 1  # the pixel at the first logits counts
+        target.view(-1)[0] = C - 1  # the first pixel counts
     tensors = {"logits": size * draw(N, C, h, w), "target": target}
     tensors |= {"class_weight": draw(C).abs() + 0.1} if class_weight else {}
     options = dict(ignore_index=ignore_index, label_smoothing=label_smoothing, reduction=reduction)
@@ -490,7 +502,7 @@ def upsample_ce(
 
 
 class _Pooled(nn.Module):
-    """The op as a module, likewise."""
+    """The op as a module, for the same reason."""
 
     def __init__(self, bn, call):
         super().__init__()
@@ -501,7 +513,7 @@ class _Pooled(nn.Module):
 
 
 def norm_pool(N=3, C=5, h=4, w=3, *, training=True, **norm) -> Case:
-    """A case of `norm_relu_pool`; norm: options of the BatchNorm2d."""
+    """Return a case of `norm_relu_pool`. norm: options of the BatchNorm2d."""
     generator = torch.Generator().manual_seed(N + 3 * C + 5 * h + 7 * w)
     draw = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)  # noqa: E731
     bn = nn.BatchNorm2d(C, **norm).double().train(training)
@@ -529,14 +541,13 @@ def norm_pool(N=3, C=5, h=4, w=3, *, training=True, **norm) -> Case:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Memory layouts: the same values, stored otherwise.
+# Memory layouts: the same values, stored differently
 
 LAYOUTS = ("transposed", "slice", "step", "channels_last")
 
 
 def relayout(t: torch.Tensor, layout: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """``t`` stored another way, as a leaf, and the storage around it (nan where it does not belong to
-    ``t``)."""
+    """Return ``t`` stored another way, as a leaf, and its storage, nan outside ``t``."""
     dims = tuple(reversed(range(t.dim())))
     with torch.no_grad():
         if layout == "contiguous":
@@ -561,4 +572,4 @@ SMALL = {
     "norm_relu_pool": norm_pool,
     "upsample_cross_entropy": upsample_ce, "upsample_conv3x3": up_conv,
 }  # fmt: skip
-FORMS = SMALL | {"reconstruction_loss, chain": chain}  # those of an op that has other kernels for them, too
+FORMS = SMALL | {"reconstruction_loss, chain": chain}  # forms with kernels of their own, too

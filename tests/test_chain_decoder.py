@@ -1,5 +1,4 @@
-"""`reconstruction_loss` with chain decoders: released values, every form of layer and size, statistics,
-processes, messages."""
+"""`reconstruction_loss` with chain decoders: the authors' values, every form, statistics, messages."""
 
 from __future__ import annotations
 
@@ -35,7 +34,7 @@ def scaled(
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The released code
+# The authors' code
 
 
 def released_decoder(case, dtype) -> nn.Sequential:
@@ -157,8 +156,7 @@ def any_case(draw):
 @settings(max_examples=60)
 @given(any_case(), st.sampled_from(("contiguous", *op_cases.LAYOUTS)))
 def test_any_case(cpu, case, layout):
-    """Gradients in float64: in float32, tiny maps and several batch norms make a plain layer's error a matter
-    of luck."""
+    """Gradients in float64: in float32, tiny maps and several batch norms make plain torch's error random."""
     inputs = {k: op_cases.relayout(t, layout)[0] for k, t in case.inputs().items()}
     exact = op_cases.widened(inputs)
     loss, wanted = case.function(cpu)(inputs), case.plain(exact)
@@ -173,8 +171,7 @@ def test_any_case(cpu, case, layout):
 
 @pytest.mark.parametrize("N", (1, 2, 3))
 def test_few_samples_are_shared_out_by_rows(N, cpu, threads):
-    """Bands of rows meet without a seam, however many there are; a large map has several for the cache's
-    sake."""
+    """Any number of bands of rows meet without a seam; a large map has several anyway."""
     for h, w, stages in (
         (67, 5, ((None, 1, 6), (doubled(), 3, 4))), (40, 300, ((None, 3, 4), (doubled(), 3, 16)))
     ):
@@ -193,7 +190,7 @@ def test_few_samples_are_shared_out_by_rows(N, cpu, threads):
 
 
 def test_a_layer_in_two_places(impl):
-    """One ReLU and one Upsample object for all stages, as people write it."""
+    """One ReLU and one Upsample object serve all stages, as in users' code."""
     relu, up = nn.ReLU(inplace=True), doubled()
     torch.manual_seed(0)
     decoder = nn.Sequential(
@@ -219,7 +216,7 @@ def test_large_logits(impl):
 
 
 def test_a_shifted_channel(impl):
-    """A mean far larger than the spread: the statistics have to be stable."""
+    """A mean far larger than the spread needs stable statistics."""
     case = chain(N=4, h=8, w=8, magnified=64.0)
     case.tensors["decoder.0.bias"].add_(1000.0)
     check(case, impl, torch.float64)
@@ -252,8 +249,7 @@ def test_running_statistics_move_as_in_the_layers_own_forward(momentum, impl):
 def synced_step(
     rank: int, sizes: tuple[int, ...], impl: str, dtype: torch.dtype, store: str, folder: str
 ) -> None:
-    """One process of a data-parallel step: its share of the batch, loss, gradients and statistics, written to
-    ``folder``."""
+    """Run one process of a data-parallel step; write its loss, gradients and statistics to ``folder``."""
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=len(sizes))
     torch.set_num_threads(1)
     decoder, features, image = (t.to(dtype) for t in synced_inputs(sum(sizes)))
@@ -267,7 +263,7 @@ def synced_step(
 
 
 def synced_inputs(N: int):
-    """Decoder, features and image: float64, with values that float32 has."""
+    """Return decoder, features and image in float64, with values that float32 holds."""
     decoder = make_chain(5, ((None, 1, 7), (doubled(), 3, 4)), doubled(), norm=nn.SyncBatchNorm)
     generator = torch.Generator().manual_seed(3)
     features = torch.randn(N, 5, 3, 4, generator=generator)
@@ -276,8 +272,7 @@ def synced_inputs(N: int):
 
 @pytest.mark.parametrize("sizes", ((2, 3), (4, 0)), ids=str)
 def test_sync_batch_norm_takes_the_statistics_of_all_processes(sizes, impl, tmp_path):
-    """As one process with the whole batch and the sum of the losses would; a process may have an empty
-    batch."""
+    """As one process with the whole batch would, for the sum of the losses. A batch may be empty."""
     assert_synced(sizes, impl, torch.float64, tmp_path)
 
 
@@ -311,8 +306,7 @@ def assert_synced(sizes: tuple[int, ...], impl: str, dtype: torch.dtype, folder)
 
 
 def layers(**swap) -> nn.Sequential:
-    """conv1x1 5 to 7, BatchNorm2d, ReLU, Upsample, conv3x3 to 3, Sigmoid, with those of ``swap``, by place,
-    instead."""
+    """Return conv1x1 5 to 7, BatchNorm2d, ReLU, Upsample, conv3x3 to 3, Sigmoid, with ``swap`` by place."""
     plain = [
         nn.Conv2d(5, 7, 1), nn.BatchNorm2d(7), nn.ReLU(), doubled(), nn.Conv2d(7, 3, 3, padding=1),
         nn.Sigmoid(),

@@ -1,5 +1,4 @@
-"""Every op under torch.compile(fullgraph=True): the same values and gradients as eager, rows ignored or not,
-any batch size."""
+"""Every op under torch.compile(fullgraph=True): eager's values and gradients, for any batch size."""
 
 from __future__ import annotations
 
@@ -23,8 +22,7 @@ def _fresh_compiler():
 
 
 def network(op: str):
-    """A module with a layer in front of the op, as in use, and a function that makes its inputs for a batch
-    of n."""
+    """Return a module with a layer in front of the op, its loss, and a function that makes n inputs."""
     torch.manual_seed(0)
     first = torch.nn.Linear(6, 5 if op in ("supcon_loss", "linear_cross_entropy") else 30)
     if op.startswith("reconstruction_loss"):
@@ -121,7 +119,7 @@ ZERO = {
 
 
 def run(modules, loss, x, y, impl):
-    """Loss, gradients and buffers of one call, modules as they were before it."""
+    """Return loss, gradients and buffers of one call; the modules end as they were."""
     before = copy.deepcopy(modules.state_dict())
     x = x.clone().requires_grad_()
     value = loss(x, y, impl)
@@ -160,13 +158,12 @@ def test_captured_in_one_graph(op, impl):
 
 @pytest.mark.parametrize("op", op_cases.FORMS)
 def test_compiled_by_inductor(op, cpu):
-    """A graph of any batch from the start; captured, the reference is torch's own operators, whose code
-    inductor answers for."""
+    """A graph of any batch from the start. The reference would only test inductor's own code."""
     assert_compiled_is_eager(op, cpu, "inductor", sizes=(6, 13), dynamic=True)
 
 
 def test_all_rows_ignored(impl):
-    """The loss is 0, not what was left in memory; a later batch with rows that count reuses the graph."""
+    """The loss is 0, not what memory held; a later batch with rows that count reuses the graph."""
     modules, loss, inputs = network("linear_cross_entropy")
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     x, y = inputs(8)
@@ -178,7 +175,7 @@ def test_all_rows_ignored(impl):
 
 
 def test_batch_norm_modes_recompile(impl):
-    """Training, eval, and back: each has its own graph, and the running statistics move in training alone."""
+    """Each mode has its own graph; the running statistics move in training only."""
     modules, loss, inputs = network("reconstruction_loss")
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     x, y = inputs(6)

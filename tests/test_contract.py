@@ -1,5 +1,4 @@
-"""What every op promises, whatever implementation runs it. Each clause is a test over all ops and all
-implementations."""
+"""What every op promises: each clause is a test of all ops and all implementations."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ from infopro_fast import ops
 from tests import compare, op_cases
 from tests.op_cases import FORMS, SMALL, Case, Tensors, gradients, upstream
 
-# Ops of four-dimensional inputs.
+# Ops with four-dimensional inputs
 MAPS = (
     "reconstruction_loss", "reconstruction_loss, chain", "norm_relu_pool", "upsample_cross_entropy",
     "upsample_conv3x3",
@@ -30,14 +29,14 @@ def case(request) -> Case:
 
 
 def results(case: Case, impl: str, inputs: Tensors | None = None) -> Tensors:
-    """Loss and gradients by name, of fresh float64 inputs where none are given."""
+    """Return loss and gradients by name, of fresh float64 inputs if none are given."""
     inputs = case.inputs() if inputs is None else inputs
     loss = case.function(impl)(inputs)
     return {"loss": loss.detach()} | gradients(loss, inputs)
 
 
 def assert_all_close(found: Tensors, expected: Tensors, case: Case) -> None:
-    """Every tensor of ``found`` is close to that of ``expected``, which has all of the case's gradients."""
+    """Each tensor of ``found`` is close to its namesake in ``expected``, which has all gradients."""
     for name, t in found.items():
         scale = expected[case.zero.get(name, name)].abs().max().item() * case.condition
         compare.assert_close(t, expected[name].double(), scale=scale, what=name)
@@ -78,7 +77,7 @@ LONG = {
 
 @pytest.mark.parametrize("name", LONG)
 def test_sums_as_long_as_in_use(name, isa):
-    """Thousands of terms added one after the other in float32 would lose more than plain torch does."""
+    """Thousands of terms, added up one by one in float32, would lose more than plain torch loses."""
     op_cases.check(LONG[name](), "cpu", torch.float32)
 
 
@@ -88,7 +87,7 @@ def test_every_instruction_set(case, isa, dtype):
 
 
 def leaves(case: Case, impl: str):
-    """The loss as a function of its differentiable inputs alone, and those."""
+    """Return the loss as a function of the differentiable inputs, and these inputs."""
     inputs, f = case.inputs(), case.function(impl)
 
     def loss(*given):
@@ -98,7 +97,7 @@ def leaves(case: Case, impl: str):
 
 
 TWICE = op_cases.doubled()
-# A call for every number of the inputs and of the result: as few of them as a case of its kind can have.
+# gradcheck calls an op for every number of its inputs and results: cases as small as possible.
 TINY = {
     "reconstruction_loss": lambda: op_cases.reconstruction(N=2, C=2, h=2, w=3, H=3, W=4, K=2),
     "reconstruction_loss, chain": lambda: op_cases.chain(
@@ -114,7 +113,7 @@ TINY = {
 
 @pytest.mark.parametrize("op", FORMS)
 def test_gradcheck(op, impl):
-    """The reference is differentiated by torch: along random directions."""
+    """torch differentiates the reference, so random directions are enough there."""
     assert torch.autograd.gradcheck(
         *leaves(TINY[op](), impl), atol=1e-6, rtol=1e-5, fast_mode=impl == "reference"
     )
@@ -190,12 +189,12 @@ def test_gradients_accumulate(case, impl):
 
 
 def test_each_subset_of_inputs_requiring_grad(case, impl):
-    """Of the reference, for which autograd sees to it, one alone and all but one."""
+    """The reference, which autograd handles, needs only single inputs and all but one."""
     everything, number = results(case, impl), len(case.differentiable)
     for n in range(1, number + 1):
         if (
             number > 8 and 2 < n < number - 1 or impl == "reference" and 1 < n < number - 1
-        ):  # thousands of them: near none and near all
+        ):  # there are thousands: test the ends
             continue
         for subset in itertools.combinations(case.differentiable, n):
             found = results(case, impl, case.inputs(grad=subset))
@@ -213,7 +212,7 @@ def test_without_grad(case, impl, mode):
 
 
 def test_auto_is_one_of_them(case, request):
-    """impl="auto" gives exactly what one of the implementations that can run gives."""
+    """impl="auto" gives the bits of one of the implementations that can run."""
     names = [k for k, reason in ops.available(case.op, "cpu").items() if reason is None]
     found = results(case, "auto")
     assert any(all(torch.equal(found[k], t) for k, t in results(case, name).items()) for name in names)
@@ -224,7 +223,7 @@ def test_auto_is_one_of_them(case, request):
 
 
 def test_autocast(case, impl):
-    """The arithmetic of a loss is float32 at least: autocast does not change its bits."""
+    """Autocast does not change a loss, whose arithmetic is at least float32."""
     expected = results(case, impl, case.inputs(torch.float32))
     inputs = case.inputs(torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -236,7 +235,7 @@ def test_autocast(case, impl):
 
 @pytest.mark.parametrize("low", (torch.bfloat16, torch.float16))
 def test_low_precision_activations_with_float32_parameters(case, impl, low):
-    """What a network under autocast hands over."""
+    """A network under autocast calls an op with these."""
     first = case.differentiable[0]
     inputs = case.inputs(torch.float32)
     inputs[first] = inputs[first].detach().to(low).requires_grad_()
@@ -286,7 +285,7 @@ def test_inputs_one_by_one_strided(case, impl):
 
 
 def test_expanded_inputs(case, impl):
-    """Rows that are one row seen many times (stride 0)."""
+    """All rows are one row (stride 0)."""
     first = case.differentiable[0]
     inputs = case.inputs()
     row = inputs[first].detach()[:1]
@@ -320,7 +319,7 @@ def test_nothing_of_the_user_is_written(case, impl, layout, dtype):
     value = loss.detach().clone()
     found = gradients(loss, stored, grad, retain_graph=True)
     for g in found.values():
-        g.fill_(torch.nan)  # a gradient is the user's: writing to it must not reach anything kept
+        g.fill_(torch.nan)  # writing to a gradient must not reach what is kept
     again = gradients(loss, stored, grad)
     assert all(torch.isfinite(g).all() for g in again.values())
     for name in stored:
@@ -331,7 +330,7 @@ def test_nothing_of_the_user_is_written(case, impl, layout, dtype):
 
 
 def test_changing_an_input_before_backward_is_noticed(case, cpu):
-    """The kernels keep their inputs for backward: autograd checks that they are what they were."""
+    """The kernels keep their inputs for backward; autograd notices a change."""
     inputs = case.inputs()
     leaf = inputs[case.differentiable[0]]
     moved = leaf * 1
@@ -388,7 +387,7 @@ def test_batch_of_one(op, impl, dtype):
 
 @pytest.mark.parametrize("bad", (torch.nan, torch.inf))
 def test_a_non_finite_input_is_not_hidden(case, impl, bad):
-    """Training stops at a non-finite loss: so the loss has to become one."""
+    """Training stops at a non-finite loss, so the loss must become one."""
     inputs = case.inputs(torch.float32)
     with torch.no_grad():
         inputs[case.differentiable[0]].view(-1)[0] = bad
@@ -439,7 +438,7 @@ def test_several_threads_are_deterministic(op, cpu, threads):
 
 @pytest.mark.parametrize("op", LARGE)
 def test_calls_from_several_python_threads(op, impl):
-    """Nothing is kept between calls: concurrent ones do not disturb each other."""
+    """Calls share no state, so concurrent ones do not disturb each other."""
 
     def call(_=None) -> Tensors:
         case = LARGE[op]()  # one for each call: a case swaps parameters into its own module
@@ -453,8 +452,7 @@ def test_calls_from_several_python_threads(op, impl):
 
 
 class _Items(TorchDispatchMode):
-    """Counts the calls that would wait for a device: reading a value back, or a shape that depends on
-    values."""
+    """Fail at a call that would wait for a device: a value read back, or a shape that depends on values."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
@@ -476,7 +474,7 @@ def test_no_value_is_read_back_to_the_host(case, impl):
 
 
 def raw_calls(op: str, dtype: torch.dtype, impl: str = "cpu"):
-    """(overload, arguments) of the opaque ops behind an op, as autograd calls them."""
+    """Return (overload, arguments) of the opaque ops behind an op, as autograd calls them."""
     calls = []
 
     class Record(TorchDispatchMode):
@@ -497,7 +495,7 @@ def raw_calls(op: str, dtype: torch.dtype, impl: str = "cpu"):
 STAGES = (
     ["chain_stage_forward"] * 2 + ["chain_loss_forward", "chain_loss_backward"] + ["chain_stage_backward"] * 2
 )
-OPAQUE = {"reconstruction_loss, chain": STAGES}  # the ops behind a form, where they are not one a direction
+OPAQUE = {"reconstruction_loss, chain": STAGES}  # forms that are not one opaque op a direction
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -561,7 +559,7 @@ def test_available_of_an_unknown_op():
 
 
 def test_a_batch_norm_with_a_weight_alone(impl):
-    """nn.BatchNorm2d(bias=False): as with a bias of 0."""
+    """nn.BatchNorm2d(bias=False) counts as a bias of 0."""
     x, image = torch.rand(3, 4, 5, 5, dtype=torch.float64), torch.rand(3, 3, 5, 5, dtype=torch.float64)
     calls = {
         "decoder": (op_cases.make_decoder(4, 6), 1),

@@ -1,7 +1,7 @@
-"""On a GPU: every op by every kernel that can run it, and the trainer. Skipped where there is none;
-benchmarks/gpu.sh runs it there.
+"""Tests for a GPU, skipped without one: every op by every kernel that can run it, and the trainer.
 
-Needs nothing but pytest beside the package: the machine may have no more.
+benchmarks/gpu.sh runs them there. They need only pytest beside the package, since the machine may have no
+more.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def kernel(request) -> str:
 
 
 def need(form: str, impl: str) -> None:
-    """form: an op, or one with what is special of it behind a comma."""
+    """form: an op, or an op and a variant after a comma."""
     reason = ops.available(form.partition(", ")[0], "cuda")[impl]
     if reason is not None:
         pytest.skip(reason)
@@ -96,7 +96,7 @@ def case(request, kernel) -> Case:
 
 @pytest.fixture(autouse=True)
 def full_precision():
-    """Products in float32, as torch's own default is for matrices."""
+    """Matrix products run in float32, torch's default for them."""
     with torch.backends.cudnn.flags(
         enabled=True, allow_tf32=False
     ):  # `flags` turns cuDNN off where it is not told
@@ -129,7 +129,7 @@ def test_shapes_in_use(name, kernel, dtype):
 
 
 def test_tf32_is_used_when_asked_for_and_only_then(kernel):
-    """Errors of a product with long sums: in float32 about 1e-7, in TF32 about 1e-4."""
+    """Errors of a product with long sums: about 1e-7 in float32, 1e-4 in TF32."""
     if kernel == "cuda":
         pytest.skip("the CUDA C++ kernels compute in float32")
     case = op_cases.linear_ce(
@@ -248,11 +248,10 @@ SMALL_TENSORS = 2**18  # bytes: weights' gradients and copies, sums, and what th
 
 @pytest.mark.parametrize("C, h", [(16, 32), (32, 16), (64, 8)])
 def test_decoder_peak(kernel, C, h):
-    """Beyond the gradient returned. CUDA C++: under a quarter of the resized map; Triton: what its programs
-    take by their plan.
+    """Memory beyond the returned gradient.
 
-    (tests/test_cuda_host.py has the former of the plans for these shapes, tests/test_triton_memory.py the
-    latter of the launchers.)
+    CUDA C++ needs under a quarter of the resized map, Triton what its programs' plan says.
+    tests/test_cuda_host.py and tests/test_triton_memory.py check these plans without a GPU.
     """
     need("reconstruction_loss", kernel)
     N = 1024
@@ -280,10 +279,9 @@ def triton_workspace(N: int, C: int, h: int) -> int:
 
 @pytest.mark.parametrize("stages", ((), ((op_cases.doubled(), 3, 12),)), ids=("last", "two"))
 def test_chain_decoder_peak(stages):
-    """CUDA C++ kernels, forward and backward, beyond z, its gradient and that of the features: a sixteenth of
-    the logits.
+    """CUDA C++ memory beyond z, its gradient and the features' gradient: a sixteenth of the logits.
 
-    And the partial sums of the blocks, which are as many for every N; tests/test_cuda_host_chain.py has the
+    The partial sums of the blocks add to it, for every N the same; tests/test_cuda_host_chain.py has the
     plans' bytes.
     """
     need("reconstruction_loss", "cuda")
@@ -317,10 +315,16 @@ def test_supcon_peak():
 
 def trainer(device: str = "cuda", **options):
     torch.manual_seed(0)
-    net = infopro_fast.build("resnet20", 3, "contrast", cuts=[(1, 1), (2, 1)], lambdas=(5, 0.5, 0.5, 1)).to(
-        device
-    )
-    return infopro_fast.LocalTrainer(net, released_sgd(lr=0.02), **options)
+    net = infopro_fast.build("resnet20", 3, "contrast", cuts=[(1, 1), (2, 1)], lambdas=(5, 0.5, 0.5, 1))
+    return infopro_fast.LocalTrainer(net.to(device), released_sgd(lr=0.02), **options)
+
+
+@pytest.fixture
+def replays(monkeypatch) -> list[torch.cuda.CUDAGraph]:
+    """The graph of each replay so far."""
+    found, replay = [], torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: found.append(graph) or replay(graph))
+    return found
 
 
 def batches(count: int, N: int = 16):
@@ -333,8 +337,8 @@ def batches(count: int, N: int = 16):
 
 
 @pytest.mark.parametrize("amp", (None, torch.bfloat16))
-def test_graph_makes_the_steps_that_python_makes(amp):
-    """Rates that change, and a smaller batch in between, too."""
+def test_graph_makes_the_steps_that_python_makes(amp, replays):
+    """Also with rates that change and a smaller batch in between."""
     torch.backends.cudnn.deterministic = True
     plain, graphed = trainer(amp=amp), trainer(amp=amp, cuda_graph=True)
     given = batches(7)
@@ -348,7 +352,7 @@ def test_graph_makes_the_steps_that_python_makes(amp):
             compare.assert_close(
                 found[name].double(), value.double(), dtype=torch.float32, what=f"step {i}: {name}"
             )
-    assert graphed._graphed._graph is not None, "no step was captured"
+    assert replays, "no step was captured"
     for (name, p), q in zip(plain.net.state_dict().items(), graphed.net.state_dict().values()):
         if p.is_floating_point():
             compare.assert_close(q, p.double(), what=name)
@@ -369,15 +373,16 @@ def test_state_from_before_the_graph_is_taken_after_it():
         compare.assert_close(value.double(), expected[name].double(), dtype=torch.float32, what=name)
 
 
-def test_a_graph_on_a_device_that_is_not_the_current_one():
+def test_a_graph_on_a_device_that_is_not_the_current_one(replays):
     if torch.cuda.device_count() < 2:
         pytest.skip("one GPU")
     torch.backends.cudnn.deterministic = True
     runs = []
     for device in ("cuda:0", "cuda:1"):
         t = trainer(cuda_graph=True, device=device)
+        replays.clear()
         runs.append([t.step(image.to(device), label.to(device))["loss"].cpu() for image, label in batches(6)])
-        assert t._graphed._graph is not None and torch.cuda.current_device() == 0
+        assert replays and torch.cuda.current_device() == 0
     for found, expected in zip(*runs, strict=True):
         compare.assert_close(found, expected.double(), what="loss")
 
@@ -414,8 +419,7 @@ def test_a_moving_average_does_not_wait_for_the_device():
 
 @pytest.mark.parametrize("resident", (True, False))
 def test_batches_do_not_wait_for_the_device(resident):
-    """From the second one on: an epoch begins with copies of its order, and a run with those of mean and
-    deviation."""
+    """From the second on: an epoch first copies its order, and a run the mean and deviation."""
     generator = torch.Generator().manual_seed(0)
     split = Split(
         torch.randint(256, (64, 3, 32, 32), dtype=torch.uint8, generator=generator), torch.arange(64) % 10

@@ -1,5 +1,4 @@
-"""Which implementation runs: on CUDA tensors (fake ones, which need no GPU) and where one cannot, and that
-Triton is imported last."""
+"""Which implementation runs, on fake CUDA tensors and on the CPU; when Triton is imported."""
 
 from __future__ import annotations
 
@@ -24,7 +23,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 @pytest.fixture
 def on_cuda(monkeypatch):
-    """Fake CUDA tensors; dispatch as on a machine with an H100, and without compiled CUDA kernels."""
+    """Fake CUDA tensors; dispatch as on a machine with an H100 and without compiled CUDA kernels."""
     monkeypatch.setitem(dispatch.UNAVAILABLE, "cuda", "none were built")
     monkeypatch.setattr(dispatch, "too_old", lambda device: None)
     with FakeTensorMode():
@@ -32,7 +31,7 @@ def on_cuda(monkeypatch):
 
 
 class _Calls(TorchDispatchMode):
-    """Records the opaque ops that run, by name."""
+    """Record the opaque ops that run, by name."""
 
     def __init__(self):
         super().__init__()
@@ -79,7 +78,7 @@ def test_auto_on_cuda_takes_the_compiled_kernels_then_triton(on_cuda, monkeypatc
 
 
 def chain_call(impl: str, up: torch.nn.Upsample):
-    """A chain decoder, all of it on the device of fake tensors."""
+    """Call the op with a chain decoder of fake CUDA tensors; return the opaque ops that ran."""
     nn = torch.nn
     with torch.device("cuda"):
         decoder = nn.Sequential(
@@ -218,7 +217,8 @@ def test_a_named_implementation_that_cannot_run_on_cuda(impl, words, on_cuda):
 @pytest.mark.parametrize("op", [op for op in SMALL if ops.has_kernels(op, "triton")])
 def test_triton_on_cpu_tensors_says_what_it_takes(op):
     inputs = SMALL[op]().inputs(torch.float32)
-    words = r"\S+ is on cpu: runs on CUDA tensors; on CPU tensors in Triton's interpreter alone, if TRITON_"
+    interpreter = "on CPU tensors in Triton's interpreter alone, if TRITON_INTERPRET=1"
+    words = rf"\S+ is on cpu: runs on CUDA tensors; {interpreter}"
     with pytest.raises(ValueError, match=f"{op}: impl='triton' cannot run this call: {words}"):
         SMALL[op]().function("triton")(inputs)
 
@@ -237,7 +237,7 @@ def test_without_triton_there_is_a_reason(on_cuda, monkeypatch):
     monkeypatch.setitem(dispatch.UNAVAILABLE, "triton", "triton is not installed")
     with pytest.raises(
         ValueError,
-        match="impl='triton' cannot run this call: features is on cuda:0: triton is not installed",
+        match="^supcon_loss: impl='triton' cannot run this call: features is on cuda:0: triton is not inst",
     ):
         dispatch.resolve("supcon_loss", "triton", tensors(on_cuda))
 

@@ -1,5 +1,4 @@
-"""`linear_cross_entropy`: every option against F.cross_entropy(F.linear(...)), gradients included; edges;
-messages."""
+"""`linear_cross_entropy`: every option against F.cross_entropy(F.linear(...)); edges; messages."""
 
 from __future__ import annotations
 
@@ -60,7 +59,7 @@ def test_sizes(N, D, C, impl):
 
 
 def test_one_class(impl):
-    """Nothing to choose: loss and gradients are 0."""
+    """There is no choice: loss and gradients are 0."""
     case = linear_ce(N=33, D=9, C=1)
     for dtype in FLOATS:
         inputs = case.inputs(dtype)
@@ -75,15 +74,14 @@ def test_one_class(impl):
 @pytest.mark.parametrize("size", (1e-3, 30.0, 1e4))
 @pytest.mark.parametrize("label_smoothing", (0.0, 0.1))
 def test_size_of_the_logits(size, label_smoothing, impl):
-    """Up to logits of 1e4 and more: their exponentials overflow unless the row's maximum is taken out."""
+    """Logits up to 1e4 and more: exponentials overflow unless the row's maximum is subtracted."""
     for dtype in FLOATS:
         check(linear_ce(N=40, D=16, C=37, size=size, label_smoothing=label_smoothing), impl, dtype)
 
 
 @pytest.mark.parametrize("C", (7, 300, 1600))
 def test_a_class_masked_by_its_bias(C, impl):
-    """A bias of -inf takes a class out; of 1600 the whole first chunk, which leaves nothing to take the
-    maximum of."""
+    """A bias of -inf removes a class; of 1600, the whole first chunk, which then has no maximum."""
     case = linear_ce(N=20, D=5, C=C, class_weight=False, label_smoothing=0.0)
     case.tensors["bias"][: 2 * C // 3] = -torch.inf
     case.tensors["target"].copy_(C - 1 - torch.arange(20) % (C // 3))
@@ -98,7 +96,7 @@ def test_a_class_masked_by_its_bias(C, impl):
 @pytest.mark.parametrize("ignore_index", (-100, -1, 3, 255))
 @pytest.mark.parametrize("target_dtype", (torch.int64, torch.int32, torch.int16, torch.uint8))
 def test_targets(ignore_index, target_dtype, impl):
-    """The ignored index may be that of a class; the target's dtype does not matter."""
+    """The ignored index may be a class; the target's dtype does not matter."""
     if target_dtype == torch.uint8 and ignore_index < 0:
         ignore_index += 256
     case = linear_ce(N=23, D=11, C=13, ignored=6, ignore_index=ignore_index)
@@ -154,7 +152,7 @@ def test_a_label_out_of_range_raises(bad, target_dtype, impl):
 @pytest.mark.parametrize("class_weight", (False, True))
 @pytest.mark.parametrize("dtype", (*FLOATS, torch.bfloat16))
 def test_all_rows_ignored(class_weight, label_smoothing, reduction, dtype, impl):
-    """0 with zero gradients, where torch's mean is nan with nan gradients."""
+    """0 with zero gradients; torch's mean is nan with nan gradients."""
     case = linear_ce(
         N=9, ignored=9, class_weight=class_weight, label_smoothing=label_smoothing, reduction=reduction
     )
@@ -174,7 +172,7 @@ def test_class_weights_that_are_all_zero(impl):
 
 
 def test_an_ignored_row_may_be_huge(impl):
-    """Padding does not overflow into the loss or the gradients of the rows that count."""
+    """Padding does not reach the loss or the gradients of other rows."""
     case = linear_ce(N=9, ignored=3, reduction="mean")
     inputs, clean = case.inputs(), case.inputs()
     padding = inputs["target"] == -100
@@ -214,7 +212,7 @@ def test_correct(N, D, C, ignored, impl):
 
 @pytest.mark.parametrize("C", (3, 40, 700))
 def test_the_first_of_equal_logits_counts(C, impl):
-    """Whole-number logits, so that ties are ties in any order of summation."""
+    """Whole-number logits tie in any order of summation."""
     generator = torch.Generator().manual_seed(C)
     weight = torch.zeros(C, 4)
     weight[:, 0] = torch.randint(3, (C,), generator=generator).float()

@@ -1,5 +1,4 @@
-"""norm_relu_pool beyond the contract of every op: shapes, layers' options, running statistics, what it keeps,
-what it says."""
+"""`norm_relu_pool`: shapes, options of the layers, running statistics, memory, messages, the convolution."""
 
 from __future__ import annotations
 
@@ -141,7 +140,7 @@ NAMES = ("x", "conv.weight", "bn.weight", "bn.bias")
 
 @pytest.fixture
 def fused(monkeypatch, cpu):
-    """Channels that the kernels would leave to oneDNN go through them, too."""
+    """The kernels take convolutions of any number of channels, also those that oneDNN would run."""
     monkeypatch.setattr(MODULE, "pays", lambda shape, conv: True)
     return cpu
 
@@ -158,7 +157,7 @@ def head(C, K, stride, *, dtype=torch.float64, training=True, affine=True, seed=
 
 
 def pooled_and_gradients(call, x, conv, bn, upstream=None):
-    """Result, gradients and statistics of copies of the layers."""
+    """Return result, gradients and statistics of copies of the layers."""
     conv, bn, x = copy.deepcopy(conv), copy.deepcopy(bn), x.detach().clone().requires_grad_()
     pooled = call(x, conv, bn)
     generator = torch.Generator().manual_seed(1)
@@ -181,7 +180,7 @@ def plain(x, conv, bn):
 
 
 def assert_conv(x, conv, bn, impl):
-    """Errors against float64 of at most twice torch's own, and its strides."""
+    """Errors against float64 are at most twice torch's; the gradient has the input's strides."""
     wide = (x.double(), copy.deepcopy(conv).double(), copy.deepcopy(bn).double())
     exact = pooled_and_gradients(plain, *wide)
     found, theirs = pooled_and_gradients(ours(impl), x, conv, bn), pooled_and_gradients(plain, x, conv, bn)
@@ -274,8 +273,7 @@ def test_convolution_each_subset_of_gradients(fused, stride):
 
 @pytest.mark.parametrize("stride", (1, 2))
 def test_convolution_contract(fused, threads, stride):
-    """Empty batches; nan is not hidden; nothing is written; the same bits twice, whatever the threads, to
-    rounding."""
+    """Empty batches; nan is not hidden; nothing is written; same bits twice; any number of threads."""
     conv, bn = head(5, 6, stride)
     x = torch.randn(7, 5, 9, 8, dtype=torch.float64)
     empty = x[:0].clone().requires_grad_()
@@ -336,7 +334,7 @@ def test_convolution_compiles(fused, stride):
 
 @pytest.mark.parametrize("stride", (1, 2))
 def test_convolution_with_kept_tensors_stored_anew(fused, stride):
-    """saved_tensors_hooks may hand back other strides, as torch.autograd.graph.save_on_cpu does."""
+    """saved_tensors_hooks may return other strides, as torch.autograd.graph.save_on_cpu does."""
     conv, bn = head(5, 6, stride)
     x = torch.randn(3, 5, 6, 7, dtype=torch.float64)
     expected = pooled_and_gradients(ours(fused), x, conv, bn)
@@ -377,8 +375,7 @@ class Standardised(nn.Conv2d):
 
 
 def test_what_else_a_layer_does_is_done(fused):
-    """Hooks, pruning, norms of weights, parametrisations and subclasses: the layer's own call, in the op and
-    in a head."""
+    """With hooks, pruning, weight norms, parametrisations or subclasses the layer itself is called."""
     x, bn, calls = torch.randn(4, 16, 8, 8), nn.BatchNorm2d(32), []
     conv = lambda kind=nn.Conv2d: kind(16, 32, 3, stride=2, padding=1, bias=False)  # noqa: E731
     hooked, pruned, normed, parametrised, standardised = conv(), conv(), conv(), conv(), conv(Standardised)
@@ -411,7 +408,7 @@ def test_large_maps_are_left_to_the_library():
 
 
 def test_other_convolutions_are_the_layers_own(cpu, impl):
-    """What the kernels do not take, and what they leave to oneDNN: the layer, then the op."""
+    """Convolutions that the kernels cannot take, or leave to oneDNN, run as the layer."""
     x = torch.randn(2, 4, 6, 5)
     for conv in (
         nn.Conv2d(4, 20, 3, padding=1), nn.Conv2d(4, 20, 1, bias=False),

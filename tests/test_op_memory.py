@@ -1,7 +1,6 @@
-"""What the kernels do not hold: bytes kept for backward, and the peak of forward + backward in a process of
-its own.
+"""Memory of the kernels: bytes kept for backward, and the peak of forward and backward in a new process.
 
-The same measure of plain torch is the control: it has to find the maps that plain torch is known to keep.
+The same measure of plain torch is the control: it must find the maps that plain torch is known to keep.
 """
 
 from __future__ import annotations
@@ -126,8 +125,7 @@ def test_nothing_is_kept_where_nothing_requires_grad(make, cpu):
 
 
 def test_plain_torch_keeps_its_maps():
-    """The measure sees what it should: nearly the three resized maps and five of K channels; three maps of N
-    x N."""
+    """The measure sees nearly three resized maps and five of K channels; three N x N maps."""
     shape = shapes.DecoderShape(8, 64, 8, 32)
     workload = workloads.decoder("eager", shape)
     assert memory.saved_bytes(workload.forward, workload.inputs) > shape.resized_bytes()
@@ -141,7 +139,7 @@ def test_plain_torch_keeps_its_maps():
 
 
 def transient(op: str, shape, small, method: str = workloads.OURS, direction: str = "both") -> int:
-    """Bytes above the results, at the highest point of the call."""
+    """Return the bytes above the results at the highest point of the call."""
     found = memory.peak_bytes(
         "benchmarks.workloads:for_peak",
         op=op,
@@ -189,8 +187,11 @@ def test_upsample_conv3x3_never_forms_the_resized_map(cpu):
 
 @pytest.mark.memory
 def test_supcon_loss_has_no_square_buffer(cpu):
-    """Backward has the rows four times (as they are, and packed three ways) and a gradient for each of two
-    threads; a thread has a tile of 768 x 32 and two of D x 32; a row has eight numbers."""
+    """Backward's memory follows from its buffers.
+
+    It has the rows four times (as they are, and packed three ways) and a gradient for each of two threads. A
+    thread has a tile of 768 x 32 and two of D x 32; a row has eight numbers.
+    """
     shape = shapes.SupConShape(4096)
     inputs_again, tiles, numbers = 4 * shape.N * shape.D, 2 * 4 * 32 * (768 + 2 * shape.D), 8 * 4 * shape.N
     found = transient("supcon_loss", shape, shapes.SupConShape(256))
@@ -216,14 +217,14 @@ def test_linear_cross_entropy_needs_a_quarter_of_the_logits_at_most(cpu):
 @pytest.mark.memory
 @pytest.mark.parametrize("shape", (*shapes.DENSE, shapes.DENSE_LARGER[0]), ids=workloads.label)
 def test_upsample_cross_entropy_needs_a_number_a_pixel_at_most(shape, cpu):
-    """Where it keeps its gradient, and where backward finds it."""
+    """Both if forward keeps the gradient and if backward finds it."""
     found = transient("upsample_cross_entropy", shape, shape._replace(N=1, h=8, w=16, H=64, W=128))
     assert found <= shape.pixel_bytes()
 
 
 @pytest.mark.memory
 def test_the_peak_of_plain_torch_is_seen():
-    """A control: the maps and logits that plain torch is known to hold show up in full."""
+    """A control: the peak shows the maps and logits that plain torch holds."""
     decoder, pairs, logits = (
         shapes.DecoderShape(128, 64, 8, 32), shapes.SupConShape(2048), shapes.LinearShape(1024, 64, 10000)
     )

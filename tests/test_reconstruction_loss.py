@@ -1,5 +1,4 @@
-"""`reconstruction_loss`: released values, every option against the decoder run layer by layer, statistics,
-messages."""
+"""`reconstruction_loss`: the authors' values, every option against the plain layers, statistics, messages."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The released code
+# The authors' code
 
 
 def released_decoder(case, dtype) -> nn.Sequential:
@@ -30,7 +29,7 @@ def released_decoder(case, dtype) -> nn.Sequential:
 
 
 def released_gradients(case, features, image) -> dict[str, torch.Tensor]:
-    """What the released layers themselves give in float32."""
+    """Return the float32 gradients of the authors' layers."""
     decoder, features = released_decoder(case, torch.float32), features.detach().clone().requires_grad_()
     plain_reconstruction(features, image, decoder, case["mode"]).backward()
     return {"h": features.grad} | {name: p.grad for name, p in decoder.named_parameters(prefix="decoder")}
@@ -168,7 +167,7 @@ def test_one_bias_of_two(bias, impl):
 
 
 def test_a_normalised_image_is_restored_and_clamped(impl):
-    """Restored values just outside [0, 1] are rounding: they count as 0 and 1."""
+    """Restored values just outside [0, 1] come from rounding and count as 0 and 1."""
     case = reconstruction()
     decoder, features = make_decoder(5, 7), case.tensors["features"]
     mean, std = (torch.tensor(v, dtype=torch.float64).view(1, 3, 1, 1) for v in (MEAN, STD))
@@ -183,8 +182,7 @@ def test_a_normalised_image_is_restored_and_clamped(impl):
 
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32))
 def test_large_logits(impl, dtype):
-    """Cross entropy comes from the logits: exact where a sigmoid has rounded to 0 or 1 (there nn.BCELoss
-    stops at 100)."""
+    """The logits give an exact cross entropy where a sigmoid rounds to 0 or 1; nn.BCELoss stops at 100."""
     case = reconstruction(N=4, C=16, h=8, w=8, H=16, W=16, K=12)
     tensors = case.inputs(dtype)
     with torch.no_grad():
@@ -202,7 +200,7 @@ def test_large_logits(impl, dtype):
 
 @pytest.mark.parametrize("offset", (0.0, 30.0, 1000.0))
 def test_batch_statistics_of_a_shifted_channel(offset, impl):
-    """A mean far larger than the spread: sums of squares would lose it all; statistics have to be stable."""
+    """A mean far larger than the spread: sums of squares would lose it."""
     half_a_unit = offset / 16  # of z, in units of the floor, which is 8 of the last place
     case = reconstruction(N=8, C=16, h=8, w=8, H=32, W=32, K=12, magnified=1 + half_a_unit)
     case.tensors["decoder.0.bias"].add_(offset)
@@ -212,7 +210,7 @@ def test_batch_statistics_of_a_shifted_channel(offset, impl):
 
 
 def test_a_channel_that_never_varies(impl):
-    """Variance 0: 1/sqrt(eps) in the backward, nothing infinite."""
+    """Variance 0: backward divides by sqrt(eps); nothing is infinite."""
     case = reconstruction(K=7)
     case.tensors["decoder.0.weight"][2] = 0
     for dtype in (torch.float64, torch.float32):
@@ -355,7 +353,7 @@ def test_any_case(impl, drawn):
 
 
 def sequential(**swap) -> nn.Sequential:
-    """Conv2d 5 to 7, BatchNorm2d, ReLU, Conv2d 7 to 3, Sigmoid, with the layers of ``swap`` instead."""
+    """Return Conv2d 5 to 7, BatchNorm2d, ReLU, Conv2d 7 to 3, Sigmoid, with layers replaced by ``swap``."""
     conv1, conv2 = nn.Conv2d(5, 7, 3, padding=1), nn.Conv2d(7, 3, 3, padding=1)
     return nn.Sequential(
         *(
@@ -446,8 +444,7 @@ def test_same_padding_and_subclasses_are_taken(impl):
 
 
 def test_layers_that_would_not_run_are_refused(impl):
-    """The op takes a layer's parameters and runs its own arithmetic: a forward or a hook of the user's would
-    be left out."""
+    """The op runs its own arithmetic, so a user's forward or hook would not run."""
 
     class Doubled(torch.nn.Conv2d):
         def forward(self, x):

@@ -30,7 +30,7 @@ CENTRE[..., 1, 1] = 1
 
 
 def by_torch(n_in: int, n_out: int, mode: int, **size) -> torch.Tensor:
-    """The matrix that `torch.nn.functional.interpolate` resizes an axis by."""
+    """Return the matrix by which `torch.nn.functional.interpolate` resizes an axis."""
     x = torch.eye(n_in, dtype=torch.float64)[:, None, :, None]
     return F.interpolate(x, **(size or dict(size=(n_out, 1))), **MODES[mode])[:, 0, :, 0].T
 
@@ -45,7 +45,7 @@ def by_python(n_in: int, n_out: int, mode: int) -> torch.Tensor:
 
 
 def by_stage(op, n_in: int, n_out: int, mode: int, factors=()) -> torch.Tensor:
-    """The matrix of a stage of a chain decoder; op: the opaque op of an implementation."""
+    """Return the matrix of a stage of a chain decoder. op: the opaque op of an implementation."""
     x = torch.eye(n_in)[:, None, :, None].contiguous()
     z, _ = op(x, None, None, None, None, 0.0, CENTRE.float(), None, n_out, 1, mode, list(factors), False)
     return z[:, 0, :, 0].T
@@ -53,7 +53,8 @@ def by_stage(op, n_in: int, n_out: int, mode: int, factors=()) -> torch.Tensor:
 
 def test_the_indices_of_the_modes():
     assert [resize.resize_of(m["mode"], m.get("align_corners")) for m in MODES] == [0, 1, 2]
-    assert [resize.RESIZES[i] for i in (resize.CORNERS, resize.NEAREST, resize.CENTERS)] == list(resize.RESIZES)
+    assert (resize.CORNERS, resize.NEAREST, resize.CENTERS) == (0, 1, 2)
+    assert resize.RESIZES == ("corners", "nearest", "centers")
 
 
 @pytest.mark.parametrize("mode", range(3))
@@ -78,7 +79,7 @@ def test_cpu_kernels(mode, cpu):
 
 @pytest.mark.parametrize("mode", range(3))
 def test_cpu_kernels_by_a_factor(mode, cpu):
-    """A factor that makes no whole size places the samples itself, unless the corners do."""
+    """A factor that gives no whole size places the samples itself, except with aligned corners."""
     stage = torch.ops.infopro_fast.chain_stage_forward.default
     for n_in, factor in itertools.product((1, 3, 7, 20), (1.0, 1.3, 1.7, 2.0, 2.3, 2.6)):
         factors, n_out = (factor, 1.0), int(n_in * factor)

@@ -1,5 +1,4 @@
-"""`supcon_loss`: released values, sizes around every tile, the edge cases and what they are defined to be,
-messages."""
+"""`supcon_loss`: the authors' values, sizes around every tile, edge cases, messages."""
 
 from __future__ import annotations
 
@@ -19,13 +18,13 @@ FLOATS = (torch.float64, torch.float32)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The released code
+# The authors' code
 
 
 def assert_released(case, impl, dtype):
     features = golden.wave((case["batch"], case["views"], case["dim"]), 21).to(dtype).requires_grad_()
     labels = torch.tensor(case["labels"])
-    # The released class multiplies by temperature / base_temperature, and its base_temperature is 0.07.
+    # The authors' class multiplies by temperature / base_temperature, and its base_temperature is 0.07.
     loss = supcon_loss(features, labels, temperature=case["temperature"], impl=impl) * (
         case["temperature"] / 0.07
     )
@@ -120,8 +119,7 @@ def test_rows_of_any_length_are_normalised(size, impl):
 
 
 def test_large_logits(impl):
-    """Logits up to 1e4 that nothing normalises: exponentials overflow unless the row's own maximum is taken
-    out."""
+    """Logits up to 1e4: exponentials overflow unless the row's own maximum is subtracted."""
     case = supcon(N=40, D=16, views=None, classes=4, temperature=1.0, normalize=False, size=25.0)
     assert 1e4 < case.condition < 1e5
     for dtype in FLOATS:
@@ -129,7 +127,7 @@ def test_large_logits(impl):
 
 
 def test_far_negative_logits(impl):
-    """All pairs but a row's own are far below 0: the sum without the row itself must not come out as 0."""
+    """Every other pair is far below 0: the sum without the row itself must not come out as 0."""
     features = torch.tensor([[100.0, 0], [-100, 1], [0, 100], [1, -100]], requires_grad=True)
     exact = features.detach().double().requires_grad_()
     labels = torch.tensor([0, 0, 1, 1])
@@ -148,7 +146,7 @@ def test_far_negative_logits(impl):
 
 
 def test_an_anchor_without_positives_counts_zero_and_counts(impl):
-    """The mean is over all anchors, as released."""
+    """The mean is over all anchors, as in the authors' code."""
     x, labels = torch.randn(5, 8, dtype=torch.float64, requires_grad=True), torch.tensor([0, 0, 1, 2, 3])
     rows = supcon_loss(x, labels, reduction="none", impl=impl)
     assert not rows[2:].detach().any() and (rows[:2] != 0).all()
@@ -223,7 +221,7 @@ def test_label_dtypes(kind, impl):
 
 
 def test_labels_are_names_not_indices(impl):
-    """Any integers do: negative ones, and ones that differ beyond 32 bits only."""
+    """Any integers: negative ones, and ones that differ only beyond 32 bits."""
     case = supcon(N=21, D=9, views=None, classes=3)
     x, labels = case.tensors["features"], case.tensors["labels"]
     names = torch.tensor([-5, 2**40 - 5, 2**62])
@@ -258,8 +256,7 @@ def any_case(draw) -> tuple[Case, str, torch.dtype]:
 
 @given(any_case())
 def test_any_case(impl, drawn):
-    """Without the unnormalised maxima of tiny cases, where the loss itself is smaller than the rounding of a
-    logit."""
+    """Tiny unnormalised cases are left out: their loss is smaller than the rounding of a logit."""
     case, layout, dtype = drawn
     inputs = {k: op_cases.relayout(t, layout)[0] for k, t in case.inputs(dtype).items()}
     loss = case.function(impl)(inputs)
@@ -334,7 +331,7 @@ def test_messages(wrong, kind, words):
 
 
 def test_a_positive_infinitely_far_away_is_a_loss_of_infinity(impl):
-    """Not taken for the pair of a row with itself, which does not count."""
+    """It is not taken for the pair of a row with itself, which does not count."""
     features = torch.tensor([[1e200, 0.0], [-1e200, 0.0], [0.0, 1.0]], dtype=torch.float64)
     loss = supcon_loss(
         features, torch.tensor([0, 0, 1]), normalize=False, temperature=1.0, reduction="none", impl=impl
@@ -350,5 +347,5 @@ def test_a_temperature_that_is_none(name, bad, impl):
 
 
 def test_too_large_for_a_gradient_a_thread(cpu):
-    """Beyond 2^24 numbers threads share one gradient, and a pair is met from both its sides."""
+    """Beyond 2^24 numbers, threads share one gradient and meet each pair from both sides."""
     check(supcon(N=300, D=60000, views=None, reduction="none"), cpu, torch.float64)

@@ -1,4 +1,4 @@
-"""`upsample_conv3x3` beyond the contract of every op: sizes, modes, layouts, what it says."""
+"""`upsample_conv3x3`: sizes, modes, layouts, messages."""
 
 from __future__ import annotations
 

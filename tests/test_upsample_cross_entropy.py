@@ -1,5 +1,4 @@
-"""`upsample_cross_entropy`: every option against F.cross_entropy(F.interpolate(...)), gradients too; labels,
-counts, edges, messages."""
+"""`upsample_cross_entropy`: every option against F.cross_entropy(F.interpolate(...)); labels; messages."""
 
 from __future__ import annotations
 
@@ -104,7 +103,7 @@ def test_classes(C, impl):
 
 
 def test_one_class(impl):
-    """Nothing to choose: loss and gradient are 0."""
+    """There is no choice: loss and gradient are 0."""
     case = upsample_ce(C=1)
     for dtype in FLOATS:
         inputs = case.inputs(dtype)
@@ -121,14 +120,14 @@ def test_one_class(impl):
 @pytest.mark.parametrize("size", (1e-3, 30.0, 1e4))
 @pytest.mark.parametrize("label_smoothing", (0.0, 0.1))
 def test_size_of_the_logits(size, label_smoothing, impl):
-    """Up to logits of 1e4 and more: their exponentials overflow unless the pixel's maximum is taken out."""
+    """Logits up to 1e4 and more: exponentials overflow unless the pixel's maximum is subtracted."""
     for dtype in FLOATS:
         check(upsample_ce(size=size, label_smoothing=label_smoothing), impl, dtype)
 
 
 @pytest.mark.parametrize("reduction", ("mean", "none"))
 def test_gradcheck(reduction, impl):
-    """The derivative of this very function, by differences."""
+    """Backward is the derivative of forward, by differences."""
     case = upsample_ce(N=1, C=3, h=2, w=3, H=5, W=7, reduction=reduction)
     inputs = case.inputs()
     f = case.function(impl)
@@ -153,7 +152,7 @@ def test_second_derivatives_raise(cpu):
 @pytest.mark.parametrize("ignore_index", (-100, -1, 3, 255))
 @pytest.mark.parametrize("target_dtype", INTEGERS)
 def test_targets(ignore_index, target_dtype, impl):
-    """The ignored index may be that of a class; the labels' dtype does not matter."""
+    """The ignored index may be a class; the labels' dtype does not matter."""
     least, most = torch.iinfo(target_dtype).min, torch.iinfo(target_dtype).max
     if not least <= ignore_index <= most:
         pytest.skip("no such label")
@@ -200,8 +199,7 @@ def test_a_label_out_of_range_raises(bad, target_dtype, reduction, impl):
 
 
 def test_labels_are_read_as_they_are(cpu):
-    """No copy of them in another dtype: less than a tenth of what one in int64 would take is allocated. (The
-    reference makes one.)"""
+    """The kernels allocate under a tenth of an int64 copy; the reference makes that copy."""
 
     def allocated(impl: str, dtype: torch.dtype) -> int:
         with torch.profiler.profile(
@@ -232,7 +230,7 @@ def test_class_weight_gets_no_gradient(impl):
 @pytest.mark.parametrize("label_smoothing, class_weight", itertools.product((0.0, 0.1), (False, True)))
 @pytest.mark.parametrize("dtype", (*FLOATS, torch.bfloat16))
 def test_all_pixels_ignored(class_weight, label_smoothing, reduction, dtype, impl):
-    """0 with zero gradients, where torch's mean is nan with nan gradients."""
+    """0 with zero gradients; torch's mean is nan with nan gradients."""
     case = upsample_ce(
         ignored=1, class_weight=class_weight, label_smoothing=label_smoothing, reduction=reduction
     )
@@ -261,8 +259,7 @@ def test_some_class_weights_zero(impl):
 
 @pytest.mark.parametrize("fill", (1e30, torch.inf, torch.nan))
 def test_what_is_ignored_may_be_anything(fill, cpu):
-    """Padding does not reach the loss or the gradient of pixels that count: the columns right of 8 of the
-    source are seen by no such."""
+    """No pixel that counts sees the source's columns right of 8, so padding reaches no result."""
     case = upsample_ce(N=1, C=4, h=4, w=16, H=32, W=128, ignored=0, reduction="mean")
     inputs, clean = case.inputs(), case.inputs()
     for t in (inputs, clean):

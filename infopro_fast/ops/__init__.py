@@ -1,4 +1,4 @@
-"""Fused losses for locally supervised learning, each with a plain-torch reference and compiled kernels
+"""Fused losses for locally supervised learning: each has a plain-torch reference and kernels
 (`available`)."""
 
 from .dispatch import OPS, available, cpu_isa, has_kernels

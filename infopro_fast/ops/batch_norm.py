@@ -6,13 +6,15 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+Norm = nn.BatchNorm2d | nn.SyncBatchNorm
 
-def uses_batch_statistics(norm: nn.BatchNorm2d) -> bool:
+
+def uses_batch_statistics(norm: Norm) -> bool:
     """Whether the layer uses the batch's statistics: in training, or if it keeps no running ones."""
     return norm.training or norm.running_mean is None
 
 
-def affine(norm: nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
+def affine(norm: Norm) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Return weight and bias, or (None, None). The bias is 0 if the layer has only a weight (bias=False)."""
     weight, bias = norm.weight, norm.bias
     return weight, torch.zeros_like(weight) if weight is not None and bias is None else bias
@@ -20,7 +22,7 @@ def affine(norm: nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor] | tuple[No
 
 @torch.no_grad()
 def update_running_statistics(
-    norm: nn.BatchNorm2d, mean: torch.Tensor, var: torch.Tensor, count: int | torch.Tensor
+    norm: Norm, mean: torch.Tensor, var: torch.Tensor, count: int | torch.Tensor
 ) -> None:
     """Move the running statistics as nn.BatchNorm2d does.
 
@@ -36,7 +38,7 @@ def update_running_statistics(
     norm.running_var.lerp_((var * (count / (count - 1))).to(norm.running_var.dtype), weight)
 
 
-def batch_norm_ref(x: torch.Tensor, norm: nn.BatchNorm2d) -> torch.Tensor:
+def batch_norm_ref(x: torch.Tensor, norm: Norm) -> torch.Tensor:
     """Return the layer's output for x (N, C, h, w), in x's dtype; running statistics move in training."""
     if uses_batch_statistics(norm) and sync_group(norm) is not None:
         mean, var = _synced_statistics(norm, x)

@@ -13,7 +13,7 @@ import importlib.util
 import os
 import typing
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -200,7 +200,7 @@ def too_old(device: torch.device) -> str | None:
     return None if major >= 8 else f"needs compute capability 8.0 or later, this device has {major}.{minor}"
 
 
-def check_floating(op: str, tensors: dict) -> None:
+def check_floating(op: str, tensors: Mapping[str, typing.Any]) -> None:
     """Raise TypeError that names the first argument which is no floating-point tensor."""
     for name, t in tensors.items():
         if not isinstance(t, torch.Tensor) or not t.is_floating_point():
@@ -211,7 +211,7 @@ def check_floating(op: str, tensors: dict) -> None:
 def resolve(
     op: str,
     impl: str,
-    tensors: dict[str, torch.Tensor | None],
+    tensors: Mapping[str, torch.Tensor | None],
     limitation: str | dict[str, str | None] | None = None,
 ) -> str:
     """Return the implementation that runs this call of ``op``.

@@ -1,7 +1,6 @@
-"""Linear layer and cross entropy without the logits: F.cross_entropy(F.linear(input, weight, bias), target,
-...).
+"""Linear layer and cross entropy, fused: no logits.
 
-With label smoothing e and class weights w:
+F.cross_entropy(F.linear(input, weight, bias), target, ...), with label smoothing e and class weights w:
 
     x_nc = input_n . weight_c + bias_c,   l_n = log sum_c exp x_nc
     loss_n = (1 - e) w_{t_n} (l_n - x_{n t_n}) + e / C sum_c w_c (l_n - x_nc)

@@ -78,7 +78,7 @@ def reconstruction_loss(
     layers = find_layers(stages, features, image, interpolate_mode, for_gpu)
     tensors = {"features": features, "image": image}
     tensors |= {f"decoder.{name}": p for name, p in decoder.named_parameters()}
-    limitation = limitations(layers, features.device) if for_gpu else None
+    limitation: dict[str, str | None] | str | None = limitations(layers, features.device) if for_gpu else None
     if image.requires_grad:
         limitation = "image requires grad, which the reference alone supports"
     chosen = resolve(OP, impl, tensors, limitation)

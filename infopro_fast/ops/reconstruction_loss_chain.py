@@ -38,12 +38,12 @@ def chain_loss(
 
     loss: an index into `reconstruction_loss.LOSSES`. restore: the image's mean and deviation, or nothing.
     """
-    parameters = []
-    for (_, conv, norm), of_batch in zip(layers.stages, (*layers.batch_statistics, True), strict=True):
-        own = [conv.weight, conv.bias, *([] if norm is None else affine(norm))]
-        own += [] if of_batch else [norm.running_mean, norm.running_var]
-        parameters += own + [None] * (PER_STAGE - len(own))
-    norms = [stage.norm for stage in layers.stages[:-1]]
+    norms, parameters = layers.norms, []
+    for stage, norm, of_batch in zip(layers.stages, norms, layers.batch_statistics, strict=False):
+        running = (None, None) if of_batch else (norm.running_mean, norm.running_var)
+        parameters += [stage.conv.weight, stage.conv.bias, *affine(norm), *running]
+    last = layers.stages[-1].conv
+    parameters += [last.weight, last.bias, None, None, None, None]
     eps, impls = tuple(norm.eps for norm in norms), implementations(layers, impl)
     plan = (layers.resizes, eps, layers.batch_statistics, layers.groups, tuple(restore), loss, impls)
     value, *moved = _ChainLoss.apply(plan, features, image, *parameters)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from . import dispatch
-from .batch_norm import sync_group, uses_batch_statistics
+from .batch_norm import Norm, sync_group, uses_batch_statistics
 from .resize import CORNERS, fits, most_sources, resize_of
 
 OP = "reconstruction_loss"
@@ -30,7 +30,7 @@ class Stage(typing.NamedTuple):
 
     upsample: nn.Upsample | None
     conv: nn.Conv2d
-    norm: nn.BatchNorm2d | nn.SyncBatchNorm | None
+    norm: Norm | None
 
 
 class Resize(typing.NamedTuple):
@@ -50,14 +50,15 @@ class Resize(typing.NamedTuple):
 class Layers(typing.NamedTuple):
     """A decoder, and the facts about it in one call.
 
-    resizes: one a stage. batch_statistics, groups: for each hidden stage, whether its batch norm takes the
-    batch's statistics, and the process group it shares them with, or None. cuda_limits: for each stage, why
-    the CUDA C++ kernels cannot run it, or None; () if the call is not for a GPU. single: whether the decoder
-    has the form of the authors' CIFAR code, which has kernels of its own.
+    resizes: one a stage. norms, batch_statistics, groups: for each hidden stage its batch norm, whether that
+    takes the batch's statistics, and the process group it shares them with, or None. cuda_limits: for each
+    stage, why the CUDA C++ kernels cannot run it, or None; () if the call is not for a GPU. single: whether
+    the decoder has the form of the authors' CIFAR code, which has kernels of its own.
     """
 
     stages: tuple[Stage, ...]
     resizes: tuple[Resize, ...]
+    norms: tuple[Norm, ...]
     batch_statistics: tuple[bool, ...]
     groups: tuple
     cuda_limits: tuple[str | None, ...]
@@ -77,7 +78,7 @@ def decoder_stages(decoder: nn.Sequential) -> tuple[Stage, ...]:
     stages: list[Stage] = []
     at = 0
 
-    def take(*kinds: type) -> nn.Module:
+    def take(*kinds: typing.Any) -> typing.Any:
         nonlocal at
         layer = layers[at] if at < len(layers) else None
         kind = next((k for k in kinds if isinstance(layer, k)), None)
@@ -142,7 +143,7 @@ def find_layers(
     """
     N, _, h, w = features.shape
     alone = all(stage.upsample is None for stage in stages)
-    resizes = []
+    resizes: list[Resize] = []
     for stage in stages:
         if stage.upsample is not None:
             resize = _resize_by(stage.upsample, h, w)
@@ -156,7 +157,7 @@ def find_layers(
         made = f"({N}, 3, {h}, {w}), which the decoder makes of features {tuple(features.shape)}"
         raise ValueError(f"{OP}: image: expected {made}, got {tuple(image.shape)}")
 
-    norms = [stage.norm for stage in stages[:-1]]
+    norms = tuple(stage.norm for stage in stages if stage.norm is not None)
     batch_statistics, groups = tuple(map(uses_batch_statistics, norms)), tuple(map(sync_group, norms))
     for norm, resize, of_batch, group in zip(norms, resizes, batch_statistics, groups, strict=False):
         if of_batch and group is None and N * resize.H * resize.W == 1:
@@ -164,13 +165,13 @@ def find_layers(
             raise ValueError(f"{OP}: image: expected more than 1 value per channel when training, got {got}")
 
     single = alone and len(stages) == 2 and stages[0].conv.kernel_size == (3, 3) and groups[0] is None
-    limits = ()
+    limits: tuple[str | None, ...] = ()
     if for_gpu and single:
         limits = (_single_cuda_limitation(stages[0].conv, resizes[0], N),)
     elif for_gpu:
         convs = [stage.conv for stage in stages]
         limits = tuple(_stage_cuda_limitation(conv, r, N) for conv, r in zip(convs, resizes, strict=True))
-    return Layers(stages, tuple(resizes), batch_statistics, groups, limits, single)
+    return Layers(stages, tuple(resizes), norms, batch_statistics, groups, limits, single)
 
 
 def _resize_by(upsample: nn.Upsample, h: int, w: int) -> Resize:

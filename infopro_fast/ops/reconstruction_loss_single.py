@@ -28,8 +28,8 @@ def single_loss(
 
     loss: an index into `reconstruction_loss.LOSSES`. restore: the image's mean and deviation, or nothing.
     """
-    (_, conv1, norm), (_, conv2, _) = layers.stages
-    (of_batch,), (resize, _) = layers.batch_statistics, layers.resizes
+    (_, conv1, _), (_, conv2, _) = layers.stages
+    (norm,), (of_batch,), (resize, _) = layers.norms, layers.batch_statistics, layers.resizes
     running = (None, None) if of_batch else (norm.running_mean, norm.running_var)
     given = (features, image, conv1.weight, conv1.bias, *affine(norm), conv2.weight, conv2.bias)
     # Inside, ctx.needs_input_grad tells of requires_grad alone, under no_grad too.

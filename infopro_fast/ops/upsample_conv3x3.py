@@ -1,5 +1,4 @@
-"""Resize and 3x3 convolution without the resized map, as at each doubling in decoders of U-Nets, GANs and
-VAEs.
+"""Resize and 3x3 convolution without the resized map, as at each doubling in U-Nets, GANs and VAEs.
 
     z = conv3x3(resize(x)) + bias      (N, K, H, W), zero padding 1
 

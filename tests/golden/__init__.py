@@ -1,8 +1,7 @@
-"""Golden values: digests of what the authors' released code computes in float64, and the closed form of its
-inputs.
+"""Golden values: digests of what the authors' code computes in float64, and the closed form of its inputs.
 
-Nothing but digests is stored (released_code.json). Inputs and parameters come from `wave`; a tensor's digest
-is its Euclidean norm and its dot product with a wave seeded by its name.
+The file (released_code.json) has digests only. Inputs and parameters come from `wave`. A tensor's digest is
+its Euclidean norm and its dot product with a wave seeded by its name.
 """
 
 from __future__ import annotations
@@ -18,8 +17,10 @@ CASES = json.loads((pathlib.Path(__file__).parent / "released_code.json").read_t
 
 
 def cases(op: str) -> list[dict]:
-    """The cases of one op: cifar_decoder, aux_classifier, supcon, train_step, chain_decoder,
-    upsample_cross_entropy."""
+    """Return the cases of one op.
+
+    op: cifar_decoder, aux_classifier, supcon, train_step, chain_decoder or upsample_cross_entropy.
+    """
     return [case for case in CASES if case["op"] == op]
 
 
@@ -36,14 +37,14 @@ def seed_of(name: str) -> int:
 
 
 def digest(name: str, tensor: torch.Tensor) -> tuple[float, float]:
-    """[norm, dot product with the name's wave] of a tensor, in float64."""
+    """Return [norm, dot product with the name's wave] of a tensor, in float64."""
     tensor = tensor.detach().double().contiguous()
     return tensor.norm().item(), (tensor * wave(tensor.shape, seed_of(name) + 1)).sum().item()
 
 
 @torch.no_grad()
 def fill_parameters(state: dict[str, torch.Tensor]) -> None:
-    """Give every tensor of a state_dict, in place, the value the golden cases were computed with."""
+    """Give each tensor of a state_dict, in place, its value in the golden cases."""
     for name, tensor in state.items():
         if name.endswith("num_batches_tracked"):
             tensor.zero_()
@@ -66,7 +67,7 @@ def features(n: int, c: int, h: int, w: int) -> torch.Tensor:
 
 
 def image(n: int, h: int, w: int) -> torch.Tensor:
-    """Images in [0, 1]."""
+    """Return images in [0, 1]."""
     return wave((n, 3, h, w), 5, 0.25, 0.5) + wave((n, 3, 1, 1), 6, 0.2)
 
 
