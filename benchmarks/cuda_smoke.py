@@ -1,6 +1,6 @@
-"""The CUDA C++ kernels, once each on small inputs, for compute-sanitizer: ``compute-sanitizer python -m benchmarks.cuda_smoke``.
+"""Run each CUDA C++ kernel once on small inputs: ``compute-sanitizer python -m benchmarks.cuda_smoke``.
 
-What they should give is computed on the CPU: every kernel on the GPU takes a sanitizer's time.
+The expected results are computed on the CPU: under a sanitizer every kernel on the GPU is slow.
 """
 
 from __future__ import annotations
@@ -18,25 +18,32 @@ CUDA = ("cuda", torch.float32, "cuda")
 REFERENCE = ("reference", torch.float64, "cpu")
 
 
-def gradients(decoder: nn.Sequential, features: torch.Tensor, image: torch.Tensor, impl: str, dtype: torch.dtype, device: str):
-    """Of the features and the parameters, on the CPU in float64."""
+def gradients(
+    decoder: nn.Sequential, features: torch.Tensor, image: torch.Tensor, impl: str, dtype: torch.dtype,
+    device: str,
+):
+    """Return the gradients of the features and the parameters, on the CPU in float64."""
     net, x = copy.deepcopy(decoder).to(device, dtype), features.to(device, dtype, copy=True).requires_grad_()
     loss = ops.reconstruction_loss(x, image.to(device, dtype), net, impl=impl)
     return [t.cpu().double() for t in torch.autograd.grad(loss, [x, *net.parameters()])]
 
 
 def error(decoder: nn.Sequential, features: torch.Tensor, image: torch.Tensor, measured=CUDA) -> float:
-    """Largest of |measured - reference| / |reference|, the norms of a gradient; one that is exactly 0 is left out."""
-    pairs = zip(gradients(decoder, features, image, *measured), gradients(decoder, features, image, *REFERENCE), strict=True)
+    """Return the largest |measured - reference| / |reference| of the gradients that are not 0."""
+    pairs = zip(
+        gradients(decoder, features, image, *measured), gradients(decoder, features, image, *REFERENCE),
+        strict=True,
+    )
     return max(((found - e).norm() / e.norm()).item() for found, e in pairs if e.norm() > 1e-12)
 
 
 def cases() -> dict[str, tuple[nn.Sequential, torch.Tensor, torch.Tensor]]:
-    """Decoder, features and image: without a resize, with one, and to a size that is no multiple; a chain whose stages all have kernels."""
+    """Return decoder, features and image of each case: a chain and three sizes of the CIFAR decoder."""
     torch.manual_seed(0)
     double = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True)
     chain = nn.Sequential(
-        double, nn.Conv2d(13, 7, 3, padding=1), nn.BatchNorm2d(7), nn.ReLU(), double, nn.Conv2d(7, 3, 3, padding=1), nn.Sigmoid()
+        double, nn.Conv2d(13, 7, 3, padding=1), nn.BatchNorm2d(7), nn.ReLU(), double,
+        nn.Conv2d(7, 3, 3, padding=1), nn.Sigmoid(),
     )
     found = {"a chain decoder": (chain, torch.randn(2, 13, 21, 19), torch.rand(2, 3, 84, 76))}
     for N, C, h, H in ((3, 5, 9, 9), (2, 16, 8, 32), (2, 7, 5, 18)):

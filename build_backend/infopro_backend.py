@@ -1,8 +1,9 @@
-"""PEP 517 build backend: setuptools, with nvcc from PyPI as a build requirement where it is needed and nowhere else.
+"""PEP 517 build backend: setuptools, plus nvcc from PyPI as a build requirement when needed.
 
-A static build requirement would make every build unpack 271 MB of CUDA compiler. Here the requirement exists only if the tree has
-`csrc/cuda/*.cu`, the torch of the build environment has CUDA 13, no installed toolkit of that major version is found, and
-`INFOPRO_NO_CUDA` is unset. setup.py asks the same function which toolkit to use, so the two cannot disagree.
+A static build requirement would make every build unpack 271 MB of CUDA compiler. Here the requirement exists
+only if the tree has `csrc/cuda/*.cu`, the torch of the build environment has CUDA 13, no installed toolkit of
+that major version is found, and `INFOPRO_NO_CUDA` is unset. setup.py asks the same function for the toolkit,
+so the two cannot disagree.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import sys
 import tempfile
 
 from setuptools import build_meta
-from setuptools.build_meta import (  # noqa: F401  (hooks that setuptools' own do)
+from setuptools.build_meta import (  # noqa: F401  (hooks of setuptools that need no change)
     build_editable,
     build_sdist,
     get_requires_for_build_sdist,
@@ -26,14 +27,15 @@ from setuptools.build_meta import (  # noqa: F401  (hooks that setuptools' own d
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
-# What `cuda-toolkit[nvcc,cccl,cudart]` consists of. By their own names: torch requires a cuda-toolkit without nvcc, and pip takes
-# a distribution that is installed for satisfied, whatever extras it is asked for.
-PYPI_TOOLKIT = ("nvidia-cuda-nvcc", "nvidia-nvvm", "nvidia-cuda-crt", "nvidia-cuda-cccl", "nvidia-cuda-runtime")
-PYPI_MAJOR = 13  # the major version whose packages share a folder, site-packages/nvidia/cu13, and so make a toolkit
+# The parts of `cuda-toolkit[nvcc,cccl,cudart]`, by their own names: torch requires a cuda-toolkit without
+# nvcc, and pip ignores the extras of an installed distribution.
+_PARTS = ("cuda-nvcc", "nvvm", "cuda-crt", "cuda-cccl", "cuda-runtime")
+PYPI_TOOLKIT = tuple(f"nvidia-{part}" for part in _PARTS)
+PYPI_MAJOR = 13  # packages of this version share site-packages/nvidia/cu13, and so form a toolkit
 
 
 class NoCuda(Exception):
-    """Why the CUDA kernels are not built. `packages`: the requirements that would change that, if any."""
+    """Why the CUDA kernels are not built. `packages`: the requirements that would allow it, if any."""
 
     def __init__(self, reason: str, packages: tuple[str, ...] = ()):
         super().__init__(reason)
@@ -41,15 +43,15 @@ class NoCuda(Exception):
 
 
 def cuda_sources() -> list[str]:
-    """The CUDA sources, relative to the root of the project."""
-    return sorted(os.path.relpath(path, ROOT) for path in glob.glob(os.path.join(ROOT, "csrc", "cuda", "*.cu")))
+    """Return the CUDA sources, relative to the root of the project."""
+    return sorted(glob.glob(os.path.join("csrc", "cuda", "*.cu"), root_dir=ROOT))
 
 
 def find_toolkit(torch_cuda: str | None) -> tuple[str, str]:
-    """(folder, version) of the CUDA toolkit that compiles the kernels for a torch built with CUDA ``torch_cuda``.
+    """Return folder and version of the CUDA toolkit for a torch built with CUDA ``torch_cuda``.
 
-    Tried in turn: CUDA_HOME or CUDA_PATH (and then nothing else), nvcc on PATH, /usr/local/cuda, the PyPI packages.
-    Raises NoCuda with the reason if none will do.
+    Tried in turn: CUDA_HOME or CUDA_PATH (and then nothing else), nvcc on PATH, /usr/local/cuda, the PyPI
+    packages. Raise NoCuda with the reason if none fits.
     """
     if os.environ.get("INFOPRO_NO_CUDA"):
         raise NoCuda("INFOPRO_NO_CUDA was set")
@@ -66,16 +68,18 @@ def find_toolkit(torch_cuda: str | None) -> tuple[str, str]:
     expected = f"expected nvcc {wanted}.x, like the CUDA {torch_cuda} of torch, "
     if named:
         raise NoCuda(f"{expected}but CUDA_HOME (or CUDA_PATH) names {'; '.join(rejected)}")
-    found = "found none (CUDA_HOME, CUDA_PATH, nvcc on PATH, /usr/local/cuda)" if not rejected else f"but {'; '.join(rejected)}"
-    # The minor version too: these share headers with the runtime that torch requires.
-    raise NoCuda(expected + found, tuple(f"{name}=={torch_cuda}.*" for name in PYPI_TOOLKIT) if wanted == PYPI_MAJOR else ())
+    nothing = "found none (CUDA_HOME, CUDA_PATH, nvcc on PATH, /usr/local/cuda)"
+    # The minor version counts too: the packages share headers with the runtime that torch requires.
+    packages = tuple(f"{name}=={torch_cuda}.*" for name in PYPI_TOOLKIT) if wanted == PYPI_MAJOR else ()
+    raise NoCuda(expected + (f"but {'; '.join(rejected)}" if rejected else nothing), packages)
 
 
 def toolkit_folders(home: str, kind: str) -> list[str]:
-    """The "include" or "lib" folders of a toolkit, in the order to search them.
+    """Return the "include" or "lib" folders of a toolkit, in the order to search them.
 
-    pip spreads the PyPI packages over two folders: torch's requirements, the runtime of its CUDA version among them, and what
-    `_cuda_requirement` asked for, which may bring another, newer runtime. Torch's comes first.
+    pip spreads the PyPI packages over two folders. One holds torch's requirements, with the runtime of its
+    CUDA version, and comes first. The other holds the packages of `_cuda_requirement`, which may bring a
+    newer runtime.
     """
     homes = [home]
     if home in _pypi_toolkits():
@@ -99,17 +103,19 @@ def _installed_toolkits():
 
 
 def _toolkit_of(nvcc: str) -> str:
-    """The folder that this nvcc calls its own: the one on PATH may be a wrapper script, two levels above which lies no toolkit."""
+    """Return the toolkit's folder as nvcc names it: the nvcc on PATH may be a wrapper script elsewhere."""
     with tempfile.TemporaryDirectory() as folder:
-        dryrun = subprocess.run([nvcc, "--dryrun", "-c", os.path.join(folder, "x.cu")], capture_output=True, text=True)
+        command = [nvcc, "--dryrun", "-c", os.path.join(folder, "x.cu")]
+        dryrun = subprocess.run(command, capture_output=True, text=True)
     top = re.search(r"^#\$ TOP=(.+)$", dryrun.stderr, re.MULTILINE)
     return os.path.realpath(top[1].strip() if top else os.path.join(os.path.dirname(nvcc), ".."))
 
 
 def nvcc_version(home: str) -> str | None:
-    """ "13.0" for the nvcc of that toolkit; None if it does not run."""
+    """Return the release of a toolkit's nvcc, such as "13.0"; None if it does not run."""
     try:
-        output = subprocess.run([os.path.join(home, "bin", "nvcc"), "--version"], capture_output=True, text=True, check=True).stdout
+        command = [os.path.join(home, "bin", "nvcc"), "--version"]
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return None
     release = re.search(r"release (\d+\.\d+)", output)
@@ -119,7 +125,7 @@ def nvcc_version(home: str) -> str | None:
 def _cuda_requirement() -> list[str]:
     if not cuda_sources():
         return []
-    import torch  # a static build requirement: there when this hook is called
+    import torch  # a static build requirement, installed when this hook is called
 
     try:
         find_toolkit(torch.version.cuda)
@@ -137,7 +143,7 @@ def get_requires_for_build_editable(config_settings=None):
 
 
 def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
-    # setuptools packs whatever an earlier build left in build/lib*, files deleted since included.
+    # setuptools packs all that earlier builds left in build/lib*, even files deleted since.
     for stale in glob.glob(os.path.join(ROOT, "build", "lib*")):
         shutil.rmtree(stale)
     return build_meta.build_wheel(wheel_directory, config_settings, metadata_directory)

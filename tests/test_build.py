@@ -40,7 +40,7 @@ def run(*command, **options) -> str:
 
 @pytest.fixture(params=["_cpu", "_cuda"])
 def built(request, cpu) -> str:
-    """Path of a compiled object that the build record says was built."""
+    """Return the path of an object that the build record says was built."""
     record = info.build_record()
     assert record is not None, f"{info.BUILD_RECORD} is missing beside the kernels"
     path = os.path.join(PACKAGE, f"{request.param}.abi3.so")
@@ -151,7 +151,7 @@ STABLE_TORCH_LIBRARY_IMPL(infopro_wheel_test, CUDA, m) { m.impl("level", TORCH_B
 
 @pytest.fixture
 def project(tmp_path) -> str:
-    """A copy of everything the build needs, with its own csrc/."""
+    """Return a copy of everything the build needs, with its own csrc/."""
     copy = tmp_path / "project"
     ignore = shutil.ignore_patterns("*.so", "_build.json", "__pycache__")
     shutil.copytree(os.path.join(ROOT, "infopro_fast"), copy / "infopro_fast", ignore=ignore)
@@ -184,6 +184,12 @@ def build_wheel(project, **variables) -> tuple[zipfile.ZipFile, str]:
     wheel = zipfile.ZipFile(path)
     wheel.extractall(unpacked)
     return wheel, unpacked
+
+
+def level_of(path) -> str:
+    """Return what the op in an object gives."""
+    script = f"import torch; torch.ops.load_library({path!r}); op = torch.ops.infopro_wheel_test.level"
+    return run(sys.executable, "-c", f"{script}; print(op(torch.ones(2)))").strip()
 
 
 def test_wheel(project):

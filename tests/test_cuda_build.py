@@ -1,5 +1,4 @@
-"""What nvcc makes of the CUDA kernels: registers, stack and shared memory on every architecture that is shipped, and the built object on a
-machine without a GPU."""
+"""nvcc's output for the CUDA kernels on every shipped architecture, and the built object without a GPU."""
 
 from __future__ import annotations
 
@@ -29,12 +28,16 @@ auto loss_backward = &infopro::gpu::chain::LossBackward::run;
 auto stage_forward = &infopro::gpu::chain::StageForward::run;
 auto stage_backward = &infopro::gpu::chain::StageBackward::run;
 """
-THREADS = {"decoder_prepare": 256, "decoder_statistics": 256, "decoder_loss": 256, "decoder_backward": 256, "decoder_overlap": 256,
-           "decoder_norm": 256, "decoder_norm_backward": 256, "reduce_rows": 512, "chain_prepare": 256, "chain_loss": 256,
-           "chain_gradient": 256, "chain_reduce_loss": 512, "chain_reduce": 512, "chain_stage": 256, "chain_stage_gradient": 256,
-           "chain_outer": 256, "chain_statistics": 256}  # fmt: skip
+THREADS = {
+    "decoder_prepare": 256, "decoder_statistics": 256, "decoder_loss": 256, "decoder_backward": 256,
+    "decoder_overlap": 256, "decoder_norm": 256, "decoder_norm_backward": 256, "reduce_rows": 512,
+    "chain_prepare": 256, "chain_loss": 256, "chain_gradient": 256, "chain_reduce_loss": 512,
+    "chain_reduce": 512, "chain_stage": 256, "chain_stage_gradient": 256, "chain_outer": 256,
+    "chain_statistics": 256,
+}  # fmt: skip
 VARIANTS = ("decoder_statistics", "decoder_loss", "decoder_backward")  # of two each
-SWEEPS = (*VARIANTS, "chain_loss", "chain_gradient", "chain_stage", "chain_stage_gradient")  # two blocks to a multiprocessor
+# two blocks to a multiprocessor
+SWEEPS = (*VARIANTS, "chain_loss", "chain_gradient", "chain_stage", "chain_stage_gradient")
 REGISTERS = 65536  # of a multiprocessor, on every architecture since 2012
 
 
@@ -59,21 +62,28 @@ def toolkit(backend, pytestconfig) -> str:
 
 
 def resources(report: str) -> list[dict]:
-    """One a kernel, from the output of `nvcc -Xptxas -v`."""
+    """Return the resources of each kernel from the output of `nvcc -Xptxas -v`."""
     found = []
     for entry in report.split("Compiling entry function '")[1:]:
         name = re.search(r"\d((?:decoder|chain|reduce)_\w*?)_kernel", entry)[1]
-        memory = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", entry)
+        memory = re.search(
+            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", entry
+        )
         stack, stores, loads = map(int, memory.groups())
         registers = int(re.search(r"Used (\d+) registers", entry)[1])
         shared = re.search(r"(\d+) bytes smem", entry)
-        found.append(dict(name=name, stack=stack, spills=stores + loads, registers=registers, shared=int(shared[1]) if shared else 0))
+        found.append(
+            dict(
+                name=name, stack=stack, spills=stores + loads, registers=registers,
+                shared=int(shared[1]) if shared else 0,
+            )
+        )
     return found
 
 
 def test_the_report_is_read():
     report = """
-ptxas info    : Compiling entry function '_ZN7infopro3gpu19decoder_loss_kernelILb0EEEvNS0_4CallEbPf' for 'sm_90'
+ptxas info : Compiling entry function '_ZN7infopro3gpu19decoder_loss_kernelILb0EEEvNS0_4CallEbPf' for 'sm_90'
     304 bytes stack frame, 44 bytes spill stores, 96 bytes spill loads
 ptxas info    : Used 128 registers, used 1 barriers, 304 bytes cumulative stack size
 ptxas info    : Compiling entry function '_ZN7infopro3gpu18reduce_rows_kernelEPKfiiPfS3_db' for 'sm_90'
@@ -89,12 +99,20 @@ ptxas info    : Used 32 registers, used 1 barriers, 4096 bytes smem
 @pytest.mark.parametrize("architecture", ("80", "86", "89", "90", "100", "120"))
 def test_nothing_spills(architecture, toolkit, tmp_path):
     nvcc = os.path.join(toolkit, "bin", "nvcc")
-    codes = subprocess.run((nvcc, "--list-gpu-code"), capture_output=True, text=True, check=True).stdout.split()
+    codes = subprocess.run(
+        (nvcc, "--list-gpu-code"), capture_output=True, text=True, check=True
+    ).stdout.split()
     if f"sm_{architecture}" not in codes:
         pytest.skip(f"this nvcc knows no sm_{architecture}")
     (tmp_path / "kernels.cu").write_text(SOURCE)
-    command = (nvcc, "-std=c++17", "-O3", f"-arch=sm_{architecture}", "-Xptxas", "-v", "-Werror=all-warnings", f"-I{ROOT}/csrc", "-cubin")
-    done = subprocess.run((*command, str(tmp_path / "kernels.cu"), "-o", str(tmp_path / "kernels.cubin")), capture_output=True, text=True)
+    command = (
+        nvcc, "-std=c++17", "-O3", f"-arch=sm_{architecture}", "-Xptxas", "-v", "-Werror=all-warnings",
+        f"-I{ROOT}/csrc", "-cubin",
+    )
+    done = subprocess.run(
+        (*command, str(tmp_path / "kernels.cu"), "-o", str(tmp_path / "kernels.cubin")), capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     found = resources(done.stdout + done.stderr)
     assert sorted(kernel["name"] for kernel in found) == sorted([*THREADS, *VARIANTS])
@@ -113,37 +131,44 @@ def test_setup_ships_these_architectures():
 
 @pytest.fixture
 def built(pytestconfig) -> str:
-    """The object of this installation."""
+    """Return the object of this installation."""
     if pytestconfig.getoption("--reference-only"):
         pytest.skip("--reference-only")
     record = info.build_record()
     if record is None or not record["cuda"]["built"]:
-        pytest.skip(f"no CUDA kernels in this installation: {'nothing is built' if record is None else record['cuda']['reason']}")
+        reason = "nothing is built" if record is None else record["cuda"]["reason"]
+        pytest.skip(f"no CUDA kernels in this installation: {reason}")
     return os.path.join(PACKAGE, "_cuda.abi3.so")
 
 
 def test_the_object_loads_without_a_gpu(built):
-    """Alone, in a process that sees no GPU: with its operators for CUDA tensors, and for no others."""
+    """A process that sees no GPU loads it alone, and gets operators for CUDA tensors only."""
     script = f"""
         import torch
         from infopro_fast import ops
         torch.ops.load_library({built!r})
-        names = [f"{{op}}_{{way}}" for op in ("reconstruction_loss", "chain_loss", "chain_stage") for way in ("forward", "backward")]
+        ops_ = ("reconstruction_loss", "chain_loss", "chain_stage")
+        names = [f"{{op}}_{{way}}" for op in ops_ for way in ("forward", "backward")]
         for name in (f"infopro_fast::{{name}}_cuda" for name in names):
             assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"), name
             assert not torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU"), name
         print(ops.available("reconstruction_loss", "cuda")["cuda"])
     """
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run((sys.executable, "-c", textwrap.dedent(script)), capture_output=True, text=True, env=environment, cwd=ROOT)
+    done = subprocess.run(
+        (sys.executable, "-c", textwrap.dedent(script)), capture_output=True, text=True, env=environment,
+        cwd=ROOT,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "torch sees no CUDA device\n"
 
 
 def test_the_object_holds_code_for_what_the_record_says(built):
-    backends = pytest.importorskip("triton.backends.nvidia")  # whose package has a cuobjdump; nvcc's from PyPI has none
+    backends = pytest.importorskip("triton.backends.nvidia")  # it has a cuobjdump, nvcc's package has none
     cuobjdump = os.path.join(os.path.dirname(backends.__file__), "bin", "cuobjdump")
-    names = subprocess.run((cuobjdump, "--list-elf", "--list-ptx", built), capture_output=True, text=True, check=True).stdout
+    names = subprocess.run(
+        (cuobjdump, "--list-elf", "--list-ptx", built), capture_output=True, text=True, check=True
+    ).stdout
     for architecture in info.build_record()["cuda"]["architectures"]:
         code = architecture.removesuffix("+PTX").replace(".", "")
         assert f".sm_{code}.cubin" in names, names

@@ -1,7 +1,7 @@
-"""The CUDA kernels of `reconstruction_loss` without a GPU: the same source that nvcc compiles, run on the host (tests/cuda_host).
+"""The CUDA kernels of `reconstruction_loss` without a GPU: nvcc's source, run on the host (tests/cuda_host).
 
-Values and gradients go through the public op; warps and lanes run in several orders; sanitizers watch every access; and copies of the
-source that lack a barrier, or are off by one, are caught.
+Values and gradients go through the public op. Warps and lanes run in several orders. Sanitizers watch every
+access. Copies of the source with a missing barrier or an index off by one are caught.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tests.op_cases import reconstruction
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
-SMALL = binding.Device(2, 24 * 1024, 24 * 1024)  # images of several tiles, hidden channels and channels in several groups
+SMALL = binding.Device(2, 24 * 1024, 24 * 1024)  # several tiles, and several groups of channels
 
 
 @pytest.fixture(scope="session")
@@ -34,7 +34,7 @@ def library(request, tmp_path_factory) -> str:
 
 @pytest.fixture
 def on_host(monkeypatch):
-    """A function that makes impl="cuda" run on CPU tensors, by the kernels in an object."""
+    """Return a function that makes impl="cuda" run an object's kernels on CPU tensors."""
     monkeypatch.setattr(dispatch, "missing", lambda op, impl, device: None)
     registered = []
 
@@ -91,7 +91,9 @@ def test_losses(loss, restored, training, library, on_host):
 
 
 @pytest.mark.parametrize("bias", (True, False))
-@pytest.mark.parametrize("norm", (dict(affine=False), dict(track_running_stats=False), dict(eps=0.1)), ids=str)
+@pytest.mark.parametrize(
+    "norm", (dict(affine=False), dict(track_running_stats=False), dict(eps=0.1)), ids=str
+)
 def test_batch_norms(norm, bias, library, on_host):
     on_host(library)
     op_cases.check(reconstruction(norm=norm, bias=bias), "cuda", torch.float32)
@@ -105,7 +107,7 @@ def test_half_precision(shape, dtype, library, on_host):
 
 
 def test_a_scale_of_zero(library, on_host):
-    """gamma = 0 in a channel: constant inside the image, zero outside it, and at beta = 0 no gradient passes the ReLU."""
+    """gamma = 0: a is constant inside the image, zero outside; at beta = 0 no gradient passes the ReLU."""
     on_host(library)
     case = reconstruction(H=8, W=8)
     case.tensors["decoder.1.weight"][:3] = 0
@@ -124,7 +126,10 @@ def test_nan_stays_nan(at, library, on_host):
     assert loss.isnan()
 
 
-@pytest.mark.parametrize("shape", (dict(C=13, h=5, w=6, H=11, W=10, K=13), dict(C=6, h=9, w=10, H=9, W=10, K=5)), ids=("resized", "direct"))
+@pytest.mark.parametrize(
+    "shape", (dict(C=13, h=5, w=6, H=11, W=10, K=13), dict(C=6, h=9, w=10, H=9, W=10, K=5)),
+    ids=("resized", "direct"),
+)
 @pytest.mark.parametrize("layout", op_cases.LAYOUTS)
 def test_layouts(layout, shape, library, on_host):
     on_host(library)
@@ -133,7 +138,9 @@ def test_layouts(layout, shape, library, on_host):
     op_cases.check(case, "cuda", torch.float32, inputs)
 
 
-@pytest.mark.parametrize("wanted", (("features",), ("decoder.0.weight",), ("decoder.0.bias", "decoder.3.weight"), ()), ids=str)
+@pytest.mark.parametrize(
+    "wanted", (("features",), ("decoder.0.weight",), ("decoder.0.bias", "decoder.3.weight"), ()), ids=str
+)
 @pytest.mark.parametrize("shape", (dict(), dict(h=9, w=7)), ids=("resized", "direct"))
 def test_gradients_that_are_not_asked_for(shape, wanted, library, on_host):
     on_host(library)
@@ -169,7 +176,7 @@ def test_the_order_of_warps_changes_no_bit(shape, library, on_host):
 
 @pytest.mark.parametrize("shape", ("4x", "no resize", "primes", "widen 2", "100 channels"))
 def test_small_shared_memory(shape, library, on_host):
-    """Tiles, groups of hidden channels and of channels, and launches of backward, as many as it takes."""
+    """Several tiles, groups of hidden channels, groups of channels, and launches of backward."""
     full = dict(N=3, C=5, K=7) | SHAPES[shape]
     ample = on_host(library, binding.H100).plan(**full)
     plan = on_host(library, SMALL, seed=2).plan(**full)
@@ -182,7 +189,9 @@ def test_too_many_hidden_channels(library, on_host, monkeypatch):
     """Refused by the op, and by the launcher too."""
     kernels = on_host(library)
     assert kernels.plan(N=1, C=1, h=2, w=2, H=4, W=4, K=3000).shared == 0
-    with pytest.raises(ValueError, match="impl='cuda' cannot run this call: 3000 hidden channels of maps of .* do not fit"):
+    with pytest.raises(
+        ValueError, match="impl='cuda' cannot run this call: 3000 hidden channels of maps of .* do not fit"
+    ):
         results(reconstruction(C=1, K=3000))
     monkeypatch.setattr(layers, "SHARED_MEMORY", 2**31)
     with pytest.raises(RuntimeError, match="no plan fits"):
@@ -192,14 +201,21 @@ def test_too_many_hidden_channels(library, on_host, monkeypatch):
 @pytest.mark.parametrize("mode", ("bilinear", "nearest"))
 @pytest.mark.parametrize("shape", SHAPES)
 def test_what_fits_every_gpu_is_known_from_the_shapes(shape, mode, library, on_host):
-    """No plan is missing for what is taken, and little is refused that there is a plan for, on the GPU of the least shared memory."""
+    """On the GPU with the least shared memory, every accepted call has a plan, and few others do."""
     s = dict(N=3, C=5, h=4, w=3, H=9, W=7) | SHAPES[shape]
     kernels = on_host(library, binding.RTX4090)
     assert kernels.device.shared_per_block == layers.SHARED_MEMORY
-    there_is_a_plan = [kernels.plan(**s | {"K": K}, nearest=mode == "nearest").shared > 0 for K in range(1, 161)]
+    there_is_a_plan = [
+        kernels.plan(**s | {"K": K}, nearest=mode == "nearest").shared > 0 for K in range(1, 161)
+    ]
     sizes = [s[name] for name in ("h", "w", "H", "W")]
-    taken = [layers.least_shared_memory(*sizes, K) <= layers.SHARED_MEMORY for K in range(1, 161)]
-    assert not there_is_a_plan[-1] and all(planned for planned, it in zip(there_is_a_plan, taken, strict=True) if it)
+    taken = [
+        layers.least_shared_memory(*sizes, K) <= layers.SHARED_MEMORY
+        for K in range(1, 161)
+    ]
+    assert not there_is_a_plan[-1] and all(
+        planned for planned, it in zip(there_is_a_plan, taken, strict=True) if it
+    )
     assert sum(taken) >= 0.95 * sum(there_is_a_plan), (sum(taken), sum(there_is_a_plan))
 
 
@@ -210,7 +226,7 @@ def test_tiles_of_a_block_add_up(multiprocessors, library, on_host):
         op_cases.check(case, "cuda", torch.float32)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Plans for real devices
 
 PAPER = {
@@ -235,19 +251,21 @@ def test_plans_of_the_papers_shapes(shape, device, library, on_host):
     if device == "H100" and shape in ("C16 32x32", "C64 8x8", "C64 24x24"):
         assert plan.blocks == 2
     if plan.low_resolution:
-        assert 2 * plan.late_channels >= s["C"], "the gradient of the taps is gathered again for every such block of channels"
+        assert 2 * plan.late_channels >= s["C"], (
+            "every block of channels gathers the gradient of the taps again"
+        )
     if s["H"] == 32 and s["K"] == 12:
         assert plan.tiles == 1, "no pixel computed twice"
     resized = 4 * s["N"] * s["C"] * s["H"] * s["W"]
     assert max(plan.forward_bytes, plan.backward_bytes) <= resized / 4
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The net holds
 
 
 def broken(tmp_path, file: str, text: str, instead: str) -> str:
-    """A copy of csrc with one place changed."""
+    """Return a copy of csrc with one place changed."""
     copy = str(tmp_path / "csrc")
     shutil.copytree(binding.CSRC, copy)
     path = os.path.join(copy, file)
@@ -268,8 +286,10 @@ BREAKS = {
 
 @pytest.mark.parametrize("case", BREAKS)
 def test_a_broken_copy_is_caught(case, library, on_host, tmp_path):
-    """By the very comparison that the tests above make, for some order of the warps."""
-    path = binding.build(str(tmp_path / "broken.so"), csrc=broken(tmp_path, "cuda/reconstruction_loss_taps.cuh", *BREAKS[case]))
+    """The comparison of the tests above fails for some order of the warps."""
+    path = binding.build(
+        str(tmp_path / "broken.so"), csrc=broken(tmp_path, "cuda/reconstruction_loss_taps.cuh", *BREAKS[case])
+    )
     caught = []
     for seed in (0, 1, 2, 3):
         on_host(path, seed=seed)
@@ -283,16 +303,21 @@ def test_a_broken_copy_is_caught(case, library, on_host, tmp_path):
 
 
 def test_a_divergent_barrier_is_a_deadlock(on_host, library, tmp_path):
-    where = ("cuda/reconstruction_loss_taps.cuh", "__syncthreads();  // T is whole", "if (threadIdx.x < 40) __syncthreads();  // T is whole")
+    where = (
+        "cuda/reconstruction_loss_taps.cuh", "__syncthreads();  // T is whole",
+        "if (threadIdx.x < 40) __syncthreads();  // T is whole",
+    )
     on_host(binding.build(str(tmp_path / "broken.so"), csrc=broken(tmp_path, *where)))
     with pytest.raises(RuntimeError, match=r"deadlock: threads .*at __syncthreads"):
         op_cases.check(reconstruction(**SHAPES["primes"]), "cuda", torch.float32)
 
 
 def sanitized(path: str, what: str = "decoder") -> subprocess.CompletedProcess:
-    """tests/cuda_host/sanitized.py on kernels compiled with the sanitizers. Python is not: their runtimes come first."""
-    find = [subprocess.run(("g++", f"-print-file-name={name}"), capture_output=True, text=True, check=True).stdout.strip()
-            for name in ("libasan.so", "libubsan.so", "libstdc++.so")]  # fmt: skip
+    """Run sanitized.py. Python is not instrumented: the sanitizers' runtimes are loaded first."""
+    find = []
+    for name in ("libasan.so", "libubsan.so", "libstdc++.so"):
+        command = ("g++", f"-print-file-name={name}")
+        find.append(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
     environment = os.environ | {
         "LD_PRELOAD": ":".join(os.path.realpath(library) for library in find),
         "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1",
@@ -310,7 +335,13 @@ def test_sanitizers_find_nothing(library, tmp_path):
 
 
 def test_sanitizers_find_an_overrun_of_shared_memory(library, tmp_path):
-    where = ("cuda/reconstruction_loss_kernels.cuh", "i < WARPS * row; i += THREADS) s.sums[i] = 0.0f", "i <= WARPS * row; i += THREADS) s.sums[i] = 0.0f")
-    done = sanitized(binding.build(str(tmp_path / "kernels.so"), *binding.SANITIZERS, csrc=broken(tmp_path, *where)))
+    where = (
+        "cuda/reconstruction_loss_kernels.cuh",
+        "i < WARPS * row; i += THREADS) s.sums[i] = 0.0f",
+        "i <= WARPS * row; i += THREADS) s.sums[i] = 0.0f",
+    )
+    done = sanitized(
+        binding.build(str(tmp_path / "kernels.so"), *binding.SANITIZERS, csrc=broken(tmp_path, *where))
+    )
     assert done.returncode != 0
     assert "heap-buffer-overflow" in done.stderr and "decoder_loss_kernel" in done.stderr, done.stderr[-5000:]

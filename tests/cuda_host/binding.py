@@ -1,9 +1,9 @@
-"""The CUDA kernels of reconstruction_loss, compiled by g++ and run on the host, as the torch ops that they are on a GPU.
+"""Run the CUDA kernels of reconstruction_loss, compiled by g++, on the host as the torch ops of a GPU.
 
-`build` compiles csrc/cuda/*.cuh with cuda_host.h in place of the CUDA runtime; `Kernels`, of the CIFAR decoder, and `ChainKernels`, of a chain
-decoder's stages, call the launchers in the object through ctypes; `register` gives the ops `infopro_fast::reconstruction_loss_*_cuda` and
-`chain_*_cuda` an implementation for CPU tensors, that of `current`. Triton's kernels, which run stages that have no CUDA C++ ones, are
-here the ones for the CPU.
+`build` compiles csrc/cuda/*.cuh with cuda_host.h in place of the CUDA runtime. `Kernels` (the CIFAR decoder)
+and `ChainKernels` (a chain decoder's stages) call the launchers in the object through ctypes. `register`
+gives the ops `infopro_fast::reconstruction_loss_*_cuda` and `chain_*_cuda` an implementation for CPU tensors,
+which calls `current`. Stages without CUDA C++ kernels run the CPU kernels in place of Triton's.
 """
 
 from __future__ import annotations
@@ -25,17 +25,20 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}  # infopro::Dt
 
 
 def build(path: str, *flags: str, csrc: str = CSRC, source: str = "decoder_host.cpp") -> str:
-    """Compile the kernels in ``csrc`` that ``source`` includes, "decoder_host.cpp" or "chain_host.cpp", into the shared object ``path``."""
+    """Compile ``source``, decoder_host.cpp or chain_host.cpp, with the kernels in ``csrc`` into ``path``."""
     source = os.path.join(FOLDER, source)
     warnings = ("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
-    command = ("g++", "-std=c++17", "-O1", *warnings, "-fPIC", "-shared", *flags, "-include", f"{FOLDER}/cuda_host.h", f"-I{csrc}")
+    command = (
+        "g++", "-std=c++17", "-O1", *warnings, "-fPIC", "-shared", *flags, "-include",
+        f"{FOLDER}/cuda_host.h", f"-I{csrc}",
+    )
     done = subprocess.run([*command, source, "-o", path], capture_output=True, text=True)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr}"
     return path
 
 
 class Device(typing.NamedTuple):
-    """What the launchers plan for. Few multiprocessors: blocks then take several tiles, as they do on a GPU with a large batch."""
+    """Limits to plan for. With few multiprocessors, blocks take several tiles, as in a large batch."""
 
     multiprocessors: int
     shared_per_block: int
@@ -49,7 +52,7 @@ TWO_BLOCKS = Device(2, 99 * 1024, 24 * 1024)
 
 
 class Plan(typing.NamedTuple):
-    """csrc/cuda/reconstruction_loss_plan.cuh's; samples that a launch of backward takes; blocks to a multiprocessor; transient bytes."""
+    """Plan of reconstruction_loss_plan.cuh; samples of a backward launch; blocks together; bytes."""
 
     low_resolution: int
     tiles: int
@@ -70,12 +73,16 @@ class _Array(ctypes.Structure):
     _fields_ = [("data", ctypes.c_void_p), ("dtype", ctypes.c_int64), ("strides", ctypes.c_int64 * 4)]
 
 
+_LIMITS = ("multiprocessors", "shared_per_block", "shared_per_multiprocessor", "seed")
+_ARRAYS = ("features", "image", "w1", "b1", "gamma", "beta", "w2", "b2", "running_mean", "running_var")
+
+
 class _Call(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("N", "C", "K", "h", "w", "H", "W", "nearest", "loss")),
         ("eps", ctypes.c_double),
-        *((name, ctypes.c_int64) for name in ("multiprocessors", "shared_per_block", "shared_per_multiprocessor", "seed")),
-        *((name, _Array) for name in ("features", "image", "w1", "b1", "gamma", "beta", "w2", "b2", "running_mean", "running_var")),
+        *((name, ctypes.c_int64) for name in _LIMITS),
+        *((name, _Array) for name in _ARRAYS),
         ("restore", ctypes.POINTER(ctypes.c_double)),
     ]  # fmt: skip
 
@@ -87,7 +94,7 @@ def _array(t: torch.Tensor | None) -> _Array:
 
 
 class Kernels:
-    """The launchers in a compiled object. device, seed: what the next calls plan for, and the order of warps and lanes."""
+    """The launchers in a compiled object. device: limits to plan for; seed: order of warps and lanes."""
 
     def __init__(self, path: str, device: Device = TWO_BLOCKS, seed: int = 0):
         self.library = ctypes.CDLL(path)
@@ -96,23 +103,34 @@ class Kernels:
         self.library.decoder_switches.restype = ctypes.c_int64
         self.device, self.seed = device, seed
 
-    def forward(self, features, image, w1, b1, gamma, beta, w2, b2, running_mean, running_var, restore, eps, mode, loss, needs_grad):
+    def forward(
+        self, features, image, w1, b1, gamma, beta, w2, b2, running_mean, running_var, restore, eps, mode,
+        loss, needs_grad,
+    ):
         statistics = dict(running_mean=running_mean, running_var=running_var)
         parameters = self._contiguous(w1=w1, b1=b1, gamma=gamma, beta=beta, w2=w2, b2=b2, **statistics)
         call = self._call(features, image, parameters, restore, eps, mode, loss)
         value, saved = torch.full((), torch.nan), torch.full((31 * w1.shape[0] + 3,), torch.nan)
-        self._check(self.library.decoder_forward(ctypes.byref(call), ctypes.c_int64(needs_grad), _pointer(value), _pointer(saved)))
+        self._check(
+            self.library.decoder_forward(
+                ctypes.byref(call), ctypes.c_int64(needs_grad), _pointer(value), _pointer(saved)
+            )
+        )
         return value, saved
 
-    def backward(self, grad, features, image, w1, b1, gamma, beta, w2, b2, saved, restore, batch_statistics, eps, mode, loss,
-                 needs_features, needs_w1):  # fmt: skip
+    def backward(self, grad, features, image, w1, b1, gamma, beta, w2, b2, saved, restore, batch_statistics,
+                 eps, mode, loss, needs_features, needs_w1):  # fmt: skip
         parameters = self._contiguous(w1=w1, b1=b1, gamma=gamma, beta=beta, w2=w2, b2=b2)
         call = self._call(features, image, parameters, restore, eps, mode, loss)
         grad, saved = grad.contiguous(), saved.contiguous()
         d_features = torch.full_like(features, torch.nan) if needs_features else features.new_empty((0,))
-        d_w1, d_b1 = torch.full(tuple(w1.shape) if needs_w1 else (0,), torch.nan), torch.full((w1.shape[0],), torch.nan)
+        d_w1, d_b1 = (
+            torch.full(tuple(w1.shape) if needs_w1 else (0,), torch.nan),
+            torch.full((w1.shape[0],), torch.nan),
+        )
         arguments = (
-            _pointer(grad), _pointer(saved), ctypes.c_int64(batch_statistics), ctypes.byref(_array(d_features if needs_features else None)),
+            _pointer(grad), _pointer(saved), ctypes.c_int64(batch_statistics),
+            ctypes.byref(_array(d_features if needs_features else None)),
             _pointer(d_w1) if needs_w1 else None, _pointer(d_b1),
         )  # fmt: skip
         self._check(self.library.decoder_backward(ctypes.byref(call), *arguments))
@@ -129,7 +147,10 @@ class Kernels:
 
     def _call(self, features, image, parameters, restore, eps, mode, loss) -> _Call:
         (N, C, h, w), (H, W), K = features.shape, image.shape[-2:], parameters["w1"].shape[0]
-        numbers = dict(N=N, C=C, K=K, h=h, w=w, H=H, W=W, nearest=mode, loss=loss, eps=eps, seed=self.seed, **self.device._asdict())
+        numbers = dict(
+            N=N, C=C, K=K, h=h, w=w, H=H, W=W, nearest=mode, loss=loss, eps=eps, seed=self.seed,
+            **self.device._asdict(),
+        )
         arrays = {name: _array(t) for name, t in {"features": features, "image": image, **parameters}.items()}
         call = _Call(**numbers, **arrays)
         if restore:
@@ -142,7 +163,7 @@ class Kernels:
 
 
 class ChainPlan(typing.NamedTuple):
-    """csrc/cuda/chain_stage_plan.cuh's, of one direction; blocks to a multiprocessor; transient bytes."""
+    """Plan of chain_stage_plan.cuh for one direction; blocks on a multiprocessor; bytes."""
 
     tiles: int
     tile_h: int
@@ -162,7 +183,7 @@ class _ChainCall(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("N", "C", "K", "h", "w", "H", "W", "mode", "loss")),
         *((name, ctypes.c_double) for name in ("eps", "factor_y", "factor_x")),
-        *((name, ctypes.c_int64) for name in ("multiprocessors", "shared_per_block", "shared_per_multiprocessor", "seed")),
+        *((name, ctypes.c_int64) for name in _LIMITS),
         *((name, _Array) for name in ("x", "image", "weight", "bias", "mean", "var", "gamma", "beta")),
         ("restore", ctypes.POINTER(ctypes.c_double)),
     ]  # fmt: skip
@@ -170,22 +191,27 @@ class _ChainCall(ctypes.Structure):
 
 class _Outer(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("dy", "z", "mean_dy")), *((name, _Array) for name in ("mean", "var", "gamma")),
+        *((name, ctypes.c_void_p) for name in ("dy", "z", "mean_dy")),
+        *((name, _Array) for name in ("mean", "var", "gamma")),
         ("eps", ctypes.c_double),
     ]  # fmt: skip
 
 
 class ChainKernels:
-    """As `Kernels`."""
+    """The same as `Kernels`, for a chain decoder's stages."""
 
     def __init__(self, path: str, device: Device = TWO_BLOCKS, seed: int = 0):
         self.library = ctypes.CDLL(path)
-        for name in ("chain_loss_forward", "chain_loss_backward", "chain_stage_forward", "chain_stage_backward"):
+        for name in (
+            "chain_loss_forward", "chain_loss_backward", "chain_stage_forward", "chain_stage_backward"
+        ):
             getattr(self.library, name).restype = ctypes.c_char_p
         self.device, self.seed = device, seed
         self.calls: list[str] = []
 
-    def loss_forward(self, x, mean, var, gamma, beta, eps, weight, bias, image, restore, mode, factors, loss, in_f64):
+    def loss_forward(
+        self, x, mean, var, gamma, beta, eps, weight, bias, image, restore, mode, factors, loss, in_f64
+    ):
         assert not in_f64
         if not len(x):
             return torch.zeros(())
@@ -195,7 +221,10 @@ class ChainKernels:
         self._check(self.library.chain_loss_forward(ctypes.byref(call), _pointer(value)))
         return value
 
-    def loss_backward(self, grad, x, mean, var, gamma, beta, eps, weight, bias, image, restore, mode, factors, loss, needs_x, needs_weight):
+    def loss_backward(
+        self, grad, x, mean, var, gamma, beta, eps, weight, bias, image, restore, mode, factors, loss,
+        needs_x, needs_weight,
+    ):
         found, d_bias = self._gradients(x, mean, weight, needs_x, needs_weight), torch.full((3,), torch.nan)
         if not len(x):
             return *(t.zero_() for t in found), d_bias.zero_()
@@ -207,7 +236,10 @@ class ChainKernels:
 
     def stage_forward(self, x, mean, var, gamma, beta, eps, weight, bias, H, W, mode, factors, in_f64):
         assert not in_f64
-        z, statistics = torch.full((len(x), len(weight), H, W), torch.nan), torch.full((2, len(weight)), torch.nan)
+        z, statistics = (
+            torch.full((len(x), len(weight), H, W), torch.nan),
+            torch.full((2, len(weight)), torch.nan),
+        )
         if not len(x):
             return z, statistics.zero_()
         kept = self._contiguous(weight, bias, mean, var, gamma, beta)
@@ -215,21 +247,30 @@ class ChainKernels:
         self._check(self.library.chain_stage_forward(ctypes.byref(call), _pointer(z), _pointer(statistics)))
         return z, statistics
 
-    def stage_backward(self, dy, z, z_mean, z_var, z_gamma, z_eps, mean_dy, x, mean, var, gamma, beta, eps, weight, mode, factors, needs_x,
-                       needs_weight):  # fmt: skip
+    def stage_backward(self, dy, z, z_mean, z_var, z_gamma, z_eps, mean_dy, x, mean, var, gamma, beta, eps,
+                       weight, mode, factors, needs_x, needs_weight):  # fmt: skip
         found = self._gradients(x, mean, weight, needs_x, needs_weight)
         if not len(x):
             return tuple(t.zero_() for t in found)
         kept = self._contiguous(weight, None, mean, var, gamma, beta)
         dy, z, mean_dy, z_mean, z_var, z_gamma = self._contiguous(dy, z, mean_dy, z_mean, z_var, z_gamma)
         means = None if mean_dy is None else mean_dy.data_ptr()
-        outer = _Outer(dy.data_ptr(), z.data_ptr(), means, _array(z_mean), _array(z_var), _array(z_gamma), z_eps)
+        outer = _Outer(
+            dy.data_ptr(), z.data_ptr(), means, _array(z_mean), _array(z_var), _array(z_gamma), z_eps
+        )
         call = self._call("stage_backward", x, kept, eps, dy.shape, mode, factors)
-        self._check(self.library.chain_stage_backward(ctypes.byref(call), ctypes.byref(outer), *_pointers(*found, needs_x, needs_weight)))
+        self._check(
+            self.library.chain_stage_backward(
+                ctypes.byref(call), ctypes.byref(outer), *_pointers(*found, needs_x, needs_weight)
+            )
+        )
         return found
 
     def plan(self, last: bool, backward: bool, N, C, h, w, H, W, K=3, mode=0, factor=0.0) -> ChainPlan:
-        call = _ChainCall(N=N, C=C, K=K, h=h, w=w, H=H, W=W, mode=mode, factor_y=factor, factor_x=factor, **self.device._asdict())
+        call = _ChainCall(
+            N=N, C=C, K=K, h=h, w=w, H=H, W=W, mode=mode, factor_y=factor, factor_x=factor,
+            **self.device._asdict(),
+        )
         numbers = (ctypes.c_int64 * len(ChainPlan._fields))()
         self.library.chain_plan(ctypes.byref(call), ctypes.c_int64(last), ctypes.c_int64(backward), numbers)
         return ChainPlan(*numbers)
@@ -242,7 +283,9 @@ class ChainKernels:
         d_weight = torch.full(tuple(weight.shape) if needs_weight else (0,), torch.nan)
         return d_x if needs_x else x.new_empty((0,)), torch.full((2, x.shape[1]), torch.nan), d_weight
 
-    def _call(self, name, x, parameters, eps, out, mode, factors, image=None, restore=(), loss=0) -> _ChainCall:
+    def _call(
+        self, name, x, parameters, eps, out, mode, factors, image=None, restore=(), loss=0
+    ) -> _ChainCall:
         self.calls.append(name)
         (N, C, h, w), (H, W) = x.shape, out[2:]
         numbers = dict(N=N, C=C, K=len(parameters[0]), h=h, w=w, H=H, W=W, mode=mode, loss=loss, eps=eps)
@@ -264,7 +307,7 @@ def _pointer(t: torch.Tensor) -> ctypes.c_void_p:
 
 
 def _pointers(d_x, sums, d_weight, needs_x, needs_weight):
-    """Of the results of a chain stage's backward."""
+    """Return the arguments for the results of a chain stage's backward."""
     to = ctypes.byref(_array(d_x if needs_x else None))
     return ctypes.c_int64(needs_x), to, _pointer(sums), _pointer(d_weight) if needs_weight else None
 
@@ -277,14 +320,22 @@ class current:
 
 
 def register() -> torch.library.Library:
-    """The ops' implementation for CPU tensors, for as long as what is returned lives."""
+    """Register the ops for CPU tensors, for as long as the returned library lives."""
     library = torch.library.Library("infopro_fast", "IMPL")
     for direction in ("forward", "backward"):
-        library.impl(f"reconstruction_loss_{direction}_cuda", functools.partial(_call, "kernels", direction), "CPU")
+        library.impl(
+            f"reconstruction_loss_{direction}_cuda", functools.partial(_call, "kernels", direction), "CPU"
+        )
         for part in ("loss", "stage"):
-            library.impl(f"chain_{part}_{direction}_cuda", functools.partial(_call, "chain", f"{part}_{direction}"), "CPU")
+            library.impl(
+                f"chain_{part}_{direction}_cuda", functools.partial(_call, "chain", f"{part}_{direction}"),
+                "CPU",
+            )
         if not dispatch.INTERPRETED:
-            library.impl(f"chain_stage_{direction}_triton", getattr(torch.ops.infopro_fast, f"chain_stage_{direction}").default, "CPU")
+            library.impl(
+                f"chain_stage_{direction}_triton",
+                getattr(torch.ops.infopro_fast, f"chain_stage_{direction}").default, "CPU",
+            )
     return library
 
 

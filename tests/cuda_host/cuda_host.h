@@ -1,9 +1,11 @@
-// CUDA kernels on the host: included before a .cuh in place of the CUDA runtime, it lets a C++ compiler build the same source.
+// CUDA kernels on the host: included in front of a .cuh in place of the CUDA runtime, it lets a C++ compiler
+// build the same source.
 //
-// Every CUDA thread is a fibre with a stack of its own. A fibre runs until it waits at a barrier or for the other lanes of a shuffle, or
-// ends; blocks run one after the other. In which order warps, and lanes in a warp, are resumed is set by a seed, so that a result that
-// needs a barrier which is not there changes with the seed. Fibres that wait for what cannot happen are reported, and the launch fails.
-// Shared memory is made of not-a-numbers before each block, and lies on the heap in its exact size, where AddressSanitizer guards it.
+// Every CUDA thread is a fibre with its own stack. A fibre runs until it waits at a barrier or for the other
+// lanes of a shuffle, or ends; blocks run one after the other. A seed sets the order in which warps, and
+// lanes in a warp, are resumed: a result that lacks a barrier changes with the seed. Fibres that wait for
+// what cannot happen are reported, and the launch fails. Shared memory is filled with nans before each block,
+// and lies on the heap in its exact size, where AddressSanitizer guards it.
 //
 // Not shown here: races between blocks, between a warp's lanes inside one statement, and speed.
 #pragma once
@@ -63,7 +65,7 @@ constexpr size_t STACK = 256 * 1024;
 
 class Device {
  public:
-  unsigned seed = 0;      // order of warps and lanes: 0 ascending, 1 descending, else random, again at every round
+  unsigned seed = 0;      // order of warps and lanes: 0 ascending, 1 descending, else random at every round
   std::string error;      // of the first launch that failed
   int64_t switches = 0;
   Index block, grid_size, block_size;
@@ -83,8 +85,10 @@ class Device {
     static_assert(sizeof(T) <= sizeof(uint64_t));
     Fibre& fibre = fibres_[current_];
     const int warp = current_ / LANES, lane = current_ % LANES;
-    if (!(mask >> lane & 1)) fail(std::string(operation) + ": lane " + std::to_string(lane) + " is not in its own mask");
-    uint64_t* slots = slots_[warp][fibre.rendezvous++ % 2];  // a lane is at most one exchange ahead of another
+    if (!(mask >> lane & 1))
+      fail(std::string(operation) + ": lane " + std::to_string(lane) + " is not in its own mask");
+    uint64_t* slots =
+        slots_[warp][fibre.rendezvous++ % 2];  // a lane is at most one exchange ahead of another
     std::memcpy(&slots[lane], &value, sizeof value);
     wait(State::warp, operation, mask);
     const int from = source(lane);
@@ -94,7 +98,8 @@ class Device {
 
   int launch(int grid, int threads, int shared, const std::function<void()>& body) {
     if (!error.empty()) return 1;
-    if (grid < 1 || threads < 1 || threads > 1024) fail("launch: grid " + std::to_string(grid) + ", threads " + std::to_string(threads));
+    if (grid < 1 || threads < 1 || threads > 1024)
+      fail("launch: grid " + std::to_string(grid) + ", threads " + std::to_string(threads));
     grid_size = {unsigned(grid), 1, 1}, block_size = {unsigned(threads), 1, 1};
     body_ = &body;
     while (int(fibres_.size()) < threads) {
@@ -197,7 +202,7 @@ class Device {
     return found;
   }
 
-  // Lanes of the warp whose exchange is complete go on. False where none is.
+  // Let lanes of the warp go on whose exchange is complete. Return false if there are none.
   bool meet(int first, int last) {
     bool met = false;
     for (int i = first; i < last; i++) {
@@ -207,7 +212,8 @@ class Device {
       for (int j = 0; j < LANES && complete; j++)
         if (fibre.mask >> j & 1) {
           const Fibre* other = first + j < last ? &fibres_[first + j] : nullptr;
-          complete = other && other->state == State::warp && other->mask == fibre.mask && other->rendezvous == fibre.rendezvous &&
+          complete = other && other->state == State::warp && other->mask == fibre.mask &&
+                     other->rendezvous == fibre.rendezvous &&
                      std::strcmp(other->operation, fibre.operation) == 0;
         }
       if (!complete) continue;
@@ -219,7 +225,7 @@ class Device {
     return met;
   }
 
-  // Until every lane of the warp waits at a barrier, for lanes that do not come, or has ended.
+  // Run until every lane of the warp waits at a barrier, waits for lanes that do not come, or has ended.
   void run_warp(int warp, int threads) {
     const int first = warp * LANES, last = std::min(threads, first + LANES);
     do {
@@ -252,7 +258,8 @@ class Device {
     std::string text = "threads";
     for (int i = 0, j; i < threads; i = j) {
       for (j = i + 1; j < threads && std::strcmp(fibres_[j].operation, fibres_[i].operation) == 0;) j++;
-      text += (i ? ", " : " ") + std::to_string(i) + "-" + std::to_string(j - 1) + " at " + fibres_[i].operation;
+      text +=
+          (i ? ", " : " ") + std::to_string(i) + "-" + std::to_string(j - 1) + " at " + fibres_[i].operation;
     }
     return text;
   }
@@ -278,10 +285,11 @@ inline void __syncwarp(unsigned mask = 0xffffffffu) {
   cuda_host::device().exchange(mask, 0, "__syncwarp", [](int lane) { return lane; });
 }
 
-// The lanes of a group of `width` exchange among themselves; where the source lies outside, a lane keeps its own value.
+// Exchange among the lanes of a group of `width`. If the source lies outside, a lane keeps its own value.
 template <class T>
 T __shfl_sync(unsigned mask, T value, int source, int width = 32) {
-  return cuda_host::device().exchange(mask, value, "__shfl_sync", [=](int lane) { return lane / width * width + (source & (width - 1)); });
+  return cuda_host::device().exchange(
+      mask, value, "__shfl_sync", [=](int lane) { return lane / width * width + (source & (width - 1)); });
 }
 
 template <class T>
@@ -306,7 +314,7 @@ T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32) {
   });
 }
 
-// Fibres are switched at barriers and exchanges alone, so that a plain operation is atomic.
+// Fibres are switched only at barriers and exchanges, so a plain operation is atomic.
 inline int atomicAdd(int* p, int v) { return std::exchange(*p, *p + v); }
 inline unsigned atomicAdd(unsigned* p, unsigned v) { return std::exchange(*p, *p + v); }
 
@@ -336,11 +344,12 @@ using Error = int;
 constexpr Error success = 0;
 
 template <class... Parameters, class... Arguments>
-Error launch(void (*kernel)(Parameters...), int grid, int threads, int shared, Stream, const Arguments&... arguments) {
+Error launch(void (*kernel)(Parameters...), int grid, int threads, int shared, Stream,
+             const Arguments&... arguments) {
   return cuda_host::device().launch(grid, threads, shared, [&] { kernel(arguments...); });
 }
 
-// Each part on the heap by itself, in its exact size.
+// Puts each part on the heap by itself, in its exact size.
 class Workspace {
  public:
   explicit Workspace(void* start) : real_(start != nullptr) {}

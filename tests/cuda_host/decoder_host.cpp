@@ -24,16 +24,21 @@ struct HostCall {
 
 }
 
-static Maps maps(const HostArray& a) { return {a.data, Dtype(a.dtype), a.strides[0], a.strides[1], a.strides[2], a.strides[3]}; }
+static Maps maps(const HostArray& a) {
+  return {a.data, Dtype(a.dtype), a.strides[0], a.strides[1], a.strides[2], a.strides[3]};
+}
 static Numbers numbers(const HostArray& a, float missing) { return {a.data, Dtype(a.dtype), missing}; }
-static Device device_of(const HostCall& c) { return {int(c.multiprocessors), int(c.shared_per_block), int(c.shared_per_multiprocessor)}; }
+static Device device_of(const HostCall& c) {
+  return {int(c.multiprocessors), int(c.shared_per_block), int(c.shared_per_multiprocessor)};
+}
 
 static Shape shape_of(const HostCall& c) {
   return {int(c.N), int(c.C), int(c.K), int(c.h), int(c.w), int(c.H), int(c.W), c.nearest != 0};
 }
 
 static Request request_of(const HostCall& c) {
-  GivenParameters given = {numbers(c.w1, 0), numbers(c.b1, 0), numbers(c.gamma, 1), numbers(c.beta, 0), numbers(c.w2, 0), numbers(c.b2, 0)};
+  GivenParameters given = {numbers(c.w1, 0),   numbers(c.b1, 0), numbers(c.gamma, 1),
+                           numbers(c.beta, 0), numbers(c.w2, 0), numbers(c.b2, 0)};
   return {shape_of(c), maps(c.features), maps(c.image), given, c.restore, Pixel(c.loss), c.eps};
 }
 
@@ -56,24 +61,39 @@ const char* decoder_forward(const HostCall* c, int64_t needs_grad, float* value,
   const Forward forward(shape_of(*c), device_of(*c));
   if (forward.plan.shared == 0) return "no plan fits the device";
   char workspace;
-  return outcome(forward.run(request_of(*c), numbers(c->running_mean, 0), numbers(c->running_var, 1), needs_grad != 0, value, saved, &workspace, nullptr));
+  return outcome(forward.run(request_of(*c), numbers(c->running_mean, 0), numbers(c->running_var, 1),
+                             needs_grad != 0, value, saved, &workspace, nullptr));
 }
 
-const char* decoder_backward(const HostCall* c, const float* upstream, const float* saved, int64_t batch_statistics, const HostArray* d_features,
-                             float* d_w1, float* d_b1) {
+const char* decoder_backward(const HostCall* c, const float* upstream, const float* saved,
+                             int64_t batch_statistics, const HostArray* d_features, float* d_w1,
+                             float* d_b1) {
   begin(*c);
   const Backward backward(shape_of(*c), device_of(*c), d_features->data != nullptr, d_w1 != nullptr);
   char workspace;
-  return outcome(backward.run(request_of(*c), upstream, saved, batch_statistics != 0, maps(*d_features), d_w1, d_b1, &workspace, nullptr));
+  return outcome(backward.run(request_of(*c), upstream, saved, batch_statistics != 0, maps(*d_features), d_w1,
+                              d_b1, &workspace, nullptr));
 }
 
-// low_resolution, tiles of a sample, tile_h, tile_w, group, part, chunk, late_channels, samples a launch of backward, shared
-// bytes, blocks to a multiprocessor, bytes of memory that forward and backward take for themselves
+// low_resolution, tiles of a sample, tile_h, tile_w, group, part, chunk, late_channels, samples a launch of
+// backward, shared bytes, blocks to a multiprocessor, bytes of memory that forward and backward take for
+// themselves
 void decoder_plan(const HostCall* c, int64_t* to) {
   const Backward b(shape_of(*c), device_of(*c), true, true);
   const Plan& p = b.plan;
-  const int64_t numbers[] = {p.low_resolution, p.tiles(), p.tile_h, p.tile_w, p.group, p.part, p.chunk, p.late_channels, b.samples, p.shared,
-                             blocks_per_multiprocessor(p, device_of(*c)), Forward(shape_of(*c), device_of(*c)).bytes, b.bytes};
+  const int64_t numbers[] = {p.low_resolution,
+                             p.tiles(),
+                             p.tile_h,
+                             p.tile_w,
+                             p.group,
+                             p.part,
+                             p.chunk,
+                             p.late_channels,
+                             b.samples,
+                             p.shared,
+                             blocks_per_multiprocessor(p, device_of(*c)),
+                             Forward(shape_of(*c), device_of(*c)).bytes,
+                             b.bytes};
   std::copy(std::begin(numbers), std::end(numbers), to);
 }
 
