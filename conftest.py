@@ -1,4 +1,4 @@
-"""Plain `pytest` runs tests/, `pytest --benchmark-only` runs benchmarks/; a path on the command line decides for itself.
+"""`pytest` runs tests/, `pytest --benchmark-only` runs benchmarks/, and paths given run themselves.
 
 `pytest -n N` runs N tests at a time, each with its share of the cores."""
 
@@ -6,8 +6,8 @@ import os
 
 import pytest
 
-# Before torch is imported, here and in the processes that tests start: waiting threads of one test would otherwise hold up another. Those
-# of tests that ask for more than their share sleep while they wait.
+# Before anything imports torch: waiting threads of one test would hold up the others. Threads beyond a test's
+# share of the cores sleep while they wait. Processes that tests start inherit this.
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // workers)))
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
