@@ -19,7 +19,13 @@ from benchmarks.gpu.meter import Budget, Meter
 from benchmarks.table import Row
 from tests.conftest import need_cpu_kernels
 
-COMPILED_METHODS = ("compile", "compile channels_last", "compile max-autotune", "released compile", "released compile max-autotune")
+COMPILED_METHODS = (
+    "compile",
+    "compile channels_last",
+    "compile max-autotune",
+    "released compile",
+    "released compile max-autotune",
+)
 
 
 def rows_of_the_claims() -> list[Row]:
@@ -38,7 +44,7 @@ def values(results: list[Row]) -> list[float | None]:
     return [c.value for c in claims.claims(results)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Claims
 
 
@@ -100,13 +106,17 @@ def test_max_autotune_counts_where_it_is_measured():
     assert claims.claims(without)[1].value == 1.0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # What is measured
 
 
 def test_steps_of_the_claims_come_before_those_that_are_compiled():
     order = [part.what for part in gpu.parts(Meter("cpu"), small=False)]
-    assert order.index("steps of the claims") < order.index("steps of the claims, compiled") < order.index("other steps")
+    assert (
+        order.index("steps of the claims")
+        < order.index("steps of the claims, compiled")
+        < order.index("other steps")
+    )
     assert not any(m in COMPILED_METHODS for case in gpu.claimed_steps(small=False) for m in case.methods)
     last = [m for case in gpu.other_steps(small=False) for m in case.methods]
     assert [m in COMPILED_METHODS for m in last[-2:]] == [True, True]
@@ -115,7 +125,11 @@ def test_steps_of_the_claims_come_before_those_that_are_compiled():
 
 @pytest.mark.parametrize("op", gpu.OPS)
 def test_ours_is_measured_first_and_max_autotune_last(op):
-    assert gpu.METHODS[op][0] == workloads.OURS and gpu.METHODS[op][1] == "eager" and gpu.METHODS[op][-1] == workloads.TUNED
+    assert (
+        gpu.METHODS[op][0] == workloads.OURS
+        and gpu.METHODS[op][1] == "eager"
+        and gpu.METHODS[op][-1] == workloads.TUNED
+    )
 
 
 def test_no_shape_is_measured_twice_or_left_out():
@@ -162,7 +176,12 @@ def test_peers_that_are_missing_or_broken_are_a_note(tmp_path, monkeypatch):
     broken = "installed, and does not import: RuntimeError: made for another triton"
     assert workloads.missing("memeff") == broken
     shape = shapes.SupConShape(16)
-    found = {r.method: r for r in gpu.measure_op(Meter("cpu"), "supcon_loss", shape, "float32", ("memeff", "eager"), Budget(60), ("both",))}
+    found = {
+        r.method: r
+        for r in gpu.measure_op(
+            Meter("cpu"), "supcon_loss", shape, "float32", ("memeff", "eager"), Budget(60), ("both",)
+        )
+    }
     assert found["memeff"].note == broken and found["memeff"].seconds is None and found["eager"].seconds > 0
     monkeypatch.setitem(workloads.PEERS, "memeff", ("no_such_package_here.of_it", "loss"))
     assert workloads.missing("memeff") == "not installed"
@@ -176,7 +195,9 @@ def test_a_peer_with_another_loss_is_measured_and_says_so(tmp_path, monkeypatch)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "memeff", raising=False)
     importlib.invalidate_caches()
-    (found,) = gpu.measure_op(Meter("cpu"), "supcon_loss", shapes.SupConShape(16), "float32", ("memeff",), Budget(60), ("both",))
+    (found,) = gpu.measure_op(
+        Meter("cpu"), "supcon_loss", shapes.SupConShape(16), "float32", ("memeff",), Budget(60), ("both",)
+    )
     assert found.seconds > 0 and found.error is None and found.note == workloads.OTHER_LOSS["memeff"]
     assert found.note in files.line(found) and " ms" in files.line(found)
     del sys.modules["memeff"]  # monkeypatch would put it back
@@ -188,27 +209,55 @@ def test_batch_sizes_go_on_until_memory_runs_out(most, expected, monkeypatch):
 
     def measure(meter, op, shape, dtype, methods, budget, directions, with_error):
         seconds = None if shape.N > most else 1.0
-        return [Row(op, workloads.label(shape), methods[0], seconds=seconds, note="" if seconds else "out of memory")]
+        return [
+            Row(
+                op,
+                workloads.label(shape),
+                methods[0],
+                seconds=seconds,
+                note="" if seconds else "out of memory",
+            )
+        ]
 
     monkeypatch.setattr(gpu, "measure_op", measure)
-    found = [r for rows in gpu.measure_sizes(Meter("cpu"), Budget(60), small=True) for r in rows if r.method == workloads.OURS]
-    assert [int(r.shape.split()[0][1:]) for r in found] == expected and {r.op for r in found} == {"batch size"}
+    found = [
+        r
+        for rows in gpu.measure_sizes(Meter("cpu"), Budget(60), small=True)
+        for r in rows
+        if r.method == workloads.OURS
+    ]
+    assert [int(r.shape.split()[0][1:]) for r in found] == expected and {r.op for r in found} == {
+        "batch size"
+    }
     most *= 1000
-    large = [r for rows in gpu.measure_sizes(Meter("cpu"), Budget(60), small=False) for r in rows if r.method == "eager"]
+    large = [
+        r
+        for rows in gpu.measure_sizes(Meter("cpu"), Budget(60), small=False)
+        for r in rows
+        if r.method == "eager"
+    ]
     sizes = [int(r.shape.split()[0][1:]) for r in large]
     assert most // 2 < max(N for N in sizes if N <= most) and any(N > most for N in sizes)
 
 
 def test_when_the_time_is_over_every_row_says_so():
-    ops = [r for rows in gpu.measure_ops(Meter("cpu"), Budget(0), gpu.claimed_ops(True), "float32") for r in rows]
+    ops = [
+        r for rows in gpu.measure_ops(Meter("cpu"), Budget(0), gpu.claimed_ops(True), "float32") for r in rows
+    ]
     sizes = [r for rows in gpu.measure_sizes(Meter("cpu"), Budget(0), True) for r in rows]
-    steps = [r for rows in gpu.measure_steps(Meter("cpu"), Budget(0), gpu.claimed_steps(True), 0) for r in rows]
-    assert {r.method for r in sizes} == {"ours", "eager", "channels_last", "checkpoint", "compile"} and ops and steps
+    steps = [
+        r for rows in gpu.measure_steps(Meter("cpu"), Budget(0), gpu.claimed_steps(True), 0) for r in rows
+    ]
+    assert (
+        {r.method for r in sizes} == {"ours", "eager", "channels_last", "checkpoint", "compile"}
+        and ops
+        and steps
+    )
     for r in ops + sizes + steps:
         assert r.seconds is None and (r.note == "not measured: out of time" or r.method in workloads.PEERS)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The whole, on small shapes
 
 
@@ -220,7 +269,11 @@ def report(request, tmp_path_factory) -> tuple[list[dict], pathlib.Path]:
     torch.set_num_threads(1)  # small shapes
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(gpu, "seconds_to_start", lambda method: 1e9 if "compile" in method else -1e9)
-        patched.setattr(gpu.Meter, "medians", lambda self, calls, budget: {name: self.seconds(call) for name, call in calls.items()})
+        patched.setattr(
+            gpu.Meter,
+            "medians",
+            lambda self, calls, budget: {name: self.seconds(call) for name, call in calls.items()},
+        )
         assert gpu.main(["--device", "cpu", "--small", "--seconds", "600", "--out", str(folder)]) == 0
     torch.set_num_threads(before)
     return [json.loads(text) for text in (folder / "results.jsonl").read_text().splitlines()], folder
@@ -229,7 +282,11 @@ def report(request, tmp_path_factory) -> tuple[list[dict], pathlib.Path]:
 def test_rows_of_the_claims_come_first(report):
     rows, _ = report
     parts = list(dict.fromkeys(r["op"] for r in rows))
-    assert parts[:3] == ["reconstruction_loss", "supcon_loss", "step"] and set(parts) == {*gpu.OPS, "step", "batch size"}
+    assert parts[:3] == ["reconstruction_loss", "supcon_loss", "step"] and set(parts) == {
+        *gpu.OPS,
+        "step",
+        "batch size",
+    }
     assert next(r for r in rows if r["seconds"])["method"] == workloads.OURS
     steps = [(r["shape"], r["method"]) for r in rows if r["op"] == "step"]
     assert steps[:2] == [("resnet32 K16 N8", "ours"), ("resnet32 K16 N8", "released")]
@@ -240,7 +297,11 @@ def test_rows_of_the_claims_come_first(report):
 def test_what_runs_on_a_cpu_was_measured(report):
     rows, _ = report
     for r in rows:
-        left_out = "compile" in r["method"] or r["method"] in (*workloads.PEERS, workloads.TRITON, workloads.CUDA)
+        left_out = "compile" in r["method"] or r["method"] in (
+            *workloads.PEERS,
+            workloads.TRITON,
+            workloads.CUDA,
+        )
         assert (r["seconds"] is not None) == (not left_out), r
         if r["op"] in gpu.OPS and r["direction"] == "both" and r["dtype"] == "float32" and not left_out:
             assert r["error"] < 1e-4, r
@@ -273,7 +334,7 @@ def test_an_interrupt_loses_one_shape_at_most(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*.part"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # For compute-sanitizer
 
 
@@ -285,7 +346,7 @@ def test_what_the_sanitized_kernels_are_held_against(name):
     assert cuda_smoke.error(*case, measured=("reference", torch.bfloat16, "cpu")) > 1e-4
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The one command
 
 PYTHON = """#!/bin/sh
@@ -309,14 +370,24 @@ def test_the_one_command_fails_only_where_neither_build_works(pip, build, status
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     calls = tmp_path / "calls"
-    own = dict(CALLS=str(calls), PIP=str(pip), BUILD=str(build), PYTHON=str(tmp_path / "python"), SECONDS_IN_ALL="100")
+    own = dict(
+        CALLS=str(calls),
+        PIP=str(pip),
+        BUILD=str(build),
+        PYTHON=str(tmp_path / "python"),
+        SECONDS_IN_ALL="100",
+    )
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
     script = pathlib.Path(gpu.__file__).parents[1] / "gpu.sh"
-    done = subprocess.run(["bash", script], env=os.environ | own | {"PATH": path}, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        ["bash", script], env=os.environ | own | {"PATH": path}, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == status, done.stdout + done.stderr
     called = calls.read_text().splitlines()
     assert any(c.startswith("setup.py") for c in called) == bool(pip)
     sanitized = [c for c in called if c.startswith("compute-sanitizer")]
-    assert len(sanitized) == 2 and all("--kernel-name kernel_substring=infopro " in c and c.endswith("cuda_smoke") for c in sanitized)
+    assert len(sanitized) == 2 and all(
+        "--kernel-name kernel_substring=infopro " in c and c.endswith("cuda_smoke") for c in sanitized
+    )
     (report,) = [c for c in called if c.startswith("-m benchmarks.gpu")]
     assert 60 <= int(report.split()[-1]) <= 80, "what the rest leaves, and a margin"
