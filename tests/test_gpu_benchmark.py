@@ -1,4 +1,4 @@
-"""The report of a GPU without one: what it measures first, what it claims and when it may not, and its files."""
+"""The report of a GPU without one: the order of measurements, the claims and when they count, the files."""
 
 from __future__ import annotations
 
@@ -56,8 +56,9 @@ def test_the_first_parts_measure_all_that_the_claims_need():
 
 
 @pytest.mark.parametrize("arch, K, N, method", [
-    ("resnet32", 1, 1024, "compile"), ("resnet32", 1, 1024, train_step.GRAPH), ("resnet32", 1, 1024, "released channels_last"),
-    ("resnet32", 1, 1024, "ours"), ("resnet32", 16, 128, "released channels_last"), ("resnet32", 16, 128, train_step.GRAPH),
+    ("resnet32", 1, 1024, "compile"), ("resnet32", 1, 1024, train_step.GRAPH),
+    ("resnet32", 1, 1024, "released channels_last"), ("resnet32", 1, 1024, "ours"),
+    ("resnet32", 16, 128, "released channels_last"), ("resnet32", 16, 128, train_step.GRAPH),
 ])  # fmt: skip
 def test_no_claim_of_a_step_holds_against_what_is_missing(arch, K, N, method):
     label = claims.step_label(arch, K, N)
@@ -90,9 +91,11 @@ def set_seconds(rows: list[Row], seconds: dict[tuple[str, str], float]) -> list[
 
 def test_the_step_is_compared_with_the_best_end_to_end_and_graph_with_graph():
     sixteen, one = claims.step_label("resnet32", 16, 1024), claims.step_label("resnet32", 1, 1024)
-    rows = set_seconds(rows_of_the_claims(), {(sixteen, "ours"): 9.0, (sixteen, train_step.GRAPH): 6.0, (one, train_step.GRAPH): 5.0,
-                                              (one, "ours"): 8.0, (one, "compile"): 4.0, (one, "released"): 9.0,
-                                              (one, "released channels_last"): 9.0})  # fmt: skip
+    seconds = {
+        (sixteen, "ours"): 9.0, (sixteen, train_step.GRAPH): 6.0, (one, train_step.GRAPH): 5.0,
+        (one, "ours"): 8.0, (one, "compile"): 4.0, (one, "released"): 9.0, (one, "released channels_last"): 9.0,
+    }  # fmt: skip
+    rows = set_seconds(rows_of_the_claims(), seconds)
     graphs, best = claims.claims(rows)[5:7]
     assert graphs.value == 6.0 / 5.0 and graphs.holds() is True
     assert best.value == 6.0 / 4.0 and best.against == "compile" and best.holds() is False
@@ -154,10 +157,11 @@ def test_a_step_that_checkpoints_trains_as_it_would_without(method, cpu, threads
 
 
 @pytest.mark.parametrize("method, K, count, mode", (
-    ("compile", 1, 1, None), ("released compile", 4, 4 + 3 + 3, None), ("released compile max-autotune", 4, 10, "max-autotune"),
+    ("compile", 1, 1, None), ("released compile", 4, 4 + 3 + 3, None),
+    ("released compile max-autotune", 4, 10, "max-autotune"),
 ))  # fmt: skip
 def test_compiled_steps_are_compiled_for_their_batch_size(method, K, count, mode, cpu, threads, monkeypatch):
-    """Stages, and of the released step decoders and heads; dynamic shapes would make the second batch size another program."""
+    """Stages, and the authors' decoders and heads; dynamic shapes would change the program."""
     threads(1)
     compiled, begun = [], []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kwargs: compiled.append(kwargs))
@@ -190,7 +194,8 @@ def test_peers_that_are_missing_or_broken_are_a_note(tmp_path, monkeypatch):
 def test_a_peer_with_another_loss_is_measured_and_says_so(tmp_path, monkeypatch):
     (tmp_path / "memeff.py").write_text(
         "import torch\nclass MemoryEfficientCLIPLoss(torch.nn.Module):\n"
-        "    def __init__(self, temperature, stable): super().__init__()\n    def forward(self, x, y): return (x * y).mean()\n"
+        "    def __init__(self, temperature, stable): super().__init__()\n"
+        "    def forward(self, x, y): return (x * y).mean()\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "memeff", raising=False)
@@ -263,7 +268,7 @@ def test_when_the_time_is_over_every_row_says_so():
 
 @pytest.fixture(scope="module")
 def report(request, tmp_path_factory) -> tuple[list[dict], pathlib.Path]:
-    """Rows of results.jsonl and the folder. Compiled methods, which take longer than all others, are left out as if for time."""
+    """Rows of results.jsonl, and the folder; compiled methods are left out as if there were no time."""
     need_cpu_kernels(request.config)
     folder, before = tmp_path_factory.mktemp("gpu"), torch.get_num_threads()
     torch.set_num_threads(1)  # small shapes
@@ -340,7 +345,7 @@ def test_an_interrupt_loses_one_shape_at_most(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", cuda_smoke.cases())
 def test_what_the_sanitized_kernels_are_held_against(name):
-    """The same comparison with float32 in the place of the kernels: it passes, and does not where a gradient is wrong."""
+    """The same comparison passes with float32 in the kernels' place, and fails where a gradient is wrong."""
     case = cuda_smoke.cases()[name]
     assert 0 < cuda_smoke.error(*case, measured=("reference", torch.float32, "cpu")) < 1e-4
     assert cuda_smoke.error(*case, measured=("reference", torch.bfloat16, "cpu")) > 1e-4

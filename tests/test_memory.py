@@ -1,4 +1,4 @@
-"""Bytes alive: against sums done by hand, the paper's tables, a step that runs, and what the operating system sees."""
+"""Bytes alive, against sums done by hand, the paper's tables, real steps and the operating system."""
 
 from __future__ import annotations
 
@@ -204,8 +204,9 @@ def _watched(terms, note):
 PUBLISHED_SPLITS = [
     ("resnet32", 32, 1, False, 2.376), ("resnet32", 32, 2, False, 1.944), ("resnet32", 32, 4, False, 1.130),
     ("resnet32", 32, 8, False, 0.806), ("resnet32", 32, 16, False, 0.556),
-    ("resnet110", 32, 1, False, 8.075), ("resnet110", 32, 2, False, 6.072), ("resnet110", 32, 4, False, 3.381),
-    ("resnet110", 32, 8, False, 2.056), ("resnet110", 32, 16, False, 1.056), ("resnet110", 32, 2, True, 4.249),
+    ("resnet110", 32, 1, False, 8.075), ("resnet110", 32, 2, False, 6.072),
+    ("resnet110", 32, 4, False, 3.381), ("resnet110", 32, 8, False, 2.056),
+    ("resnet110", 32, 16, False, 1.056), ("resnet110", 32, 2, True, 4.249),
     ("resnet110", 32, 3, True, 3.060), ("resnet110", 32, 4, True, 2.308), ("resnet110", 96, 4, True, 20.7),
 ]  # fmt: skip
 
@@ -221,7 +222,7 @@ def test_the_released_losses_keep_what_the_released_code_keeps(arch, image_size,
 
 
 def test_the_parts_of_the_largest_module():
-    """ResNet-110, K = 16: three blocks of the first stage, the decoder and the head; ours keep neither u nor the decoder's maps."""
+    """Three blocks of the first stage, decoder and head; ours keep neither u nor the decoder's maps."""
     N, per_map = 4, 0.0625
     theirs = fake_step(N, released_losses=True, arch="resnet110", modules=16).modules[1].saved / N / MIB
     ours = fake_step(N, arch="resnet110", modules=16, lambdas=(1, 1, 1, 1)).modules[1].saved / N / MIB
@@ -267,7 +268,7 @@ def test_released_formulas_are_the_ops():
     ids=lambda w: w.name,
 )
 def test_accounted_peak_is_the_systems(way, cpu):
-    """Resident set of a process of its own at the highest point of a step of ResNet-20, against the sum of storages."""
+    """The resident set at the highest point of a step of ResNet-20 is the sum of storages."""
     found = compare.measure(way, "resnet20", 96, 32, rounds=1, threads=2)
     assert found.peak.total == pytest.approx(found.resident, rel=tolerances.RESIDENT)
     assert found.peak.saved > found.peak.total / 2
@@ -278,6 +279,7 @@ def test_a_failing_process_is_told():
         RuntimeError, match="infopro_fast.memory.compare:_bytes_here .*nonsense(.|\n)*arch: expected one of"
     ):
         resident.in_a_process(
-            "infopro_fast.memory.compare:_bytes_here", way=dict(modules=1), arch="nonsense", batch_size=1, image_size=32,
+            "infopro_fast.memory.compare:_bytes_here", way=dict(modules=1), arch="nonsense", batch_size=1,
+            image_size=32,
             device="cpu", threads=1,
         )  # fmt: skip

@@ -254,7 +254,7 @@ def test_other_blocks_run_as_they_are():
 
 
 def test_a_step_of_a_network():
-    """A module keeps three maps of a residual block instead of four; the trained weights are those without."""
+    """A module keeps three of four maps of a residual block, and trains to the same weights."""
     image, label = torch.randn(4, 3, 32, 32), torch.tensor([1, 2, 1, 2])
     found, saved = [], []
     for recompute in ("none", "norm"):

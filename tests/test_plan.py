@@ -1,4 +1,4 @@
-"""Plans: the dynamic programme against all splits, the published ones found again, sums of blocks against the step, budgets, the file."""
+"""Plans: the best of all splits, the published splits, sums of blocks against steps, budgets, the file."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_better_than_published():
     ],
 )
 def test_larger_networks(arch, bar, saved):
-    """End to end what the released networks keep, the image included, MiB a sample; the best two modules' share of it."""
+    """End to end, MiB a sample with the image, as in the authors' code; then the best two modules' share."""
     pytest.importorskip("torchvision")
     N = 2
     found = plan(arch, 2, batch_size=N)
@@ -143,7 +143,8 @@ def test_saved_at_the_peak(recompute, bars):
     [
         ("resnet32", 4, "none", "ours"), ("resnet32", 4, "norm", "ours"),
         ("resnet32", 3, "block", "ours"), ("resnet20", 1, "block", "ours"),
-        ("resnet32", 4, "none", "released"), ("resnet50", 3, "none", "ours"), ("resnet50", 2, "none", "released"),
+        ("resnet32", 4, "none", "released"), ("resnet50", 3, "none", "ours"),
+        ("resnet50", 2, "none", "released"),
         ("deeplabv3_resnet101", 2, "none", "ours"), ("deeplabv3_resnet101", 1, "none", "released"),
     ],
 )  # fmt: skip
@@ -195,7 +196,7 @@ def test_largest_batch_and_image_in_a_budget():
 
 
 def test_balanced_time(monkeypatch):
-    """The slowest module is as fast as it can be, by the seconds measured; a block of the first stage here takes ten of the others."""
+    """The slowest module is as fast as possible; a block of the first stage takes ten times the others."""
     monkeypatch.setattr(planner.costs, "_seconds", lambda call: (call(), 0.0)[1])
     chain = planner._Chain("resnet20", 2, (32, 32), "none", "ours", timed=True)
     blocks = [block._replace(seconds=10.0 if i < 4 else 1.0) for i, block in enumerate(chain.seconds.blocks)]
@@ -400,7 +401,8 @@ def test_table_of_a_comparison():
     assert rows[1][:5] == ["E2E compiled, budget 0.5", "500 B", "50.0 %", "?", "?"]
     assert rows[1][-4:] == ["550 B", "50.0 %", "1000 ms", "0.50"]
     assert [w.name for w in comparing.ways([4], [0.5])] == [
-        "E2E", "E2E + norms rebuilt", "E2E checkpoint/block", "E2E checkpoint/sqrt", "E2E compiled, budget 0.5",
+        "E2E", "E2E + norms rebuilt", "E2E checkpoint/block", "E2E checkpoint/sqrt",
+        "E2E compiled, budget 0.5",
         "released K=4", "ours K=4", "ours K=4 + norms rebuilt", "ours K=4 + recompute",
     ]  # fmt: skip
 

@@ -84,7 +84,7 @@ def test_layouts():
 
 
 def test_four_processes_on_two_cores():
-    """What the benchmark predicts of this machine: all cores work as long as anybody has work, and copies are made by cores."""
+    """The benchmark's prediction for this machine: all cores share the work, and make the copies."""
     link, layouts = (
         Link(8, 0.5),
         {(one.name, one.processes): one for one in scale_validation.layouts(net((4, 4, 6, 4)))},
@@ -149,7 +149,8 @@ def test_errors(capsys, monkeypatch):
     )
     few, uneven = "gpus: expected numbers of at least 1", "modules: expected one number"
     for words, message in (
-        (["--gpus", "0"], few), (["--modules", "2", "3"], uneven), (["--threads", "0"], "threads: expected numbers of at least 1, got 0"),
+        (["--gpus", "0"], few), (["--modules", "2", "3"], uneven),
+        (["--threads", "0"], "threads: expected numbers of at least 1, got 0"),
         (["--modules", "0"], "modules: expected numbers of at least 1, got 0"),
         (["--modules", "11"], "modules: expected 1 to 10 for resnet20, got 11"),
     ):  # fmt: skip
