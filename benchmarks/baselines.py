@@ -1,4 +1,4 @@
-"""What a user of plain torch would run in place of an op; the authors' losses are in `infopro_fast.memory.released`."""
+"""What plain torch runs in place of an op; the authors' losses are in `infopro_fast.memory.released`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from infopro_fast.memory.released import ReleasedDecoder
 class ReorderedDecoder(ReleasedDecoder):
     """Our algebra for a compiler to fuse: what the reordering gives without kernels.
 
-    The first convolution becomes nine 1x1 convolutions at the size of h, whose results are resized, shifted and added.
+    The first convolution becomes nine 1x1 convolutions at the size of h, whose results are resized, shifted
+    and added.
     """
 
     def forward(self, features: torch.Tensor, image: torch.Tensor) -> torch.Tensor:

@@ -11,9 +11,9 @@ LARGER = {
 }  # fmt: skip
 SHAPES = {op: over for op, (over, _) in report.CLAIMS.items()} | {"norm_relu_pool": shapes.POOL}
 CASES = [
-    pytest.param(op, shape, method, id=f"{op}-{workloads.label(shape)}-{method}", marks=[pytest.mark.larger] * larger)
+    pytest.param(op, shape, method, id=f"{op}-{workloads.label(shape)}-{method}", marks=marks)
     for op, over in SHAPES.items()
-    for larger, some in ((False, over), (True, LARGER.get(op, ())))
+    for marks, some in (([], over), ([pytest.mark.larger], LARGER.get(op, ())))
     for shape in some
     for method in workloads.OPS[op][2]
 ]
@@ -30,7 +30,7 @@ def bench_op(measure, op, shape, method, direction):
 def bench_train_step(benchmark, K, method):
     """ResNet-32 at batch 128 in K modules."""
     benchmark.group = f"train_step resnet32 N{shapes.TRAIN_BATCH}"
-    benchmark.extra_info.update(op="train_step", shape=f"K{K}", method=method, direction="step", **provenance())
     peak = memory.peak_bytes("benchmarks.train_step:for_peak", method=method, K=K)["peak"]
-    benchmark.extra_info["peak_bytes"] = peak
+    row = dict(op="train_step", shape=f"K{K}", method=method, direction="step", peak_bytes=peak)
+    benchmark.extra_info.update(row, **provenance())
     benchmark.pedantic(train_step.step(method, K), rounds=5, warmup_rounds=1)

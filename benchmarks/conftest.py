@@ -1,4 +1,4 @@
-"""What every benchmark measures beside time, and a table after the run: pytest-benchmark's own has no such columns."""
+"""What benchmarks measure beside time, and a table after the run; pytest-benchmark has no such columns."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture
 def measure(benchmark):
-    """measure(op, shape, method, direction, small): time; saved bytes, peak bytes and error in further columns."""
+    """measure(op, shape, method, direction, small): time, saved bytes, peak bytes and error."""
 
     def run(op: str, shape, method: str, direction: str, small) -> None:
         workload = workloads.OPS[op][0](method, shape)

@@ -1,4 +1,4 @@
-"""Where a number comes from: device, versions and commit, put beside every number."""
+"""Where a number comes from: device, versions and commit, which stand beside every number."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from infopro_fast import info, ops
 
 @functools.cache
 def provenance(device: str = "cpu") -> dict[str, str | int]:
-    """What a row has to carry to be compared with another. device: "cpu" or "cuda"."""
+    """Return what a row needs to be compared with another. device: "cpu" or "cuda"."""
     where = {"device": processor(), "threads": torch.get_num_threads(), "isa": ops.cpu_isa() or "no kernels"}
     if device == "cuda":
-        where = {"device": torch.cuda.get_device_name(), "threads": 0, "isa": f"CUDA {torch.version.cuda}, Triton {_triton()}"}
-    return where | {
-        "torch": torch.__version__, "python": platform.python_version(), "infopro_fast": infopro_fast.__version__,
-        "commit": info.commit() or "unknown",
-    }  # fmt: skip
+        isa = f"CUDA {torch.version.cuda}, Triton {_triton()}"
+        where = {"device": torch.cuda.get_device_name(), "threads": 0, "isa": isa}
+    versions = {"torch": torch.__version__, "python": platform.python_version()}
+    own = {"infopro_fast": infopro_fast.__version__, "commit": info.commit() or "unknown"}
+    return where | versions | own
 
 
 def _triton() -> str:

@@ -1,14 +1,15 @@
-"""The floor under each kernel: bytes it must move and multiply-adds it must do, as formulas, and the time both cost on a GPU.
+"""The floor under each kernel: bytes it must move, multiply-adds it must do, and the time of both on a GPU.
 
     python -m benchmarks.floors              print the table
     python -m benchmarks.floors --write      write it to docs/floors.md
 
-What counts: each tensor that does not fit on the chip is read once for every sweep over the batch that the mathematics force (batch
-norm's statistics force one of their own), outputs are written once, sums of a few numbers are free. Arithmetic is that of the
-cheapest exact form we know, recomputing included, since nothing is kept. Elementwise work (exponentials, resizing weights) is counted
-only where it is named: where products of matrices are none, or few. float32 products cost the cheaper of the float32 units and, where
-the op's kernels know how, three products of float16 or TF32 parts on tensor cores, which are as exact. A kernel cannot be faster than
-`Floor.seconds`; a measured time is printed as a multiple of it.
+A tensor that does not fit on the chip is read once for every sweep over the batch that the mathematics force;
+batch norm's statistics force one. Outputs are written once, and sums of a few numbers are free. Arithmetic is
+that of the cheapest exact form that we know, with recomputation, since nothing is kept. Elementwise work
+(exponentials, resizing weights) counts where an op has no or few products of matrices, and says so. float32
+products cost the cheaper of the float32 units and, where the op's kernels can, three products of float16 or
+TF32 parts on tensor cores, which are as exact. No kernel can be faster than `Floor.seconds`; reports print
+times as its multiples.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ DOCUMENT = pathlib.Path(__file__).resolve().parent.parent / "docs" / "floors.md"
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """Peak rates of a GPU, dense, from its vendor's data sheet. bandwidth: bytes/s; rates: floating-point operations/s."""
+    """Dense peak rates of a GPU by its data sheet. bandwidth: bytes/s; the others: operations/s."""
 
     name: str
     bandwidth: float
@@ -36,7 +37,7 @@ class Device:
     bfloat16: float
 
     def rate(self, precision: str) -> float:
-        return {"float32": self.float32, "tf32": self.tf32, "bfloat16": self.bfloat16, "float16": self.bfloat16}[precision]
+        return self.bfloat16 if precision == "float16" else getattr(self, precision)
 
 
 DEVICES = {
@@ -48,7 +49,7 @@ DEVICES = {
 
 
 def find(name: str) -> Device | None:
-    """The device that torch calls ``name``, None if its rates are not here."""
+    """Return the device that torch calls ``name``, or None if its rates are unknown."""
     return next((device for key, device in DEVICES.items() if key in name), None)
 
 
@@ -57,9 +58,12 @@ PRODUCTS = 3  # high by high, high by low, low by high: low by low is below floa
 
 @dataclasses.dataclass(frozen=True)
 class Floor:
-    """bytes: to and from memory; macs: multiply-adds, in products of matrices or convolutions; elementwise: others, always of float32.
+    """Bytes and arithmetic of a kernel.
 
-    parts: "float16" or "tf32" if a float32 product can be `PRODUCTS` of two such parts of each operand, "" if not.
+    bytes: to and from memory. macs: multiply-adds of matrix products or convolutions. elementwise: others, in
+        float32.
+    parts: "float16" or "tf32" if a float32 product can be `PRODUCTS` of two such parts of each operand, "" if
+        not.
     """
 
     bytes: float
@@ -76,14 +80,17 @@ class Floor:
         if precision != "float32":
             return max(2 * self.macs / device.rate(precision), elementwise)
         on_units = 2 * self.macs / device.float32 + elementwise  # one kind of units does both
-        return min(on_units, max(PRODUCTS * 2 * self.macs / device.rate(self.parts), elementwise)) if self.parts else on_units
+        if not self.parts:
+            return on_units
+        return min(on_units, max(PRODUCTS * 2 * self.macs / device.rate(self.parts), elementwise))
 
     def seconds(self, device: Device, precision: str = "float32") -> float:
-        """Time of the slower of memory and arithmetic, as if they overlapped perfectly."""
+        """Return the time of the slower of memory and arithmetic, as if they overlapped perfectly."""
         return max(self.bytes / device.bandwidth, self.arithmetic_seconds(device, precision))
 
     def bound(self, device: Device, precision: str = "float32") -> str:
-        return "memory" if self.bytes / device.bandwidth > self.arithmetic_seconds(device, precision) else "arithmetic"
+        by_memory = self.bytes / device.bandwidth > self.arithmetic_seconds(device, precision)
+        return "memory" if by_memory else "arithmetic"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -91,10 +98,10 @@ class Floor:
 
 
 def decoder_z(s: shapes.DecoderShape) -> tuple[float, float]:
-    """Multiply-adds of z of a sample: of mixing channels, and of expanding to the image's size (once forward, once transposed).
+    """Return the multiply-adds of z of a sample: mixing channels, and expanding to the image's size one way.
 
-    A 3x3 convolution, or nine 1x1 convolutions at the features' size and an expansion that costs 6 a number of z in y and 6 a
-    number of the three E in x: K H W (6 + 18 h / H).
+    z is a 3x3 convolution, or nine 1x1 convolutions at the features' size and an expansion, which costs 6 for
+    each number of z in y and 6 for each number of the three E in x: K H W (6 + 18 h / H).
     """
     direct = 9 * s.K * s.C * s.H**2
     mix, expand = 9 * s.K * s.C * s.h**2, s.K * s.H**2 * (6 + 18 * s.h / s.H)
@@ -102,7 +109,7 @@ def decoder_z(s: shapes.DecoderShape) -> tuple[float, float]:
 
 
 def decoder_forward(s: shapes.DecoderShape, size: int = 4) -> Floor:
-    """Two sweeps: statistics; loss, with the sums of the second convolution's backward that the gradients and batch norm need."""
+    """Two sweeps: statistics; the loss, with the second convolution's sums for gradients and batch norm."""
     mix, expand = decoder_z(s)
     second = 27 * s.K * s.H**2  # multiply-adds of the second convolution, and of each of its gradients
     moved = 2 * s.C * s.h**2 + 3 * s.H**2
@@ -110,7 +117,7 @@ def decoder_forward(s: shapes.DecoderShape, size: int = 4) -> Floor:
 
 
 def decoder_backward(s: shapes.DecoderShape, size: int = 4) -> Floor:
-    """One sweep: z, logits and the gradient in z again; its transposed expansion; the gradients of features and W1."""
+    """One sweep: z, logits and z's gradient again; its transposed expansion; gradients of features and W1."""
     mix, expand = decoder_z(s)
     second = 27 * s.K * s.H**2
     moved = 2 * s.C * s.h**2 + 3 * s.H**2  # features in, their gradient out; image
@@ -137,7 +144,8 @@ def linear_forward(s: shapes.LinearShape, size: int = 4) -> Floor:
 
 def linear_backward(s: shapes.LinearShape, size: int = 4) -> Floor:
     """The logits again, and the gradients of input and weight."""
-    return Floor(2 * (s.N + s.C) * s.D * size, 3 * s.N * s.C * s.D, parts="tf32" if s.C <= FEW_CLASSES else "")
+    parts = "tf32" if s.C <= FEW_CLASSES else ""
+    return Floor(2 * (s.N + s.C) * s.D * size, 3 * s.N * s.C * s.D, parts=parts)
 
 
 def pool_forward(s: shapes.PoolShape, size: int = 4) -> Floor:
@@ -149,7 +157,8 @@ def pool_backward(s: shapes.PoolShape, size: int = 4) -> Floor:
     return Floor(2 * s.N * s.C * s.h**2 * size, 0)
 
 
-EXPONENTIAL = 4  # multiply-adds in the time of one: a multiprocessor has 16 units for it, and 64 float32 units on an A100, 128 later
+# Multiply-adds in the time of one: a multiprocessor has 16 units for it, and 64 (A100) or 128 float32 units.
+EXPONENTIAL = 4
 LABEL = 8  # bytes of an int64
 
 
@@ -180,8 +189,9 @@ def upsample_conv_backward(s: shapes.UpsampleConvShape, size: int = 4) -> Floor:
 
 
 def _chain_parts(s: shapes.ChainShape) -> tuple[int, float, list[Floor]]:
-    """Of the released ImageNet decoder: numbers of the hidden maps z, the 1x1 convolution's multiply-adds, and the three others' floors."""
-    convolutions = [shapes.UpsampleConvShape(s.N, C, side, K) for C, side, K in ((128, s.h, 32), (32, 2 * s.h, 12), (12, 4 * s.h, 3))]
+    """Return the numbers of all z, the 1x1 convolution's multiply-adds, and the three others' floors."""
+    layers = ((128, s.h, 32), (32, 2 * s.h, 12), (12, 4 * s.h, 3))
+    convolutions = [shapes.UpsampleConvShape(s.N, C, side, K) for C, side, K in layers]
     hidden = s.N * (128 * s.h**2 + 32 * (2 * s.h) ** 2 + 12 * (4 * s.h) ** 2)
     return hidden, s.N * 128 * s.C * s.h**2, [upsample_conv_forward(c) for c in convolutions]
 
@@ -190,12 +200,15 @@ def chain_forward(s: shapes.ChainShape, size: int = 4) -> Floor:
     """Each z is written, and read once its statistics are known; the logits stay on the chip."""
     hidden, first, others = _chain_parts(s)
     moved = s.N * (s.C * s.h**2 + 3 * (8 * s.h) ** 2)
-    return Floor(moved * size + 8 * hidden, first + sum(f.macs for f in others), sum(f.elementwise for f in others))
+    products, expansions = first + sum(f.macs for f in others), sum(f.elementwise for f in others)
+    return Floor(moved * size + 8 * hidden, products, expansions)
 
 
 def chain_backward(s: shapes.ChainShape, size: int = 4) -> Floor:
-    """The logits again. Each z is read for its ReLU, with what goes into the next weight's gradient, and for its batch norm, once the
-    sums of dy are known; dy is written by the first and read by the second."""
+    """The logits again. Each z is read for its ReLU and the next weight's gradient, then for its batch norm.
+
+    The first pass writes dy; the second, once the sums of dy are known, reads it.
+    """
     hidden, first, others = _chain_parts(s)
     moved = s.N * (2 * s.C * s.h**2 + 3 * (8 * s.h) ** 2)
     products, expansions = 2 * (first + sum(f.macs for f in others)), sum(f.elementwise for f in others)
@@ -203,17 +216,17 @@ def chain_backward(s: shapes.ChainShape, size: int = 4) -> Floor:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Stages of the released ImageNet and Cityscapes decoders: 12 channels, doubled, to the 3 logits of each pixel, the last; 32, doubled, to
-# 12, the one in front of it. What their two implementations move and compute, from which impl="auto" has its order.
+# The last stages of the authors' ImageNet and Cityscapes decoders: 12 channels, doubled, to 3 logits a pixel;
+# and 32, doubled, to 12. What their two implementations move and compute gives impl="auto" its order.
 
 LAST_CHANNELS = 12
-LAST_TILE = {"forward": (48, 28), "backward": (16, 16)}  # of the CUDA C++ kernels on an A100: csrc/cuda/chain_stage_plan.cuh
+LAST_TILE = {"forward": (48, 28), "backward": (16, 16)}  # of CUDA C++ on an A100: chain_stage_plan.cuh
 STAGE_CHANNELS = (32, 12)
 STAGE_TILE = {"forward": (28, 28), "backward": (28, 4)}
 
 
 def last_floor(h: int, w: int, direction: str, size: int = 4) -> Floor:
-    """Of one sample whose z in front of the last stage is (h, w). In backward the logits again, and dx written."""
+    """Floor of a sample whose z before the last stage is (h, w). In backward the logits again, and dx out."""
     C, pixels = LAST_CHANNELS, h * w
     forward = Floor((C + 12) * pixels * size, 27 * C * pixels, 3 * 4 * pixels * (6 + 9))
     if direction == "forward":
@@ -222,10 +235,11 @@ def last_floor(h: int, w: int, direction: str, size: int = 4) -> Floor:
 
 
 def last_triton(h: int, w: int, direction: str) -> Floor:
-    """Every map that a kernel reads or writes, float32: what of them stays in the second cache is not known, so this is the most it can be.
+    """Every map that a kernel reads or writes, float32. The second cache may hold some, so this is the most.
 
-    a: written, read by the product; T (27 numbers a pixel of z): written, read; s: written, read. In backward ds: written in place of s,
-    read for its sums and for dT; dT: written, read by two products; a again; da: written, and made dy in place, with z.
+    a: written, read by the product; T (27 numbers a pixel of z): written, read; s: written, read. In backward
+        ds: written in place of s, read for its sums and for dT; dT: written, read by two products; a again;
+        da: written, and made dy in place, with z.
     """
     C, pixels, logits, image = LAST_CHANNELS, h * w, 12 * h * w, 12 * h * w
     found = last_floor(h, w, direction)
@@ -236,8 +250,10 @@ def last_triton(h: int, w: int, direction: str) -> Floor:
 
 
 def last_cuda(h: int, w: int, direction: str) -> Floor:
-    """Tile by tile: z with a border of what neighbours read, too, and the image; in backward the image with a border, z once more, dx.
-    Logits and T of the borders are computed again by every tile that needs them."""
+    """Tile by tile: z with a border, and the image; in backward the image with a border, z again, dx.
+
+    Every tile that needs the logits and T of a border computes them again.
+    """
     C, (rows, columns) = LAST_CHANNELS, LAST_TILE[direction]
     found = last_floor(h, w, direction)
     if direction == "forward":
@@ -250,7 +266,7 @@ def last_cuda(h: int, w: int, direction: str) -> Floor:
 
 
 def stage_floor(h: int, w: int, direction: str) -> Floor:
-    """Of one sample whose z in front of the stage is (h, w), float32: z read and the next written; in backward both, dy in and out."""
+    """Floor of a sample, float32: z read, the next z written; in backward both read, dy in and out."""
     (C, K), pixels = STAGE_CHANNELS, h * w
     products, expansion = 9 * C * K * pixels, K * 4 * pixels * (6 + 9)
     if direction == "forward":
@@ -259,8 +275,11 @@ def stage_floor(h: int, w: int, direction: str) -> Floor:
 
 
 def stage_triton(h: int, w: int, direction: str) -> Floor:
-    """As `last_triton`: z, a written and read; T written and read; the next z written, and read for its statistics. In backward dz of dy
-    and z, written and read; dT written and read by two products; a of z, written and read; da, and with z dy in place of it."""
+    """As `last_triton`: z read, a and T written and read, the next z written, and read for its statistics.
+
+    In backward dz of dy and z, written and read; dT written and read by two products; a of z, written and
+    read; da, and with z dy in place of it.
+    """
     (C, K), pixels = STAGE_CHANNELS, h * w
     found = stage_floor(h, w, direction)
     moved = 3 * C + 18 * K + 8 * K if direction == "forward" else 16 * K + 27 * K + 3 * C + 4 * C
@@ -268,8 +287,11 @@ def stage_triton(h: int, w: int, direction: str) -> Floor:
 
 
 def stage_cuda(h: int, w: int, direction: str) -> Floor:
-    """Tile by tile, with borders as in `last_cuda`; three channels of the next z at a time, for which z is read again from the caches, if
-    it is there: counted as if it were not. In backward z once for a, once for dy; T of no border."""
+    """Tile by tile, with borders as in `last_cuda`, three channels of the next z at a time.
+
+    For each three z is read again from the caches; it is counted as if it were not there. In backward z is
+    read once for a and once for dy, and T has no border.
+    """
     (C, K), (rows, columns) = STAGE_CHANNELS, STAGE_TILE[direction]
     found = stage_floor(h, w, direction)
     if direction == "forward":
@@ -313,7 +335,8 @@ def floor(op: str, shape: typing.NamedTuple, direction: str = "both", size: int 
 def table() -> str:
     from benchmarks.workloads import label
 
-    head = ["op", "shape", "direction", "MB", "Gmac", *(f"{d} {p}, us" for d in DEVICES if d != "H200" for p in ("float32", "tf32"))]
+    times = [f"{d} {p}, us" for d in DEVICES if d != "H200" for p in ("float32", "tf32")]
+    head = ["op", "shape", "direction", "MB", "Gmac", *times]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for op, (_, _, over) in KERNELS.items():
         for shape in over:
@@ -323,48 +346,65 @@ def table() -> str:
                     f"{1e6 * found.seconds(device, precision):.1f} {found.bound(device, precision)[0]}"
                     for key, device in DEVICES.items() if key != "H200" for precision in ("float32", "tf32")
                 ]  # fmt: skip
-                cells = (op, label(shape), direction, f"{found.bytes / 1e6:.1f}", f"{(found.macs + found.elementwise) / 1e9:.2f}", *times)
+                cells = (op, label(shape), direction, *_counts(found), *times)
                 lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
+def _counts(found: Floor) -> tuple[str, str]:
+    return f"{found.bytes / 1e6:.1f}", f"{(found.macs + found.elementwise) / 1e9:.2f}"
+
+
 def stages_table() -> str:
-    """Of 64 images of ImageNet."""
-    head = ["stage", "direction", "implementation", "MB", "Gmac", *(f"{d}, us" for d in DEVICES if d != "H200")]
+    """The last two stages of a chain decoder for 64 images of ImageNet."""
+    devices = {key: device for key, device in DEVICES.items() if key != "H200"}
+    head = ["stage", "direction", "implementation", "MB", "Gmac", *(f"{d}, us" for d in devices)]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    counts = (("last", 112, last_floor, last_cuda, last_triton), ("in front of it", 56, stage_floor, stage_cuda, stage_triton))
+    counts = (
+        ("last", 112, last_floor, last_cuda, last_triton),
+        ("in front of it", 56, stage_floor, stage_cuda, stage_triton),
+    )
     for stage, side, *own in counts:
         named = zip(("floor", "CUDA C++", "Triton and cuBLAS"), own, strict=True)
         for direction, (name, count) in itertools.product(("forward", "backward"), named):
             one = count(side, side, direction)
             found = Floor(64 * one.bytes, 64 * one.macs, 64 * one.elementwise)
-            times = [f"{1e6 * found.seconds(device):.1f} {found.bound(device)[0]}" for key, device in DEVICES.items() if key != "H200"]
-            cells = (stage, direction, name, f"{found.bytes / 1e6:.1f}", f"{(found.macs + found.elementwise) / 1e9:.2f}", *times)
+            times = [f"{1e6 * found.seconds(d):.1f} {found.bound(d)[0]}" for d in devices.values()]
+            cells = (stage, direction, name, *_counts(found), *times)
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def document() -> str:
     rates = "\n".join(
-        f"| {d.name} | {d.bandwidth / 1e9:.0f} | {d.float32 / 1e12:.1f} | {d.tf32 / 1e12:.1f} | {d.bfloat16 / 1e12:.1f} |"
+        f"| {d.name} | {d.bandwidth / 1e9:.0f} | "
+        f"{d.float32 / 1e12:.1f} | {d.tf32 / 1e12:.1f} | {d.bfloat16 / 1e12:.1f} |"
         for d in DEVICES.values()
     )
     return (
         "# The floor under each kernel\n\n"
-        "Written by `python -m benchmarks.floors --write`; `benchmarks/floors.py` has the formulas and says what they count.\n"
-        "m: bound by memory; a: bound by arithmetic. float32 inputs and outputs; tf32: products on tensor cores. Under float32 the\n"
-        "products of supcon_loss and of linear_cross_entropy with few classes are three of float16 or TF32 parts, which are as exact, on\n"
+        "Written by `python -m benchmarks.floors --write`; `benchmarks/floors.py` has the "
+        "formulas and says what they count.\n"
+        "m: bound by memory; a: bound by arithmetic. float32 inputs and outputs; tf32: products "
+        "on tensor cores. Under float32 the\n"
+        "products of supcon_loss and of linear_cross_entropy with few classes are three of "
+        "float16 or TF32 parts, which are as exact, on\n"
         "a GPU that is faster so.\n\n"
         f"{table()}\n\n"
         "## The last two stages of a chain decoder, by implementation\n\n"
-        "Of 64 images, float32: 12 channels of 112x112, doubled, to the logits and the loss; and 32 of 56x56, doubled, to those 12.\n"
-        "The time is that of the slower of memory and arithmetic: of one kernel a direction in CUDA C++, of all of Triton's as if they\n"
+        "Of 64 images, float32: 12 channels of 112x112, doubled, to the logits and the loss; and "
+        "32 of 56x56, doubled, to those 12.\n"
+        "The time is that of the slower of memory and arithmetic: of one kernel a direction in "
+        "CUDA C++, of all of Triton's as if they\n"
         "were one, and as if no map stayed in the second cache. Nothing here is measured.\n\n"
-        "The first two stages, 512 channels to 128 and those to 32, are products of matrices above all, and left to cuBLAS: the second\n"
-        "has 11 times the multiply-adds of the third a pixel of z, of which CUDA C++ would do 1.3 times as many, in float32 alone.\n\n"
+        "The first two stages, 512 channels to 128 and those to 32, are products of matrices "
+        "above all, and left to cuBLAS: the second\n"
+        "has 11 times the multiply-adds of the third a pixel of z, of which CUDA C++ would do "
+        "1.3 times as many, in float32 alone.\n\n"
         f"{stages_table()}\n\n"
         "Peak rates, from the vendors' data sheets (dense):\n\n"
-        "| GPU | GB/s | float32 TFLOP/s | TF32 TFLOP/s | bfloat16 TFLOP/s |\n| --- | --- | --- | --- | --- |\n"
+        "| GPU | GB/s | float32 TFLOP/s | TF32 TFLOP/s | bfloat16 TFLOP/s |\n"
+        "| --- | --- | --- | --- | --- |\n"
         f"{rates}\n"
     )
 

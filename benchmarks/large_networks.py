@@ -1,11 +1,12 @@
-"""One training step of the paper's large networks: bytes kept for backward, K = 2 against end to end, and that it runs.
+"""A training step of the paper's large networks: bytes kept for backward, K = 2 against end to end.
 
-    python -m benchmarks.large_networks           bytes from fake tensors: nothing is computed, no memory is needed
-    python -m benchmarks.large_networks --run     also makes the steps, each network in a process of its own, counts the same bytes of
-                                                  real tensors and what the system saw, and writes results/large_networks.json
+    python -m benchmarks.large_networks           bytes of fake tensors: nothing runs, and no memory is needed
+    python -m benchmarks.large_networks --run     also makes the steps, each network in a new process, and
+                                                  writes results/large_networks.json
 
-Published cuts and weights of the losses; ResNet-101 on 4 images of 224x224, DeepLabV3-ResNet-101 on one of 512x1024. "saved" is the
-most that autograd keeps at any time of a module's step, each storage once, parameters and the batch left out (`memory.measure_step`).
+With --run the bytes of real tensors are counted too. Cuts and weights of the losses are the published ones.
+ResNet-101 takes 4 images of 224x224, DeepLabV3-ResNet-101 one of 512x1024. "saved" is the most that autograd
+keeps at any time of a module's step (`memory.measure_step`).
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def network(arch: str, size: tuple[int, int], modules: int):
 
 
 def saved_bytes(workload: Workload, modules: int) -> list[int]:
-    """Of every module, from a step on tensors without values."""
+    """Return the saved bytes of every module, from a step on tensors without values."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         net = build_fake(lambda: network(workload.arch, workload.size, modules))
         trainer = infopro_fast.LocalTrainer(net, lambda params: torch.optim.SGD(params, lr=0.1))
@@ -53,10 +54,12 @@ def saved_bytes(workload: Workload, modules: int) -> list[int]:
     return [module.saved for module in found.modules]
 
 
-def run_step(arch: str, batch_size: int, size: list[int], labels: list[int], modules: int, threads: int) -> dict[str, object]:
-    """A step on random images: its losses, and the bytes that the resident set rose by. Then one whose saved bytes are counted.
+def run_step(
+    arch: str, batch_size: int, size: list[int], labels: list[int], modules: int, threads: int
+) -> dict[str, object]:
+    """Make two steps on random images: return losses and the rise of the resident set, then the saved bytes.
 
-    In a process of its own.
+    For a process of its own.
     """
     torch.set_num_threads(threads)
     torch.manual_seed(0)
@@ -68,20 +71,20 @@ def run_step(arch: str, batch_size: int, size: list[int], labels: list[int], mod
     peak = peak_above(lambda: metrics.update(trainer.step(image, label)))
     infopro_fast.trainer.check_finite(metrics)
     saved = [module.saved for module in measure_step(trainer, image, label).modules]
-    return {"resident": peak, "saved": saved, "losses": {name: value.item() for name, value in metrics.items()}}
+    losses = {name: value.item() for name, value in metrics.items()}
+    return {"resident": peak, "saved": saved, "losses": losses}
 
 
 def run_steps(workload: Workload, threads: int) -> dict[str, object]:
-    """What `run_step` found for K = 2 and end to end, and the ratios between them."""
+    """Return what `run_step` found for K = 2 and end to end, and the ratios."""
     found = {}
     for modules in (2, 1):
-        found[modules] = in_a_process(
-            "benchmarks.large_networks:run_step", arch=workload.arch, batch_size=workload.batch_size, size=workload.size,
-            labels=workload.labels, modules=modules, threads=threads,
-        )  # fmt: skip
-        losses = ", ".join(f"{name} {value:.4f}" for name, value in found[modules]["losses"].items())
-        print(f"  K = {modules}: runs; {losses}; saved {_mib(found[modules]['saved'])} MiB, "
-              f"the resident set rose by {found[modules]['resident'] / 2**20:.0f} MiB", flush=True)  # fmt: skip
+        arch, batch_size, size, _, labels = workload
+        case = dict(arch=arch, batch_size=batch_size, size=size, labels=labels, modules=modules)
+        found[modules] = here = in_a_process("benchmarks.large_networks:run_step", threads=threads, **case)
+        losses = ", ".join(f"{name} {value:.4f}" for name, value in here["losses"].items())
+        rose = f"the resident set rose by {here['resident'] / 2**20:.0f} MiB"
+        print(f"  K = {modules}: runs; {losses}; saved {_mib(here['saved'])} MiB, {rose}", flush=True)
     local, whole = found[2], found[1]
     ratio, resident = max(local["saved"]) / max(whole["saved"]), local["resident"] / whole["resident"]
     print(f"  of end to end: saved {100 * ratio:.1f} %, resident {100 * resident:.1f} %")
@@ -102,10 +105,10 @@ def main() -> None:
     for workload in WORKLOADS:
         local, (whole,) = saved_bytes(workload, 2), saved_bytes(workload, 1)
         row = {**workload._asdict(), "saved": local, "saved_end_to_end": whole, "ratio": max(local) / whole}
-        print(
-            f"{workload.arch} {workload.batch_size}x3x{workload.size[0]}x{workload.size[1]}: saved {_mib(local)} MiB a module, "
-            f"end to end {_mib([whole])} MiB: {100 * row['ratio']:.1f} % (bar {100 * workload.bar:.0f} %)", flush=True,
-        )  # fmt: skip
+        batch = f"{workload.arch} {workload.batch_size}x3x{workload.size[0]}x{workload.size[1]}"
+        ratio = f"{100 * row['ratio']:.1f} % (bar {100 * workload.bar:.0f} %)"
+        saved = f"saved {_mib(local)} MiB a module, end to end {_mib([whole])} MiB"
+        print(f"{batch}: {saved}: {ratio}", flush=True)
         if arguments.run:
             row |= run_steps(workload, arguments.threads)
         late |= max(row["ratio"], row.get("run_ratio", 0)) > workload.bar

@@ -1,4 +1,4 @@
-"""Two measures of memory on the CPU: bytes that autograd keeps for backward, and a call's peak in a new process.
+"""Bytes that autograd keeps for backward, and a call's peak in a new process, on the CPU.
 
 Kernels may take scratch memory that no allocator of torch sees, so the peak is that of the resident set.
 """
@@ -17,7 +17,7 @@ PAGE = 4096
 
 
 def saved_bytes(call: typing.Callable[[], object], beside: typing.Iterable[torch.Tensor] = ()) -> int:
-    """Return the bytes that the graph of ``call`` keeps, each storage once, without those of the tensors ``beside``."""
+    """Return the bytes that the graph of ``call`` keeps, each storage once, without tensors ``beside`` it."""
     alive = {t.untyped_storage().data_ptr() for t in beside}
     kept: dict[int, int] = {}
 
@@ -35,12 +35,14 @@ def saved_bytes(call: typing.Callable[[], object], beside: typing.Iterable[torch
 
 
 def peak_bytes(target: str, threads: int = 2, timeout: float = 600, **arguments) -> dict[str, int]:
-    """Measure a call in a new process: "peak", bytes above the resident set before it; "returned", bytes of its results.
+    """Measure a call in a new process: "peak", bytes above the resident set; "returned", of its results.
 
-    target: "package.module:function". With ``arguments`` (plain data) it returns the call to measure and a small call of
-    the same kind to warm up with, or None. Both return the tensors that stay, so the transient bytes are the difference.
+    target: "package.module:function". With ``arguments`` (plain data) it returns the call to measure and a
+        small call of the same kind to warm up with, or None. Both return the tensors that stay, so the
+        transient bytes are the difference.
     """
-    return in_a_process("benchmarks.memory:measured", timeout, target=target, threads=threads, arguments=arguments)
+    case = dict(target=target, threads=threads, arguments=arguments)
+    return in_a_process("benchmarks.memory:measured", timeout, **case)
 
 
 def measured(target: str, threads: int, arguments: dict) -> dict[str, int]:

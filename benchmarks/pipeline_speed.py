@@ -1,10 +1,11 @@
-"""A pipeline of two processes against one process, the same training: images a second, and the weights bit for bit.
+"""A pipeline of two processes against one process: images a second, and the weights bit for bit.
 
-    python -m benchmarks.pipeline_speed              writes benchmarks/results/pipeline_speed.json and prints a table
+    python -m benchmarks.pipeline_speed      writes benchmarks/results/pipeline_speed.json and prints a table
 
-ResNet-32, K = 4, batch 128, the images of the package, float32, a thread a process, gloo. Cut where the modules' times, measured here, fill
-two processes most evenly. Each round is a run of 32 steps of `infopro-fast train` by one process, then by two under torchrun; images a
-second from a quarter to seven eighths of the way, as `scale_validation`'s. Medians over the rounds count.
+ResNet-32, K = 4, batch 128, the images of the package, float32, a thread a process, gloo. The cuts fill two
+processes most evenly by the modules' times, measured here. Each round is a run of 32 steps of `infopro-fast
+train` by one process, then by two under torchrun. Images a second are taken from a quarter to seven eighths
+of the way, as in `scale_validation`. Medians count.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def same_weights(one: Path, two: Path) -> bool:
 def one_round(net: scale.Network) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         outs = [Path(folder) / name for name in ("one", "two")]
-        (pipeline,) = (layout for layout in layouts(net) if (layout.name, layout.processes) == ("pipeline", 2))
+        (pipeline,) = (one for one in layouts(net) if (one.name, one.processes) == ("pipeline", 2))
         one, two = (
             train(net, processes, words, out, steps=STEPS, batch_size=BATCH)
             for processes, words, out in zip((1, 2), ([], pipeline.words()), outs)
@@ -48,7 +49,8 @@ def one_round(net: scale.Network) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
@@ -61,7 +63,8 @@ def main() -> None:
     options.out.write_text(json.dumps(content, indent=1) + "\n")
     head = ["one process, images/s", "two", "ratio", f"at least {BAR}", "same weights"]
     one, two = (f"{statistics.median(row[name] for row in rounds):.0f}" for name in ("one", "two"))
-    print(figure.aligned([head, [one, two, f"{ratio:.3g}", "yes" if ratio >= BAR else "NO", "yes" if same else "NO"]]))
+    holds, equal = ("yes" if true else "NO" for true in (ratio >= BAR, same))
+    print(figure.aligned([head, [one, two, f"{ratio:.3g}", holds, equal]]))
 
 
 if __name__ == "__main__":

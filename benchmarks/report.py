@@ -1,8 +1,9 @@
 """Measure what the README claims, and write it down: ``python -m benchmarks.report``.
 
-Times of all methods of a row are interleaved in one process, medians; peaks come from a process each. Writes into
-benchmarks/results/: results.jsonl (every measurement, with where it was made), bars.md (each claim, its ratio and its bar),
-results.md (all methods), train_step.md and train_step.png, and with --plots a plot an op of time and memory over size.
+The methods of a row take turns in one process, and medians count; each peak comes from a new process. Files
+in benchmarks/results/: results.jsonl (every measurement and its machine), bars.md (claims, ratios and bars),
+results.md (all methods), train_step.md and train_step.png, and with --plots time and memory over size for
+each op.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ KIB = 2**10
 
 
 def small_of(op: str, shape):
-    """A shape of the same kind that is cheap: to warm up with."""
+    """Return a cheap shape of the same kind, to warm up with."""
     if op == "linear_cross_entropy":
         return shapes.LinearShape(min(64, shape.N), shape.D, min(100, shape.C))
     if op == "upsample_cross_entropy":
@@ -41,8 +42,10 @@ def small_of(op: str, shape):
     return shape._replace(N=min(shape.N, 4 if op == "reconstruction_loss" else 96))
 
 
-def measure(op: str, shape, methods: typing.Sequence[str], rounds: int, directions=("forward", "both")) -> list[Row]:
-    """A row for each direction and method, times interleaved."""
+def measure(
+    op: str, shape, methods: typing.Sequence[str], rounds: int, directions=("forward", "both")
+) -> list[Row]:
+    """Return a row for each direction and method; methods take turns."""
     make, _, _ = workloads.OPS[op]
     made = {method: make(method, shape) for method in methods}
     rows = []
@@ -61,28 +64,30 @@ def measure(op: str, shape, methods: typing.Sequence[str], rounds: int, directio
 
 
 def add_peak(row: Row, shape) -> None:
-    arguments = dict(op=row.op, method=row.method, shape=list(shape), small=list(small_of(row.op, shape)), direction=row.direction)
-    found = memory.peak_bytes("benchmarks.workloads:for_peak", threads=torch.get_num_threads(), **arguments)
+    small, threads = list(small_of(row.op, shape)), torch.get_num_threads()
+    case = dict(op=row.op, method=row.method, shape=list(shape), small=small, direction=row.direction)
+    found = memory.peak_bytes("benchmarks.workloads:for_peak", threads=threads, **case)
     row.peak_bytes, row.transient_bytes = found["peak"], found["peak"] - found["returned"]
 
 
 def alone(call: typing.Callable, threads: int, *arguments):
-    """``call(*arguments)`` in a process of its own.
+    """Return ``call(*arguments)`` from a new process: no op's numbers may depend on which ones came before.
 
-    What a process has run decides what the next call costs: where a heap that others left behind keeps the allocator from giving memory
-    back, large maps are spared their page faults, a fifth of a step at K = 1. So no op's numbers hang on which ones came before.
+    A heap that others left behind keeps the allocator from giving memory back, which spares large maps their
+    page faults: a fifth of a step at K = 1.
     """
-    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), torch.set_num_threads, (threads,)) as process:
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, spawn, torch.set_num_threads, (threads,)) as process:
         return process.submit(call, *arguments).result()
 
 
 def measure_steps(rounds: int, threads: int) -> list[Row]:
-    """A training step at each K with each method: the Ks of a method in the same rounds, each method alone, as a training is."""
+    """Measure a step at each K by each method: a method's Ks take turns, in a process without the others."""
     rows = []
     for method in train_step.METHODS:
         seconds = alone(_seconds_of_steps, threads, method, rounds)
         for K in shapes.TRAIN_STEP:
-            peak = memory.peak_bytes("benchmarks.train_step:for_peak", threads=threads, method=method, K=K)["peak"]
+            peak = memory.peak_bytes("benchmarks.train_step:for_peak", threads, method=method, K=K)["peak"]
             shape = f"resnet32 N{shapes.TRAIN_BATCH} K{K}"
             rows.append(Row("train_step", shape, method, "step", seconds[K], peak_bytes=peak, **provenance()))
     return rows
@@ -101,20 +106,27 @@ def pick(rows: list[Row], op: str, shape: str, method: str, direction: str = "bo
 
 
 def best(rows: list[Row], op: str, shape: str) -> Row:
-    """The fastest method of a user who does not have ours."""
-    others = [r for r in rows if (r.op, r.shape, r.direction) == (op, shape, "both") and r.method != workloads.OURS]
+    """Return the fastest method of a user who does not have ours."""
+    same = (r for r in rows if (r.op, r.shape, r.direction) == (op, shape, "both"))
+    others = [r for r in same if r.method != workloads.OURS]
     return min(others, key=lambda r: r.seconds)
+
+
+def faster(what: str, ours: Row, other: Row, bar: float) -> Claim:
+    ratio = other.seconds / ours.seconds
+    return Claim(f"{what}, faster than the best other", ratio, bar, True, against=other.method)
 
 
 def decoder_bars(rows: list[Row]) -> list[Claim]:
     bars, op = [], "reconstruction_loss"
     for shape, bar in zip(shapes.DECODER, (2.5, 4.0, 8.0), strict=True):
         label = workloads.label(shape)
-        ours, other = pick(rows, op, label, workloads.OURS), best(rows, op, label)
+        ours = pick(rows, op, label, workloads.OURS)
+        transient = ours.transient_bytes / shape.resized_bytes()
         bars += [
-            Claim(f"decoder {label}, faster than the best other ({other.method})", other.seconds / ours.seconds, bar, True),
+            faster(f"decoder {label}", ours, best(rows, op, label), bar),
             Claim(f"decoder {label}, kept beyond its inputs", ours.saved_bytes / KIB, 64, unit="KiB"),
-            Claim(f"decoder {label}, transient peak over the resized map", ours.transient_bytes / shape.resized_bytes(), 0.25),
+            Claim(f"decoder {label}, transient peak over the resized map", transient, 0.25),
         ]
     return bars
 
@@ -124,9 +136,11 @@ def supcon_bars(rows: list[Row]) -> list[Claim]:
     for shape, bar in zip(shapes.SUPCON, (4.0, 3.5), strict=True):
         label = workloads.label(shape)
         ours, eager = pick(rows, op, label, workloads.OURS), pick(rows, op, label, "eager")
-        bars.append(Claim(f"supcon {label}, faster than the released formula", eager.seconds / ours.seconds, bar, True))
+        ratio = eager.seconds / ours.seconds
+        bars.append(Claim(f"supcon {label}, faster than the authors' formula", ratio, bar, True))
         if shape.N == 4096:
-            bars.append(Claim(f"supcon {label}, transient peak over an N x N map", ours.transient_bytes / shape.pairs_bytes(), 0.25))
+            transient = ours.transient_bytes / shape.pairs_bytes()
+            bars.append(Claim(f"supcon {label}, transient peak over an N x N map", transient, 0.25))
     return bars
 
 
@@ -135,10 +149,11 @@ def linear_bars(rows: list[Row]) -> list[Claim]:
     for shape, bar in zip(shapes.LINEAR, (1.05, 1.0), strict=True):
         label = workloads.label(shape)
         ours, eager = pick(rows, op, label, workloads.OURS), pick(rows, op, label, "eager")
-        bars.append(Claim(f"linear + cross entropy {label}, time over plain torch", ours.seconds / eager.seconds, bar))
+        what = f"linear + cross entropy {label}"
+        bars.append(Claim(f"{what}, time over plain torch", ours.seconds / eager.seconds, bar))
         if shape.C == 10000:
             extra = ours.transient_bytes / shape.logits_bytes()
-            bars.append(Claim(f"linear + cross entropy {label}, extra memory over the logits", extra, 0.25))
+            bars.append(Claim(f"{what}, extra memory over the logits", extra, 0.25))
     return bars
 
 
@@ -147,11 +162,38 @@ def dense_bars(rows: list[Row]) -> list[Claim]:
     for shape in shapes.DENSE:
         label = workloads.label(shape)
         ours, eager = pick(rows, op, label, workloads.OURS), pick(rows, op, label, "eager")
+        what, extra = f"resize + cross entropy {label}", ours.transient_bytes / shape.pixel_bytes()
         bars += [
-            Claim(f"resize + cross entropy {label}, faster than plain torch", eager.seconds / ours.seconds, 6.0, True),
-            Claim(f"resize + cross entropy {label}, extra memory over a number a pixel", ours.transient_bytes / shape.pixel_bytes(), 1.0),
+            Claim(f"{what}, faster than plain torch", eager.seconds / ours.seconds, 6.0, True),
+            Claim(f"{what}, extra memory over a number a pixel", extra, 1.0),
         ]
     return bars
+
+
+def chain_bars(rows: list[Row]) -> list[Claim]:
+    bars, op = [], "chain_decoder"
+    for label in map(workloads.label, shapes.CHAIN):
+        ours, eager = pick(rows, op, label, workloads.OURS), pick(rows, op, label, "eager")
+        transient = ours.transient_bytes / eager.transient_bytes
+        bars += [
+            faster(f"ImageNet decoder {label}", ours, best(rows, op, label), 2.5),
+            Claim(f"ImageNet decoder {label}, transient peak over eager's", transient, 1 / 3),
+        ]
+    return bars
+
+
+def upsample_conv_bars(rows: list[Row]) -> list[Claim]:
+    return _fastest(rows, "upsample_conv3x3", "upsample_conv3x3", shapes.UPSAMPLE_CONV)
+
+
+def head_bars(rows: list[Row]) -> list[Claim]:
+    return _fastest(rows, "conv_norm_relu_pool", "convolution and pooling", shapes.HEAD)
+
+
+def _fastest(rows: list[Row], op: str, what: str, over: typing.Sequence[typing.NamedTuple]) -> list[Claim]:
+    labels = map(workloads.label, over)
+    picked = ((label, pick(rows, op, label, workloads.OURS)) for label in labels)
+    return [faster(f"{what} {label}", ours, best(rows, op, label), 1.0) for label, ours in picked]
 
 
 def step_bars(rows: list[Row]) -> list[Claim]:
@@ -159,54 +201,29 @@ def step_bars(rows: list[Row]) -> list[Claim]:
         return next(r.seconds for r in rows if r.shape.endswith(f" K{K}") and r.method == method)
 
     released = min(seconds(16, m) for m in train_step.METHODS if m.startswith("released"))
+    what = "a step of ResNet-32"
     return [
-        Claim("a step of ResNet-32, K = 16 over K = 1", seconds(16, "ours") / seconds(1, "ours"), 1.6),
-        Claim("a step of ResNet-32, K = 16, faster than the released formulation", released / seconds(16, "ours"), 1.0, True),
-        Claim("a step of ResNet-32, K = 4, over K = 1", seconds(4, "ours") / seconds(1, "ours"), 1.6),
+        Claim(f"{what}, K = 16 over K = 1", seconds(16, "ours") / seconds(1, "ours"), 1.6),
+        Claim(f"{what}, K = 16, faster than the authors' code", released / seconds(16, "ours"), 1.0, True),
+        Claim(f"{what}, K = 4, over K = 1", seconds(4, "ours") / seconds(1, "ours"), 1.6),
     ]
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Over size
 
-def chain_bars(rows: list[Row]) -> list[Claim]:
-    bars, op = [], "chain_decoder"
-    for label in map(workloads.label, shapes.CHAIN):
-        ours, other, eager = pick(rows, op, label, workloads.OURS), best(rows, op, label), pick(rows, op, label, "eager")
-        bars += [
-            Claim(f"ImageNet decoder {label}, faster than the best other ({other.method})", other.seconds / ours.seconds, 2.5, True),
-            Claim(f"ImageNet decoder {label}, transient peak over eager's", ours.transient_bytes / eager.transient_bytes, 1 / 3),
-        ]
-    return bars
-
-
-def upsample_conv_bars(rows: list[Row]) -> list[Claim]:
-    bars, op = [], "upsample_conv3x3"
-    for label in map(workloads.label, shapes.UPSAMPLE_CONV):
-        ours, other = pick(rows, op, label, workloads.OURS), best(rows, op, label)
-        bars.append(Claim(f"upsample_conv3x3 {label}, faster than the best other ({other.method})", other.seconds / ours.seconds, 1.0, True))
-    return bars
-
-
-def head_bars(rows: list[Row]) -> list[Claim]:
-    bars, op = [], "conv_norm_relu_pool"
-    for label in map(workloads.label, shapes.HEAD):
-        ours, other = pick(rows, op, label, workloads.OURS), best(rows, op, label)
-        what = f"convolution and pooling {label}, faster than the best other ({other.method})"
-        bars.append(Claim(what, other.seconds / ours.seconds, 1.0, True))
-    return bars
-
-
+MAPS = ("eager", "channels_last", "compile", "checkpoint", workloads.OURS)
+LOGITS = ("eager", "checkpoint", workloads.CHUNKED, workloads.OURS)
+PAIRS = ("eager", "eager short", "compile short", "checkpoint", workloads.OURS)
 PLOTS = {
-    "reconstruction_loss": (shapes.DECODER_PLOT, "N", ("eager", "channels_last", "compile", "checkpoint", workloads.OURS)),
-    "supcon_loss": (shapes.SUPCON_PLOT, "N", ("eager", "eager short", "compile short", "checkpoint", workloads.OURS)),
-    "linear_cross_entropy": (shapes.LINEAR_PLOT, "C", ("eager", "checkpoint", workloads.CHUNKED, workloads.OURS)),
-    "upsample_cross_entropy": (shapes.DENSE_PLOT, "C", ("eager", "channels_last", "compile", "checkpoint", workloads.OURS)),
-}
+    "reconstruction_loss": (shapes.DECODER_PLOT, "N", MAPS), "supcon_loss": (shapes.SUPCON_PLOT, "N", PAIRS),
+    "linear_cross_entropy": (shapes.LINEAR_PLOT, "C", LOGITS),
+    "upsample_cross_entropy": (shapes.DENSE_PLOT, "C", MAPS),
+}  # fmt: skip
 
 
 def over_size(op: str, limit: int, rounds: int) -> list[Row]:
-    """Time and peak over size. A method is left out from where its peak, going by the size before, would pass ``limit`` bytes."""
+    """Measure time and peak over size, each method until its peak is expected to pass ``limit`` bytes."""
     over, axis, methods = PLOTS[op]
     power = 2 if op == "supcon_loss" else 1  # by which memory grows
     rows: list[Row] = []
@@ -253,8 +270,8 @@ def write(name: str, text: str) -> None:
 CLAIMS = {
     "reconstruction_loss": (shapes.DECODER, decoder_bars), "supcon_loss": (shapes.SUPCON, supcon_bars),
     "linear_cross_entropy": (shapes.LINEAR, linear_bars), "chain_decoder": (shapes.CHAIN, chain_bars),
-    "upsample_conv3x3": (shapes.UPSAMPLE_CONV, upsample_conv_bars), "conv_norm_relu_pool": (shapes.HEAD, head_bars),
-    "upsample_cross_entropy": (shapes.DENSE, dense_bars),
+    "upsample_conv3x3": (shapes.UPSAMPLE_CONV, upsample_conv_bars),
+    "conv_norm_relu_pool": (shapes.HEAD, head_bars), "upsample_cross_entropy": (shapes.DENSE, dense_bars),
 }  # fmt: skip
 
 
@@ -262,7 +279,8 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=15, help="rounds of each interleaved timing")
-    parser.add_argument("--only", choices=[*CLAIMS, "train_step"], help="one op, or the training step; prints and writes no table")
+    one = "one op, or the training step; prints and writes no table"
+    parser.add_argument("--only", choices=[*CLAIMS, "train_step"], help=one)
     parser.add_argument("--plots", action="store_true", help="time and memory over size too")
     parser.add_argument("--limit", type=float, default=6.0, help="GiB a method may take in the plots")
     return parser.parse_args()
@@ -276,7 +294,8 @@ def main() -> int:
     sizes: list[Row] = []
     for op in [op for op in CLAIMS if options.only in (None, op)]:
         over, claims = CLAIMS[op]
-        own = [row for shape in over for row in alone(measure, options.threads, op, shape, workloads.OPS[op][2], options.rounds)]
+        how = (workloads.OPS[op][2], options.rounds)
+        own = [row for shape in over for row in alone(measure, options.threads, op, shape, *how)]
         rows, bars = rows + own, bars + claims(own)
         if options.plots and op in PLOTS:
             curve = alone(over_size, options.threads, op, int(options.limit * 2**30), 7)

@@ -1,20 +1,23 @@
-"""What `infopro-fast scale` predicts against what runs of two and of four processes on this machine do.
+"""What `infopro-fast scale` predicts against runs of two and of four processes on this machine.
 
-    python -m benchmarks.scale_validation            writes benchmarks/results/scale_validation.json and prints a table
+    python -m benchmarks.scale_validation    writes benchmarks/results/scale_validation.json, prints a table
 
-ResNet-32, K = 4, batch 64 a replica, the images of the package, a thread a process, gloo. A core is a GPU of the model, whose timelines
-(`memory.scale`) are what is tested; what a core does differently from a GPU is measured or counted:
+ResNet-32, K = 4, batch 64 a replica, the images of the package, a thread a process, gloo. A core stands for a
+GPU of the model, whose timelines (`memory.scale`) are tested. What a core does differently from a GPU is
+measured or counted:
 
-- Modules are timed where they are trained: a process on every core at once, since cores share caches and memory, takes steps as
-  `infopro-fast train` does, images, optimizers and metrics included. (Blocks timed one by one, the best of three, choose the cuts,
-  and know nothing of these.) Medians over the steps, the mean over the cores.
-- A core copies by itself: a message, at the speed measured between two processes, keeps both of its ends from computing.
-- Four processes on two cores do not each have half of one: while one waits, the other two work. So a batch takes what its slowest process
-  alone would need, or the work of all of them over the cores, whichever is more.
+- Modules are timed where they are trained. A process on every core takes steps as `infopro-fast train` does,
+  all at once, since cores share caches and memory. (The cuts come from blocks timed one by one.) Medians over
+  the steps, the mean over the cores.
+- A core copies by itself: a message, at the speed measured between two processes, keeps both of its ends from
+  computing.
+- Four processes on two cores do not each have half of one: while one waits, others work. So a batch takes
+  what its slowest process alone would need, or the work of all of them over the cores, whichever is more.
 
-Runs are `infopro-fast train` under torchrun with the cuts and stages that were predicted for. Their speed is that of the steps from a
-quarter to seven eighths of the way: no first step, no pipeline filling or draining. A machine's speed drifts by more than the model is
-wrong, so modules are timed again before every round of all layouts; medians over the rounds count.
+Runs are `infopro-fast train` under torchrun with the cuts and stages of the prediction. Their speed is that
+of the steps from a quarter to seven eighths of the way: no first step, no pipeline that fills or drains. A
+machine's speed drifts by more than the model is wrong, so modules are timed again before every round of all
+layouts. Medians over the rounds count.
 """
 
 from __future__ import annotations
@@ -45,13 +48,13 @@ from .device import provenance
 
 RESULT = Path(__file__).parent / "results" / "scale_validation.json"
 ARCH, MODULES, BATCH = "resnet32", 4, 64
-BAR = 0.2  # of the prediction
+BAR = 0.2  # share of the prediction
 TIMED, UNTIMED = 8, 2  # steps, and those before them
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """name: in `scale.LAYOUTS`' words. pipeline: modules of every stage, empty for data parallelism."""
+    """name: as in `scale.LAYOUTS`. pipeline: modules of every stage, empty for data parallelism."""
 
     name: str
     processes: int
@@ -63,7 +66,7 @@ class Layout:
 
     @property
     def steps(self) -> int:
-        """Of a run: so many that each takes some ten seconds."""
+        """Steps of a run, which takes some ten seconds."""
         return 16 if self.replicas > 1 else 32
 
     def words(self) -> list[str]:
@@ -83,7 +86,7 @@ def layouts(net: scale.Network) -> list[Layout]:
 
 
 def predicted(layout: Layout, net: scale.Network, link: scale.Link, cores: int) -> float:
-    """Images a second of ``layout`` on so many cores."""
+    """Predict the images a second of ``layout`` on so many cores."""
     works = copying(layout, net, link)
     cluster = scale.Cluster(cores, link, link)
     if layout.pipeline:
@@ -96,13 +99,13 @@ def predicted(layout: Layout, net: scale.Network, link: scale.Link, cores: int) 
 
 
 def runs_of(layout: Layout, works: Sequence[scale.Work]) -> list[Sequence[scale.Work]]:
-    """The modules of each stage."""
+    """Return the modules of each stage."""
     ends = [sum(layout.pipeline[: i + 1]) for i in range(len(layout.pipeline))]
     return [works[end - count : end] for end, count in zip(ends, layout.pipeline)]
 
 
 def copying(layout: Layout, net: scale.Network, link: scale.Link) -> list[scale.Work]:
-    """The modules, each with the time that its process is kept by messages: of gradients to other replicas, of features to other stages."""
+    """Add to each module the time of its messages: gradients to other replicas, features to other stages."""
     seconds = [work.seconds + link.all_reduce(work.gradients, layout.replicas) for work in net.local]
     for end in (sum(layout.pipeline[: i + 1]) - 1 for i in range(len(layout.pipeline) - 1)):
         message = link.send(net.local[end].output + net.carried)
@@ -115,7 +118,7 @@ def copying(layout: Layout, net: scale.Network, link: scale.Link) -> list[scale.
 
 
 def measured(batch_size: int) -> scale.Network:
-    """The network with the cuts that make its slowest module fastest, by the times of its blocks."""
+    """Return the network with the cuts that balance its modules, by the times of its blocks."""
     with _alone(1) as pool:
         return pool.apply(_chain, (batch_size,))
 
@@ -126,15 +129,16 @@ def _chain(batch_size: int) -> scale.Network:
 
 
 def timed(net: scale.Network, cores: int) -> scale.Network:
-    """``net`` with its modules' seconds in training, every core training at the same time."""
+    """Return ``net`` with its modules' seconds in training, every core training at the same time."""
     with _alone(cores) as pool:
         found = pool.map(_module_seconds, [net] * cores, chunksize=1)
     each = [statistics.mean(seconds) for seconds in zip(*found)]
-    return dataclasses.replace(net, local=tuple(dataclasses.replace(work, seconds=own) for work, own in zip(net.local, each)))
+    local = (dataclasses.replace(work, seconds=own) for work, own in zip(net.local, each))
+    return dataclasses.replace(net, local=tuple(local))
 
 
 def _alone(processes: int):
-    """Processes that begin together, and import everything anew."""
+    """Return a pool of processes that begin together and import everything anew."""
     context = multiprocessing.get_context("spawn")
     return context.Pool(processes, _meet_here, (context.Barrier(processes),))
 
@@ -145,7 +149,7 @@ def _meet_here(barrier) -> None:
 
 
 def _module_seconds(net: scale.Network) -> list[float]:
-    """Seconds of every module in a step of one process, medians; the batch's making is the first one's."""
+    """Return median seconds of every module in a step of one process; the first one's include the batch."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     images, marks, rows = data.load("fashion_mnist"), [], []
@@ -158,7 +162,8 @@ def _module_seconds(net: scale.Network) -> list[float]:
         image, label = next(batches)
         trainer.step(image, label)
         begun, _, *others = marks  # the first module's own mark comes after its batch is made
-        rows.append([after - before for before, after in zip([begun, *others], [*others, time.perf_counter()])])
+        ends = [*others, time.perf_counter()]
+        rows.append([after - before for before, after in zip([begun, *others], ends)])
         marks.clear()
     return [statistics.median(column) for column in zip(*rows[UNTIMED:])]
 
@@ -184,7 +189,7 @@ def _exchange(rank: int, port: int, answer) -> None:
 
 
 def measured_link() -> scale.Link:
-    """Between two processes of this machine."""
+    """Measure the link between two processes of this machine."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -204,22 +209,28 @@ def measured_link() -> scale.Link:
 
 
 def run(layout: Layout, net: scale.Network) -> float:
-    """Images a second."""
+    """Return the images a second of a run of ``layout``."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
-        return train(net, layout.processes, layout.words(), out, steps=layout.steps, batch_size=layout.replicas * net.batch_size)
+        case = dict(steps=layout.steps, batch_size=layout.replicas * net.batch_size)
+        return train(net, layout.processes, layout.words(), out, **case)
 
 
-def train(net: scale.Network, processes: int, words: list[str], out: Path, *, steps: int, batch_size: int) -> float:
-    """Images a second of a run with the cuts of ``net``, a thread a process; torchrun starts more than one.
+def train(
+    net: scale.Network, processes: int, words: list[str], out: Path, *, steps: int, batch_size: int
+) -> float:
+    """Return the images a second of a run with the cuts of ``net``, a thread a process.
 
-    From the time of the step at a quarter of ``steps`` (a multiple of 8) to that at seven eighths.
+    They are taken from the step at a quarter of ``steps`` (a multiple of 8) to the one at seven eighths.
     """
-    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"] if processes > 1 else []
+    torchrun = []
+    if processes > 1:
+        torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
     command = [
         sys.executable, "-m", *torchrun, "infopro_fast", "train", "--arch", ARCH, "--modules", str(MODULES),
-        "--cuts", *(str(number) for cut in net.cuts for number in cut), "--batch-size", str(batch_size), "--iterations", str(steps),
-        "--hold-out", "64", "--log-every", str(steps // 8), "--threads", "1", "--warmup", "0", "--out", str(out), *words,
+        "--cuts", *(str(number) for cut in net.cuts for number in cut), "--batch-size", str(batch_size),
+        "--iterations", str(steps), "--hold-out", "64", "--log-every", str(steps // 8), "--threads", "1",
+        "--warmup", "0", "--out", str(out), *words,
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     if done.returncode:
@@ -230,26 +241,30 @@ def train(net: scale.Network, processes: int, words: list[str], out: Path, *, st
 
 
 def one_round(number: int, net: scale.Network, link: scale.Link) -> list[dict]:
-    """Every layout once: predicted from times measured just before, and run."""
+    """Predict every layout from times measured just before, and run it."""
     cores, rows = os.cpu_count(), []
     now = timed(net, cores)
     for layout in layouts(net):
         expected, got = predicted(layout, now, link, cores), run(layout, net)
-        rows.append({"round": number, "layout": layout.name, "processes": layout.processes, "predicted": expected, "measured": got})
+        row = {"round": number, "layout": layout.name, "processes": layout.processes}
+        rows.append(row | {"predicted": expected, "measured": got})
         print(rows[-1], flush=True)
     return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
     net, link = measured(BATCH), measured_link()
     rows = [row for number in range(options.rounds) for row in one_round(number, net, link)]
-    content = {**provenance(), "threads": 1, "batch_size": BATCH, "cuts": net.cuts, "link": dataclasses.asdict(link), "layouts": rows}
+    about = {**provenance(), "threads": 1, "batch_size": BATCH, "cuts": net.cuts}
+    content = {**about, "link": dataclasses.asdict(link), "layouts": rows}
     options.out.write_text(json.dumps(content, indent=1) + "\n")
-    head = ["layout", "processes", "predicted, images/s", "measured", "measured / predicted", "of", f"within {BAR:.0%}"]
+    head = ["layout", "processes", "predicted, images/s", "measured", "measured / predicted", "of"]
+    head.append(f"within {BAR:.0%}")
     print(figure.aligned([head, *map(_row, _by_layout(rows))]))
 
 
@@ -261,11 +276,12 @@ def _by_layout(rows: list[dict]) -> list[list[dict]]:
 
 
 def _row(same: list[dict]) -> list[str]:
-    """Medians of a layout's rounds, and the least and largest ratio."""
+    """Return the medians of a layout's rounds, and the least and largest ratio."""
     ratios = [row["measured"] / row["predicted"] for row in same]
     ratio = statistics.median(ratios)
     holds = "yes" if abs(ratio - 1) <= BAR else "NO"
-    predicted, got = (f"{statistics.median(row[name] for row in same):.0f}" for name in ("predicted", "measured"))
+    names = ("predicted", "measured")
+    predicted, got = (f"{statistics.median(row[name] for row in same):.0f}" for name in names)
     name, processes = same[0]["layout"], str(same[0]["processes"])
     return [name, processes, predicted, got, f"{ratio:.3g}", f"{min(ratios):.3g} to {max(ratios):.3g}", holds]
 

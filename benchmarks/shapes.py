@@ -1,4 +1,4 @@
-"""The paper's shapes: what each op is handed in the published runs. Sizes in elements."""
+"""The shapes of the paper: what each op is given in the published runs. Sizes in elements."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ class DecoderShape(typing.NamedTuple):
     K: int = 12
 
     def resized_bytes(self) -> int:
-        """float32 bytes of the resized map (N, C, H, H), which the released code keeps and the fused op never forms."""
+        """float32 bytes of the resized map (N, C, H, H), which the fused op never forms."""
         return 4 * self.N * self.C * self.H**2
 
 
 class ChainShape(typing.NamedTuple):
-    """h (N, C, h, h) through the released ImageNet decoder, doubled three times, to images (N, 3, 8 h, 8 h)."""
+    """h (N, C, h, h) through the authors' ImageNet decoder, doubled three times, to (N, 3, 8 h, 8 h)."""
 
     N: int
     C: int
     h: int
 
     def resized_bytes(self) -> int:
-        """float32 bytes of the first resized map (N, 128, 2 h, 2 h); the two others are as large or nearly."""
+        """float32 bytes of the first resized map (N, 128, 2 h, 2 h); the others are as large or nearly."""
         return 4 * self.N * 128 * (2 * self.h) ** 2
 
 
 class UpsampleConvShape(typing.NamedTuple):
-    """x (N, C, h, h), resized to (2 h, 2 h) and convolved to K channels: a doubling of a U-Net's or a GAN's decoder."""
+    """x (N, C, h, h), doubled and convolved to K channels, as in a U-Net's or a GAN's decoder."""
 
     N: int
     C: int
@@ -100,9 +100,10 @@ class HeadShape(typing.NamedTuple):
     stride: int
 
 
-# ResNet-32/110 on CIFAR-10, SVHN: the three stages. STL-10: 96x96, batch 128 in the paper; 32 here for eager's memory.
+# The stages of ResNet-32/110 on CIFAR-10 and SVHN. STL-10: 96x96, batch 32 for eager's memory (paper: 128).
 DECODER = (DecoderShape(128, 16, 32, 32), DecoderShape(128, 32, 16, 32), DecoderShape(128, 64, 8, 32))
-DECODER_LARGER = (DecoderShape(1024, 64, 8, 32), DecoderShape(32, 16, 96, 96), DecoderShape(32, 32, 48, 96), DecoderShape(32, 64, 24, 96))
+_STL10 = (DecoderShape(32, 16, 96, 96), DecoderShape(32, 32, 48, 96), DecoderShape(32, 64, 24, 96))
+DECODER_LARGER = (DecoderShape(1024, 64, 8, 32), *_STL10)
 DECODER_PLOT = tuple(DecoderShape(n, 64, 8, 32) for n in (8, 32, 128, 512, 2048))
 
 # ImageNet at 224 x 224, a batch of 8; in a U-Net, a doubling from 32 x 32.
@@ -119,7 +120,7 @@ LINEAR = (LinearShape(4096, 1024, 10000), LinearShape(1024, 128, 10))
 LINEAR_LARGER = (LinearShape(1024, 64, 10), LinearShape(4096, 64, 1000), LinearShape(1024, 2048, 1000))
 LINEAR_PLOT = tuple(LinearShape(1024, 256, c) for c in (10, 100, 1000, 10000, 30000))
 
-# DeepLabV3 on Cityscapes: output stride 8, crops of 512x1024, two a GPU. Stride 4 (a U-Net, HRNet), and the 150 classes of ADE20K.
+# DeepLabV3 on Cityscapes: stride 8, crops of 512x1024, 2 a GPU. Larger: stride 4; ADE20K's 150 classes.
 DENSE = (DenseShape(2, 19, 64, 128, 512, 1024),)
 DENSE_LARGER = (DenseShape(2, 19, 128, 256, 512, 1024), DenseShape(2, 150, 64, 64, 512, 512))
 DENSE_PLOT = tuple(DenseShape(2, c, 64, 64, 512, 512) for c in (2, 8, 19, 60, 150))
@@ -130,6 +131,6 @@ POOL = (PoolShape(1024, 32, 16), PoolShape(1024, 64, 8))
 # The released heads of its three stages, the convolution with them.
 HEAD = (HeadShape(128, 16, 32, 32, 2), HeadShape(128, 32, 16, 64, 2), HeadShape(128, 64, 8, 64, 1))
 
-# ResNet-32 at batch 128: modules K, and (lambda_1 of I(h,x), I(h,y) at the first module, the same at the last but one).
+# ResNet-32 at batch 128: {K: (reconstruction and task weights of the first module, and of the last but one)}.
 TRAIN_STEP = {1: (0, 0, 0, 0), 4: (6, 0, 1, 2), 16: (5, 0.05, 0.2, 0.5)}
 TRAIN_BATCH = 128

@@ -1,7 +1,7 @@
-"""What a training step takes, as a table and a figure, from the measurements that are there: ``python -m benchmarks.step_figure``.
+"""A training step's time and memory as a table and a figure: ``python -m benchmarks.step_figure``.
 
-Reads results/results.jsonl, which ``python -m benchmarks.report`` writes (and then calls this), and writes results/train_step.md and
-results/train_step.png. Nothing is measured.
+Reads results/results.jsonl, which ``python -m benchmarks.report`` writes before it calls this, and writes
+results/train_step.md and results/train_step.png. Nothing is measured.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from infopro_fast.whole_files import replace_file
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 LABELS = {
-    "released": "released formulation, eager", "released channels_last": "released formulation, channels_last",
+    "released": "released formulation, eager",
+    "released channels_last": "released formulation, channels_last",
     "reference": "here, the losses in plain PyTorch", "ours": "here",
 }  # fmt: skip
 COLORS = {"released": "C7", "released channels_last": "C1", "reference": "C0", "ours": "C2"}
@@ -26,7 +27,8 @@ COLORS = {"released": "C7", "released channels_last": "C1", "reference": "C0", "
 
 def read(path: pathlib.Path) -> list[Row]:
     """The rows of a training step. Raises ValueError where the file has none."""
-    rows = [Row(**fields) for fields in map(json.loads, path.read_text().splitlines()) if fields["op"] == "train_step"]
+    lines = map(json.loads, path.read_text().splitlines())
+    rows = [Row(**fields) for fields in lines if fields["op"] == "train_step"]
     if not rows:
         raise ValueError(f"{path}: expected rows of train_step, got none: run python -m benchmarks.report")
     return rows
@@ -43,17 +45,19 @@ def by_method(rows: Sequence[Row]) -> dict[str, dict[int, Row]]:
 def where(rows: Sequence[Row]) -> str:
     """What was measured, and on what; all rows are of one run of the report."""
     row, (network, batch, _) = rows[0], rows[0].shape.split(" ")
-    return f"{network}, batch {batch[1:]}; {row.device}, {row.threads} threads, {row.isa}, torch {row.torch}, {row.commit}"
+    machine = f"{row.device}, {row.threads} threads, {row.isa}, torch {row.torch}, {row.commit}"
+    return f"{network}, batch {batch[1:]}; {machine}"
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """Milliseconds a step, in brackets times of ours with the same K; below, how far a process' resident set rises in it."""
+    """Return milliseconds a step, in brackets over ours at the same K, and the rise of the resident set."""
     methods = by_method(rows)
     columns = list(methods["ours"])
 
     def grid(cell) -> str:
         lines = ["| |" + "".join(f" K = {K} |" for K in columns), "|---|" + "---|" * len(columns)]
-        lines += [f"| {LABELS[m]} |" + "".join(f" {cell(row)} |" for row in of_method.values()) for m, of_method in methods.items()]
+        for m, of_method in methods.items():
+            lines.append(f"| {LABELS[m]} |" + "".join(f" {cell(row)} |" for row in of_method.values()))
         return "\n".join(lines)
 
     def time(row: Row) -> str:
@@ -62,8 +66,11 @@ def markdown(rows: Sequence[Row]) -> str:
 
     parts = [
         f"A training step of {where(rows)}.",
-        "Milliseconds, medians; every method in a process of its own, its Ks in turn. In brackets times of ours.", grid(time),
-        "Peak: MiB by which a process' resident set rises in a step.", grid(lambda row: f"{row.peak_bytes / 2**20:.0f}"),
+        "Milliseconds, medians; every method in a process of its own, its Ks in turn. "
+        "In brackets times of ours.",
+        grid(time),
+        "Peak: MiB by which a process' resident set rises in a step.",
+        grid(lambda row: f"{row.peak_bytes / 2**20:.0f}"),
     ]  # fmt: skip
     return "\n\n".join(parts) + "\n"
 
@@ -73,11 +80,15 @@ def draw(rows: Sequence[Row], path: pathlib.Path) -> None:
     methods = by_method(rows)
     columns = list(methods["ours"])
     figure, panels = new_figure((12, 4.2), 2)
-    measures = ((lambda row: 1e3 * row.seconds, "ms a step"), (lambda row: row.peak_bytes / 2**20, "peak of a step, MiB"))
+    measures = (
+        (lambda row: 1e3 * row.seconds, "ms a step"),
+        (lambda row: row.peak_bytes / 2**20, "peak of a step, MiB"),
+    )
     for panel, (value, unit) in zip(panels, measures):
         for i, (method, of_method) in enumerate(methods.items()):
             x = [group + (i - (len(methods) - 1) / 2) * 0.8 / len(methods) for group in range(len(columns))]
-            bars = panel.bar(x, [value(of_method[K]) for K in columns], 0.8 / len(methods), color=COLORS[method], label=LABELS[method])
+            style = dict(color=COLORS[method], label=LABELS[method])
+            bars = panel.bar(x, [value(of_method[K]) for K in columns], 0.8 / len(methods), **style)
             panel.bar_label(bars, fmt="%.0f", fontsize=7)
         panel.set_xticks(range(len(columns)), [f"K = {K}" for K in columns])
         panel.set_ylabel(unit)
@@ -96,8 +107,10 @@ def write(rows: Sequence[Row], folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.step_figure", description=__doc__.splitlines()[0])
-    parser.add_argument("--results", type=pathlib.Path, default=RESULTS, help="folder with results.jsonl; what is written goes there too")
+    about = __doc__.splitlines()[0]
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.step_figure", description=about)
+    where_to = "folder with results.jsonl; the table and the figure are written there too"
+    parser.add_argument("--results", type=pathlib.Path, default=RESULTS, help=where_to)
     folder = parser.parse_args().results
     print("written: " + ", ".join(map(str, write(read(folder / "results.jsonl"), folder))))
 

@@ -11,8 +11,10 @@ from collections.abc import Iterable, Sequence
 class Row:
     """One measurement, or in ``note`` why there is none. None: not measured.
 
-    seconds: median. host_seconds: until a call returns, whatever the device still does. multiple: of the floor.
-    saved_bytes: kept by autograd. peak_bytes: above the inputs. transient_bytes: the peak without the results.
+    seconds: median. host_seconds: until a call returns, whatever the device still does. multiple: of the
+        floor.
+    saved_bytes: kept by autograd. peak_bytes: above the inputs. transient_bytes: the peak without the
+        results.
     """
 
     op: str
@@ -38,7 +40,7 @@ class Row:
 
 
 class Claim(typing.NamedTuple):
-    """``value`` is at least, or at most, ``bar``. value: None where it was not measured. against: the best other method."""
+    """``value`` is at least, or at most, ``bar``; None: not measured. against: the best other method."""
 
     what: str
     value: float | None
@@ -58,28 +60,33 @@ def claims_table(claims: Iterable[Claim]) -> str:
     for c in claims:
         value = "" if c.value is None else f"{c.value:.3g} {c.unit}"
         bar = f"{'at least' if c.at_least else 'at most'} {c.bar:.3g} {c.unit}"
-        lines.append((c.what, value, c.against, bar, {None: "not measured", True: "yes", False: "**no**"}[c.holds()]))
+        holds = {None: "not measured", True: "yes", False: "**no**"}[c.holds()]
+        lines.append((c.what, value, c.against, bar, holds))
     return _lines(lines)
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """One line a row. time / ours: how many times longer a method takes than ours on the same op, shape and direction."""
+    """One line a row. time / ours: times longer than ours on the same op, shape and direction."""
     ours = {(r.op, r.shape, r.direction): r.seconds for r in rows if r.method == "ours"}
-    head = ("op", "shape", "direction", "method", "ms", "time / ours", "kept", "peak", "transient", "error", "where")
+    numbers = ("ms", "time / ours", "kept", "peak", "transient", "error")
+    head = ("op", "shape", "direction", "method", *numbers, "where")
     lines = [head, ("---",) * len(head)]
     for r in rows:
         reference = ours.get((r.op, r.shape, r.direction))
         ratio = f"{r.seconds / reference:.2f}" if reference else ""
-        where = f"{r.device}, {r.threads} threads, {r.isa}, torch {r.torch}, Python {r.python}, {r.infopro_fast} at {r.commit}"
+        versions = f"torch {r.torch}, Python {r.python}, {r.infopro_fast} at {r.commit}"
+        where = f"{r.device}, {r.threads} threads, {r.isa}, {versions}"
         error = "" if r.error is None else f"{r.error:.1e}"
         sizes = (size(r.saved_bytes), size(r.peak_bytes), size(r.transient_bytes))
-        lines.append((r.op, r.shape, r.direction, r.method, f"{1e3 * r.seconds:.3g}", ratio, *sizes, error, where))
+        milliseconds = f"{1e3 * r.seconds:.3g}"
+        lines.append((r.op, r.shape, r.direction, r.method, milliseconds, ratio, *sizes, error, where))
     return _lines(lines)
 
 
 def gpu_markdown(rows: Iterable[Row]) -> str:
     """One line a row, with the host's time, multiples of the floor, and why a method was not measured."""
-    head = ("op", "shape", "dtype", "direction", "method", "ms", "host, us", "x floor", "peak", "error", "note")
+    numbers = ("ms", "host, us", "x floor", "peak", "error")
+    head = ("op", "shape", "dtype", "direction", "method", *numbers, "note")
     lines = [head, ("---",) * len(head)]
     for r in rows:
         numbers = ((r.seconds, 1e3, ".3g"), (r.host_seconds, 1e6, ".0f"), (r.multiple, 1, ".2f"))

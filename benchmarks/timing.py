@@ -1,4 +1,4 @@
-"""Fair ratios: every method warmed up first, then all of them in turn, round after round, and the median of each."""
+"""Fair ratios: all methods are warmed up, then take turns round after round; the median of each counts."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def seconds(call: Call) -> float:
     return elapsed
 
 
-def interleaved(calls: dict[Name, Call], rounds: int = 15, warm_up: int = 2, budget: float = 60.0) -> dict[Name, float]:
-    """Median seconds of each call. budget: seconds for all rounds together; at least five rounds are run."""
+def interleaved(calls: dict[Name, Call], rounds=15, warm_up=2, budget=60.0) -> dict[Name, float]:
+    """Return the median seconds of each call. budget: seconds for all rounds, of which at least five run."""
     for call in calls.values():
         for _ in range(warm_up):
             call()

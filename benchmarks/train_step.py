@@ -22,19 +22,18 @@ def network(K: int, impl: str, arch: str = "resnet32", balanced: bool = False, r
     if K == 1:
         return infopro_fast.build(arch, modules=1, local_loss="none", impl=impl, recompute=recompute)
     lambdas = shapes.TRAIN_STEP.get(K) if arch == "resnet32" else None
-    return infopro_fast.build(
-        arch, modules=K, local_loss="contrast", lambdas=lambdas, balanced=balanced, impl=impl, recompute=recompute
-    )
+    options = dict(local_loss="contrast", lambdas=lambdas, balanced=balanced, impl=impl, recompute=recompute)
+    return infopro_fast.build(arch, K, **options)
 
 
 def step(
-    method: str, K: int, N: int = shapes.TRAIN_BATCH, *, device: str = "cpu", arch: str = "resnet32", balanced: bool = False
+    method: str, K: int, N: int = shapes.TRAIN_BATCH, *, device="cpu", arch="resnet32", balanced=False
 ) -> typing.Callable[[], object]:
     """Return a call that makes one update of the whole network.
 
-    method: one of METHODS or `GRAPH`; "compile", "compile max-autotune": end to end (K = 1), through torch.compile;
-    "checkpoint": end to end, every block recomputed in backward; "released compile" and the like: the authors' step,
-    with all stages and auxiliary networks.
+    method: one of METHODS or `GRAPH`; "compile", "compile max-autotune": end to end (K = 1), through
+        torch.compile; "checkpoint": end to end, every block recomputed in backward; "released compile" and
+        the like: the authors' step, with all stages and auxiliary networks.
     """
     torch.manual_seed(0)
     image, label = batch(N, 32, device)
@@ -68,14 +67,15 @@ def _through(
     def step() -> object:
         if tuned:
             torch.compiler.cudagraph_mark_step_begin()
-        with torch._dynamo.config.patch(recompile_limit=64):  # K = 16 has a dozen kinds of modules; beyond 8 they ran eagerly
+        # K = 16 has a dozen kinds of modules; beyond 8 they would run eagerly.
+        with torch._dynamo.config.patch(recompile_limit=64):
             return call()
 
     return step
 
 
 def for_peak(method: str, K: int):
-    """Target of `memory.peak_bytes`: a step, measured above the resident set after the first steps of a small batch."""
+    """Target of `memory.peak_bytes`: a step after the first ones of a small batch."""
     call, small = step(method, K), step(method, K, 8)
 
     def one() -> tuple[torch.Tensor, ...]:

@@ -1,7 +1,7 @@
 """Every method of every op as a workload: the same inputs, a forward, and the leaves that get gradients.
 
-A user could choose each of the methods: eager; eager in channels_last; torch.compile, which keeps what it likes or,
-with a memory budget of 0, as little as it can; checkpoint; the nearest peer that exists; ours.
+A user could choose each of the methods: eager; eager in channels_last; torch.compile, which keeps what it
+likes or, with a memory budget of 0, as little as it can; checkpoint; the nearest peer that exists; ours.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Workload:
 
 
 def compiled(function: typing.Callable, budget: float = 1.0, mode: str | None = None) -> typing.Callable:
-    """``function`` through torch.compile. budget: share of the activations it may keep (0: recompute all it can).
+    """``function`` through torch.compile. budget: share of the activations that it may keep.
 
     With mode "max-autotune" a GPU runs CUDA graphs: the next call writes over a call's results.
     """
@@ -55,7 +55,7 @@ def compiled(function: typing.Callable, budget: float = 1.0, mode: str | None = 
     def forward(*args):
         return function(*args)
 
-    # Each needs its own code object: the compiler caches by it, and would give one budget's graph to the other.
+    # Each needs its own code object: the compiler caches by it, and would mix the budgets' graphs.
     code = forward.__code__.replace(co_name=f"forward_{next(_numbers)}")
     own = types.FunctionType(code, globals(), code.co_name, None, forward.__closure__)
     fast = torch.compile(own, fullgraph=True, dynamic=False, mode=mode)
@@ -77,7 +77,7 @@ def checkpointed(function: typing.Callable) -> typing.Callable:
 
 
 def draw(*shape: int, dtype=torch.float32, device: str = "cpu") -> torch.Tensor:
-    """Draw the same numbers for every dtype, on ``device``: copying large batches would take seconds a method."""
+    """Draw the same numbers for every dtype, on ``device``, since copying large batches takes seconds."""
     numbers = torch.float64 if device == "cpu" else torch.float32  # float32 saves memory on a GPU
     generator = torch.Generator(device).manual_seed(sum(shape))
     return torch.randn(shape, generator=generator, dtype=numbers, device=device).to(dtype)
@@ -88,9 +88,11 @@ def labels(N: int, classes: int, device: str) -> torch.Tensor:
 
 
 def ours(op: typing.Callable, device: str, **options) -> dict[str, typing.Callable[[], typing.Callable]]:
-    """Return makers of the op as users call it on this device, by each implementation's name, and of the reference."""
-    fused = {OURS: "cpu" if device == "cpu" else "auto", TRITON: "triton", CUDA: "cuda", "reference": "reference"}
-    return {name: lambda impl=impl: functools.partial(op, impl=impl, **options) for name, impl in fused.items()}
+    """Return makers of the op on this device, by each implementation's name, and of the reference."""
+    own = "cpu" if device == "cpu" else "auto"
+    fused = {OURS: own, TRITON: "triton", CUDA: "cuda", "reference": "reference"}
+    made = {name: functools.partial(op, impl=impl, **options) for name, impl in fused.items()}
+    return {name: lambda call=call: call for name, call in made.items()}
 
 
 # Other packages with one of these losses for GPUs: module and attribute.
@@ -99,7 +101,7 @@ PEERS = {
     "cut-cross-entropy": ("cut_cross_entropy", "linear_cross_entropy"),
     "memeff": ("memeff", "MemoryEfficientCLIPLoss"),
 }
-OTHER_LOSS = {"memeff": "another loss: two views, of which each row has one positive"}  # the nearest that exists
+OTHER_LOSS = {"memeff": "another loss: two views, of which each row has one positive"}  # the nearest
 
 
 def peer(name: str) -> typing.Callable:
@@ -130,29 +132,30 @@ def compile_methods(function: typing.Callable) -> dict[str, typing.Callable[[], 
 
 # ------------------------------------------------------------------------------------------------------------
 
-DECODER_METHODS = (
-    "eager", "channels_last", "compile", "compile channels_last", "compile budget 0", "compile reordered", "checkpoint", OURS,
+MAP_METHODS = (
+    "eager", "channels_last", "compile", "compile channels_last", "compile budget 0", "checkpoint", OURS,
 )  # fmt: skip
+DECODER_METHODS = (*MAP_METHODS[:-2], "compile reordered", *MAP_METHODS[-2:])
 
 
-def decoder(method: str, shape: shapes.DecoderShape, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Workload:
+def decoder(method: str, shape: shapes.DecoderShape, dtype=torch.float32, device="cpu") -> Workload:
     torch.manual_seed(0)
     kind = baselines.ReorderedDecoder if method == "compile reordered" else released.ReleasedDecoder
     net = kind(Decoder(shape.C, shape.H, widen=shape.K / 12).decoder, shape.H).to(device, dtype)
     return _reconstruction(method, net, shape, shape.H, dtype, device)
 
 
-CHAIN_METHODS = ("eager", "channels_last", "compile", "compile channels_last", "compile budget 0", "checkpoint", OURS)
+CHAIN_METHODS = MAP_METHODS
 
 
-def chain_decoder(method: str, shape: shapes.ChainShape, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Workload:
+def chain_decoder(method: str, shape: shapes.ChainShape, dtype=torch.float32, device="cpu") -> Workload:
     torch.manual_seed(0)
     layers = ChainDecoder(shape.C, (shape.h, shape.h), (8 * shape.h, 8 * shape.h)).decoder
     net = released.ReleasedDecoder(layers).to(device, dtype)
     return _reconstruction(method, net, shape, 8 * shape.h, dtype, device)
 
 
-def _reconstruction(method: str, net: released.ReleasedDecoder, shape, H: int, dtype: torch.dtype, device: str) -> Workload:
+def _reconstruction(method: str, net: released.ReleasedDecoder, shape, H: int, dtype, device) -> Workload:
     """``net`` from features of ``shape`` to images of side ``H``."""
     features = draw(shape.N, shape.C, shape.h, shape.h, dtype=dtype, device=device)
     image = torch.sigmoid(draw(shape.N, 3, H, H, dtype=dtype, device=device))
@@ -164,13 +167,16 @@ def _reconstruction(method: str, net: released.ReleasedDecoder, shape, H: int, d
     calls |= ours(ops.reconstruction_loss, device, decoder=net.decoder)
     call = calls.get(method, lambda: net)()
     parameters = list(net.parameters())
-    return Workload(lambda: call(features, image), [features, *parameters], [features, image, *parameters, *net.buffers()])
+    leaves = [features, *parameters]
+    return Workload(lambda: call(features, image), leaves, [*leaves, image, *net.buffers()])
 
 
 UPSAMPLE_CONV_METHODS = ("eager", "channels_last", "compile", "compile channels_last", "checkpoint", OURS)
 
 
-def upsample_conv(method: str, shape: shapes.UpsampleConvShape, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Workload:
+def upsample_conv(
+    method: str, shape: shapes.UpsampleConvShape, dtype=torch.float32, device="cpu"
+) -> Workload:
     x = draw(shape.N, shape.C, shape.h, shape.h, dtype=dtype, device=device)
     weight = draw(shape.K, shape.C, 3, 3, dtype=dtype, device=device) / (9 * shape.C) ** 0.5
     if method.endswith("channels_last"):
@@ -178,8 +184,10 @@ def upsample_conv(method: str, shape: shapes.UpsampleConvShape, dtype: torch.dty
     leaves = [t.requires_grad_() for t in (x, weight, draw(shape.K, dtype=dtype, device=device))]
     convolved = {k: baselines.upsample_conv for k in UPSAMPLE_CONV_METHODS}
     convolved |= {k: make() for k, make in compile_methods(baselines.upsample_conv).items() if k == method}
-    convolved |= {k: make() for k, make in ours(ops.upsample_conv3x3, device, size=2 * shape.h).items() if k == method}
-    return Workload(lambda: convolved[method](*leaves).square().mean(), leaves, leaves)  # the mean stands for what follows
+    made = ours(ops.upsample_conv3x3, device, size=2 * shape.h)
+    convolved |= {k: make() for k, make in made.items() if k == method}
+    # The mean of squares stands for what follows.
+    return Workload(lambda: convolved[method](*leaves).square().mean(), leaves, leaves)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -187,13 +195,16 @@ def upsample_conv(method: str, shape: shapes.UpsampleConvShape, dtype: torch.dty
 SUPCON_METHODS = ("eager", "eager short", "compile", "compile short", "compile budget 0", "checkpoint", OURS)
 
 
-def supcon(method: str, shape: shapes.SupConShape, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Workload:
-    features, label = draw(shape.N, shape.D, dtype=dtype, device=device).requires_grad_(), labels(shape.N, shape.classes, device)
+def supcon(method: str, shape: shapes.SupConShape, dtype=torch.float32, device="cpu") -> Workload:
+    features = draw(shape.N, shape.D, dtype=dtype, device=device).requires_grad_()
+    label = labels(shape.N, shape.classes, device)
     if method == "memeff":
-        loss, other = peer(method)(temperature=0.07, stable=False), features.detach().roll(1, 0).requires_grad_()
+        loss = peer(method)(temperature=0.07, stable=False)
+        other = features.detach().roll(1, 0).requires_grad_()
         return Workload(lambda: loss(features, other), [features, other], [features, other])
     formula = baselines.short_supcon if method.endswith("short") else released.released_supcon
-    calls = compile_methods(formula) | {"compile short": lambda: compiled(formula)} | ours(ops.supcon_loss, device)
+    calls = compile_methods(formula) | ours(ops.supcon_loss, device)
+    calls["compile short"] = lambda: compiled(formula)
     call = calls.get(method, lambda: formula)()
     return Workload(lambda: call(features, label), [features], [features, label])
 
@@ -201,15 +212,18 @@ def supcon(method: str, shape: shapes.SupConShape, dtype: torch.dtype = torch.fl
 # ------------------------------------------------------------------------------------------------------------
 
 CHUNKED = "torch chunked"
-LINEAR_METHODS = ("eager", "compile", "compile budget 0", "checkpoint", *([CHUNKED] if hasattr(F, "linear_cross_entropy") else []), OURS)
+_CHUNKED = (CHUNKED,) if hasattr(F, "linear_cross_entropy") else ()
+LINEAR_METHODS = ("eager", "compile", "compile budget 0", "checkpoint", *_CHUNKED, OURS)
 
 
-def linear(method: str, shape: shapes.LinearShape, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Workload:
+def linear(method: str, shape: shapes.LinearShape, dtype=torch.float32, device="cpu") -> Workload:
     input = draw(shape.N, shape.D, dtype=dtype, device=device).requires_grad_()
     weight = (draw(shape.C, shape.D, dtype=dtype, device=device) / shape.D**0.5).requires_grad_()
     target = labels(shape.N, shape.C, device)
     formula = baselines.cross_entropy
-    chunked = lambda: functools.partial(F.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions())  # noqa: E731
+    def chunked() -> typing.Callable:
+        return functools.partial(F.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions())
+
     peers = {name: functools.partial(peer, name) for name in ("Liger", "cut-cross-entropy")}
     calls = compile_methods(formula) | {CHUNKED: chunked} | peers | ours(ops.linear_cross_entropy, device)
     call = calls.get(method, lambda: formula)()
@@ -218,10 +232,10 @@ def linear(method: str, shape: shapes.LinearShape, dtype: torch.dtype = torch.fl
 
 # ------------------------------------------------------------------------------------------------------------
 
-DENSE_METHODS = ("eager", "channels_last", "compile", "compile channels_last", "compile budget 0", "checkpoint", OURS)
+DENSE_METHODS = MAP_METHODS
 
 
-def dense(method: str, shape: shapes.DenseShape, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Workload:
+def dense(method: str, shape: shapes.DenseShape, dtype=torch.float32, device="cpu") -> Workload:
     logits = draw(shape.N, shape.C, shape.h, shape.w, dtype=dtype, device=device)
     if method.endswith("channels_last"):
         logits = logits.to(memory_format=torch.channels_last)
@@ -229,17 +243,18 @@ def dense(method: str, shape: shapes.DenseShape, dtype: torch.dtype = torch.floa
     target = labels(shape.N * shape.H * shape.W, shape.C, device).view(shape.N, shape.H, shape.W)
     target[:, ::8] = 255
     formula = released.resized_cross_entropy
-    calls = compile_methods(formula) | ours(ops.upsample_cross_entropy, device, align_corners=True, ignore_index=255)
+    options = dict(align_corners=True, ignore_index=255)
+    calls = compile_methods(formula) | ours(ops.upsample_cross_entropy, device, **options)
     call = calls.get(method, lambda: formula)()
     return Workload(lambda: call(logits, target), [logits], [logits, target])
 
 
 # ------------------------------------------------------------------------------------------------------------
 
-POOL_METHODS = ("eager", "channels_last", "compile", "compile channels_last", "compile budget 0", "checkpoint", OURS)
+POOL_METHODS = MAP_METHODS
 
 
-def pool(method: str, shape: shapes.PoolShape, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Workload:
+def pool(method: str, shape: shapes.PoolShape, dtype=torch.float32, device="cpu") -> Workload:
     bn = torch.nn.BatchNorm2d(shape.C).to(device, dtype)
     x = draw(shape.N, shape.C, shape.h, shape.h, dtype=dtype, device=device)
     if method.endswith("channels_last"):
@@ -248,10 +263,10 @@ def pool(method: str, shape: shapes.PoolShape, dtype: torch.dtype = torch.float3
     calls = compile_methods(baselines.norm_relu_pool) | ours(ops.norm_relu_pool, device)
     call = calls.get(method, lambda: baselines.norm_relu_pool)()
     leaves = [x, *bn.parameters()]
-    return Workload(lambda: call(x, bn).square().mean(), leaves, [*leaves, *bn.buffers()])  # the mean stands for what follows
+    return Workload(lambda: call(x, bn).square().mean(), leaves, [*leaves, *bn.buffers()])
 
 
-def head(method: str, shape: shapes.HeadShape, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Workload:
+def head(method: str, shape: shapes.HeadShape, dtype=torch.float32, device="cpu") -> Workload:
     """`pool` behind the convolution of an auxiliary head."""
     torch.manual_seed(0)
     conv = torch.nn.Conv2d(shape.C, shape.K, 3, stride=shape.stride, padding=1, bias=False).to(device, dtype)
@@ -260,8 +275,11 @@ def head(method: str, shape: shapes.HeadShape, dtype: torch.dtype = torch.float3
     if method.endswith("channels_last"):
         x, conv = x.to(memory_format=torch.channels_last), conv.to(memory_format=torch.channels_last)
     x.requires_grad_()
+    def fused(x, conv, bn, impl):
+        return ops.norm_relu_pool(x, bn, conv=conv, impl=impl)
+
     formula = baselines.conv_norm_relu_pool
-    calls = compile_methods(formula) | ours(lambda x, conv, bn, impl: ops.norm_relu_pool(x, bn, conv=conv, impl=impl), device)
+    calls = compile_methods(formula) | ours(fused, device)
     call = calls.get(method, lambda: formula)()
     leaves = [x, conv.weight, *bn.parameters()]
     return Workload(lambda: call(x, conv, bn).square().mean(), leaves, [*leaves, *bn.buffers()])
@@ -306,6 +324,6 @@ def exact(op: str, shape: typing.NamedTuple, device: str) -> tuple[torch.Tensor,
 
 
 def relative_errors(op: str, workload: Workload, shape: typing.NamedTuple) -> float:
-    """Return the largest |float32 - float64| / |float64| over loss and gradients, except gradients of exactly 0."""
+    """Return the largest |float32 - float64| / |float64| over loss and gradients that are not exactly 0."""
     pairs = zip(workload.both(), exact(op, shape, workload.inputs[0].device.type), strict=True)
     return max(((found.double() - e).norm() / e.norm()).item() for found, e in pairs if e.norm() > 1e-12)

@@ -1,4 +1,4 @@
-"""The counted floors: against counts made by running the formulas' own arithmetic, and the document that shows them."""
+"""The counted floors, against counts of the formulas' own arithmetic, and the document that shows them."""
 
 from __future__ import annotations
 
@@ -19,9 +19,13 @@ def _macs(call) -> float:
 
 
 def test_direct_decoder_is_what_torch_counts():
-    """Without a resize: two first convolutions forward, of which torch does one; the sums of the forward are torch's backward."""
+    """Without a resize: two first convolutions forward, torch does one; the sums are torch's backward."""
     s = shapes.DecoderShape(2, 16, 8, 8)
-    h, w1, w2 = torch.randn(2, 16, 8, 8, requires_grad=True), torch.randn(12, 16, 3, 3, requires_grad=True), torch.randn(3, 12, 3, 3)
+    h, w1, w2 = (
+        torch.randn(2, 16, 8, 8, requires_grad=True),
+        torch.randn(12, 16, 3, 3, requires_grad=True),
+        torch.randn(3, 12, 3, 3),
+    )
     w2.requires_grad_()
     z = lambda: F.conv2d(h, w1, padding=1)  # noqa: E731
     forward, logits = _macs(z), _macs(lambda: F.conv2d(z(), w2, padding=1))
@@ -44,7 +48,9 @@ def test_products_are_what_torch_counts():
     s = shapes.LinearShape(N, D, C)
     assert floors.linear_forward(s).macs == _macs(lambda: F.linear(x, w))
     whole = _macs(lambda: F.linear(x, w).sum().backward())
-    assert floors.linear_backward(s).macs == whole  # recomputing makes up for the forward that torch counts here
+    assert (
+        floors.linear_backward(s).macs == whole
+    )  # recomputing makes up for the forward that torch counts here
     pairs = _macs(lambda: x @ x.T)
     forward = floors.supcon_forward(shapes.SupConShape(N, D)).macs
     assert pairs / 2 < forward < pairs / 2 + N * D
@@ -52,11 +58,12 @@ def test_products_are_what_torch_counts():
 
 
 def test_chain_decoder_is_what_torch_counts():
-    """Every 3x3 convolution behind a doubling as a 1x1 one to nine times the channels in front of it; the logits once more in backward."""
+    """Every 3x3 convolution behind a doubling counts as a 1x1 one to nine times the channels before it."""
     s = shapes.ChainShape(2, 7, 3)
     layers = [(7, 128, 3), (128, 9 * 32, 3), (32, 9 * 12, 6), (12, 9 * 3, 12)]
     calls = [
-        (torch.randn(2, C, side, side, requires_grad=True), torch.randn(K, C, 1, 1, requires_grad=True)) for C, K, side in layers
+        (torch.randn(2, C, side, side, requires_grad=True), torch.randn(K, C, 1, 1, requires_grad=True))
+        for C, K, side in layers
     ]  # fmt: skip
     forward = [_macs(lambda x=x, w=w: F.conv2d(x, w)) for x, w in calls]
     whole = [_macs(lambda x=x, w=w: F.conv2d(x, w).sum().backward()) for x, w in calls]
@@ -67,9 +74,11 @@ def test_chain_decoder_is_what_torch_counts():
 @pytest.mark.parametrize("direction", ("forward", "backward"))
 @pytest.mark.parametrize("stage", ("last", "stage"))
 def test_stages_of_a_chain_are_preferred_in_cuda_because_they_count_less(stage, direction):
-    """impl="auto" takes the CUDA C++ kernels where there are any: fewer bytes, and no more time on any device."""
+    """impl="auto" takes the CUDA C++ kernels where it can: fewer bytes, and no more time on any device."""
     for h, w in ((112, 112), (256, 512)):
-        floor, cuda, triton = (getattr(floors, f"{stage}_{count}")(h, w, direction) for count in ("floor", "cuda", "triton"))
+        floor, cuda, triton = (
+            getattr(floors, f"{stage}_{count}")(h, w, direction) for count in ("floor", "cuda", "triton")
+        )
         assert floor.bytes <= cuda.bytes < triton.bytes and floor.macs <= cuda.macs
         for device in floors.DEVICES.values():
             assert floor.seconds(device) <= cuda.seconds(device) < triton.seconds(device)
@@ -79,20 +88,28 @@ def test_stages_of_a_chain_are_what_torch_counts():
     x, w = torch.randn(1, 12, 4, 5, requires_grad=True), torch.randn(27, 12, 1, 1, requires_grad=True)
     forward, whole = _macs(lambda: F.conv2d(x, w)), _macs(lambda: F.conv2d(x, w).sum().backward())
     assert floors.last_floor(4, 5, "forward").macs == forward
-    assert floors.last_floor(4, 5, "backward").macs == whole  # the logits again, and the gradients of both operands
+    assert (
+        floors.last_floor(4, 5, "backward").macs == whole
+    )  # the logits again, and the gradients of both operands
     x, w = torch.randn(1, 32, 4, 5, requires_grad=True), torch.randn(108, 32, 1, 1, requires_grad=True)
     forward, whole = _macs(lambda: F.conv2d(x, w)), _macs(lambda: F.conv2d(x, w).sum().backward())
-    assert floors.stage_floor(4, 5, "forward").macs == forward and floors.stage_floor(4, 5, "backward").macs == whole - forward
+    assert (
+        floors.stage_floor(4, 5, "forward").macs == forward
+        and floors.stage_floor(4, 5, "backward").macs == whole - forward
+    )
 
 
 def test_upsample_conv_is_what_torch_counts():
-    """A 1x1 convolution to nine times the channels in place of a 3x3 one at four times the pixels, and its two gradients."""
+    """A 1x1 convolution to nine times the channels, in place of a 3x3 one at four times the pixels."""
     s = shapes.UpsampleConvShape(2, 5, 4, 3)
     x, w = torch.randn(2, 5, 4, 4, requires_grad=True), torch.randn(27, 5, 1, 1, requires_grad=True)
     forward, whole = _macs(lambda: F.conv2d(x, w)), _macs(lambda: F.conv2d(x, w).sum().backward())
     assert floors.upsample_conv_forward(s).macs == forward
     assert floors.upsample_conv_backward(s).macs == whole - forward
-    assert floors.upsample_conv_forward(s).elementwise == floors.decoder_z(shapes.DecoderShape(2, 50, 4, 8, 3))[1] * 2
+    assert (
+        floors.upsample_conv_forward(s).elementwise
+        == floors.decoder_z(shapes.DecoderShape(2, 50, 4, 8, 3))[1] * 2
+    )
 
 
 def test_tensor_cores_do_products_alone():
@@ -102,21 +119,29 @@ def test_tensor_cores_do_products_alone():
 
 
 def test_float32_products_are_the_cheaper_of_two_ways():
-    """Three products of parts on tensor cores, or one on the float32 units; elementwise work is always the latter's."""
-    whole, of_parts = (floors.Floor(bytes=0.0, macs=30.0, elementwise=5.0, parts=parts) for parts in ("", "float16"))
-    fast, slow = (floors.Device("", bandwidth=100.0, float32=10.0, tf32=rate, bfloat16=2 * rate) for rate in (20.0, 10.0))
+    """Three products of parts on tensor cores, or one on float32 units, which also do elementwise work."""
+    whole, of_parts = (
+        floors.Floor(bytes=0.0, macs=30.0, elementwise=5.0, parts=parts) for parts in ("", "float16")
+    )
+    fast, slow = (
+        floors.Device("", bandwidth=100.0, float32=10.0, tf32=rate, bfloat16=2 * rate)
+        for rate in (20.0, 10.0)
+    )
     assert whole.seconds(fast) == whole.seconds(slow) == 7.0
     assert of_parts.seconds(fast) == 180 / 40 and of_parts.seconds(slow) == 7.0
     assert dataclasses.replace(of_parts, parts="tf32").seconds(fast) == 7.0
     assert (of_parts + whole).parts == "float16"
 
 
-PARTS = {"supcon_loss": (shapes.SupConShape(8192), "float16"), "linear_cross_entropy": (shapes.LinearShape(65536, 1024, 64), "tf32")}
+PARTS = {
+    "supcon_loss": (shapes.SupConShape(8192), "float16"),
+    "linear_cross_entropy": (shapes.LinearShape(65536, 1024, 64), "tf32"),
+}
 
 
 @pytest.mark.parametrize("op", PARTS)
 def test_ops_whose_kernels_multiply_in_parts_have_floors_below_them(op):
-    """On an H100 three products of parts are ahead: a floor of float32 units would be above what the kernels can do."""
+    """On an H100 three products of parts are faster, so a floor of float32 units would be too high."""
     device, (shape, parts) = floors.DEVICES["H100"], PARTS[op]
     for direction in ("forward", "backward", "both"):
         found = floors.floor(op, shape, direction)

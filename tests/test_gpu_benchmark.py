@@ -1,4 +1,4 @@
-"""The report of a GPU without one: what it measures first, what it claims and when it may not, and its files."""
+"""The report of a GPU without one: the order of measurements, the claims and when they count, the files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,13 @@ from benchmarks.gpu.meter import Budget, Meter
 from benchmarks.table import Row
 from tests.conftest import need_cpu_kernels
 
-COMPILED_METHODS = ("compile", "compile channels_last", "compile max-autotune", "released compile", "released compile max-autotune")
+COMPILED_METHODS = (
+    "compile",
+    "compile channels_last",
+    "compile max-autotune",
+    "released compile",
+    "released compile max-autotune",
+)
 
 
 def rows_of_the_claims() -> list[Row]:
@@ -38,7 +44,7 @@ def values(results: list[Row]) -> list[float | None]:
     return [c.value for c in claims.claims(results)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Claims
 
 
@@ -50,8 +56,9 @@ def test_the_first_parts_measure_all_that_the_claims_need():
 
 
 @pytest.mark.parametrize("arch, K, N, method", [
-    ("resnet32", 1, 1024, "compile"), ("resnet32", 1, 1024, train_step.GRAPH), ("resnet32", 1, 1024, "released channels_last"),
-    ("resnet32", 1, 1024, "ours"), ("resnet32", 16, 128, "released channels_last"), ("resnet32", 16, 128, train_step.GRAPH),
+    ("resnet32", 1, 1024, "compile"), ("resnet32", 1, 1024, train_step.GRAPH),
+    ("resnet32", 1, 1024, "released channels_last"), ("resnet32", 1, 1024, "ours"),
+    ("resnet32", 16, 128, "released channels_last"), ("resnet32", 16, 128, train_step.GRAPH),
 ])  # fmt: skip
 def test_no_claim_of_a_step_holds_against_what_is_missing(arch, K, N, method):
     label = claims.step_label(arch, K, N)
@@ -84,9 +91,11 @@ def set_seconds(rows: list[Row], seconds: dict[tuple[str, str], float]) -> list[
 
 def test_the_step_is_compared_with_the_best_end_to_end_and_graph_with_graph():
     sixteen, one = claims.step_label("resnet32", 16, 1024), claims.step_label("resnet32", 1, 1024)
-    rows = set_seconds(rows_of_the_claims(), {(sixteen, "ours"): 9.0, (sixteen, train_step.GRAPH): 6.0, (one, train_step.GRAPH): 5.0,
-                                              (one, "ours"): 8.0, (one, "compile"): 4.0, (one, "released"): 9.0,
-                                              (one, "released channels_last"): 9.0})  # fmt: skip
+    seconds = {
+        (sixteen, "ours"): 9.0, (sixteen, train_step.GRAPH): 6.0, (one, train_step.GRAPH): 5.0,
+        (one, "ours"): 8.0, (one, "compile"): 4.0, (one, "released"): 9.0, (one, "released channels_last"): 9.0,
+    }  # fmt: skip
+    rows = set_seconds(rows_of_the_claims(), seconds)
     graphs, best = claims.claims(rows)[5:7]
     assert graphs.value == 6.0 / 5.0 and graphs.holds() is True
     assert best.value == 6.0 / 4.0 and best.against == "compile" and best.holds() is False
@@ -100,13 +109,17 @@ def test_max_autotune_counts_where_it_is_measured():
     assert claims.claims(without)[1].value == 1.0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # What is measured
 
 
 def test_steps_of_the_claims_come_before_those_that_are_compiled():
     order = [part.what for part in gpu.parts(Meter("cpu"), small=False)]
-    assert order.index("steps of the claims") < order.index("steps of the claims, compiled") < order.index("other steps")
+    assert (
+        order.index("steps of the claims")
+        < order.index("steps of the claims, compiled")
+        < order.index("other steps")
+    )
     assert not any(m in COMPILED_METHODS for case in gpu.claimed_steps(small=False) for m in case.methods)
     last = [m for case in gpu.other_steps(small=False) for m in case.methods]
     assert [m in COMPILED_METHODS for m in last[-2:]] == [True, True]
@@ -115,7 +128,11 @@ def test_steps_of_the_claims_come_before_those_that_are_compiled():
 
 @pytest.mark.parametrize("op", gpu.OPS)
 def test_ours_is_measured_first_and_max_autotune_last(op):
-    assert gpu.METHODS[op][0] == workloads.OURS and gpu.METHODS[op][1] == "eager" and gpu.METHODS[op][-1] == workloads.TUNED
+    assert (
+        gpu.METHODS[op][0] == workloads.OURS
+        and gpu.METHODS[op][1] == "eager"
+        and gpu.METHODS[op][-1] == workloads.TUNED
+    )
 
 
 def test_no_shape_is_measured_twice_or_left_out():
@@ -140,10 +157,11 @@ def test_a_step_that_checkpoints_trains_as_it_would_without(method, cpu, threads
 
 
 @pytest.mark.parametrize("method, K, count, mode", (
-    ("compile", 1, 1, None), ("released compile", 4, 4 + 3 + 3, None), ("released compile max-autotune", 4, 10, "max-autotune"),
+    ("compile", 1, 1, None), ("released compile", 4, 4 + 3 + 3, None),
+    ("released compile max-autotune", 4, 10, "max-autotune"),
 ))  # fmt: skip
 def test_compiled_steps_are_compiled_for_their_batch_size(method, K, count, mode, cpu, threads, monkeypatch):
-    """Stages, and of the released step decoders and heads; dynamic shapes would make the second batch size another program."""
+    """Stages, and the authors' decoders and heads; dynamic shapes would change the program."""
     threads(1)
     compiled, begun = [], []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kwargs: compiled.append(kwargs))
@@ -162,7 +180,12 @@ def test_peers_that_are_missing_or_broken_are_a_note(tmp_path, monkeypatch):
     broken = "installed, and does not import: RuntimeError: made for another triton"
     assert workloads.missing("memeff") == broken
     shape = shapes.SupConShape(16)
-    found = {r.method: r for r in gpu.measure_op(Meter("cpu"), "supcon_loss", shape, "float32", ("memeff", "eager"), Budget(60), ("both",))}
+    found = {
+        r.method: r
+        for r in gpu.measure_op(
+            Meter("cpu"), "supcon_loss", shape, "float32", ("memeff", "eager"), Budget(60), ("both",)
+        )
+    }
     assert found["memeff"].note == broken and found["memeff"].seconds is None and found["eager"].seconds > 0
     monkeypatch.setitem(workloads.PEERS, "memeff", ("no_such_package_here.of_it", "loss"))
     assert workloads.missing("memeff") == "not installed"
@@ -171,12 +194,15 @@ def test_peers_that_are_missing_or_broken_are_a_note(tmp_path, monkeypatch):
 def test_a_peer_with_another_loss_is_measured_and_says_so(tmp_path, monkeypatch):
     (tmp_path / "memeff.py").write_text(
         "import torch\nclass MemoryEfficientCLIPLoss(torch.nn.Module):\n"
-        "    def __init__(self, temperature, stable): super().__init__()\n    def forward(self, x, y): return (x * y).mean()\n"
+        "    def __init__(self, temperature, stable): super().__init__()\n"
+        "    def forward(self, x, y): return (x * y).mean()\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "memeff", raising=False)
     importlib.invalidate_caches()
-    (found,) = gpu.measure_op(Meter("cpu"), "supcon_loss", shapes.SupConShape(16), "float32", ("memeff",), Budget(60), ("both",))
+    (found,) = gpu.measure_op(
+        Meter("cpu"), "supcon_loss", shapes.SupConShape(16), "float32", ("memeff",), Budget(60), ("both",)
+    )
     assert found.seconds > 0 and found.error is None and found.note == workloads.OTHER_LOSS["memeff"]
     assert found.note in files.line(found) and " ms" in files.line(found)
     del sys.modules["memeff"]  # monkeypatch would put it back
@@ -188,39 +214,71 @@ def test_batch_sizes_go_on_until_memory_runs_out(most, expected, monkeypatch):
 
     def measure(meter, op, shape, dtype, methods, budget, directions, with_error):
         seconds = None if shape.N > most else 1.0
-        return [Row(op, workloads.label(shape), methods[0], seconds=seconds, note="" if seconds else "out of memory")]
+        return [
+            Row(
+                op,
+                workloads.label(shape),
+                methods[0],
+                seconds=seconds,
+                note="" if seconds else "out of memory",
+            )
+        ]
 
     monkeypatch.setattr(gpu, "measure_op", measure)
-    found = [r for rows in gpu.measure_sizes(Meter("cpu"), Budget(60), small=True) for r in rows if r.method == workloads.OURS]
-    assert [int(r.shape.split()[0][1:]) for r in found] == expected and {r.op for r in found} == {"batch size"}
+    found = [
+        r
+        for rows in gpu.measure_sizes(Meter("cpu"), Budget(60), small=True)
+        for r in rows
+        if r.method == workloads.OURS
+    ]
+    assert [int(r.shape.split()[0][1:]) for r in found] == expected and {r.op for r in found} == {
+        "batch size"
+    }
     most *= 1000
-    large = [r for rows in gpu.measure_sizes(Meter("cpu"), Budget(60), small=False) for r in rows if r.method == "eager"]
+    large = [
+        r
+        for rows in gpu.measure_sizes(Meter("cpu"), Budget(60), small=False)
+        for r in rows
+        if r.method == "eager"
+    ]
     sizes = [int(r.shape.split()[0][1:]) for r in large]
     assert most // 2 < max(N for N in sizes if N <= most) and any(N > most for N in sizes)
 
 
 def test_when_the_time_is_over_every_row_says_so():
-    ops = [r for rows in gpu.measure_ops(Meter("cpu"), Budget(0), gpu.claimed_ops(True), "float32") for r in rows]
+    ops = [
+        r for rows in gpu.measure_ops(Meter("cpu"), Budget(0), gpu.claimed_ops(True), "float32") for r in rows
+    ]
     sizes = [r for rows in gpu.measure_sizes(Meter("cpu"), Budget(0), True) for r in rows]
-    steps = [r for rows in gpu.measure_steps(Meter("cpu"), Budget(0), gpu.claimed_steps(True), 0) for r in rows]
-    assert {r.method for r in sizes} == {"ours", "eager", "channels_last", "checkpoint", "compile"} and ops and steps
+    steps = [
+        r for rows in gpu.measure_steps(Meter("cpu"), Budget(0), gpu.claimed_steps(True), 0) for r in rows
+    ]
+    assert (
+        {r.method for r in sizes} == {"ours", "eager", "channels_last", "checkpoint", "compile"}
+        and ops
+        and steps
+    )
     for r in ops + sizes + steps:
         assert r.seconds is None and (r.note == "not measured: out of time" or r.method in workloads.PEERS)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The whole, on small shapes
 
 
 @pytest.fixture(scope="module")
 def report(request, tmp_path_factory) -> tuple[list[dict], pathlib.Path]:
-    """Rows of results.jsonl and the folder. Compiled methods, which take longer than all others, are left out as if for time."""
+    """Rows of results.jsonl, and the folder; compiled methods are left out as if there were no time."""
     need_cpu_kernels(request.config)
     folder, before = tmp_path_factory.mktemp("gpu"), torch.get_num_threads()
     torch.set_num_threads(1)  # small shapes
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(gpu, "seconds_to_start", lambda method: 1e9 if "compile" in method else -1e9)
-        patched.setattr(gpu.Meter, "medians", lambda self, calls, budget: {name: self.seconds(call) for name, call in calls.items()})
+        patched.setattr(
+            gpu.Meter,
+            "medians",
+            lambda self, calls, budget: {name: self.seconds(call) for name, call in calls.items()},
+        )
         assert gpu.main(["--device", "cpu", "--small", "--seconds", "600", "--out", str(folder)]) == 0
     torch.set_num_threads(before)
     return [json.loads(text) for text in (folder / "results.jsonl").read_text().splitlines()], folder
@@ -229,7 +287,11 @@ def report(request, tmp_path_factory) -> tuple[list[dict], pathlib.Path]:
 def test_rows_of_the_claims_come_first(report):
     rows, _ = report
     parts = list(dict.fromkeys(r["op"] for r in rows))
-    assert parts[:3] == ["reconstruction_loss", "supcon_loss", "step"] and set(parts) == {*gpu.OPS, "step", "batch size"}
+    assert parts[:3] == ["reconstruction_loss", "supcon_loss", "step"] and set(parts) == {
+        *gpu.OPS,
+        "step",
+        "batch size",
+    }
     assert next(r for r in rows if r["seconds"])["method"] == workloads.OURS
     steps = [(r["shape"], r["method"]) for r in rows if r["op"] == "step"]
     assert steps[:2] == [("resnet32 K16 N8", "ours"), ("resnet32 K16 N8", "released")]
@@ -240,7 +302,11 @@ def test_rows_of_the_claims_come_first(report):
 def test_what_runs_on_a_cpu_was_measured(report):
     rows, _ = report
     for r in rows:
-        left_out = "compile" in r["method"] or r["method"] in (*workloads.PEERS, workloads.TRITON, workloads.CUDA)
+        left_out = "compile" in r["method"] or r["method"] in (
+            *workloads.PEERS,
+            workloads.TRITON,
+            workloads.CUDA,
+        )
         assert (r["seconds"] is not None) == (not left_out), r
         if r["op"] in gpu.OPS and r["direction"] == "both" and r["dtype"] == "float32" and not left_out:
             assert r["error"] < 1e-4, r
@@ -273,19 +339,19 @@ def test_an_interrupt_loses_one_shape_at_most(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*.part"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # For compute-sanitizer
 
 
 @pytest.mark.parametrize("name", cuda_smoke.cases())
 def test_what_the_sanitized_kernels_are_held_against(name):
-    """The same comparison with float32 in the place of the kernels: it passes, and does not where a gradient is wrong."""
+    """The same comparison passes with float32 in the kernels' place, and fails where a gradient is wrong."""
     case = cuda_smoke.cases()[name]
     assert 0 < cuda_smoke.error(*case, measured=("reference", torch.float32, "cpu")) < 1e-4
     assert cuda_smoke.error(*case, measured=("reference", torch.bfloat16, "cpu")) > 1e-4
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The one command
 
 PYTHON = """#!/bin/sh
@@ -309,14 +375,24 @@ def test_the_one_command_fails_only_where_neither_build_works(pip, build, status
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     calls = tmp_path / "calls"
-    own = dict(CALLS=str(calls), PIP=str(pip), BUILD=str(build), PYTHON=str(tmp_path / "python"), SECONDS_IN_ALL="100")
+    own = dict(
+        CALLS=str(calls),
+        PIP=str(pip),
+        BUILD=str(build),
+        PYTHON=str(tmp_path / "python"),
+        SECONDS_IN_ALL="100",
+    )
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
     script = pathlib.Path(gpu.__file__).parents[1] / "gpu.sh"
-    done = subprocess.run(["bash", script], env=os.environ | own | {"PATH": path}, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        ["bash", script], env=os.environ | own | {"PATH": path}, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == status, done.stdout + done.stderr
     called = calls.read_text().splitlines()
     assert any(c.startswith("setup.py") for c in called) == bool(pip)
     sanitized = [c for c in called if c.startswith("compute-sanitizer")]
-    assert len(sanitized) == 2 and all("--kernel-name kernel_substring=infopro " in c and c.endswith("cuda_smoke") for c in sanitized)
+    assert len(sanitized) == 2 and all(
+        "--kernel-name kernel_substring=infopro " in c and c.endswith("cuda_smoke") for c in sanitized
+    )
     (report,) = [c for c in called if c.startswith("-m benchmarks.gpu")]
     assert 60 <= int(report.split()[-1]) <= 80, "what the rest leaves, and a margin"

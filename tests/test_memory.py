@@ -1,4 +1,4 @@
-"""Bytes alive: against sums done by hand, the paper's tables, a step that runs, and what the operating system sees."""
+"""Bytes alive, against sums done by hand, the paper's tables, real steps and the operating system."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests import compare as tolerances
 MIB = 2**20
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The meter
 
 
@@ -45,7 +45,9 @@ def test_kinds_of_bytes():
     live = memory.LiveBytes([*layer.parameters(), x])
     with live, live.watch_gradients(layer.parameters()):
         y = layer(x)
-        assert live.now == memory.Bytes(transient=4 * 16 * 64)  # the layer keeps x and its weight, which were there
+        assert live.now == memory.Bytes(
+            transient=4 * 16 * 64
+        )  # the layer keeps x and its weight, which were there
         z = y.exp()  # keeps its result
         loss = z.square().sum()  # keeps its input, the same storage
         assert live.now.saved == 4 * 16 * 64 == live.most_saved
@@ -68,16 +70,20 @@ def test_what_a_second_forward_leaves_counts_as_saved():
     A, B, C = (2 * 4 * 64 * 32 * 32 // s for s in (4, 8, 16))  # a map of each stage: 16, 32, 64 channels
     inputs = (3 + 1) * A + 3 * B + 2 * C  # of the blocks after the stem; what the image is, is not counted
     last = 4 * C  # the last block again: its two pre-norm maps, the rectified one, its output
-    statistics = 2 * 4 * 2 * (64 + 64)  # means and deviations that its two batch norms keep, and their copies of running statistics
+    statistics = (
+        2 * 4 * 2 * (64 + 64)
+    )  # means and deviations that its two batch norms keep, and their copies of running statistics
     assert found.saved == inputs + last + statistics
     assert found.modules[0].input == 0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # A step
 
 
-def fake_step(batch_size: int = 4, image_size: int = 32, released_losses: bool = False, **settings) -> memory.StepMemory:
+def fake_step(
+    batch_size: int = 4, image_size: int = 32, released_losses: bool = False, **settings
+) -> memory.StepMemory:
     with memory.FakeTensorMode():
         net = memory.build_fake(lambda: infopro_fast.build(image_size=image_size, **settings))
         if released_losses:
@@ -89,7 +95,11 @@ def fake_step(batch_size: int = 4, image_size: int = 32, released_losses: bool =
 
 @pytest.mark.parametrize(
     "settings",
-    [dict(modules=3, lambdas=(1, 1, 1, 1)), dict(modules=2, recompute="norm"), dict(modules=2, recompute="block")],
+    [
+        dict(modules=3, lambdas=(1, 1, 1, 1)),
+        dict(modules=2, recompute="norm"),
+        dict(modules=2, recompute="block"),
+    ],
     ids=str,
 )
 def test_without_running_the_same_bytes_as_running(settings, cpu):
@@ -98,14 +108,20 @@ def test_without_running_the_same_bytes_as_running(settings, cpu):
     trainer = infopro_fast.LocalTrainer(net, released_sgd(lr=0.1))
     ran = memory.measure_step(trainer, *compare.batch(4, 32))
     assert ran == fake_step(arch="resnet20", **settings)
-    assert ran.optimizer == sum(p.numel() * 4 for o in trainer.optimizers for g in o.param_groups for p in g["params"])
+    assert ran.optimizer == sum(
+        p.numel() * 4 for o in trainer.optimizers for g in o.param_groups for p in g["params"]
+    )
 
 
 def test_meta_device():
     net = infopro_fast.build("resnet20", 3, impl="reference").to("meta")
     trainer = infopro_fast.LocalTrainer(net, lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9))
-    found = memory.measure_step(trainer, torch.zeros(4, 3, 32, 32, device="meta"), torch.zeros(4, dtype=torch.long, device="meta"))
-    assert found.modules[0].saved > 4 * 4 * 16 * 32 * 32 * 4 and found.modules[1].input == 4 * 16 * 32 * 32 * 4
+    found = memory.measure_step(
+        trainer, torch.zeros(4, 3, 32, 32, device="meta"), torch.zeros(4, dtype=torch.long, device="meta")
+    )
+    assert (
+        found.modules[0].saved > 4 * 4 * 16 * 32 * 32 * 4 and found.modules[1].input == 4 * 16 * 32 * 32 * 4
+    )
 
 
 def test_what_is_alive_at_each_point_of_a_step(monkeypatch, cpu):
@@ -115,7 +131,9 @@ def test_what_is_alive_at_each_point_of_a_step(monkeypatch, cpu):
     small = 2**11  # loss values, counts
     seen: list[tuple[str, int, memory.Bytes]] = []
     with memory.FakeTensorMode():
-        net = memory.build_fake(lambda: infopro_fast.build("resnet20", cuts=[(1, 1), (2, 0)], lambdas=(1, 1, 1, 1)))
+        net = memory.build_fake(
+            lambda: infopro_fast.build("resnet20", cuts=[(1, 1), (2, 0)], lambdas=(1, 1, 1, 1))
+        )
         image, label = memory.fake_batch(N, 32)
         live = memory.LiveBytes([*net.parameters(), *net.buffers(), image, label])
 
@@ -126,13 +144,18 @@ def test_what_is_alive_at_each_point_of_a_step(monkeypatch, cpu):
         for k, (stage, local_loss) in enumerate(zip(net.stages, net.local_losses)):
             stage.register_forward_pre_hook(lambda *_, k=k: seen.append(("start", k, live.now)))
             stage.register_forward_hook(lambda *_, k=k: seen.append(("forward done", k, live.now)))
-            monkeypatch.setattr(local_loss, "terms", _watched(local_loss.terms, lambda k=k: seen.append(("next term", k, live.now))))
+            monkeypatch.setattr(
+                local_loss,
+                "terms",
+                _watched(local_loss.terms, lambda k=k: seen.append(("next term", k, live.now))),
+            )
         trainer = infopro_fast.LocalTrainer(net, lambda params: Watched(params, lr=0.1))
         with live, live.watch_gradients(net.parameters()):
             metrics = trainer.step(image, label)
         end = live.now
 
-    # kept by its blocks: pre-norm maps, rectified maps and outputs, the input of the first block included where it is no image
+    # kept by its blocks: pre-norm maps, rectified maps and outputs, the input of the first block included
+    # where it is no image
     kept = [2 * A + 8 * A, A + 4 * A + 5 * B, B + 8 * B + 13 * C]
     given, output = [0, A, B], [A, B, C]
     statistics = 2**13  # a batch norm's means and deviations
@@ -141,11 +164,15 @@ def test_what_is_alive_at_each_point_of_a_step(monkeypatch, cpu):
         if where == "start":  # the input, and nothing of a finished module but its metrics
             assert given[k] <= now.total <= given[k] + small and now.gradients == now.saved == 0
         elif where == "forward done":  # what backward needs, and nothing else
-            assert kept[k] <= now.total <= kept[k] + statistics and kept[k] <= now.saved <= kept[k] + statistics
+            assert (
+                kept[k] <= now.total <= kept[k] + statistics and kept[k] <= now.saved <= kept[k] + statistics
+            )
     for k in range(K):
         assert len(terms[k]) == (3 if k < K - 1 else 2)  # one more than there are terms
         trained = 0
-        for i, now in enumerate(terms[k]):  # no graph but the module's; the gradient of its output once there is one
+        for i, now in enumerate(
+            terms[k]
+        ):  # no graph but the module's; the gradient of its output once there is one
             trained = now.gradients
             assert kept[k] <= now.saved <= kept[k] + statistics
             assert 0 <= now.total - now.saved - trained - (output[k] if i else 0) <= small
@@ -172,12 +199,14 @@ def _watched(terms, note):
     return watched
 
 
-# Peak over modules of what is kept for backward, MiB a sample: the image, which the first module keeps, is counted there.
+# Peak over modules of what is kept for backward, MiB a sample: the image, which the first module keeps, is
+# counted there.
 PUBLISHED_SPLITS = [
     ("resnet32", 32, 1, False, 2.376), ("resnet32", 32, 2, False, 1.944), ("resnet32", 32, 4, False, 1.130),
     ("resnet32", 32, 8, False, 0.806), ("resnet32", 32, 16, False, 0.556),
-    ("resnet110", 32, 1, False, 8.075), ("resnet110", 32, 2, False, 6.072), ("resnet110", 32, 4, False, 3.381),
-    ("resnet110", 32, 8, False, 2.056), ("resnet110", 32, 16, False, 1.056), ("resnet110", 32, 2, True, 4.249),
+    ("resnet110", 32, 1, False, 8.075), ("resnet110", 32, 2, False, 6.072),
+    ("resnet110", 32, 4, False, 3.381), ("resnet110", 32, 8, False, 2.056),
+    ("resnet110", 32, 16, False, 1.056), ("resnet110", 32, 2, True, 4.249),
     ("resnet110", 32, 3, True, 3.060), ("resnet110", 32, 4, True, 2.308), ("resnet110", 96, 4, True, 20.7),
 ]  # fmt: skip
 
@@ -193,12 +222,14 @@ def test_the_released_losses_keep_what_the_released_code_keeps(arch, image_size,
 
 
 def test_the_parts_of_the_largest_module():
-    """ResNet-110, K = 16: three blocks of the first stage, the decoder and the head; ours keep neither u nor the decoder's maps."""
+    """Three blocks of the first stage, decoder and head; ours keep neither u nor the decoder's maps."""
     N, per_map = 4, 0.0625
     theirs = fake_step(N, released_losses=True, arch="resnet110", modules=16).modules[1].saved / N / MIB
     ours = fake_step(N, arch="resnet110", modules=16, lambdas=(1, 1, 1, 1)).modules[1].saved / N / MIB
     assert theirs == pytest.approx(13 * per_map + 0.180 + 0.063, rel=tolerances.TABLE)
-    assert ours == pytest.approx(13 * per_map + per_map / 2, rel=tolerances.TABLE)  # the head's convolution, half a map
+    assert ours == pytest.approx(
+        13 * per_map + per_map / 2, rel=tolerances.TABLE
+    )  # the head's convolution, half a map
 
 
 def test_released_formulas_are_the_ops():
@@ -226,22 +257,29 @@ def test_released_formulas_are_the_ops():
         tolerances.assert_close(a, b, scale=max(1.0, b.abs().max().item()))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # What the system sees
 
 
 @pytest.mark.memory
-@pytest.mark.parametrize("way", [compare.Way(), compare.Way(2), compare.Way(2, losses="released", planned=False)], ids=lambda w: w.name)
+@pytest.mark.parametrize(
+    "way",
+    [compare.Way(), compare.Way(2), compare.Way(2, losses="released", planned=False)],
+    ids=lambda w: w.name,
+)
 def test_accounted_peak_is_the_systems(way, cpu):
-    """Resident set of a process of its own at the highest point of a step of ResNet-20, against the sum of storages."""
+    """The resident set at the highest point of a step of ResNet-20 is the sum of storages."""
     found = compare.measure(way, "resnet20", 96, 32, rounds=1, threads=2)
     assert found.peak.total == pytest.approx(found.resident, rel=tolerances.RESIDENT)
     assert found.peak.saved > found.peak.total / 2
 
 
 def test_a_failing_process_is_told():
-    with pytest.raises(RuntimeError, match="infopro_fast.memory.compare:_bytes_here .*nonsense(.|\n)*arch: expected one of"):
+    with pytest.raises(
+        RuntimeError, match="infopro_fast.memory.compare:_bytes_here .*nonsense(.|\n)*arch: expected one of"
+    ):
         resident.in_a_process(
-            "infopro_fast.memory.compare:_bytes_here", way=dict(modules=1), arch="nonsense", batch_size=1, image_size=32,
+            "infopro_fast.memory.compare:_bytes_here", way=dict(modules=1), arch="nonsense", batch_size=1,
+            image_size=32,
             device="cpu", threads=1,
         )  # fmt: skip

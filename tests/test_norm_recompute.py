@@ -54,7 +54,9 @@ def outcome(call, x, norm, conv, autocast=None):
 def test_bits_of_the_modules(geometry, memory_format):
     norm, conv = layers(**geometry)
     x = torch.randn(3, 4, 9, 7).to(memory_format=memory_format)
-    for ours, theirs in zip(outcome(norm_relu_conv, x, norm, conv), outcome(modules, x, norm, conv), strict=True):
+    for ours, theirs in zip(
+        outcome(norm_relu_conv, x, norm, conv), outcome(modules, x, norm, conv), strict=True
+    ):
         assert torch.equal(ours, theirs) and ours.dtype == theirs.dtype
 
 
@@ -73,7 +75,11 @@ def test_norms(change):
     change(norm)
     dtype = norm.weight.dtype
     x = torch.randn(3, 4, 5, 6, dtype=dtype)
-    found = zip(outcome(norm_relu_conv, x, norm, conv.to(dtype)), outcome(modules, x, norm, conv.to(dtype)), strict=True)
+    found = zip(
+        outcome(norm_relu_conv, x, norm, conv.to(dtype)),
+        outcome(modules, x, norm, conv.to(dtype)),
+        strict=True,
+    )
     assert all(torch.equal(ours, theirs) for ours, theirs in found)
 
 
@@ -82,7 +88,9 @@ def test_autocast(dtype):
     """The map that is kept is x, whatever its dtype; the convolution runs in autocast's."""
     norm, conv = layers()
     for x in (torch.randn(3, 4, 5, 6), torch.randn(3, 4, 5, 6).to(dtype)):
-        found = zip(outcome(norm_relu_conv, x, norm, conv, dtype), outcome(modules, x, norm, conv, dtype), strict=True)
+        found = zip(
+            outcome(norm_relu_conv, x, norm, conv, dtype), outcome(modules, x, norm, conv, dtype), strict=True
+        )
         for ours, theirs in found:
             assert ours.dtype == theirs.dtype
             torch.testing.assert_close(ours, theirs)
@@ -112,7 +120,9 @@ def test_parts_without_gradients(frozen):
     found = []
     for call in (norm_relu_conv, modules):
         norm, conv = layers()
-        x = torch.randn(3, 4, 5, 6, generator=torch.Generator().manual_seed(1)).requires_grad_("x" not in frozen)
+        x = torch.randn(3, 4, 5, 6, generator=torch.Generator().manual_seed(1)).requires_grad_(
+            "x" not in frozen
+        )
         norm.requires_grad_("norm" not in frozen)
         conv.requires_grad_("conv" not in frozen)
         call(x, norm, conv).square().sum().backward()
@@ -160,9 +170,24 @@ def test_what_is_kept():
     ("norm", "conv", "error", "message"),
     [
         (nn.SyncBatchNorm(4), nn.Conv2d(4, 6, 3), TypeError, "norm: expected BatchNorm2d, got SyncBatchNorm"),
-        (nn.BatchNorm2d(4), nn.ConvTranspose2d(4, 6, 3), TypeError, "conv: expected Conv2d, got ConvTranspose2d"),
-        (nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3, padding="same"), ValueError, "conv: expected padding by a number of zeros, got 'same'"),
-        (nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"), ValueError, "of 'reflect'"),
+        (
+            nn.BatchNorm2d(4),
+            nn.ConvTranspose2d(4, 6, 3),
+            TypeError,
+            "conv: expected Conv2d, got ConvTranspose2d",
+        ),
+        (
+            nn.BatchNorm2d(4),
+            nn.Conv2d(4, 6, 3, padding="same"),
+            ValueError,
+            "conv: expected padding by a number of zeros, got 'same'",
+        ),
+        (
+            nn.BatchNorm2d(4),
+            nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"),
+            ValueError,
+            "of 'reflect'",
+        ),
     ],
 )
 def test_errors(norm, conv, error, message):
@@ -179,7 +204,7 @@ def test_compiled():
         torch.testing.assert_close(ours, theirs)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Blocks
 
 
@@ -197,7 +222,9 @@ def blocks():
     ]
 
 
-@pytest.mark.parametrize("i", range(6), ids=["BasicBlock", "DenseLayer", "Transition", "torchvision's", "Bottleneck", "ResNeXt's"])
+@pytest.mark.parametrize(
+    "i", range(6), ids=["BasicBlock", "DenseLayer", "Transition", "torchvision's", "Bottleneck", "ResNeXt's"]
+)
 def test_blocks_keep_their_bits(i):
     torch.manual_seed(0)
     block = blocks()[i]
@@ -218,13 +245,16 @@ def test_other_blocks_run_as_they_are():
     assert not has_chain(block)
     x = torch.randn(2, 3, 8, 8)
     assert torch.equal(run_block(block, x), block(x))
-    with pytest.raises(ValueError, match="build: recompute='norm' knows the blocks of ResNets and DenseNets, and Sequential has none"):
+    with pytest.raises(
+        ValueError,
+        match="build: recompute='norm' knows the blocks of ResNets and DenseNets, and Sequential has none",
+    ):
         net = nn.Sequential(block, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
         infopro_fast.build(net, 1, "none", image_size=32, recompute="norm")
 
 
 def test_a_step_of_a_network():
-    """A module keeps three maps of a residual block instead of four; the trained weights are those without."""
+    """A module keeps three of four maps of a residual block, and trains to the same weights."""
     image, label = torch.randn(4, 3, 32, 32), torch.tensor([1, 2, 1, 2])
     found, saved = [], []
     for recompute in ("none", "norm"):

@@ -34,7 +34,8 @@ def test_ddp_reduces_full_buckets_beside_the_backward():
     bucket = scale.BUCKET
     blocks = [Work(3, 1, 0), Work(6, bucket, 0)]
     link = Link(bucket, 0.0)  # a bucket a second
-    # Forward 3; backward of the second block 4, whose bucket takes 2 (1 / 2) = 1 beside the first block's backward, 2; then 1 byte.
+    # Forward 3; backward of the second block 4, whose bucket takes 2 (1 / 2) = 1 beside the first block's
+    # backward, 2; then 1 byte.
     assert scale.ddp_seconds(blocks, 2, link) == pytest.approx(9, abs=1e-6)
 
 
@@ -64,10 +65,18 @@ def test_the_slow_links_are_between_machines():
 
 
 def test_layouts():
-    found = {(p.layout, p.gpus): p for gpus in (1, 2, 8) for p in scale.predict(net(), gpus, Cluster(8, FAST, FAST), 8)}
+    found = {
+        (p.layout, p.gpus): p
+        for gpus in (1, 2, 8)
+        for p in scale.predict(net(), gpus, Cluster(8, FAST, FAST), 8)
+    }
     for layout in ("data", "mixed"):
-        assert found[layout, 1].images_per_second == 1 and found[layout, 8].images_per_second == pytest.approx(8)
-    assert found["pipeline", 2].images_per_second == pytest.approx(2) and ("pipeline", 8) not in found  # there are 4 modules
+        assert found[layout, 1].images_per_second == 1 and found[
+            layout, 8
+        ].images_per_second == pytest.approx(8)
+    assert (
+        found["pipeline", 2].images_per_second == pytest.approx(2) and ("pipeline", 8) not in found
+    )  # there are 4 modules
     assert found["GPipe/1F1B, end to end", 2].images_per_second == pytest.approx(2 * 8 / 9)
     # Links so slow that only fewer replicas pay: the modules' gradients are 32 bytes of a byte a second.
     slow = {p.layout: p for p in scale.predict(net(), 4, Cluster(8, SLOW, SLOW), 8)}
@@ -75,14 +84,27 @@ def test_layouts():
 
 
 def test_four_processes_on_two_cores():
-    """What the benchmark predicts of this machine: all cores work as long as anybody has work, and copies are made by cores."""
-    link, layouts = Link(8, 0.5), {(one.name, one.processes): one for one in scale_validation.layouts(net((4, 4, 6, 4)))}
-    quick = {key: scale_validation.predicted(layout, net((4, 4, 6, 4)), FAST, 2) for key, layout in layouts.items()}
+    """The benchmark's prediction for this machine: all cores share the work, and make the copies."""
+    link, layouts = (
+        Link(8, 0.5),
+        {(one.name, one.processes): one for one in scale_validation.layouts(net((4, 4, 6, 4)))},
+    )
+    quick = {
+        key: scale_validation.predicted(layout, net((4, 4, 6, 4)), FAST, 2) for key, layout in layouts.items()
+    }
     assert layouts["mixed", 4].replicas == 2 and layouts["mixed", 4].pipeline == (2, 2)
-    # A batch of 16 images is 18 s of work, which two cores do in 9; the slower one of two stages has 10 of them, that of four 6.
-    for layout, seconds in {("data", 2): 9, ("pipeline", 2): 10, ("data", 4): 9, ("pipeline", 4): 9, ("mixed", 4): 9}.items():
+    # A batch of 16 images is 18 s of work, which two cores do in 9; the slower one of two stages has 10 of
+    # them, that of four 6.
+    for layout, seconds in {
+        ("data", 2): 9,
+        ("pipeline", 2): 10,
+        ("data", 4): 9,
+        ("pipeline", 4): 9,
+        ("mixed", 4): 9,
+    }.items():
         assert quick[layout] == pytest.approx(16 / seconds), layout
-    # Gradients of 8 bytes: 2 (4 / 8 + 0.5) = 2 s a module between two processes; features and what is carried 0.5 s at both ends.
+    # Gradients of 8 bytes: 2 (4 / 8 + 0.5) = 2 s a module between two processes; features and what is carried
+    # 0.5 s at both ends.
     copies = scale_validation.copying(layouts["mixed", 4], net((4, 4, 6, 4)), link)
     assert [work.seconds for work in copies] == [6, 6.5, 8.5, 6]
     copies = scale_validation.copying(layouts["pipeline", 4], net((4, 4, 6, 4), output=8), link)
@@ -90,7 +112,20 @@ def test_four_processes_on_two_cores():
 
 
 def test_command(tmp_path, capsys):
-    words = ["scale", "--arch", "resnet20", "--modules", "3", "--batch-size", "2", "--gpus", "1", "4", "--out", str(tmp_path / "s.png")]
+    words = [
+        "scale",
+        "--arch",
+        "resnet20",
+        "--modules",
+        "3",
+        "--batch-size",
+        "2",
+        "--gpus",
+        "1",
+        "4",
+        "--out",
+        str(tmp_path / "s.png"),
+    ]
     with pytest.raises(SystemExit) as stop:
         cli.main(words)
     out = capsys.readouterr()
@@ -98,7 +133,9 @@ def test_command(tmp_path, capsys):
     assert "resnet20, 3 modules, batch 2 a replica, images/s" in out.out
     assert (tmp_path / "s.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     (network,) = json.loads((tmp_path / "s.json").read_text())["networks"]
-    assert len(network["network"]["local"]) == 3 and network["network"]["carried"] == 2 * (3 * 32 * 32 * 4 + 8)
+    assert len(network["network"]["local"]) == 3 and network["network"]["carried"] == 2 * (
+        3 * 32 * 32 * 4 + 8
+    )
     assert [work["output"] for work in network["network"]["local"]][-1] == 2 * 64 * 8 * 8 * 4
     assert len(build("resnet20", 3, cuts=[tuple(cut) for cut in network["network"]["cuts"]]).stages) == 3
     assert {p["gpus"] for p in network["predictions"]} == {1, 4}
@@ -107,10 +144,13 @@ def test_command(tmp_path, capsys):
 def test_errors(capsys, monkeypatch):
     """Before anything is timed."""
     measure = scale.measure_chain
-    monkeypatch.setattr(scale, "measure_chain", lambda *given, timed=False: pytest.fail("timed") if timed else measure(*given))
+    monkeypatch.setattr(
+        scale, "measure_chain", lambda *given, timed=False: pytest.fail("timed") if timed else measure(*given)
+    )
     few, uneven = "gpus: expected numbers of at least 1", "modules: expected one number"
     for words, message in (
-        (["--gpus", "0"], few), (["--modules", "2", "3"], uneven), (["--threads", "0"], "threads: expected numbers of at least 1, got 0"),
+        (["--gpus", "0"], few), (["--modules", "2", "3"], uneven),
+        (["--threads", "0"], "threads: expected numbers of at least 1, got 0"),
         (["--modules", "0"], "modules: expected numbers of at least 1, got 0"),
         (["--modules", "11"], "modules: expected 1 to 10 for resnet20, got 11"),
     ):  # fmt: skip

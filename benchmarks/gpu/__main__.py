@@ -1,10 +1,12 @@
-"""What the README claims of a GPU, measured on one: ``python -m benchmarks.gpu``; `benchmarks/gpu.sh` builds and tests first.
+"""What the README claims of a GPU, measured on one: ``python -m benchmarks.gpu``.
 
-Every op and the whole step against what a user could run instead: time (CUDA events, methods in turn, medians), the host's time of a call,
-peak memory above the inputs (torch's allocator), multiples of the counted floor, error against float64, and batch sizes up to running out
-of memory. What the claims need comes first (`parts`); what the time left does not allow is left out, and says so. Files are written after
-every shape, into benchmarks/results/<gpu>/: results.jsonl, results.md, bars.md, and a PNG.
-With --device cpu --small everything runs on small shapes without a GPU: to see that it works, not to measure.
+`benchmarks/gpu.sh` builds and tests first. Every op and the whole step stand against what a user could run
+instead: time (CUDA events, methods in turn, medians), the host's time of a call, peak memory above the inputs
+    (torch's allocator), multiples of the counted floor, error against float64, and batch sizes up to running
+    out of memory. What the claims need comes first (`parts`); what there is no time for is left out, and says
+    so. After every shape the files in benchmarks/results/<gpu>/ are written: results.jsonl, results.md,
+    bars.md, and a PNG. With --device cpu --small everything runs on small shapes without a GPU: to see that
+    it works, not to measure.
 """
 
 from __future__ import annotations
@@ -31,9 +33,15 @@ COMPILED = ("compile", "compile channels_last", workloads.TUNED)
 METHODS = {  # ours first, then what the claims compare with
     "reconstruction_loss": (workloads.OURS, "eager", "channels_last", *BY_NAME, "checkpoint", *COMPILED),
     "chain_decoder": (workloads.OURS, "eager", "channels_last", *BY_NAME, "checkpoint", *COMPILED),
-    "supcon_loss": (workloads.OURS, "eager", "eager short", "checkpoint", "memeff", "compile", workloads.TUNED),
-    "linear_cross_entropy": (workloads.OURS, "eager", "checkpoint", "Liger", "cut-cross-entropy", "compile", workloads.TUNED),
-    "upsample_cross_entropy": (workloads.OURS, "eager", "channels_last", "checkpoint", "compile", workloads.TUNED),
+    "supcon_loss": (
+        workloads.OURS, "eager", "eager short", "checkpoint", "memeff", "compile", workloads.TUNED,
+    ),
+    "linear_cross_entropy": (
+        workloads.OURS, "eager", "checkpoint", "Liger", "cut-cross-entropy", "compile", workloads.TUNED,
+    ),
+    "upsample_cross_entropy": (
+        workloads.OURS, "eager", "channels_last", "checkpoint", "compile", workloads.TUNED,
+    ),
     "upsample_conv3x3": (workloads.OURS, "eager", "channels_last", "checkpoint", *COMPILED),
     "norm_relu_pool": (workloads.OURS, "eager", "channels_last", "checkpoint", "compile", workloads.TUNED),
 }
@@ -47,16 +55,18 @@ Rows = typing.Iterator[list[Row]]
 # Ops
 
 
-SECONDS_TO_START = {"released compile max-autotune": 150, "released compile": 90, "max-autotune": 45, "compile": 20}
+SECONDS_TO_START = {
+    "released compile max-autotune": 150, "released compile": 90, "max-autotune": 45, "compile": 20,
+}  # fmt: skip
 
 
 def seconds_to_start(method: str) -> float:
-    """What has to be left for a method to be tried at all: compilers are not to be interrupted in vain."""
+    """Return the seconds that have to be left for a method to be tried: no compilation should be cut off."""
     return next((seconds for name, seconds in SECONDS_TO_START.items() if name in method), 1)
 
 
 def why_not(method: str, left: float) -> str:
-    """"" if the method can be tried."""
+    """Return why a method cannot be tried, "" if it can."""
     if method in workloads.PEERS and (missing := workloads.missing(method)):
         return missing
     return "" if left >= seconds_to_start(method) else "not measured: out of time"
@@ -66,7 +76,7 @@ def measure_op(
     meter: Meter, op: str, shape, dtype: str, methods: typing.Sequence[str], budget: Budget,
     directions: typing.Sequence[str] = ("forward", "both"), with_error: bool = True,
 ) -> list[Row]:  # fmt: skip
-    """Every method that runs. directions: "forward" and "both", of which torch.compile makes a program each."""
+    """Measure every method that runs. directions: torch.compile makes a program for each."""
     results, made = [], {}
     for method in methods:
         why = why_not(method, budget.left())
@@ -79,7 +89,8 @@ def measure_op(
             except Exception as error:  # a peer that cannot take the call
                 why = reason(error)
             else:  # CUDA graphs are recorded at the third call
-                why = next(filter(None, (meter.attempt(call, 5 if "autotune" in method else 3) for call in calls.values())), "")
+                times = 5 if "autotune" in method else 3
+                why = next(filter(None, (meter.attempt(call, times) for call in calls.values())), "")
         if why:
             results.append(Row(op, workloads.label(shape), method, dtype=dtype, note=why))
             if why == "out of memory":
@@ -90,11 +101,12 @@ def measure_op(
         calls = {method: calls[direction] for method, (_, calls) in made.items()}
         try:
             for method, seconds in meter.medians(calls, 0.5).items() if calls else ():
-                workload = made[method][0] if with_error else None
-                results.append(_result(meter, op, shape, dtype, method, direction, seconds, calls[method], workload))
+                case = (op, shape, dtype, method, direction, seconds, calls[method])
+                results.append(_result(meter, *case, made[method][0] if with_error else None))
         except torch.OutOfMemoryError:  # where a method alone had room
             done = {r.method for r in results if r.direction == direction}
-            results += [Row(op, workloads.label(shape), m, direction, dtype, note="out of memory") for m in calls if m not in done]
+            case, why = (direction, dtype), "out of memory"
+            results += [Row(op, workloads.label(shape), m, *case, note=why) for m in calls if m not in done]
     made.clear()
     if any("compile" in r.method and not r.note.startswith("not measured") for r in results):
         torch.compiler.reset()  # what was compiled keeps the memory of its CUDA graphs
@@ -103,9 +115,12 @@ def measure_op(
     return results
 
 
-def _result(meter: Meter, op: str, shape, dtype: str, method: str, direction: str, seconds: float, call, workload) -> Row:
-    """workload: for the error; None: it is not looked for."""
-    found = Row(op, workloads.label(shape), method, direction, dtype, seconds, meter.host_seconds(call, seconds))
+def _result(
+    meter: Meter, op: str, shape, dtype: str, method: str, direction: str, seconds: float, call, workload
+) -> Row:
+    """workload: measures the error; None: no error."""
+    host = meter.host_seconds(call, seconds)
+    found = Row(op, workloads.label(shape), method, direction, dtype, seconds, host)
     if method in workloads.OTHER_LOSS:
         found.note, workload = workloads.OTHER_LOSS[method], None
     elif meter.floor is not None:
@@ -126,7 +141,8 @@ def _result(meter: Meter, op: str, shape, dtype: str, method: str, direction: st
 SMALL = {
     "reconstruction_loss": shapes.DecoderShape(2, 8, 8, 16), "chain_decoder": shapes.ChainShape(1, 8, 2),
     "supcon_loss": shapes.SupConShape(48), "linear_cross_entropy": shapes.LinearShape(32, 16, 10),
-    "upsample_cross_entropy": shapes.DenseShape(1, 5, 4, 8, 16, 32), "upsample_conv3x3": shapes.UpsampleConvShape(2, 8, 4, 6),
+    "upsample_cross_entropy": shapes.DenseShape(1, 5, 4, 8, 16, 32),
+    "upsample_conv3x3": shapes.UpsampleConvShape(2, 8, 4, 6),
     "norm_relu_pool": shapes.PoolShape(4, 8, 4),
 }  # fmt: skip
 
@@ -135,7 +151,8 @@ def claimed_ops(small: bool) -> list[tuple[str, typing.NamedTuple]]:
     if small:
         return [(op, SMALL[op]) for op in ("reconstruction_loss", "supcon_loss")]
     return [
-        ("reconstruction_loss", claims.DECODER), ("supcon_loss", claims.SUPCON), ("supcon_loss", claims.SUPCON_LARGE),
+        ("reconstruction_loss", claims.DECODER), ("supcon_loss", claims.SUPCON),
+        ("supcon_loss", claims.SUPCON_LARGE),
     ]  # fmt: skip
 
 
@@ -145,14 +162,16 @@ def other_ops(small: bool) -> list[tuple[str, typing.NamedTuple]]:
 
 
 def measure_ops(meter: Meter, budget: Budget, todo: list[tuple[str, typing.NamedTuple]], dtype: str) -> Rows:
-    """The methods that nothing is compiled for, a share of the time for each shape."""
+    """Measure the methods that need no compiler; every shape has a share of the time."""
     for i, (op, shape) in enumerate(todo):
         methods = [m for m in METHODS[op] if "compile" not in m and (dtype == "float32" or m in IN_BFLOAT16)]
         yield measure_op(meter, op, shape, dtype, methods, budget.share(1 / (len(todo) - i)))
 
 
-def measure_compiled(meter: Meter, budget: Budget, todo: list[tuple[str, typing.NamedTuple]], tuned: bool) -> Rows:
-    """Forward with backward, of those that torch.compile makes: longer to make, each, than all others together. tuned: max-autotune."""
+def measure_compiled(
+    meter: Meter, budget: Budget, todo: list[tuple[str, typing.NamedTuple]], tuned: bool
+) -> Rows:
+    """Measure forward with backward of compiled methods, which take longest to make. tuned: max-autotune."""
     for op, shape in todo:
         if getattr(shape, "N", 0) > 8192:  # dense maps of 17 GB each
             continue
@@ -165,14 +184,15 @@ def measure_compiled(meter: Meter, budget: Budget, todo: list[tuple[str, typing.
 
 
 def measure_sizes(meter: Meter, budget: Budget, small: bool) -> Rows:
-    """Peak and time of the decoder over the batch size: four times as many until a method fails, then twice as many as ran last.
+    """Measure the decoder: batches grow by 4 until one fails, then by 2 from the last that ran.
 
-    Of the device's whole memory, or (small) up to 16 images.
+    They may take the device's whole memory, or (small) 16 images.
     """
     for method in (workloads.OURS, "eager", "channels_last", "checkpoint", "compile"):
         shape, ran, last = claims.DECODER._replace(N=4 if small else 256), 0, False
         while not (small and shape.N > 16):
-            found = measure_op(meter, "reconstruction_loss", shape, "float32", [method], budget, ("both",), with_error=False)
+            case = ("reconstruction_loss", shape, "float32", [method], budget, ("both",))
+            found = measure_op(meter, *case, with_error=False)
             for r in found:
                 r.op = "batch size"
             yield found
@@ -226,12 +246,15 @@ def other_steps(small: bool) -> list[Step]:
         Step("resnet110", 4, 1024, ("released",), balanced=True), Step("resnet110", 1, 1024, ("ours",)),
         Step("resnet32", 1, 1024, ("checkpoint", "compile max-autotune")),
         Step("resnet32", 1, 128, ("compile",)),
-        Step("resnet32", 16, 1024, ("released checkpoint", "released compile", "released compile max-autotune")),
+        Step(
+            "resnet32", 16, 1024,
+            ("released checkpoint", "released compile", "released compile max-autotune"),
+        ),
     ]  # fmt: skip
 
 
 def measure_steps(meter: Meter, budget: Budget, todo: list[Step], needed: float) -> Rows:
-    """needed: seconds that have to be left for a method, one that takes less to start than `seconds_to_start` has of its own."""
+    """needed: seconds that have to be left for a method that `seconds_to_start` does not know."""
     for case in todo:
         for method in case.methods:
             if budget.left() < max(needed, seconds_to_start(method)):
@@ -244,9 +267,9 @@ FIRST_STEPS = 5  # momentum buffers are made in the first; the step is captured 
 
 
 def _measure_step(meter: Meter, case: Step, method: str) -> Row:
-    """Peak: of everything that training holds, network, batch, gradients and optimizer state too, over the first steps.
+    """Measure one step. Its peak covers all that training holds, with optimizer state, over the first steps.
 
-    Of torch.compile's, over later ones: what its tuning takes is not the step's.
+    A compiled step's peak is of later steps: what tuning takes is not the step's.
     """
     compiled = "compile" in method
     if compiled:
@@ -255,7 +278,8 @@ def _measure_step(meter: Meter, case: Step, method: str) -> Row:
     made, peak, note, before = [], None, "", meter.held()
 
     def start() -> None:
-        made.append(train_step.step(method, case.K, case.N, device=meter.device, arch=case.arch, balanced=case.balanced))
+        how = dict(device=meter.device, arch=case.arch, balanced=case.balanced)
+        made.append(train_step.step(method, case.K, case.N, **how))
         for _ in range(FIRST_STEPS):
             made[0]()
 
@@ -277,7 +301,8 @@ def _measure_step(meter: Meter, case: Step, method: str) -> Row:
         peak, note = None, IN_A_GRAPH
     seconds = meter.medians({method: made[0]}, 1.0)[method]
     host = meter.host_seconds(made[0], seconds)
-    return Row("step", case.label, method, "step", seconds=seconds, host_seconds=host, peak_bytes=peak, note=note)
+    measured = dict(seconds=seconds, host_seconds=host, peak_bytes=peak, note=note)
+    return Row("step", case.label, method, "step", **measured)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -290,21 +315,26 @@ class Part(typing.NamedTuple):
 
 
 def parts(meter: Meter, small: bool) -> list[Part]:
-    """In the order in which they are missed: everything that a claim needs, then the rest. What a part leaves goes to those behind it."""
+    """Return all parts, those that the claims need first; the time that one leaves goes to the next ones."""
     claimed, others = claimed_ops(small), other_ops(small)
     last_first = [*claimed, *reversed(others)]  # an op's last shape is its largest
-    needed = 0.5 if small else 6  # seconds: Triton's kernels of a step are compiled
+    needed = 0.5 if small else 6  # seconds: Triton compiles the kernels of a step
+    steps_compiled = claimed_compiled_steps(small)
+
+    def compiled(budget: Budget, ops: list, tuned: bool) -> Rows:
+        return measure_compiled(meter, budget, ops, tuned)
+
     return [
         Part("ops of the claims", 0.25, lambda b: measure_ops(meter, b, claimed, "float32")),
         Part("steps of the claims", 0.5, lambda b: measure_steps(meter, b, claimed_steps(small), needed)),
-        Part("ops of the claims, compiled", 0.35, lambda b: measure_compiled(meter, b, claimed[:1], tuned=False)),
-        Part("steps of the claims, compiled", 0.5, lambda b: measure_steps(meter, b, claimed_compiled_steps(small), needed)),
-        Part("ops of the claims, tuned", 0.9, lambda b: measure_compiled(meter, b, claimed[:1], tuned=True)),
+        Part("ops of the claims, compiled", 0.35, lambda b: compiled(b, claimed[:1], tuned=False)),
+        Part("steps of the claims, compiled", 0.5, lambda b: measure_steps(meter, b, steps_compiled, needed)),
+        Part("ops of the claims, tuned", 0.9, lambda b: compiled(b, claimed[:1], tuned=True)),
         Part("other ops", 0.4, lambda b: measure_ops(meter, b, others, "float32")),
         Part("ops in bfloat16", 0.4, lambda b: measure_ops(meter, b, [*claimed, *others], "bfloat16")),
         Part("batch sizes", 0.4, lambda b: measure_sizes(meter, b, small)),
-        Part("ops, compiled", 0.4, lambda b: measure_compiled(meter, b, last_first[1:], tuned=False)),
-        Part("ops, tuned", 0.5, lambda b: measure_compiled(meter, b, last_first[1:], tuned=True)),
+        Part("ops, compiled", 0.4, lambda b: compiled(b, last_first[1:], tuned=False)),
+        Part("ops, tuned", 0.5, lambda b: compiled(b, last_first[1:], tuned=True)),
         Part("other steps", 1.0, lambda b: measure_steps(meter, b, other_steps(small), needed)),
     ]
 
@@ -327,7 +357,7 @@ def main(given: list[str] | None = None) -> int:
     name = re.sub(r"[^a-z0-9]+", "-", provenance(options.device)["device"].lower()).strip("-")
     folder = options.out or RESULTS / name
     gc.collect()
-    gc.freeze()  # torch's own objects: to look through them again for every peak would take a good part of the time
+    gc.freeze()  # or every peak would look through torch's own objects again, which takes long
     try:
         results = report(meter, budget, options.small, folder)
     finally:
@@ -346,7 +376,8 @@ def report(meter: Meter, budget: Budget, small: bool, folder: pathlib.Path) -> l
             results += found
             files.write(folder, results)  # whatever comes, what was measured stays
             for r in found:
-                print(f"  {r.op} {r.shape} {r.dtype} {r.method} {r.direction}: {files.line(r)}", file=sys.stderr, flush=True)
+                what = f"{r.op} {r.shape} {r.dtype} {r.method} {r.direction}"
+                print(f"  {what}: {files.line(r)}", file=sys.stderr, flush=True)
         if part.what == "batch sizes" and any(r.op == "batch size" and r.seconds for r in results):
             try:
                 files.plot(folder, results)

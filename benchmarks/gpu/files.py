@@ -1,4 +1,4 @@
-"""The files that measurements on a GPU are written to, into benchmarks/results/<gpu>/."""
+"""The files of a report, in benchmarks/results/<gpu>/."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def here() -> dict[str, str | int]:
 
 
 def write(folder: pathlib.Path, results: list[Row]) -> None:
-    """results.jsonl, results.md and bars.md, each whole or as it was."""
+    """Write results.jsonl, results.md and bars.md, each whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     where = here()
     foot = "\n\n" + ", ".join(f"{k} {v}" for k, v in where.items()) + "\n"
@@ -45,15 +45,18 @@ def write(folder: pathlib.Path, results: list[Row]) -> None:
 
 
 def plot(folder: pathlib.Path, results: typing.Iterable[Row]) -> None:
-    """batch_size.png: time and peak of the decoder over the batch size."""
+    """Draw batch_size.png: time and peak of the decoder over the batch size."""
     rows = [r for r in results if r.op == "batch size"]
     drawing, panels = figure.new_figure((11, 4.2), 2)
-    for axes, of, unit in zip(panels, ("seconds", "peak_bytes"), ("forward + backward, ms", "peak above inputs, MiB")):
+    measures = (("seconds", "forward + backward, ms"), ("peak_bytes", "peak above inputs, MiB"))
+    for axes, (of, unit) in zip(panels, measures):
         for method in dict.fromkeys(r.method for r in rows):
-            own = [(int(re.match(r"N(\d+)", r.shape).group(1)), r) for r in rows if r.method == method and getattr(r, of)]
+            same = [r for r in rows if r.method == method and getattr(r, of)]
+            own = [(int(re.match(r"N(\d+)", r.shape).group(1)), r) for r in same]
             own.sort(key=lambda pair: pair[0])
             y = [getattr(r, of) * (1e3 if of == "seconds" else 2**-20) for _, r in own]
-            axes.plot([N for N, _ in own], y, marker="o", linewidth=2.5 if method == workloads.OURS else 1.2, label=method)
+            width = 2.5 if method == workloads.OURS else 1.2
+            axes.plot([N for N, _ in own], y, marker="o", linewidth=width, label=method)
         axes.set(xscale="log", yscale="log" if any(len(own.get_xdata()) for own in axes.lines) else "linear")
         axes.set(xlabel="batch size", ylabel=unit)
         axes.grid(True, which="both", alpha=0.25)

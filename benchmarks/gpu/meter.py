@@ -1,4 +1,4 @@
-"""Time, memory and the host's share of a call on one device, and the seconds that are left to measure them in."""
+"""Time, memory and the host's share of a call on one device, and the seconds left to measure them in."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Meter:
         return begin.elapsed_time(end) / 1e3
 
     def medians(self, calls: dict[str, Call], budget: float) -> dict[str, float]:
-        """All calls in turn, round after round. (They are warm: `attempt` ran them.)"""
+        """Return median seconds; the calls, warm from `attempt`, take turns round after round."""
         once = sum(self.seconds(call) for call in calls.values())
         taken = {name: [] for name in calls}
         for _ in range(max(5, min(50, int(budget / max(once, 1e-6))))):
@@ -55,9 +55,10 @@ class Meter:
         return {name: statistics.median(values) for name, values in taken.items()}
 
     def host_seconds(self, call: Call, seconds: float) -> float | None:
-        """Until a call returns, on average of several that wait for nothing; seconds: what the device takes. None where the host computes.
+        """Return the host's mean seconds until a call returns; None where the host computes.
 
-        At most 20 calls between two waits: the queue of launches has room for a thousand, and a call that finds it full would wait.
+        seconds: what the device takes. At most 20 calls go between two waits: the queue of launches has room
+            for a thousand, and a call that finds it full would wait.
         """
         if not self.gpu:
             return None
@@ -80,7 +81,7 @@ class Meter:
         return torch.cuda.memory_allocated()
 
     def peak(self, call: Call) -> int | None:
-        """Bytes above those held before, at most, while the call runs. (A CUDA graph's are seen when it is captured, not when it runs.)"""
+        """Return the most bytes above those held before; of a CUDA graph they show when it is captured."""
         if not self.gpu:
             call()
             return None

@@ -1,8 +1,13 @@
-"""BatchNorm, ReLU and convolution that keep the map before the norm alone: the one the convolution takes is rebuilt in backward.
+"""BatchNorm, ReLU and convolution that keep the map before the norm alone, and norm it again in backward.
 
-Of such a chain autograd keeps two maps: the norm's input and the convolution's, which is the first one scaled, shifted and rectified.
-Making it again costs a pass over memory, where running a block again (`recompute="block"`) costs its convolutions. (The same for
-DenseNets: Pleiss et al. 2017, "Memory-Efficient Implementation of DenseNets", arXiv 1707.06990.)
+Autograd keeps two maps of such a chain: the norm's input, and the convolution's, which is the first one
+scaled, shifted and rectified. Making the second again costs a pass over memory; running a whole block again
+(`recompute="block"`) costs its convolutions. (For DenseNets: Pleiss et al. 2017, "Memory-Efficient
+Implementation of DenseNets", arXiv 1707.06990.)
+
+torch's selective checkpointing of blocks, with convolutions saved, gives the same bits. It makes all maps of
+a block at once: peaks of ResNet-110 are 2.4 % (K = 4) and 7.7 % (K = 16) higher at batch 128, and a step
+takes 1.5 times as long at batch 8.
 """
 
 from __future__ import annotations
@@ -20,13 +25,15 @@ aten = torch.ops.aten
 
 
 def norm_relu_conv(x: torch.Tensor, norm: nn.BatchNorm2d, conv: nn.Conv2d) -> torch.Tensor:
-    """``conv(relu(norm(x)))`` that keeps x for backward and no other map.
+    """Return ``conv(relu(norm(x)))``, keeping x for backward and no other map.
 
-    x: (N, C, H, W), floating point, any memory format. norm, conv: run through their parameters, so that hooks on them do not run;
-    the norm's running statistics move once. On a CPU values and gradients are those of the three modules bit for bit.
+    x: (N, C, H, W), floating point, any memory format. norm, conv: used through their parameters, so hooks on
+        them do not run. The norm's running statistics move once. On a CPU values and gradients are those of
+        the three modules bit for bit.
 
-    Raises TypeError for a norm that is not BatchNorm2d itself (SyncBatchNorm's statistics are not this process' own) and for a
-    convolution that is not Conv2d itself; ValueError for padding that is not by zeros.
+    Raises TypeError for a norm that is not BatchNorm2d itself (the statistics of SyncBatchNorm come from
+    other processes) and for a convolution that is not Conv2d itself; ValueError for padding that is not by
+    zeros.
     """
     _check(norm, conv)
     if not torch.is_grad_enabled():
@@ -37,8 +44,10 @@ def norm_relu_conv(x: torch.Tensor, norm: nn.BatchNorm2d, conv: nn.Conv2d) -> to
         weight, bias = conv.weight.to(dtype), None if conv.bias is None else conv.bias.to(dtype)
     else:
         weight, bias = conv.weight, conv.bias
-    how = (training, _momentum(norm), norm.eps, (*conv.stride,), (*conv.padding,), (*conv.dilation,), conv.groups)
-    return _NormReluConv.apply(x, norm.weight, norm.bias, weight, bias, norm.running_mean, norm.running_var, how)
+    geometry = ((*conv.stride,), (*conv.padding,), (*conv.dilation,), conv.groups)
+    how = (training, _momentum(norm), norm.eps, *geometry)
+    statistics = (norm.running_mean, norm.running_var)
+    return _NormReluConv.apply(x, norm.weight, norm.bias, weight, bias, *statistics, how)
 
 
 def _check(norm: nn.Module, conv: nn.Module) -> None:
@@ -47,11 +56,12 @@ def _check(norm: nn.Module, conv: nn.Module) -> None:
     if type(conv) is not nn.Conv2d:
         raise TypeError(f"norm_relu_conv: conv: expected Conv2d, got {type(conv).__name__}")
     if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
-        raise ValueError(f"norm_relu_conv: conv: expected padding by a number of zeros, got {conv.padding!r} of {conv.padding_mode!r}")
+        got = f"{conv.padding!r} of {conv.padding_mode!r}"
+        raise ValueError(f"norm_relu_conv: conv: expected padding by a number of zeros, got {got}")
 
 
 def _momentum(norm: nn.BatchNorm2d) -> float:
-    """Weight of this batch in the running statistics; counts the batch, as `BatchNorm2d.forward` does."""
+    """Count the batch, as `BatchNorm2d.forward` does, and return its weight in the running statistics."""
     if not (norm.training and norm.track_running_stats):
         return 0.0
     norm.num_batches_tracked.add_(1)
@@ -62,11 +72,12 @@ class _NormReluConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, gamma, beta, weight, bias, running_mean, running_var, how):
         training, momentum, eps, *geometry, groups = how
-        y, mean, invstd = aten.native_batch_norm(x, gamma, beta, running_mean, running_var, training, momentum, eps)
+        running = (running_mean, running_var)
+        y, mean, invstd = aten.native_batch_norm(x, gamma, beta, *running, training, momentum, eps)
         y = y.relu_().to(weight.dtype)
         ctx.how, ctx.bias_sizes = how, None if bias is None else list(bias.shape)
-        # A batch's own statistics are saved; running ones, in evaluation, are what backward needs again, and those of training move on.
-        ctx.save_for_backward(x, gamma, beta, weight, mean, invstd, *((None, None) if training else (running_mean, running_var)))
+        # Backward needs the statistics that forward used; in training the running ones move on.
+        ctx.save_for_backward(x, gamma, beta, weight, mean, invstd, *((None, None) if training else running))
         return aten.convolution(y, weight, bias, *geometry, False, [0, 0], groups)
 
     @staticmethod
@@ -76,15 +87,17 @@ class _NormReluConv(torch.autograd.Function):
         training, _, eps, *geometry, groups = ctx.how
         need_x, need_gamma, need_beta, need_weight, need_bias = ctx.needs_input_grad[:5]
         need_norm = need_x or need_gamma or need_beta
-        # The same kernel on the same input: where it repeats itself, this is forward's map to the bit.
-        y = aten.native_batch_norm(x, gamma, beta, running_mean, running_var, training, 0.0, eps)[0].relu_().to(weight.dtype)
+        # The same kernel on the same input: if kernels are deterministic, this is forward's map to the bit.
+        y = aten.native_batch_norm(x, gamma, beta, running_mean, running_var, training, 0.0, eps)[0]
+        y = y.relu_().to(weight.dtype)
         need = [need_norm, need_weight, need_bias]
         through, grad_weight, grad_bias = aten.convolution_backward(
             grad, y, weight, ctx.bias_sizes, *geometry, False, [0, 0], groups, need
         )  # fmt: skip
         if not need_norm:
             return None, None, None, grad_weight, grad_bias, None, None, None
-        aten.threshold_backward.grad_input(through, y, 0, grad_input=through)  # in place: no map more than autograd's own backward
+        # In place: no more maps than in autograd's own backward.
+        aten.threshold_backward.grad_input(through, y, 0, grad_input=through)
         del y
         need = [need_x, need_gamma, need_beta]
         found = aten.native_batch_norm_backward(
@@ -93,24 +106,24 @@ class _NormReluConv(torch.autograd.Function):
         return *found, grad_weight, grad_bias, None, None, None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Blocks
 
 
 def run_block(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """``block(x)``, its chains of norm, ReLU and convolution through `norm_relu_conv`; a block that has none as it is."""
+    """Return ``block(x)``, its chains of norm, ReLU and convolution run by `norm_relu_conv`."""
     forward = _forward_of(block)
     return block(x) if forward is None else forward(block, x)
 
 
 def has_chain(block: nn.Module) -> bool:
-    """Whether `run_block` keeps less of this block: residual and dense layers, ours and torchvision's."""
+    """Whether `run_block` keeps less for this block: a residual or dense layer, ours or torchvision's."""
     return _forward_of(block) is not None
 
 
 def _forward_of(block: nn.Module) -> Callable[[nn.Module, torch.Tensor], torch.Tensor] | None:
     kind = type(block)
-    return _FORWARDS.get((kind.__module__, kind.__name__))  # by name: torchvision need not be there
+    return _FORWARDS.get((kind.__module__, kind.__name__))  # by name: torchvision may be missing
 
 
 def _basic_block(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -128,7 +141,8 @@ def _joined(block: nn.Module, out: torch.Tensor, x: torch.Tensor) -> torch.Tenso
 
 
 def _dense_layer(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    return torch.cat([x, norm_relu_conv(norm_relu_conv(x, block.bn1, block.conv1), block.bn2, block.conv2)], 1)
+    out = norm_relu_conv(x, block.bn1, block.conv1)
+    return torch.cat([x, norm_relu_conv(out, block.bn2, block.conv2)], 1)
 
 
 def _transition(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
