@@ -145,7 +145,7 @@ class Sequence:
         return f"{what} takes up to {for_people(most)} in {self.run / CACHE} (module by module {each})"
 
     def cached(self, k: int, stop: StopRequest) -> Cached:
-        """Return the inlet after module k; makes its outputs if they are missing, and removes the last ones."""
+        """Return the inlet after module k; makes its outputs if they are missing, and removes the last."""
         train, test = self.files(k)
         if not all(file.is_complete for file in (*train, test)):
             inlet = self.cached(k - 1, stop) if k > 0 else self.inlet
