@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 
 from infopro_fast import whole_files
@@ -152,8 +153,6 @@ TENSOR, LAYOUT, ITEMS = "$tensor", "$layout", "$items"
 
 def serialize(state: dict[str, Any]) -> dict[str, bytes]:
     """Return a state as the contents of two files, by name."""
-    import safetensors.torch
-
     tensors: dict[str, torch.Tensor] = {}
     tree = _encode(state, "", tensors)
     return {TENSORS: safetensors.torch.save(tensors), STATE: json.dumps(tree, indent=1).encode()}
@@ -161,8 +160,6 @@ def serialize(state: dict[str, Any]) -> dict[str, bytes]:
 
 def deserialize(files: dict[str, bytes]) -> dict[str, Any]:
     """Return the state that `serialize` gave as files; its tensors are on the CPU."""
-    import safetensors.torch
-
     return _decode(json.loads(files[STATE]), safetensors.torch.load(files[TENSORS]))
 
 

@@ -9,6 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from rich.console import Console, Group
+from rich.live import Live
+from rich.padding import Padding
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
 
 from .evaluation import headline
 
@@ -109,9 +115,7 @@ class Silent(PlainDisplay):
 class LiveDisplay:
     """A table, redrawn in place: each module's losses, accuracy, speed, memory and time left."""
 
-    def __init__(self, console):
-        from rich.live import Live
-
+    def __init__(self, console: Console):
         self._live = Live(console=console, refresh_per_second=4)
 
     def __enter__(self) -> LiveDisplay:
@@ -130,14 +134,8 @@ class LiveDisplay:
     epoch = update
 
 
-def render(status: Status):
+def render(status: Status) -> Group:
     """Return the live table as a rich renderable."""
-    from rich.console import Group
-    from rich.padding import Padding
-    from rich.progress_bar import ProgressBar
-    from rich.table import Table
-    from rich.text import Text
-
     names, modules = losses_by_module(status.train)
     table = Table(title=status.title, title_justify="left")
     table.add_column("module")
@@ -173,7 +171,5 @@ def _number(name: str, value: float | None) -> str:
 
 def choose() -> PlainDisplay | LiveDisplay:
     """Return the live display in a terminal, the plain one elsewhere."""
-    from rich.console import Console
-
     console = Console()
     return LiveDisplay(console) if console.is_terminal else PlainDisplay()

@@ -150,7 +150,7 @@ def read_metrics(folder: Path, kind: str) -> list[dict[str, Any]]:
 
 def write_weights(folder: Path, state: dict[str, Any], about: dict[str, Any], moved: Moved = nobody) -> None:
     """Write weights.safetensors. state: tensors by the authors' names; about: JSON for the file's header."""
-    import safetensors.torch
+    import safetensors.torch  # needs torch, which reading settings does not
 
     tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in state.items()}
     replace_file(folder / WEIGHTS, safetensors.torch.save(tensors, {"about": json.dumps(about)}), moved)
@@ -158,8 +158,7 @@ def write_weights(folder: Path, state: dict[str, Any], about: dict[str, Any], mo
 
 def read_weights(folder: Path) -> dict[str, Any]:
     """Return a run's weights by the authors' names. Raises RunError if they are missing or damaged."""
-    import safetensors
-    import safetensors.torch
+    import safetensors.torch  # as above
 
     path = folder / WEIGHTS
     if not path.is_file():

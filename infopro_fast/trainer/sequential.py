@@ -13,6 +13,7 @@ A run folder has the finished modules in ``trained``, the last one's outputs in 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -145,36 +146,27 @@ class Sequence:
         return f"{what} takes up to {for_people(most)} in {self.run / CACHE} (module by module {each})"
 
     def cached(self, k: int, stop: StopRequest) -> Cached:
-        """Return the inlet after module k. Makes its outputs if they are missing, then removes module k - 1's."""
+        """Return the inlet after module k; makes its outputs if they are missing, and removes the last."""
         train, test = self.files(k)
         if not all(file.is_complete for file in (*train, test)):
             inlet = self.cached(k - 1, stop) if k > 0 else self.inlet
             self.here.watch.at(f"building module {k + 1}", slow=True)
-            part = self._load_trained(k)
+            after = Frozen(inlet, [self._load_trained(k)], self.config)
             what = f"caching the outputs of module {k + 1}"
             for epoch, file in enumerate(train):
-                packets = inlet.train(epoch, len(file.sums), len(file.counts))
-                self._write(file, self._outputs(part, stop.watch(packets)), f"{what}, epoch {epoch + 1}")
-            done = len(test.sums)
-            packets = stop.watch(packet for i, packet in enumerate(inlet.test()) if i >= done)
-            self._write(test, self._outputs(part, packets), f"{what}, test images")
+                packets = after.train(epoch, len(file.sums), len(file.counts))
+                self._write(file, stop.watch(packets), f"{what}, epoch {epoch + 1}")
+            packets = itertools.islice(after.test(), len(test.sums), None)
+            self._write(test, stop.watch(packets), f"{what}, test images")
         if k > 0:
             whole_files.remove(self.files(k - 1)[1].path.parent)
         return Cached(self.inlet, train, test)
 
-    def _write(self, file: CacheFile, batches: Iterator[torch.Tensor], place: str) -> None:
+    def _write(self, file: CacheFile, packets: Iterator[Packet], place: str) -> None:
         self.here.watch.at(f"taking the disk's space, {place}", slow=True)
         file.reserve()
         self.here.watch.at(place, pulse=self.images.images_read)
-        file.write(batches, self.here.watch.moved)
-
-    def _outputs(self, part: modules.LocalNetwork, packets: Iterator[Packet]) -> Iterator[torch.Tensor]:
-        with torch.inference_mode(), setup.autocast(self.config):
-            for packet in packets:
-                h = packet.features
-                for stage in part.stages:
-                    h = stage(h)
-                yield h
+        file.write((packet.features for packet in packets), self.here.watch.moved)
 
 
 @dataclasses.dataclass
@@ -199,21 +191,21 @@ class Cached:
 
 @dataclasses.dataclass
 class Frozen:
-    """Inlet: the images, with features from the trained modules themselves."""
+    """Inlet: another one, whose features go through trained modules."""
 
-    images: Images
+    before: Any
     parts: list[modules.LocalNetwork]
     config: TrainConfig
 
     def train(self, epoch: int, first: int, last: int) -> Iterator[Packet]:
-        return self._run(self.images.train(epoch, first, last))
+        return self._run(self.before.train(epoch, first, last))
 
     def test(self) -> Iterator[Packet]:
-        return self._run(self.images.test())
+        return self._run(self.before.test())
 
     def _run(self, packets: Iterator[Packet]) -> Iterator[Packet]:
         for packet in packets:
-            h = packet.image
+            h = packet.features
             with torch.no_grad(), setup.autocast(self.config):
                 for part in self.parts:
                     for stage in part.stages:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 
 from infopro_fast import data, modules, ops
@@ -53,8 +54,6 @@ def _read_init(path: Path) -> dict[str, Any]:
     """Return the contents of a file of weights, by name. Raises ConfigError naming a file of another kind."""
     try:
         if path.suffix == ".safetensors":
-            import safetensors.torch
-
             state = safetensors.torch.load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)

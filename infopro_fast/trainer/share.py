@@ -1,7 +1,6 @@
 """A process's share of a run: where its features come from, which modules it trains, where their output goes.
 
-    images, the process before, or trained modules  ->  inlet  ->  modules  ->  outlet  ->  nobody, or the
-    next process
+    images | the process before | trained modules -> inlet -> modules -> outlet -> nobody | the next process
 
 Each batch on its way is a `Packet`. A run of one process has the whole network between the images and nobody.
 `Layout` says what each of several processes has. `sequential.OneModule` is one module between the trained
