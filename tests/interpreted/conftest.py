@@ -1,8 +1,10 @@
-"""Runs the tests of this folder in Triton's interpreter, which has to be switched on before Triton is imported: in a child process.
+"""Runs the tests of this folder in Triton's interpreter, which has to be switched on before Triton is
+imported: in a child process.
 
-A test here calls the public ops with impl="triton" on CPU tensors. In an ordinary run a child collects this folder too and then runs
-those tests that it is asked for, one by one; each passes or fails here as it did there. With `pytest -n N` every worker has a child.
-With TRITON_INTERPRET=1 set the tests run where they are, for a debugger:
+A test here calls the public ops with impl="triton" on CPU tensors. In an ordinary run a child collects this
+folder too and then runs those tests that it is asked for, one by one; each passes or fails here as it did
+there. With `pytest -n N` every worker has a child. With TRITON_INTERPRET=1 set the tests run where they are,
+for a debugger:
 
     TRITON_INTERPRET=1 python -m pytest tests/interpreted -k supcon
 """
@@ -21,7 +23,8 @@ from infopro_fast.ops import dispatch
 
 FOLDER = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(os.path.dirname(FOLDER))
-PIPES = "INFOPRO_INTERPRETED_PIPES"  # of a child: descriptors that it reads ids of tests from, and writes how they ended to
+# of a child: descriptors that it reads ids of tests from, and writes how they ended to
+PIPES = "INFOPRO_INTERPRETED_PIPES"
 CHILD = pytest.StashKey["Child"]()
 
 
@@ -32,10 +35,16 @@ class Child:
         self._printed = tempfile.TemporaryFile("w+")
         theirs, requests = os.pipe()
         answers, theirs_too = os.pipe()
-        environment = os.environ | {"TRITON_INTERPRET": "1", PIPES: f"{theirs} {theirs_too}", "PYTEST_ADDOPTS": ""}
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--rootdir={ROOT}", FOLDER]
+        environment = os.environ | {
+            "TRITON_INTERPRET": "1", PIPES: f"{theirs} {theirs_too}", "PYTEST_ADDOPTS": ""
+        }
+        command = [
+            sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--rootdir={ROOT}", FOLDER
+        ]
         self._process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=self._printed, stderr=subprocess.STDOUT, pass_fds=(theirs, theirs_too)
+            command, cwd=ROOT, env=environment, stdout=self._printed, stderr=subprocess.STDOUT, pass_fds=(
+                theirs, theirs_too
+            )
         )
         os.close(theirs)
         os.close(theirs_too)
@@ -75,7 +84,8 @@ def pytest_pyfunc_call(pyfuncitem):
         stash[CHILD] = Child()
     try:
         outcome, text = stash[CHILD].run(pyfuncitem.nodeid)
-    except BaseException as error:  # a time limit, too: what it answers next would be taken for the next test's
+    # a time limit, too: what it answers next would be taken for the next test's
+    except BaseException as error:
         stash[CHILD].end()
         del stash[CHILD]
         if not isinstance(error, EOFError):

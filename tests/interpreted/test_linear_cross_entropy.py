@@ -20,7 +20,9 @@ CLASSES = pytest.mark.parametrize("C", (13, 70), ids=("few classes", "many class
 @CLASSES
 @pytest.mark.parametrize("reduction", ("mean", "sum", "none"))
 @pytest.mark.parametrize(
-    "label_smoothing, class_weight, bias", [*itertools.product((0.0, 0.1), (False, True), (False, True)), (1.0, True, True)]
+    "label_smoothing, class_weight, bias", [
+        *itertools.product((0.0, 0.1), (False, True), (False, True)), (1.0, True, True)
+    ]
 )
 def test_options(label_smoothing, class_weight, bias, reduction, C):
     options = dict(label_smoothing=label_smoothing, class_weight=class_weight, bias=bias, reduction=reduction)
@@ -28,7 +30,9 @@ def test_options(label_smoothing, class_weight, bias, reduction, C):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("N, D, C", ((1, 1, 2), (17, 65, 10), (33, 128, 64), (5000, 3, 2), (130, 40, 65), (9, 300, 2049)))
+@pytest.mark.parametrize(
+    "N, D, C", ((1, 1, 2), (17, 65, 10), (33, 128, 64), (5000, 3, 2), (130, 40, 65), (9, 300, 2049))
+)
 def test_sizes(N, D, C, dtype):
     check(linear_ce(N, D, C, ignored=N // 4, reduction="mean"), "triton", dtype)
 
@@ -47,7 +51,10 @@ def test_several_chunks_of_rows(reduction, dtype, monkeypatch):
 def test_size_of_the_logits(size, C):
     """Of many classes a probability is found by l, and off by what an ulp of l is: 8 ulps of it are allowed, as of any result."""
     case = linear_ce(N=20, D=16, C=C, size=size)
-    check(dataclasses.replace(case, magnified=max(1.0, case.condition / 8) if C > 64 else 1.0), "triton", torch.float32)
+    check(
+        dataclasses.replace(case, magnified=max(1.0, case.condition / 8) if C > 64 else 1.0), "triton",
+        torch.float32,
+    )  # fmt: skip
 
 
 @CLASSES
@@ -147,7 +154,9 @@ def test_a_label_out_of_range_is_nan_and_reads_nothing(class_weight, bad, C):
     assert torch.isnan(found["input"][4]).all() and torch.isfinite(found["input"][others]).all() and torch.isnan(found["weight"]).all()
 
 
-@pytest.mark.parametrize("N, D, C, ignored", ((1, 3, 4, 0), (200, 20, 10, 40), (100, 8, 301, 7), (64, 16, 2, 64)))
+@pytest.mark.parametrize(
+    "N, D, C, ignored", ((1, 3, 4, 0), (200, 20, 10, 40), (100, 8, 301, 7), (64, 16, 2, 64))
+)
 def test_correct(N, D, C, ignored):
     inputs = linear_ce(N, D, C, ignored=ignored).inputs(torch.float32)
     with torch.no_grad():  # so that many are right
@@ -161,7 +170,9 @@ def test_correct(N, D, C, ignored):
 @pytest.mark.parametrize("C", (3, 64, 700))
 def test_the_first_of_equal_logits_counts(C):
     target = torch.arange(200) % C
-    _, count = linear_cross_entropy(torch.ones(200, 4), torch.ones(C, 4), target, return_correct=True, impl="triton")
+    _, count = linear_cross_entropy(
+        torch.ones(200, 4), torch.ones(C, 4), target, return_correct=True, impl="triton"
+    )
     assert count == (target == 0).sum()
 
 
@@ -185,7 +196,9 @@ def test_upstream_gradients_of_any_size_in_float16(upstream, C):
     grad = upstream * op_cases.upstream(torch.zeros(23))
     mixed = inputs | {"bias": widened["bias"]}  # float16 holds no such gradient, float32 does
     found = gradients(case.function("triton")(mixed), mixed, grad)["bias"]
-    compare.assert_close(found, gradients(case.plain(exact), exact, grad.double())["bias"], dtype=torch.float16, what="bias")
+    compare.assert_close(
+        found, gradients(case.plain(exact), exact, grad.double())["bias"], dtype=torch.float16, what="bias"
+    )
 
 
 @CLASSES

@@ -14,7 +14,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("N, C, h, w", ((2, 1, 1, 1), (3, 5, 4, 3), (1, 3, 17, 19), (5, 33, 7, 7), (40, 9, 8, 8)))
+@pytest.mark.parametrize(
+    "N, C, h, w", ((2, 1, 1, 1), (3, 5, 4, 3), (1, 3, 17, 19), (5, 33, 7, 7), (40, 9, 8, 8))
+)
 def test_sizes(N, C, h, w, dtype):
     check(norm_pool(N, C, h, w), "triton", dtype)
 

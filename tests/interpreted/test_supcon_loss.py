@@ -27,7 +27,9 @@ def test_sizes(N, D, dtype):
 @pytest.mark.parametrize("views", (None, 2))
 def test_options(views, normalize, temperature, reduction):
     """With and without a bound on the logits."""
-    case = supcon(N=21, D=9, views=views, classes=5, normalize=normalize, reduction=reduction, temperature=temperature)
+    case = supcon(
+        N=21, D=9, views=views, classes=5, normalize=normalize, reduction=reduction, temperature=temperature
+    )
     for dtype in DTYPES:
         check(case, "triton", dtype)
 
@@ -44,7 +46,9 @@ def test_upstream_gradients_of_any_size(upstream):
     inputs, exact = case.inputs(torch.float32), case.inputs()
     grad = upstream * op_cases.upstream(torch.zeros(40))
     found = gradients(case.function("triton")(inputs), inputs, grad)["features"]
-    compare.assert_close(found, gradients(case.plain(exact), exact, grad.double())["features"], what="gradient")
+    compare.assert_close(
+        found, gradients(case.plain(exact), exact, grad.double())["features"], what="gradient"
+    )
 
 
 def test_large_logits():
@@ -94,7 +98,10 @@ def test_a_zero_row_is_a_zero_and_gets_no_gradient(length, dtype):
     z[4] = 0
     x.requires_grad_()
     found = supcon_loss(x, labels, reduction="none", impl="triton")
-    compare.assert_close(found, op_cases.plain_supcon(z, labels, normalize=False, reduction="none"), scale=1 / 0.07, what="loss")
+    compare.assert_close(
+        found, op_cases.plain_supcon(z, labels, normalize=False, reduction="none"), scale=1 / 0.07,
+        what="loss",
+    )  # fmt: skip
     found.sum().backward()
     assert torch.isfinite(x.grad).all() and not x.grad[4].any() and x.grad[3].any()
 
@@ -136,5 +143,7 @@ def test_same_bits_twice():
 
 def test_float64_is_for_the_reference():
     case = supcon()
-    with pytest.raises(ValueError, match="supcon_loss: impl='triton' cannot run this call: features is torch.float64"):
+    with pytest.raises(
+        ValueError, match="supcon_loss: impl='triton' cannot run this call: features is torch.float64"
+    ):
         case.function("triton")(case.inputs())

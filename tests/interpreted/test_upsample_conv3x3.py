@@ -11,10 +11,12 @@ from tests.op_cases import check, gradients, up_conv
 
 MODES = {"corners": dict(align_corners=True), "centers": {}, "nearest": dict(mode="nearest")}
 SIZES = {
-    "doubled": dict(h=3, w=5, H=6, W=10), "odd": dict(h=4, w=3, H=9, W=7), "same size": dict(h=3, w=5, H=3, W=5),
-    "smaller": dict(h=7, w=5, H=3, W=4), "mixed": dict(h=7, w=2, H=3, W=11), "mixed to less": dict(h=2, w=11, H=5, W=3),
-    "one pixel": dict(h=1, w=1, H=4, W=3), "to one": dict(h=4, w=3, H=1, W=1), "several tiles": dict(h=1, w=70, H=2, W=140),
-    "several strips": dict(h=9, w=1, H=19, W=2), "channels": dict(C=19, K=35, h=2, w=2, H=4, W=4), "one channel": dict(C=1, K=1),
+    "doubled": dict(h=3, w=5, H=6, W=10), "odd": dict(h=4, w=3, H=9, W=7),
+    "same size": dict(h=3, w=5, H=3, W=5), "smaller": dict(h=7, w=5, H=3, W=4),
+    "mixed": dict(h=7, w=2, H=3, W=11), "mixed to less": dict(h=2, w=11, H=5, W=3),
+    "one pixel": dict(h=1, w=1, H=4, W=3), "to one": dict(h=4, w=3, H=1, W=1),
+    "several tiles": dict(h=1, w=70, H=2, W=140), "several strips": dict(h=9, w=1, H=19, W=2),
+    "channels": dict(C=19, K=35, h=2, w=2, H=4, W=4), "one channel": dict(C=1, K=1),
 }  # fmt: skip
 
 
@@ -114,7 +116,9 @@ def test_empty_batch():
 
 def test_sizes_beyond_its_counters_are_refused():
     x, weight = torch.zeros(1, 1, 1, 40000), torch.zeros(1, 1, 3, 3)
-    with pytest.raises(ValueError, match="upsample_conv3x3: impl='triton' takes .* below 2\\^31, got maps of \\(1, 40000\\)"):
+    with pytest.raises(
+        ValueError, match="upsample_conv3x3: impl='triton' takes .* below 2\\^31, got maps of \\(1, 40000\\)"
+    ):
         upsample_conv3x3(x, weight, None, (1, 40000), impl="triton")
 
 
@@ -124,7 +128,10 @@ def test_tables(mode):
     from infopro_fast.ops.triton_kernels import resize
 
     options = (dict(mode="bilinear", align_corners=True), dict(mode="nearest"), dict(mode="bilinear"))[mode]
-    sizes = [(1, 1), (1, 9), (2, 9), (9, 1), (5, 5), (7, 3), (3, 7), (13, 64), (28, 224), (5, 37), (64, 13), (2, 2), (60, 61)]
+    sizes = [
+        (1, 1), (1, 9), (2, 9), (9, 1), (5, 5), (7, 3), (3, 7), (13, 64), (28, 224), (5, 37), (64, 13),
+        (2, 2), (60, 61),
+    ]  # fmt: skip
     for size, out in sizes:
         unit = torch.eye(size, dtype=torch.float64)[:, None, :, None]
         wanted = torch.nn.functional.interpolate(unit, (out, 1), **options)[:, 0, :, 0].T  # (out, size)
