@@ -20,7 +20,7 @@ def shape_of(s: shapes.DecoderShape, N: int) -> plans.Shape:
 @pytest.mark.parametrize("sweep", SWEEPS)
 @pytest.mark.parametrize("shape", (*shapes.DECODER, *shapes.DECODER_LARGER), ids=str)
 def test_scratch_keeps_to_its_budget(shape, sweep):
-    """A quarter of the resized map, or what is little in any case; and no more for a batch four times as large."""
+    """A quarter of the resized map, or a small constant; no more for a batch four times as large."""
     for N in (shape.N, 1024):
         found = plans.plan(shape_of(shape, N), sweep, PLACES)
         assert 4 * found.programs * found.scratch <= max(

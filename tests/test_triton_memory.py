@@ -1,4 +1,4 @@
-"""What the launchers of the Triton kernels allocate, counted on meta tensors with the kernels left out. Needs no GPU."""
+"""What launchers of Triton kernels allocate, counted on meta tensors. Needs no GPU."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_reconstruction_loss(N, C, h, monkeypatch):
 @pytest.mark.parametrize("M, splits", ((8192, 4), (65536, 1)))
 @pytest.mark.parametrize("dtype, parts", ((torch.float32, 2), (torch.bfloat16, 0)))
 def test_supcon_loss(M, splits, dtype, parts, monkeypatch):
-    """Forward: the loss, 3 numbers a row, the parts in float16; backward: those, one gradient a split and the gradient. O(M), not M x M."""
+    """O(M), not M x M. Forward: loss, 3 numbers a row, parts; backward: those, gradient, one a split."""
     from infopro_fast.ops.triton_kernels import supcon_loss as module
 
     D = 128

@@ -29,7 +29,7 @@ CHILD = pytest.StashKey["Child"]()
 
 
 class Child:
-    """A pytest that runs one test at a time, in the interpreter."""
+    """A pytest process that runs one test at a time, in the interpreter."""
 
     def __init__(self) -> None:
         self._printed = tempfile.TemporaryFile("w+")
@@ -51,7 +51,7 @@ class Child:
         self._requests, self._answers = requests, os.fdopen(answers)
 
     def run(self, nodeid: str) -> tuple[str, str]:
-        """How the test ended, and the text of it. EOFError with what the child printed last if it ended without an answer."""
+        """How the test ended, and its text. EOFError, with the child's output, if the child ended."""
         try:
             os.write(self._requests, f"{nodeid}\n".encode())
             answer = self._answers.readline()
@@ -74,7 +74,7 @@ class Child:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem):
-    """In the parent: do not call the test's function, tell how it ended in the child."""
+    """In the parent: report how the test ended in the child, and do not call its function."""
     if dispatch.INTERPRETED:
         return None
     if pyfuncitem.config.getoption("--reference-only"):
@@ -103,7 +103,7 @@ def pytest_unconfigure(config):
         config.stash[CHILD].end()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # The child
 
 
@@ -117,7 +117,7 @@ def pytest_configure(config):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop(session):
-    """In the child: the tests that are asked for, one at a time."""
+    """In the child: run the tests that the parent asks for, one at a time."""
     if PIPES not in os.environ:
         return None
     requests, answers = map(int, os.environ[PIPES].split())
@@ -133,7 +133,7 @@ def pytest_runtestloop(session):
 
 
 class Reports:
-    """Of one test: its set-up, call and teardown."""
+    """Reports of one test: its set-up, call and teardown."""
 
     def __init__(self) -> None:
         self._found: list[pytest.TestReport] = []
@@ -142,7 +142,7 @@ class Reports:
         self._found.append(report)
 
     def outcome(self) -> tuple[str, str]:
-        """That of the first part which did not pass, and its text."""
+        """Outcome and text of the first part that did not pass."""
         worst = next((report for report in self._found if report.outcome != "passed"), self._found[-1])
         self._found.clear()
         return worst.outcome, worst.longrepr[2] if isinstance(worst.longrepr, tuple) else worst.longreprtext

@@ -1,4 +1,4 @@
-"""The Triton kernels of `reconstruction_loss` with chain decoders: released values, every form of layer and size, chunks, processes."""
+"""Triton kernels of `reconstruction_loss` with chain decoders: golden values, forms, chunks, processes."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_several_blocks_of_a_map():
 
 def test_same_bits_twice():
     case = chain()
-    first, second = (gradients(case.function("triton")(t), t) for t in (case.inputs(torch.float32), case.inputs(torch.float32)))
+    first, second = (gradients(case.function("triton")(t := case.inputs(torch.float32)), t) for _ in range(2))
     for name, t in first.items():
         compare.assert_same(second[name], t, name)
 
@@ -122,7 +122,8 @@ def test_few_samples(N):
 
 
 def test_a_nan_is_not_hidden():
-    decoder = nn.Sequential(nn.Conv2d(2, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 3, padding=1), nn.Sigmoid()).eval()
+    layers = nn.Conv2d(2, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 3, padding=1), nn.Sigmoid()
+    decoder = nn.Sequential(*layers).eval()
     features = torch.full((2, 2, 3, 3), torch.nan)
     assert reconstruction_loss(features, torch.rand(2, 3, 3, 3), decoder, impl="triton").isnan()
 

@@ -1,4 +1,4 @@
-"""What every op promises (tests/test_contract.py), of its Triton kernels: one case an op, and one of a form that has kernels of its own."""
+"""What every op promises (tests/test_contract.py), for Triton: one case for each set of kernels."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_captured_by_a_compiler(op):
     torch._dynamo.reset()
     call = CASES[op]().function("triton")
     if op.startswith("reconstruction_loss") or op == "norm_relu_pool":
-        pytest.skip("its case swaps parameters, which no tracer follows: tests/test_compile.py has the other implementations")
+        pytest.skip("its case swaps parameters, which no tracer follows; tests/test_compile.py compiles it")
     inputs = CASES[op]().inputs(torch.float32)
     expected = results(op, inputs)
     loss = torch.compile(call, fullgraph=True, backend="aot_eager")(inputs)

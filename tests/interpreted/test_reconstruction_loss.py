@@ -50,14 +50,15 @@ def test_shapes(shape, mode):
 @pytest.mark.parametrize("shape", STRIPS)
 def test_strips(shape, mode):
     N, C, h, w, H, W, K = STRIPS[shape].values()
-    cuts = [plan(Shape(N, C, h, w, H, W, K, mode == "nearest"), sweep, 4) for sweep in ("statistics", "loss", "backward")]
+    shape = Shape(N, C, h, w, H, W, K, mode == "nearest")
+    cuts = [plan(shape, sweep, 4) for sweep in ("statistics", "loss", "backward")]
     assert all(cut.strips > 1 for cut in cuts)
     check(reconstruction(**STRIPS[shape], interpolate_mode=mode), "triton", torch.float32)
 
 
 @pytest.mark.parametrize("shape", ("resize", "no resize", "downscaled"))
 def test_programs_keep_to_their_scratch(shape, monkeypatch):
-    """Nothing is read that was not written before, and nothing written beyond: the interpreter itself would not tell."""
+    """Nothing is read before it is written, nor written beyond the end; the interpreter checks neither."""
     from infopro_fast.ops.triton_kernels import reconstruction_loss as kernels
 
     buffers = []
@@ -137,7 +138,7 @@ def test_running_statistics():
 
 @pytest.mark.parametrize("layout", op_cases.LAYOUTS)
 def test_layouts(layout):
-    """Strided inputs are read where they are, their gradients have the strides of `empty_like`, and nothing beside them is read."""
+    """Strided inputs are read in place, nothing beside them is; gradients have `empty_like`'s strides."""
     case = reconstruction()
     inputs = {name: op_cases.relayout(t, layout)[0] for name, t in case.inputs(torch.float32).items()}
     check(case, "triton", torch.float32, inputs)

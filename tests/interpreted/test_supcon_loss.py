@@ -52,14 +52,14 @@ def test_upstream_gradients_of_any_size(upstream):
 
 
 def test_large_logits():
-    """Logits of 1e4. An ulp is 1e-3 there, and numpy's products, which the interpreter takes, are not symmetric: as magnified."""
+    """Logits of 1e4: an ulp is 1e-3, and numpy's products, the interpreter's, are not symmetric."""
     case = supcon(N=40, D=16, views=None, classes=4, temperature=1.0, normalize=False, size=25.0)
     for dtype in DTYPES:
         check(dataclasses.replace(case, magnified=case.condition), "triton", dtype)
 
 
 def test_tf32():
-    """Where torch allows TF32 the products have its 11 bits, and where not the kernel's error is that of float32."""
+    """Products have TF32's 11 bits where torch allows it; else the kernel's error is float32's."""
     case = supcon(N=70, D=64, views=None, classes=4)
     exact = case.plain(case.inputs())
     precision = torch.get_float32_matmul_precision()
@@ -137,7 +137,8 @@ def test_labels_are_names(names, kind):
 
 def test_same_bits_twice():
     case = supcon(N=150, D=16, views=None, classes=5)
-    first, second = (gradients(case.function("triton")(t), t)["features"] for t in (case.inputs(torch.float32), case.inputs(torch.float32)))
+    calls = (gradients(case.function("triton")(t := case.inputs(torch.float32)), t) for _ in range(2))
+    first, second = (found["features"] for found in calls)
     compare.assert_same(first, second)
 
 

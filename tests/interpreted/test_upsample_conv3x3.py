@@ -102,7 +102,7 @@ def test_a_non_finite_number_stays_where_it_belongs(size):
 @pytest.mark.parametrize("size", ("doubled", "smaller"))
 def test_same_bits_twice(size):
     case = up_conv(N=1, C=3, K=4, **SIZES[size])
-    first, second = (gradients(case.function("triton")(t), t) for t in (case.inputs(torch.float32), case.inputs(torch.float32)))
+    first, second = (gradients(case.function("triton")(t := case.inputs(torch.float32)), t) for _ in range(2))
     for name, t in first.items():
         compare.assert_same(second[name], t, name)
 
@@ -128,10 +128,7 @@ def test_tables(mode):
     from infopro_fast.ops.triton_kernels import resize
 
     options = (dict(mode="bilinear", align_corners=True), dict(mode="nearest"), dict(mode="bilinear"))[mode]
-    sizes = [
-        (1, 1), (1, 9), (2, 9), (9, 1), (5, 5), (7, 3), (3, 7), (13, 64), (28, 224), (5, 37), (64, 13),
-        (2, 2), (60, 61),
-    ]  # fmt: skip
+    sizes = [(1, 1), (1, 9), (2, 9), (9, 1), (5, 5), (7, 3), (3, 7), (13, 64), (28, 224), (5, 37), (64, 13), (2, 2), (60, 61)]
     for size, out in sizes:
         unit = torch.eye(size, dtype=torch.float64)[:, None, :, None]
         wanted = torch.nn.functional.interpolate(unit, (out, 1), **options)[:, 0, :, 0].T  # (out, size)

@@ -1,4 +1,4 @@
-"""The Triton kernels of `upsample_cross_entropy`: every option, resizes up and down, labels of any dtype and layout, counts."""
+"""Triton kernels of `upsample_cross_entropy`: options, resizes up and down, labels of any dtype, counts."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def test_expanded_upstream_gradient():
 
 def test_same_bits_twice():
     case = upsample_ce(H=5)
-    first, second = (gradients(case.function("triton")(t), t) for t in (case.inputs(torch.float32), case.inputs(torch.float32)))
+    first, second = (gradients(case.function("triton")(t := case.inputs(torch.float32)), t) for _ in range(2))
     compare.assert_same(first["logits"], second["logits"])
 
 
@@ -198,12 +198,13 @@ class Launches:
     "N, C, h, H", [(1, 2, 1, 70000), (1, 2, 70000, 1), (70000, 2, 1, 1), (3, 70000, 1, 1), (2, 40, 300, 400)]
 )
 def test_programs_are_counted_in_the_one_dimension_that_takes_so_many(N, C, h, H, monkeypatch):
-    """A GPU has at most 65535 in the others. Each program is there once: BLOCK_P pixels of a row; BLOCK_C classes of BLOCK_W pixels."""
+    """Others hold 65535. A program: BLOCK_P pixels of a row; BLOCK_C classes of BLOCK_W pixels."""
     kernels = {name: Launches() for name in ("_forward_kernel", "_finish_kernel", "_backward_kernel")}
     for name, launches in kernels.items():
         monkeypatch.setattr(module, name, launches)
     logits = torch.zeros(1, 1, 1, 1).expand(N, C, h, 40).requires_grad_()
-    upsample_cross_entropy(logits, torch.zeros(1, 1, 1, dtype=torch.uint8).expand(N, H, 100), impl="triton").backward()
+    target = torch.zeros(1, 1, 1, dtype=torch.uint8).expand(N, H, 100)
+    upsample_cross_entropy(logits, target, impl="triton").backward()
     tiles = module.choose_tiles(C)
     assert kernels["_forward_kernel"].grids == [(N * H * -(-100 // tiles.forward_p),)]
     assert kernels["_backward_kernel"].grids == [(N * -(-C // tiles.block_c) * h * -(-40 // tiles.block_w),)]
