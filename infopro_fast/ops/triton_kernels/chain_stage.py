@@ -1,22 +1,20 @@
-"""Triton kernels of a stage of a chain decoder (`reconstruction_loss_chain`): z_prev (N, C, h, w), weight (K,
-C, 1 or 3, 1 or 3), z (N, K, H, W).
+"""Triton kernels of a stage of a chain decoder: z_prev (N, C, h, w), weight (K, C, 1 or 3, 1 or 3), z (N, K,
+H, W).
 
     a  = relu(gamma x + beta),  x = (z_prev - mean) / std       _activation_kernel; the first stage: features
-    z  = conv(resize(a)) + bias                                 upsample_conv3x3.py; or torch.bmm
+    z  = conv(resize(a)) + bias                                 `upsample_conv3x3`, or torch.bmm if pointwise
     dz = gamma / std (dy - mean dy - x mean(dy x))              _normalised_gradient_kernel
     da = conv^T(resize^T(dz)), dW                               as z
-    dy_prev = da where a > 0; its sum, and that times x         _rectify_kernel, in place of da
+    dy_prev = da where a > 0; sums of it and of it times x      _rectify_kernel, in place of da
 
-a, dz and the convolution's own maps are made for as many samples at a time as stay in a GPU's second cache,
-so that none of them is ever whole in memory; z's statistics and the last line are passes over the whole
-batch. Bytes a sample beside what `triton_kernels.upsample_conv3x3`
-counts: 8 C h w for a and 4 K H W for the statistics; in backward 12 K H W for dz, 8 C h w for a and 12 C h w
-for dy.
+a, dz and the convolution's maps exist only for chunks of samples that fit a GPU's second cache. z's
+statistics and the last line are passes over the whole batch. Bytes a sample, beside those of
+`upsample_conv3x3`: forward 8 C h w for a and 4 K H W for the statistics; backward 12 K H W for dz, 8 C h w
+for a and 12 C h w for dy.
 
-Transient: a chunk of a, of dz and of the taps, up to 32 MiB each or those of a sample. z is float32, and so
-is all arithmetic but for a product of features and weights that both have the same 16 bits, which float32
-holds exactly, too; in TF32 where torch allows that for matmuls. Deterministic: sums are of fixed blocks,
-added up in one order.
+Transient: a chunk each of a, dz and the taps, up to 32 MiB or one sample each. z and all arithmetic are
+float32. Features and weights that both have the same 16 bits are multiplied as they are, which is exact in
+float32; other products use TF32 where torch allows it. Deterministic: sums of fixed blocks in a fixed order.
 """
 
 from __future__ import annotations
@@ -38,7 +36,7 @@ BLOCK = 1024  # pixels of a map that a program takes
 
 @triton.jit
 def _block_of_map(HW, BLOCK):
-    """This program's map and block, and the pixels of it, in the map and from the first number of all."""
+    """This program's map and block, its pixels in the map, and their offsets in the tensor."""
     blocks = tl.cdiv(HW, BLOCK)
     program = tl.program_id(0)
     plane, block = program // blocks, program % blocks
@@ -96,11 +94,11 @@ def _rectify_kernel(
     tl.store(sums + blocks_of_all + tl.program_id(0), tl.sum(tl.where(pixel < HW, g * x, 0.0)))
 
 
-# What a convolution reads: maps that are made when samples are asked for
+# Inputs of a convolution: maps that are computed when samples are read
 
 
 class Norm(typing.NamedTuple):
-    """Batch norm as a stage's op is given it; gamma and beta contiguous, or None."""
+    """Batch norm of a stage; gamma and beta are contiguous, or None."""
 
     mean: torch.Tensor
     var: torch.Tensor
@@ -110,13 +108,13 @@ class Norm(typing.NamedTuple):
 
     @property
     def pointers(self) -> tuple[torch.Tensor, ...]:
-        """mean, var, gamma, beta, as kernels take them where there is no affine part, too."""
+        """mean, var, gamma, beta; without an affine part, pointers that no kernel reads."""
         affine = (self.mean, self.var) if self.gamma is None else (self.gamma, self.beta)
         return self.mean, self.var, *affine
 
 
 def norm_of(mean, var, gamma, beta, eps) -> Norm | None:
-    """None where x is a decoder's features, which nothing normalises."""
+    """Batch norm of a stage's input; None for a decoder's features."""
     if mean is None:
         return None
     gamma, beta = (None if t is None else t.contiguous() for t in (gamma, beta))
@@ -124,7 +122,7 @@ def norm_of(mean, var, gamma, beta, eps) -> Norm | None:
 
 
 class _Made:
-    """A tensor (N, C, H, W), float32, of which only the samples that are asked for exist."""
+    """A float32 tensor (N, C, H, W) whose samples are computed when a slice is read."""
 
     dtype = torch.float32
 
@@ -154,7 +152,7 @@ class Activation(_Made):
 
 
 class NormalisedGradient(_Made):
-    """The gradient of z, from that of its batch norm."""
+    """The gradient of z, from that of its batch norm's output."""
 
     def __init__(self, dy: torch.Tensor, z: torch.Tensor, norm: Norm, mean_dy: torch.Tensor | None):
         super().__init__(z)
@@ -226,21 +224,20 @@ def gradients(
 
 
 def _three_by_three(weight: torch.Tensor) -> torch.Tensor:
-    """A 1x1 convolution behind a resize, which no released decoder has, as the middle of a 3x3 one."""
+    """The weight as 3x3: a 1x1 behind a resize, which no published decoder has, becomes the middle tap."""
     return weight if weight.shape[-1] == 3 else F.pad(weight, (1, 1, 1, 1))
 
 
 def _resize(h: int, w: int, H: int, W: int, mode: int) -> int:
-    """The mode; nearest, which reads one pixel for one, where nothing is resized."""
+    """The mode of the resize; nearest, which copies, where sizes are equal."""
     return 1 if (h, w) == (H, W) else mode
 
 
-# Launchers: the arguments of the ops' schemas. Resizes by factors are those that give whole sizes, so that
-# sizes say all.
+# Launchers, with the arguments of the ops' schemas. ``factors`` is not needed: sizes determine the resize.
 
 
 def forward(x, mean, var, gamma, beta, eps, weight, bias, H, W, mode, factors, in_f64):
-    """`chain_stage_forward`: z, and mean and biased variance (2, K) of its channels."""
+    """`chain_stage_forward`: z, and the mean and biased variance of its channels, (2, K)."""
     norm = norm_of(mean, var, gamma, beta, eps)
     z = convolve(x if norm is None else Activation(x, norm), weight, bias, H, W, mode)
     if z.numel() == 0:
@@ -264,7 +261,7 @@ def backward(
 def through(grad, x, norm, weight, mode, needs_x, needs_weight) -> tuple[
     torch.Tensor, torch.Tensor, torch.Tensor
 ]:
-    """The same from the gradient of the convolution's output."""
+    """As `backward`, from the gradient of the convolution's output."""
     a = x if norm is None else Activation(x, norm)
     g_x, g_weight = gradients(grad, a, weight, mode, needs_x, needs_weight)
     sums = rectify(g_x, x, norm) if norm is not None and needs_x else g_x.new_zeros(
@@ -273,11 +270,11 @@ def through(grad, x, norm, weight, mode, needs_x, needs_weight) -> tuple[
     return g_x, sums, g_weight
 
 
-# What is compiled, for tests that compile it ahead of time
+# For tests that compile ahead of time
 
 
 def configurations(cc: int) -> typing.Iterator[Compilation]:
-    """Every kernel, with and without an affine part, whose parameters may be of 16 bits; of one channel."""
+    """Every kernel with and without an affine part, of 32 and 16 bits, and for one channel."""
     for parameters, affine, fixed in (
         ("*fp32", True, {}), ("*bf16", True, {}), ("*fp32", False, {"C": 1, "HW": 1})
     ):

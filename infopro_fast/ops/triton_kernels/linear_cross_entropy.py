@@ -1,19 +1,17 @@
-"""Triton kernels of `linear_cross_entropy`: input x (N, D), weight W (C, D), one of two ways by the number of
-classes.
+"""Triton kernels of `linear_cross_entropy`: input x (N, D), weight W (C, D).
 
-Few classes (InfoPro's heads: 10 to 64): a program takes BLOCK_N rows, and the logits of all classes are one
-tile of it that nothing stores. Forward reads x once; backward takes the tile again, and from it the rows'
-gradient and the program's share of that of W, which `_add_up_kernel` sums in a fixed order.
+Few classes (InfoPro's heads: 10 to 64): a program takes BLOCK_N rows and holds the logits of all classes in
+one tile, which is never stored. Forward reads x once. Backward computes the tile again, and from it the
+gradient of its rows and its share of that of W, which `_add_up_kernel` adds up in a fixed order.
 
-More: chunks of rows, at most 2^24 logits at a time, by cuBLAS, which no Triton kernel beats at three plain
-products; row statistics and the gradient of the logits, in place, in one sweep each.
+Many classes: chunks of rows, at most 2^24 logits at a time. cuBLAS, which no Triton kernel beats there,
+computes the three products; one sweep each finds the row statistics and the gradient of the logits, in place.
 
-Arithmetic is float32. Products of bfloat16 or float16 operands are exact, then summed in float32; those of
-float32 follow torch's precision of matmuls. The gradient of the logits is rounded to the operands' 16 bits
-for the many classes' products, as torch does.
+Arithmetic is float32. Products of 16-bit operands are exact and summed in float32; float32 products follow
+torch's matmul precision. Like torch, the many classes round the gradient of the logits to the operands' 16
+bits.
 
-A label that is out of range, and is not ``ignore_index``, reads nothing: it makes the row's loss, and the
-gradients it takes part in, nan.
+A label out of range other than ``ignore_index`` reads nothing: the row's loss and gradients become nan.
 """
 
 from __future__ import annotations
@@ -289,7 +287,7 @@ def _row_gradient_kernel(
     tl.store(out, tl.load(grad) / tl.where(weight == 0, 1.0, weight))
 
 
-# Launchers: the arguments of the op's schema
+# Launchers, with the arguments of the op's schema
 
 
 def forward(input, weight, target, bias, class_weight, ignore_index, label_smoothing, reduction):
@@ -508,7 +506,7 @@ def _row_tile(C: int) -> tuple[int, int]:
     return max(1, 2048 // block_c), block_c
 
 
-# What is compiled, for tests that compile it ahead of time
+# For tests that compile ahead of time
 
 
 def configurations(cc: int) -> typing.Iterator[tuple]:

@@ -1,12 +1,11 @@
 """Triton kernels of `norm_relu_pool`: x (N, C, h, w), its maps flattened to HW = h w pixels.
 
-Forward reads x twice: `_statistics_kernel` for mean and variance of each channel (skipped where running ones
-are given), `_pool_kernel` for the pooled map, and for each map how many y are positive and the sum of their
-normalised x. Backward finds its two sums a channel from those 2 N C numbers (`_sums_kernel`) and reads x once
-more, for the gradient (`_gradient_kernel`).
+Forward reads x twice: `_statistics_kernel` finds the mean and variance of each channel (skipped if running
+statistics are given); `_pool_kernel` finds the pooled map, and for each map the number of positive y and the
+sum of their normalised x. Backward finds two sums a channel from those 2 N C numbers (`_sums_kernel`) and
+reads x once more for the gradient (`_gradient_kernel`).
 
-The work is memory traffic: 3 reads of x and 1 write, nothing else of its size. Sums are taken in one fixed
-order.
+Memory traffic: 3 reads and 1 write of x, and nothing else of that size. Sums are taken in a fixed order.
 """
 
 from __future__ import annotations
@@ -190,7 +189,7 @@ def _gradient_kernel(
         tl.store(out_base + pixel[None, :] * out_stride_p, rounded(dx, out.dtype.element_ty), mask=inside)
 
 
-# Launchers: the arguments of the op's schema
+# Launchers, with the arguments of the op's schema
 
 
 def forward(x, gamma, beta, running_mean, running_var, eps):
@@ -290,7 +289,7 @@ def choose_statistics_tile(C: int, channels_last: bool) -> tuple[int, int]:
     )
 
 
-# What is compiled, for tests that compile it ahead of time
+# For tests that compile ahead of time
 
 
 def configurations(cc: int) -> typing.Iterator[Compilation]:

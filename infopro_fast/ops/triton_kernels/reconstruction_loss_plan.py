@@ -1,9 +1,9 @@
-"""How the Triton kernels of `reconstruction_loss` cut a sweep over the batch into items, and what each of
-their programs holds.
+"""How the Triton kernels of `reconstruction_loss` split a sweep over the batch into items, and a program's
+scratch.
 
-An item is a sample, or a strip of its rows with those around that it needs; a program takes one item at a
-time and keeps its maps in scratch of its own. Everything here follows from the shape and the number of
-programs that the device runs at a time.
+An item is a sample, or a strip of its rows with the rows around that it needs. A program takes one item at a
+time and keeps its maps in its scratch. All of this follows from the shape and the number of programs that run
+at a time.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import typing
 
 
 class Plan(typing.NamedTuple):
-    """How a sweep is cut up. Rows are of the image, in the backward sweep `rows` of the features."""
+    """How a sweep is split. Rows are of the image; in the backward sweep `rows` are of the features."""
 
     rows: int  # an item's own
     strips: int  # items of a sample

@@ -1,11 +1,9 @@
-"""Where a resize takes its samples, as tables that Triton kernels look up: as torch.nn.functional.interpolate
-places them.
+"""Where torch.nn.functional.interpolate takes its samples, as tables that Triton kernels read.
 
-A mode is an index into `reconstruction_loss_chain.RESIZES`: 0, bilinear with align_corners=True; 1, nearest;
-2, bilinear with align_corners=False. A bilinear position is an exact fraction, as on the CPU (F.interpolate
-rounds it in float32); 32 bits hold it while `reconstruction_loss_chain.fits`. Made anew by one launch for
-each pass: kernels that found positions themselves would divide integers more than they add, and a table that
-is kept would have to outlive every CUDA graph.
+Modes: 0, bilinear with align_corners=True; 1, nearest; 2, bilinear with align_corners=False. A bilinear
+position is an exact fraction, as on the CPU, which 32 bits hold if `fits`; F.interpolate rounds it in
+float32. One launch makes the tables of a pass: kernels that computed positions would mostly divide integers,
+and tables that are kept would have to outlive every CUDA graph.
 """
 
 from __future__ import annotations
@@ -44,9 +42,8 @@ def taps(p, IN, OUT, MODE):
 def first_output(k, IN, OUT, MODE):
     """First output position whose source position below is k or more, else OUT. Bilinear, k > 0."""
     if MODE == 0:
-        found = tl.where(
-            (IN > 1) & (OUT > 1), tl.cdiv(tl.maximum(k, 0) * (OUT - 1), tl.maximum(IN - 1, 1)), OUT
-        )
+        found = tl.cdiv(tl.maximum(k, 0) * (OUT - 1), tl.maximum(IN - 1, 1))
+        found = tl.where((IN > 1) & (OUT > 1), found, OUT)
     else:
         found = tl.cdiv(tl.maximum((2 * k + 1) * OUT - IN, 0), 2 * IN)
     return tl.minimum(found, OUT)
@@ -54,7 +51,7 @@ def first_output(k, IN, OUT, MODE):
 
 @triton.jit
 def _first_taker(k, IN, OUT, MODE):
-    """An output position before which none takes source position k."""
+    """An output position before which none samples source position k."""
     if MODE == 1:
         return tl.minimum(tl.maximum(k * OUT // IN - 1, 0), OUT)
     return tl.where(k <= 0, 0, first_output(k - 1, IN, OUT, MODE))
@@ -108,11 +105,10 @@ def _takers_kernel(first, weights, h, w, H, W, COUNT_Y, COUNT_X, MODE: tl.conste
 def places(h: int, w: int, H: int, W: int, mode: int, device: torch.device) -> tuple[
     torch.Tensor, torch.Tensor
 ]:
-    """(low, weights) of the resize from (h, w) to (H, W), for positions from -1 on to one past the last:
-    rows, then columns.
+    """(low, weights) of the resize from (h, w) to (H, W): rows, then columns, from -1 to one past the last.
 
-    low (H + 2 + W + 2), int32: the source position below. weights (2, H + 2 + W + 2), float32: of that, and
-    of the next (the last itself at the edge), 0 for the two positions outside.
+    low (H + 2 + W + 2), int32: the source position below. weights (2, H + 2 + W + 2), float32: its weight and
+    the next position's (at the edge, its own again); 0 for the two positions outside.
     """
     total = H + W + 4
     low = torch.empty(total, dtype=torch.int32, device=device)
@@ -124,10 +120,10 @@ def places(h: int, w: int, H: int, W: int, mode: int, device: torch.device) -> t
 def takers(h: int, w: int, H: int, W: int, mode: int, device: torch.device) -> tuple[
     torch.Tensor, torch.Tensor, int, int
 ]:
-    """The transpose: (first, weights, most rows, most columns), for source rows, then for source columns.
+    """The transpose: (first, weights, most rows, most columns) of source rows, then of source columns.
 
-    first (h + w), int32: the first output that takes each. weights, float32, (most + 4, h), then (most + 4,
-    w): in entry 2 + t that of output first + t, in two before and two after 0.
+    first (h + w), int32: the first output that samples each. weights, float32, (most + 4, h), then
+    (most + 4, w): entry 2 + t is the weight in output first + t; the first and last two entries are 0.
     """
     most_y, most_x = most_takers(h, H, mode), most_takers(w, W, mode)
     first = torch.empty(h + w, dtype=torch.int32, device=device)
@@ -140,7 +136,7 @@ def takers(h: int, w: int, H: int, W: int, mode: int, device: torch.device) -> t
 
 
 def most_takers(size: int, out: int, mode: int) -> int:
-    """No source position is taken by outputs more than this many apart, from the first on."""
+    """Bound on the outputs, from the first on, that sample a source position."""
     if mode == 1:
         return min(out, out // size + 4)
     across = -(-2 * (out - 1) // max(size - 1, 1)) if mode == 0 else -(-2 * out // size)
@@ -148,7 +144,7 @@ def most_takers(size: int, out: int, mode: int) -> int:
 
 
 def configurations(cc: int) -> typing.Iterator[Compilation]:
-    """Both kernels in every mode."""
+    """Both kernels, in every mode."""
     for mode in range(3):
         for kernel, table in ((_places_kernel, "low"), (_takers_kernel, "first")):
             yield compilation(kernel, {table: "*i32"}, {"MODE": mode, "BLOCK": BLOCK}, ("COUNT_Y", "COUNT_X"))

@@ -1,25 +1,26 @@
 """Triton kernels of `supcon_loss`: M rows x_i (M, D), labels y_i, one loss an anchor.
 
-A program owns BLOCK_M rows and goes over all M in tiles of BLOCK_N: logits of a tile, what they add to its
-rows, gone. Nothing of M x M is stored, and no two programs add to one number, so that every result has the
-same bits in every run. Logits are to the base 2:
+A program owns BLOCK_M rows and goes over all M rows in tiles of BLOCK_N, so that no M x M matrix is stored.
+No
+two programs add to one number: results have the same bits in every run. Logits are to the base 2:
 
     s_ij = log2(e) / T * x_i . x_j / (|x_i| |x_j|),   l_i = log2 sum_{j != i} 2^s_ij,   p_ij = 2^(s_ij - l_i)
     loss_i = ln 2 (l_i - sum_{j in P(i)} s_ij / |P(i)|)
     d loss / d z_i = 1/T sum_{j != i} c_ij z_j
     c_ij = a_i p_ij + a_j p_ji - [y_i = y_j] (a_i / |P(i)| + a_j / |P(j)|)
 
-with a_i the upstream gradient of loss_i, 0 for an anchor without positives. Where the logits are bounded
-(normalised rows, T > 0.025) the bound serves as maximum, and backward takes one exponential a pair, not two.
+a_i is the upstream gradient of loss_i, 0 for an anchor without positives. If the logits are bounded
+(normalised rows, T > 0.025), the bound serves as maximum, and backward takes one exponential a pair instead
+of two.
 
-All products run on the tensor cores, and sum in float32: there within a tile, and tile by tile, of float32
-rows, in float32 arithmetic. bfloat16 and float16 rows are taken as they come and scaled afterwards, which is
-exact. A float32 row is scaled by a power of two such that its largest element is about 2^14, and split into
-two float16 numbers, x = hi + lo, which hold 22 bits: hi hi + hi lo + lo hi is as exact as a sum of float32
-products, and faster than float32 arithmetic on every GPU since 2020. Where torch allows TF32 in matmuls, hi
-alone is taken: the 11 bits that TF32 has. c is split likewise.
+Products run on tensor cores. Within a tile they sum in float32; tiles of float32 rows are added in float32.
+16-bit rows are multiplied as they are and scaled afterwards, which is exact. A float32 row is scaled by a
+power of two such that its largest element is about 2^14, and split into two float16 numbers, x = hi + lo,
+which hold 22
+bits: hi hi + hi lo + lo hi is as exact as a sum of float32 products, and faster on every GPU since 2020.
+Where torch allows TF32 in matmuls, hi is enough: it has TF32's 11 bits. c is split likewise.
 
-Where M is too small for the GPU, several programs share a row block, each takes some of the columns, and a
+If M is too small for the GPU, several programs share a row block, each takes a part of the columns, and a
 second kernel adds up.
 """
 
@@ -392,7 +393,7 @@ def _finish_kernel(
     tl.store(out + at, rounded(gradient, out.dtype.element_ty), mask=inside)
 
 
-# Launchers: the arguments of the op's schema
+# Launchers, with the arguments of the op's schema
 
 
 class _Rows(typing.NamedTuple):
@@ -550,7 +551,7 @@ def choose_tiles(cc: int, parts: int, D: int, bounded: bool, backward: bool = Fa
     return Tiles((64, 64 if bounded and D <= block_d else 32, block_d, 32), 4, 2)
 
 
-# What is compiled, for tests that compile it ahead of time
+# For tests that compile ahead of time
 
 
 def configurations(cc: int) -> typing.Iterator[tuple]:

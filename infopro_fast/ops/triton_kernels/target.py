@@ -1,5 +1,4 @@
-"""What the launchers of Triton kernels share: the GPU they launch on, torch's float32 precision, and how a
-kernel is described to be compiled ahead of time."""
+"""What launchers of Triton kernels share: the GPU, float32 precision, descriptions for ahead-of-time tests."""
 
 from __future__ import annotations
 

@@ -1,32 +1,32 @@
-"""Triton kernels of `upsample_conv3x3`: x (N, C, h, w), weight (K, C, 3, 3), z (N, K, H, W); R the resize.
+"""Triton kernels of `upsample_conv3x3`: x (N, C, h, w), weight (K, C, 3, 3), z (N, K, H, W); R is the resize.
 
-The convolution mixes channels and gathers nine neighbours; R gathers, too, and gathering commutes with
-mixing. So channels are mixed where there are fewer pixels, by torch.bmm, for as many samples at a time as
-stay in a GPU's second cache, and a kernel here does the rest. Where h w < H W (or they are equal, and K < C):
+The convolution mixes channels and gathers nine neighbours. R gathers too, and gathering commutes with mixing:
+so torch.bmm mixes channels where there are fewer pixels, for as many samples at a time as fit a GPU's second
+cache, and a kernel here does the rest. If h w < H W, or they are equal and K < C:
 
     T[tap, k] = sum over c of W[k, c, tap] x[c]                                    bmm
     z[k](Y, X) = b[k] + sum over taps of R(T[tap, k])(Y + dy - 1, X + dx - 1)      _expand_kernel
     dT[tap, k] = R^T (dz[k], shifted by the tap)                                   _collect_kernel
     dx = W^T dT, dW = dT x^T                                                       bmm
 
-and else:
+otherwise:
 
     U[tap, c](Y, X) = R(x[c])(Y + dy - 1, X + dx - 1)                              _neighbours_kernel
     z = b + W U                                                                    bmm
     dU = W^T dz, dW = dz U^T                                                       bmm
     dx[c] = sum over taps of R^T (dU[tap, c], shifted by the tap)                  _from_neighbours_kernel
 
-Counted a sample, multiply-adds: 9 K C min(h w, H W) of a product, where a convolution of the resized map has
-9 K C H W. The expansion's programs go down a strip of rows and keep T's rows, expanded in x, in registers
-while they are needed: K H W (6 + 18 h / H). Its bytes are T, written and read, 72 K h w, most of it in the
-cache, and z. To mix inside of a kernel would save T, but needs tiles gathered from a program's own registers,
-which Triton has not, or memory of each program's own, as in `reconstruction_loss`, where C and K are few.
-Here they are many, the product is most of the work, and cuBLAS's is the best there is.
+Multiply-adds a sample: 9 K C min(h w, H W) for a product, against 9 K C H W for a convolution of the resized
+map. Programs of the expansion go down a strip of rows and keep rows of T, expanded in x, in registers: K H W
+(6 + 18 h / H). Its bytes: T, written and read, 72 K h w, mostly in the cache, and z. Mixing inside a kernel
+would save T but needs tiles gathered from registers, which Triton lacks, or a scratch of each program, as in
+`reconstruction_loss`, where C and K are few. Here they are many, the product is most of the work, and
+cuBLAS's is best.
 
-Transient: T, dT or U, at most MOST numbers of them or those of one sample; dW of each sample of a chunk.
-Kept: x and weight. Operands of products are float32, or 16-bit if x and weight both have the same 16 bits
-(dT, U and dU are then rounded once, as torch rounds its resized map and gradient); sums are float32.
-Deterministic: every number has one program, which adds in a fixed order.
+Transient: T, dT or U, at most MOST numbers or one sample's; dW of each sample of a chunk. Kept: x and weight.
+Operands of products are float32, or 16-bit if x and weight both have the same 16 bits (dT, U and dU are then
+rounded once, as torch rounds its resized map and gradient); sums are float32. Deterministic: each number has
+one program, which adds in a fixed order.
 """
 
 from __future__ import annotations
@@ -257,7 +257,7 @@ def _from_neighbours_kernel(
     tl.store(out + n * stride_n + at, rounded(total, out.dtype.element_ty), mask=inside)
 
 
-# Launchers: the arguments of the op's schema
+# Launchers, with the arguments of the op's schema
 
 
 def forward(x, weight, bias, H, W, resize):
@@ -532,7 +532,7 @@ def choose_tile(channels: int, width: int, most: int = 64) -> tuple[int, int]:
     return min(triton.next_power_of_2(channels), 512 // block_x), block_x
 
 
-# What is compiled, for tests that compile it ahead of time
+# For tests that compile ahead of time
 
 
 def configurations(cc: int) -> typing.Iterator[Compilation]:

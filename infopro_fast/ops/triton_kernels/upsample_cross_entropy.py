@@ -1,18 +1,17 @@
 """Triton kernels of `upsample_cross_entropy`: logits (N, C, h, w), labels (N, H, W).
 
-Forward: a program owns BLOCK_P pixels of one row and goes over the classes in blocks of BLOCK_C, each logit
-from its four source pixels
-(which the first cache has: neighbours share them), with a running maximum; it keeps l, the log-sum-exp of
-every pixel, and writes two sums, which `_finish_kernel` adds up. Backward: a program owns BLOCK_W source
-pixels of one row y and BLOCK_C classes, and goes over the
-pixels that touch them: for BLOCK_P columns at a time the gradients of the logits are summed down the rows,
-each times its weight of y, and the sum is multiplied with the weights of the columns, (BLOCK_P, BLOCK_W). So
-no two programs add to one number: a result has the same bits in every run. (Every exponential is taken for
-both source rows that it lies between; a second buffer for what a row gets from above would save that, and
-cost as much memory as the gradient.)
+Forward: a program owns BLOCK_P pixels of one row and goes over the classes in blocks of BLOCK_C with a
+running maximum. It computes each logit from four source pixels, which neighbours share in the first cache,
+keeps l, the log-sum-exp of every pixel, and writes two sums, which `_finish_kernel` adds up.
 
-A pixel's position between source pixels is an exact fraction, like on the CPU; F.interpolate rounds it in
-float32. A label out of range counts as ignored.
+Backward: a program owns BLOCK_W source pixels of one row y and BLOCK_C classes, and goes over the pixels that
+sample them, BLOCK_P columns at a time. It sums the gradients of the logits down the rows, weighted by y, and
+multiplies the sum by the weights of the columns, (BLOCK_P, BLOCK_W). No two programs add to one number:
+results have the same bits in every run. Every exponential is taken twice, for both source rows; a second
+buffer would save that and cost as much memory as the gradient.
+
+A pixel's position is an exact fraction, as on the CPU; F.interpolate rounds it in float32. Labels out of
+range are ignored.
 """
 
 from __future__ import annotations
@@ -226,7 +225,7 @@ def _backward_kernel(
     )  # fmt: skip
 
 
-# Launchers: the arguments of the op's schema
+# Launchers, with the arguments of the op's schema
 
 
 def forward(
@@ -301,7 +300,7 @@ def choose_tiles(C: int) -> Tiles:
     return Tiles(block_c, 1024 // block_c, 1024 // block_c, 32)
 
 
-# What is compiled, for tests that compile it ahead of time
+# For tests that compile ahead of time
 
 
 def configurations(cc: int) -> typing.Iterator[Compilation]:
