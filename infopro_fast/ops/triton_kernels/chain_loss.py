@@ -69,9 +69,8 @@ def _gradient_kernel(
 
 
 def _logits(x, norm, weight, bias, image, mode) -> torch.Tensor:
-    return stage.convolve(
-        x if norm is None else stage.Activation(x, norm), weight, bias, *image.shape[2:], mode
-    )
+    a = x if norm is None else stage.Activation(x, norm)
+    return stage.convolve(a, weight, bias, *image.shape[2:], mode)
 
 
 def _common(s: torch.Tensor, image: torch.Tensor, restore: list[float], loss: int) -> tuple[
@@ -120,7 +119,6 @@ def configurations(cc: int) -> typing.Iterator[Compilation]:
     ]  # fmt: skip
     for dtype, loss, restore, fixed in cases:
         for kernel in (_loss_kernel, _gradient_kernel):
-            types = dict.fromkeys(("weight", "m0", "m1", "m2", "d0", "d1", "d2"), "fp32") | {
-                "image": f"*{dtype}"
-            }
-            yield compilation(kernel, types, {"RESTORE": restore, "LOSS": loss, "BLOCK": BLOCK} | fixed)
+            floats = dict.fromkeys(("weight", "m0", "m1", "m2", "d0", "d1", "d2"), "fp32")
+            fixed |= {"RESTORE": restore, "LOSS": loss, "BLOCK": BLOCK}
+            yield compilation(kernel, floats | {"image": f"*{dtype}"}, fixed)

@@ -216,9 +216,8 @@ def gradients(
     if side == 1 and (h, w) == (H, W):
         found = conv3x3.pointwise_gradients(grad, x, weight, into, needs_weight)
     else:
-        found = conv3x3.write_gradients(
-            grad, x, _three_by_three(weight), _resize(h, w, H, W, mode), into, needs_weight
-        )
+        mode, weight = _resize(h, w, H, W, mode), _three_by_three(weight)
+        found = conv3x3.write_gradients(grad, x, weight, mode, into, needs_weight)
         found = found[:, :, 1:2, 1:2].contiguous() if found is not None and side == 1 else found
     return g_x, found if needs_weight else like.new_empty((0,), dtype=torch.float32)
 
@@ -264,9 +263,8 @@ def through(grad, x, norm, weight, mode, needs_x, needs_weight) -> tuple[
     """As `backward`, from the gradient of the convolution's output."""
     a = x if norm is None else Activation(x, norm)
     g_x, g_weight = gradients(grad, a, weight, mode, needs_x, needs_weight)
-    sums = rectify(g_x, x, norm) if norm is not None and needs_x else g_x.new_zeros(
-        (2, x.shape[1]), dtype=torch.float32
-    )
+    rectifies = norm is not None and needs_x
+    sums = rectify(g_x, x, norm) if rectifies else g_x.new_zeros((2, x.shape[1]), dtype=torch.float32)
     return g_x, sums, g_weight
 
 
@@ -275,9 +273,8 @@ def through(grad, x, norm, weight, mode, needs_x, needs_weight) -> tuple[
 
 def configurations(cc: int) -> typing.Iterator[Compilation]:
     """Every kernel with and without an affine part, of 32 and 16 bits, and for one channel."""
-    for parameters, affine, fixed in (
-        ("*fp32", True, {}), ("*bf16", True, {}), ("*fp32", False, {"C": 1, "HW": 1})
-    ):
+    cases = ("*fp32", True, {}), ("*bf16", True, {}), ("*fp32", False, {"C": 1, "HW": 1})
+    for parameters, affine, fixed in cases:
         for kernel in (_activation_kernel, _normalised_gradient_kernel, _rectify_kernel):
             chosen = {"AFFINE": affine, "BATCH_STATISTICS": affine, "BLOCK": BLOCK} | fixed
             types = {"blocks_of_all": "i32", "eps": "fp32", "gamma": parameters, "beta": parameters}

@@ -241,9 +241,8 @@ def _many_backward_kernel(
     if UNIT:
         r *= tl.load(unit)
     l = tl.load(lse + rows, mask=rows < N, other=0.0)
-    g = _logit_gradient(
-        tl.exp(s - l[:, None]), r, w, every, total, classes[None, :] == t[:, None], kept, label_smoothing, C
-    )
+    p, is_target = tl.exp(s - l[:, None]), classes[None, :] == t[:, None]
+    g = _logit_gradient(p, r, w, every, total, is_target, kept, label_smoothing, C)
     tl.store(out + at, rounded(g, out.dtype.element_ty), mask=inside)
 
 
@@ -362,9 +361,8 @@ def _few_backward(
     b, w = lse if bias is None else bias, lse if class_weight is None else class_weight
     needs_weight = g_weight.numel() > 0
     tiles = choose_tiles(N, C, backward=True)
-    programs = min(
-        triton.cdiv(N, tiles.block_n), 2 * multiprocessors(input.device), max(1, MOST_PARTIAL // (C * D + C))
-    )
+    most = max(1, MOST_PARTIAL // (C * D + C))
+    programs = min(triton.cdiv(N, tiles.block_n), 2 * multiprocessors(input.device), most)
     partial = torch.empty((programs, C * D + C), dtype=torch.float32, device=input.device)
     _few_backward_kernel[(programs,)](
         row_grad, input, weight, b, target, w, g_input, partial, N, D, C, row_grad_stride, *input.stride(),
@@ -512,15 +510,13 @@ def _row_tile(C: int) -> tuple[int, int]:
 def configurations(cc: int) -> typing.Iterator[tuple]:
     """Every kernel for InfoPro's heads (D = 128, 10 and 64 classes, few and many rows), and 1000 classes."""
     few = {"BIAS": True, "WEIGHTED": True, "SMOOTH": True, "NEEDS_INPUT": True, "NEEDS_WEIGHT": True}
-    for dtype, precision, N, C in (
-        ("fp32", "tf32x3", 1024, 10), ("fp32", "tf32x3", 8192, 64), ("bf16", "tf32", 8192, 64)
-    ):
+    cases = ("fp32", "tf32x3", 1024, 10), ("fp32", "tf32x3", 8192, 64), ("bf16", "tf32", 8192, 64)
+    for dtype, precision, N, C in cases:
         pointers = {"x": f"*{dtype}", "weight": f"*{dtype}"}
         for kernel, backward in ((_few_forward_kernel, False), (_few_backward_kernel, True)):
             tiles = choose_tiles(N, C, backward)
-            constexprs = few | tiles.constexprs() | {
-                "PRECISION": precision, "stride_d": 1, "weight_stride_d": 1
-            }
+            ones = {"stride_d": 1, "weight_stride_d": 1}
+            constexprs = few | tiles.constexprs() | {"PRECISION": precision} | ones
             stages = 1 if backward else forward_stages(cc, precision)
             yield _compilation(kernel, pointers, constexprs, tiles.warps, stages, tensor_cores=True)
     block_n, block_c = _row_tile(1000)

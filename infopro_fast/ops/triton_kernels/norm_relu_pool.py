@@ -131,10 +131,8 @@ def _pool_kernel(
     if RUNNING:
         if n == 0:
             tl.store(saved + channels, centre, mask=channels < C)
-            tl.store(
-                saved + C + channels, tl.load(var + channels, mask=channels < C).to(tl.float32),
-                mask=channels < C,
-            )  # fmt: skip
+            variance = tl.load(var + channels, mask=channels < C).to(tl.float32)
+            tl.store(saved + C + channels, variance, mask=channels < C)
 
 
 @launched
@@ -284,9 +282,8 @@ def choose_tile(C: int, HW: int, channels_last: bool) -> tuple[int, int]:
 
 def choose_statistics_tile(C: int, channels_last: bool) -> tuple[int, int]:
     """(BLOCK_C, BLOCK_P) of the statistics, whose pixels go on through all samples."""
-    return (min(32, triton.next_power_of_2(C)), 128) if channels_last else (
-        min(8, triton.next_power_of_2(C)), 512
-    )
+    block_c, block_p = (32, 128) if channels_last else (8, 512)
+    return min(block_c, triton.next_power_of_2(C)), block_p
 
 
 # For tests that compile ahead of time
@@ -295,15 +292,13 @@ def choose_statistics_tile(C: int, channels_last: bool) -> tuple[int, int]:
 def configurations(cc: int) -> typing.Iterator[Compilation]:
     """Every kernel for the paper's maps: 64 channels of 8x8, contiguous and channels_last; 2048 of 7x7."""
     types = {"eps": "fp32"}
-    for dtype, C, HW, channels_last in (
-        ("fp32", 64, 64, False), ("fp32", 64, 64, True), ("bf16", 64, 64, True), ("fp32", 2048, 49, False)
-    ):
+    cases = ("fp32", 64, 64, False), ("fp32", 64, 64, True), ("bf16", 64, 64, True), ("fp32", 2048, 49, False)
+    for dtype, C, HW, channels_last in cases:
         x = types | {"x": f"*{dtype}", "out": f"*{dtype}"}
         fixed = {"stride_c": 1, "out_stride_c": 1} if channels_last else {"stride_p": 1, "out_stride_p": 1}
         block_c, block_p = choose_statistics_tile(C, channels_last)
-        yield compilation(
-            _statistics_kernel, x, fixed | {"HW": HW, "SPLITS": 64, "BLOCK_C": block_c, "BLOCK_P": block_p}
-        )
+        tile = {"HW": HW, "SPLITS": 64, "BLOCK_C": block_c, "BLOCK_P": block_p}
+        yield compilation(_statistics_kernel, x, fixed | tile)
         block_c, block_p = choose_tile(C, HW, channels_last)
         tile = {"HW": HW, "AFFINE": True, "BLOCK_C": block_c, "BLOCK_P": block_p}
         yield compilation(_pool_kernel, x, fixed | tile | {"RUNNING": False})

@@ -129,9 +129,9 @@ def _item_cost(shape: Shape, sweep: str, windows: tuple[int, int, int]) -> int:
     """Multiply-adds of an item and of the rows around it, roughly: only the ratio between plans counts."""
     activation, gradient, taps = windows
     K, W, C = shape.K, shape.W, shape.C
-    z = 9 * K * C * taps * shape.w + K * W * (
-        18 * taps + 6 * activation
-    ) if shape.resize else 9 * K * C * activation * W
+    z = 9 * K * C * activation * W
+    if shape.resize:
+        z = 9 * K * C * taps * shape.w + K * W * (18 * taps + 6 * activation)
     once = z + (0 if sweep == "statistics" else 81 * K * W * gradient)
     return once + (2 * z if sweep == "backward" else 0)
 

@@ -129,9 +129,8 @@ def takers(h: int, w: int, H: int, W: int, mode: int, device: torch.device) -> t
     first = torch.empty(h + w, dtype=torch.int32, device=device)
     numbers_y, numbers_x = (most_y + 4) * h, (most_x + 4) * w
     weights = torch.empty(numbers_y + numbers_x, dtype=torch.float32, device=device)
-    _takers_kernel[(triton.cdiv(max(numbers_y, numbers_x), BLOCK), 2)](
-        first, weights, h, w, H, W, most_y, most_x, mode, BLOCK
-    )
+    grid = (triton.cdiv(max(numbers_y, numbers_x), BLOCK), 2)
+    _takers_kernel[grid](first, weights, h, w, H, W, most_y, most_x, mode, BLOCK)
     return first, weights, most_y, most_x
 
 

@@ -75,9 +75,8 @@ def _split_kernel(
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     largest = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for d in range(0, D, BLOCK_D):
-        largest = tl.maximum(
-            largest, tl.abs(_load_rows(x, rows, d + tl.arange(0, BLOCK_D), M, stride, D, True))
-        )
+        tile = _load_rows(x, rows, d + tl.arange(0, BLOCK_D), M, stride, D, True)
+        largest = tl.maximum(largest, tl.abs(tile))
     # By their exponents, exactly. A row below 2^-112 is scaled as if it were there, a row of zeros too.
     exponent = tl.maximum((tl.max(largest, 1).to(tl.int32, bitcast=True) >> 23) & 255, 15)
     power = ((268 - exponent) << 23).to(tl.float32, bitcast=True)
@@ -142,9 +141,8 @@ def _products(
             right = tl.trans(_load_rows(hi, columns, dimensions, M, stride, D, WIDEN))
             if PARTS == 2:
                 mixed = tl.dot(_load_rows(lo, rows, dimensions, M, stride, D, WIDEN), right, mixed)
-                mixed_too = tl.dot(
-                    left, tl.trans(_load_rows(lo, columns, dimensions, M, stride, D, WIDEN)), mixed_too
-                )
+                right_lo = tl.trans(_load_rows(lo, columns, dimensions, M, stride, D, WIDEN))
+                mixed_too = tl.dot(left, right_lo, mixed_too)
             products = tl.dot(left, right, products)
         if PARTS == 2:
             products += mixed + mixed_too
@@ -444,9 +442,7 @@ def backward(grad, features, labels, saved, temperature, normalize):
     if M == 0:
         return out
     inverse, lse, counts = saved.unbind(0)
-    rows = _split(x, torch.empty_like(inverse), normalize) if x.dtype == torch.float32 else _split(
-        x, inverse, normalize
-    )
+    rows = _split(x, torch.empty_like(inverse) if x.dtype == torch.float32 else inverse, normalize)
     scale = math.log2(math.e) / temperature
     bounded = _bounded(scale, normalize)
     scratch = torch.empty(3 * M + 1, dtype=torch.float32, device=x.device)

@@ -1,4 +1,4 @@
-"""What launchers of Triton kernels share: the GPU, float32 precision, descriptions for ahead-of-time tests."""
+"""What launchers of Triton kernels share: the GPU, float32 precision, descriptions of compilations."""
 
 from __future__ import annotations
 

@@ -58,11 +58,13 @@ def _column(low, weights, total, e, w, MODE):
 
 
 @triton.jit
-def _expanded(row, next_tap, low0, high0, a0, b0, low1, high1, a1, b1, low2, high2, a2, b2, inside, MODE):
+def _expanded(row, next_tap, columns, inside, MODE):
     """Sum over dx of a row of T[dy, dx], resized in x and shifted. row: pointers to T[dy, 0, k]."""
-    in0, in1, in2 = inside & (a0 + b0 > 0)[None, :], inside & (a1 + b1 > 0)[None, :], inside & (a2 + b2 > 0)[
-        None, :
-    ]
+    low0, high0, a0, b0 = columns[0]
+    low1, high1, a1, b1 = columns[1]
+    low2, high2, a2, b2 = columns[2]
+    in0, in1 = inside & (a0 + b0 > 0)[None, :], inside & (a1 + b1 > 0)[None, :]
+    in2 = inside & (a2 + b2 > 0)[None, :]
     total = tl.load(row + low0[None, :], mask=in0, other=0.0) * a0[None, :]
     total += tl.load(row + next_tap + low1[None, :], mask=in1, other=0.0) * a1[None, :]
     total += tl.load(row + 2 * next_tap + low2[None, :], mask=in2, other=0.0) * a2[None, :]
@@ -74,10 +76,7 @@ def _expanded(row, next_tap, low0, high0, a0, b0, low1, high1, a1, b1, low2, hig
 
 
 @triton.jit
-def _row_of(
-    e, held, below, above, low, weights, total, source, next_tap, low0, high0, a0, b0, low1, high1, a1, b1,
-    low2, high2, a2, b2, inside, h, w, MODE,
-):  # fmt: skip
+def _row_of(e, held, below, above, low, weights, total, source, next_tap, columns, inside, h, w, MODE):
     """(source row held, its expansion, the next row's, row e - 1 of the resized sum over dx or 0)."""
     y = tl.load(low + e)
     a, b = tl.load(weights + e), tl.load(weights + total + e)
@@ -85,16 +84,10 @@ def _row_of(
         if y == held + 1 and MODE != 1:
             below = above
         else:
-            below = _expanded(
-                source + y * w, next_tap, low0, high0, a0, b0, low1, high1, a1, b1, low2, high2, a2, b2,
-                inside, MODE,
-            )  # fmt: skip
+            below = _expanded(source + y * w, next_tap, columns, inside, MODE)
         if MODE != 1:
             next_row = source + tl.minimum(y + 1, h - 1) * w
-            above = _expanded(
-                next_row, next_tap, low0, high0, a0, b0, low1, high1, a1, b1, low2, high2, a2, b2, inside,
-                MODE,
-            )  # fmt: skip
+            above = _expanded(next_row, next_tap, columns, inside, MODE)
     row = below * a
     if MODE != 1:
         row += above * b
@@ -118,9 +111,11 @@ def _expand_kernel(
     source = mixed + 9 * n * next_tap + (k.to(tl.int64) * h * w)[:, None]
     total = H + W + 4
     first = H + 2 + tl.minimum(X, W - 1)
-    low0, high0, a0, b0 = _column(low, weights, total, first, w, MODE)
-    low1, high1, a1, b1 = _column(low, weights, total, first + 1, w, MODE)
-    low2, high2, a2, b2 = _column(low, weights, total, first + 2, w, MODE)
+    columns = (
+        _column(low, weights, total, first, w, MODE), _column(low, weights, total, first + 1, w, MODE),
+        _column(low, weights, total, first + 2, w, MODE),
+    )  # fmt: skip
+    source1, source2 = source + 3 * next_tap, source + 6 * next_tap
     shift = tl.zeros((BLOCK_K,), tl.float32)
     if BIAS:
         shift = tl.load(bias + k, mask=k < K, other=0.0).to(tl.float32)
@@ -135,22 +130,17 @@ def _expand_kernel(
     above2 = tl.zeros((BLOCK_K, BLOCK_X), tl.float32)
     for Y in range(Y0, tl.minimum(Y0 + ROWS, H)):
         held0, below0, above0, row0 = _row_of(
-            Y, held0, below0, above0, low, weights, total, source, next_tap, low0, high0, a0, b0, low1, high1,
-            a1, b1, low2, high2, a2, b2, inside, h, w, MODE,
-        )  # fmt: skip
+            Y, held0, below0, above0, low, weights, total, source, next_tap, columns, inside, h, w, MODE
+        )
         held1, below1, above1, row1 = _row_of(
-            Y + 1, held1, below1, above1, low, weights, total, source + 3 * next_tap, next_tap, low0, high0,
-            a0, b0, low1, high1, a1, b1, low2, high2, a2, b2, inside, h, w, MODE,
-        )  # fmt: skip
+            Y + 1, held1, below1, above1, low, weights, total, source1, next_tap, columns, inside, h, w, MODE
+        )
         held2, below2, above2, row2 = _row_of(
-            Y + 2, held2, below2, above2, low, weights, total, source + 6 * next_tap, next_tap, low0, high0,
-            a0, b0, low1, high1, a1, b1, low2, high2, a2, b2, inside, h, w, MODE,
-        )  # fmt: skip
+            Y + 2, held2, below2, above2, low, weights, total, source2, next_tap, columns, inside, h, w, MODE
+        )
         at = ((n * K + k) * H + Y)[:, None] * W + X[None, :]
-        tl.store(
-            out + at, rounded(row0 + row1 + row2 + shift[:, None], out.dtype.element_ty),
-            mask=inside & (X < W)[None, :],
-        )  # fmt: skip
+        z = rounded(row0 + row1 + row2 + shift[:, None], out.dtype.element_ty)
+        tl.store(out + at, z, mask=inside & (X < W)[None, :])
 
 
 @launched
@@ -249,10 +239,8 @@ def _from_neighbours_kernel(
                 Y, X = first_row + row - tap // 3 + 1, first_column + step - tap % 3 + 1
                 taken = (Y >= 0) & (Y < H) & (X >= 0) & (X < W) & (weight > 0)
                 source = grad + ((n * 9 * C + tap * C + c) * H * W)[:, None]
-                g = tl.load(source + (Y * W + X)[None, :], mask=inside & taken[None, :], other=0.0).to(
-                    tl.float32
-                )
-                total += g * weight[None, :]
+                g = tl.load(source + (Y * W + X)[None, :], mask=inside & taken[None, :], other=0.0)
+                total += g.to(tl.float32) * weight[None, :]
     at = c.to(tl.int64)[:, None] * stride_c + (y.to(tl.int64) * stride_y + x.to(tl.int64) * stride_x)[None, :]
     tl.store(out + n * stride_n + at, rounded(total, out.dtype.element_ty), mask=inside)
 
@@ -542,13 +530,10 @@ def configurations(cc: int) -> typing.Iterator[Compilation]:
         ones = {"C": 1, "K": 1, "stride_x": 1} if channels == 1 else {}
         types = dict.fromkeys(("x", "grad", "out", "bias"), f"*{dtype}") | {"low": "*i32", "first": "*i32"}
         for kernel in (_expand_kernel, _collect_kernel, _neighbours_kernel, _from_neighbours_kernel):
-            block, block_x = choose_tile(
-                channels, 128, MOST_PIXELS if kernel is _from_neighbours_kernel else 64
-            )
-            fixed = ones | {
-                "MODE": mode, "BIAS": True, "ROWS": ROWS, "BLOCK_K": block, "BLOCK_C": block,
-                "BLOCK_X": block_x, "BLOCK_P": block_x,
-            }  # fmt: skip
+            most = MOST_PIXELS if kernel is _from_neighbours_kernel else 64
+            block, block_x = choose_tile(channels, 128, most)
+            fixed = ones | {"MODE": mode, "BIAS": True, "ROWS": ROWS, "BLOCK_K": block, "BLOCK_C": block}
+            fixed |= {"BLOCK_X": block_x, "BLOCK_P": block_x}
             warps = EXPAND_WARPS if kernel is _expand_kernel else WARPS
             yield compilation(kernel, types, fixed, ("COUNT_Y", "COUNT_X"), warps)
 

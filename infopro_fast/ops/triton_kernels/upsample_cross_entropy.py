@@ -41,9 +41,8 @@ def _first(k, IN, OUT, ALIGN_CORNERS):
 def _resized(rows_low, rows_high, x_low, x_high, weight_x, weight_y, classes, inside, stride_c, stride_x):
     """Logits (BLOCK_C, BLOCK_P) of pixels of a row. rows_low, rows_high: pointers to class 0's."""
     at = classes.to(tl.int64)[:, None] * stride_c
-    left, right = at + (x_low.to(tl.int64) * stride_x)[None, :], at + (x_high.to(tl.int64) * stride_x)[
-        None, :
-    ]
+    left = at + (x_low.to(tl.int64) * stride_x)[None, :]
+    right = at + (x_high.to(tl.int64) * stride_x)[None, :]
     low_left = tl.load(rows_low + left, mask=inside, other=0.0).to(tl.float32)
     low_right = tl.load(rows_low + right, mask=inside, other=0.0).to(tl.float32)
     high_left = tl.load(rows_high + left, mask=inside, other=0.0).to(tl.float32)
@@ -79,15 +78,12 @@ def _forward_kernel(
     program, blocks = tl.program_id(0), tl.cdiv(W, BLOCK_P)
     X, row = program % blocks * BLOCK_P + tl.arange(0, BLOCK_P), program // blocks
     Y, n = row % H, (row // H).to(tl.int64)
-    label, kept = _labels(
-        target + n * target_stride_n + Y.to(tl.int64) * target_stride_y, X, W, C, target_stride_x,
-        ignore_index,
-    )  # fmt: skip
+    target_row = target + n * target_stride_n + Y.to(tl.int64) * target_stride_y
+    label, kept = _labels(target_row, X, W, C, target_stride_x, ignore_index)
     y_low, y_high, weight_y = taps(Y, h, H, 0 if ALIGN_CORNERS else 2)
     x_low, x_high, weight_x = taps(tl.minimum(X, W - 1), w, W, 0 if ALIGN_CORNERS else 2)
-    rows_low, rows_high = logits + n * stride_n + y_low.to(
-        tl.int64
-    ) * stride_y, logits + n * stride_n + y_high.to(tl.int64) * stride_y
+    rows_low = logits + n * stride_n + y_low.to(tl.int64) * stride_y
+    rows_high = logits + n * stride_n + y_high.to(tl.int64) * stride_y
     top = tl.full((BLOCK_P,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_P,), tl.float32)
     at_target = tl.zeros((BLOCK_P,), tl.float32)
@@ -189,10 +185,8 @@ def _backward_kernel(
         for Y in range(first_Y, last_Y):
             y_low, y_high, weight_y = taps(Y, h, H, 0 if ALIGN_CORNERS else 2)
             row = tl.cast(Y, tl.int64)
-            label, kept = _labels(
-                target + n * target_stride_n + row * target_stride_y, X, last_X, C, target_stride_x,
-                ignore_index,
-            )  # fmt: skip
+            labels = target + n * target_stride_n + row * target_stride_y
+            label, kept = _labels(labels, X, last_X, C, target_stride_x, ignore_index)
             rows = logits + n * stride_n
             x = _resized(
                 rows + y_low.to(tl.int64) * stride_y, rows + y_high.to(tl.int64) * stride_y, x_low, x_high,
@@ -207,10 +201,8 @@ def _backward_kernel(
             else:
                 g += of_target[None, :] * probability
             if EACH:
-                upstream = tl.load(
-                    grad + n * grad_stride_n + row * grad_stride_y + X.to(tl.int64) * grad_stride_x,
-                    mask=kept, other=0.0,
-                )  # fmt: skip
+                of_row = grad + n * grad_stride_n + row * grad_stride_y
+                upstream = tl.load(of_row + X.to(tl.int64) * grad_stride_x, mask=kept, other=0.0)
                 g *= upstream[None, :]
             weight = tl.where(y_low == y, 1.0 - weight_y, 0.0) + tl.where(y_high == y, weight_y, 0.0)
             pixels += tl.where(kept[None, :] & inside, g * weight, 0.0)
@@ -219,10 +211,8 @@ def _backward_kernel(
         gradient = tl.dot(pixels, collect, gradient, input_precision=PRECISION)
     at = classes.to(tl.int64)[:, None] * out_stride_c + columns.to(tl.int64)[None, :] * out_stride_x
     target_row = out + n * out_stride_n + y.to(tl.int64) * out_stride_y
-    tl.store(
-        target_row + at, rounded(gradient * scale, out.dtype.element_ty),
-        mask=(classes < C)[:, None] & (columns < w)[None, :],
-    )  # fmt: skip
+    found = rounded(gradient * scale, out.dtype.element_ty)
+    tl.store(target_row + at, found, mask=(classes < C)[:, None] & (columns < w)[None, :])
 
 
 # Launchers, with the arguments of the op's schema
