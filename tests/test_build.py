@@ -225,13 +225,6 @@ def test_wheel(project):
     assert level_of(path) == "42"
 
 
-def level_of(path: str) -> str:
-    """Return what the one kernel of the copied project gives."""
-    level = "torch.ops.infopro_wheel_test.level(torch.ones(2))"
-    script = f"import torch; torch.ops.load_library({path!r}); print({level})"
-    return run(sys.executable, "-c", script).strip()
-
-
 def test_a_changed_header_is_compiled_again(project):
     def level() -> str:
         environment = build_environment(INFOPRO_NO_CUDA="1")

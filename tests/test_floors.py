@@ -153,9 +153,9 @@ def test_ops_whose_kernels_multiply_in_parts_have_floors_below_them(op):
 
 def test_few_classes_are_as_many_as_the_kernels_take():
     pytest.importorskip("triton")
-    from infopro_fast.ops.triton_kernels.linear_cross_entropy import _few
+    from infopro_fast.ops.triton_kernels.linear_cross_entropy import few
 
-    assert _few(floors.FEW_CLASSES, 128) and not _few(floors.FEW_CLASSES + 1, 128)
+    assert few(floors.FEW_CLASSES, 128) and not few(floors.FEW_CLASSES + 1, 128)
 
 
 def test_seconds_are_those_of_the_slower():

@@ -19,10 +19,12 @@ def shape_of(s: shapes.DecoderShape, N: int) -> plans.Shape:
 @pytest.mark.parametrize("sweep", SWEEPS)
 @pytest.mark.parametrize("shape", (*shapes.DECODER, *shapes.DECODER_LARGER), ids=str)
 def test_scratch_keeps_to_its_budget(shape, sweep):
-    """A quarter of the resized map, or what is little in any case; and no more for a batch four times as large."""
+    """A quarter of the resized map, or a small constant; no more for a batch four times as large."""
     for N in (shape.N, 1024):
         found = plans.plan(shape_of(shape, N), sweep, PLACES)
-        assert 4 * found.programs * found.scratch <= max(plans.MIN_SCRATCH, shape._replace(N=N).resized_bytes() / 4)
+        assert 4 * found.programs * found.scratch <= max(
+            plans.MIN_SCRATCH, shape._replace(N=N).resized_bytes() / 4
+        )
         assert 1 <= found.programs <= min(PLACES, N * found.strips)
         own = shape.h if sweep == "backward" else shape.H
         assert found.rows * found.strips >= own > found.rows * (found.strips - 1)

@@ -1,4 +1,4 @@
-"""What the launchers of the Triton kernels allocate, counted on meta tensors with the kernels left out. Needs no GPU."""
+"""What launchers of Triton kernels allocate, counted on meta tensors. Needs no GPU."""
 
 from __future__ import annotations
 
@@ -50,17 +50,23 @@ def test_reconstruction_loss(N, C, h, monkeypatch):
     K, H = 12, 32
     monkeypatch.setattr(module, "capability", lambda device: 90)
     features, image = torch.empty(N, C, h, h, device="meta"), torch.empty(N, 3, H, H, device="meta")
-    w1, w2, of_k, of_3 = (torch.empty(size, device="meta") for size in ((K, C, 3, 3), (3, K, 3, 3), (K,), (3,)))
+    w1, w2, of_k, of_3 = (
+        torch.empty(size, device="meta") for size in ((K, C, 3, 3), (3, K, 3, 3), (K,), (3,))
+    )
     shape = plans.Shape(N, C, h, h, H, H, K, False)
     parameters = (w1, of_k, of_k, of_k, w2, of_3)
     own = {sweep: plans.workspace(shape, sweep, 2 * H100) for sweep in ("statistics", "loss", "backward")}
     forward = allocated(
-        module, monkeypatch, lambda: module.forward(features, image, *parameters, None, None, [], 1e-5, 0, 0, True)
+        module, monkeypatch, lambda: module.forward(
+            features, image, *parameters, None, None, [], 1e-5, 0, 0, True
+        )
     )  # fmt: skip
     assert forward == own["statistics"] + own["loss"] + 4 * (1 + 31 * K + 3)
     saved, grad = torch.empty(31 * K + 3, device="meta"), torch.empty((), device="meta")
     backward = allocated(
-        module, monkeypatch, lambda: module.backward(grad, features, image, *parameters, saved, [], True, 1e-5, 0, 0, True, True)
+        module, monkeypatch, lambda: module.backward(
+            grad, features, image, *parameters, saved, [], True, 1e-5, 0, 0, True, True
+        )
     )  # fmt: skip
     assert backward == own["backward"] + 4 * (features.numel() + w1.numel())
 
@@ -68,7 +74,7 @@ def test_reconstruction_loss(N, C, h, monkeypatch):
 @pytest.mark.parametrize("M, splits", ((8192, 4), (65536, 1)))
 @pytest.mark.parametrize("dtype, parts", ((torch.float32, 2), (torch.bfloat16, 0)))
 def test_supcon_loss(M, splits, dtype, parts, monkeypatch):
-    """Forward: the loss, 3 numbers a row, the parts in float16; backward: those, one gradient a split and the gradient. O(M), not M x M."""
+    """O(M), not M x M. Forward: loss, 3 numbers a row, parts; backward: those, gradient, one a split."""
     from infopro_fast.ops.triton_kernels import supcon_loss as module
 
     D = 128

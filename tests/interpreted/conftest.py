@@ -1,8 +1,10 @@
-"""Runs the tests of this folder in Triton's interpreter, which has to be switched on before Triton is imported: in a child process.
+"""Runs the tests of this folder in Triton's interpreter, which has to be switched on before Triton is
+imported: in a child process.
 
-A test here calls the public ops with impl="triton" on CPU tensors. In an ordinary run a child collects this folder too and then runs
-those tests that it is asked for, one by one; each passes or fails here as it did there. With `pytest -n N` every worker has a child.
-With TRITON_INTERPRET=1 set the tests run where they are, for a debugger:
+A test here calls the public ops with impl="triton" on CPU tensors. In an ordinary run a child collects this
+folder too and then runs those tests that it is asked for, one by one; each passes or fails here as it did
+there. With `pytest -n N` every worker has a child. With TRITON_INTERPRET=1 set the tests run where they are,
+for a debugger:
 
     TRITON_INTERPRET=1 python -m pytest tests/interpreted -k supcon
 """
@@ -21,28 +23,35 @@ from infopro_fast.ops import dispatch
 
 FOLDER = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(os.path.dirname(FOLDER))
-PIPES = "INFOPRO_INTERPRETED_PIPES"  # of a child: descriptors that it reads ids of tests from, and writes how they ended to
+# of a child: descriptors that it reads ids of tests from, and writes how they ended to
+PIPES = "INFOPRO_INTERPRETED_PIPES"
 CHILD = pytest.StashKey["Child"]()
 
 
 class Child:
-    """A pytest that runs one test at a time, in the interpreter."""
+    """A pytest process that runs one test at a time, in the interpreter."""
 
     def __init__(self) -> None:
         self._printed = tempfile.TemporaryFile("w+")
         theirs, requests = os.pipe()
         answers, theirs_too = os.pipe()
-        environment = os.environ | {"TRITON_INTERPRET": "1", PIPES: f"{theirs} {theirs_too}", "PYTEST_ADDOPTS": ""}
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--rootdir={ROOT}", FOLDER]
+        environment = os.environ | {
+            "TRITON_INTERPRET": "1", PIPES: f"{theirs} {theirs_too}", "PYTEST_ADDOPTS": ""
+        }
+        command = [
+            sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--rootdir={ROOT}", FOLDER
+        ]
         self._process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=self._printed, stderr=subprocess.STDOUT, pass_fds=(theirs, theirs_too)
+            command, cwd=ROOT, env=environment, stdout=self._printed, stderr=subprocess.STDOUT, pass_fds=(
+                theirs, theirs_too
+            )
         )
         os.close(theirs)
         os.close(theirs_too)
         self._requests, self._answers = requests, os.fdopen(answers)
 
     def run(self, nodeid: str) -> tuple[str, str]:
-        """How the test ended, and the text of it. EOFError with what the child printed last if it ended without an answer."""
+        """How the test ended, and its text. EOFError, with the child's output, if the child ended."""
         try:
             os.write(self._requests, f"{nodeid}\n".encode())
             answer = self._answers.readline()
@@ -65,7 +74,7 @@ class Child:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem):
-    """In the parent: do not call the test's function, tell how it ended in the child."""
+    """In the parent: report how the test ended in the child, and do not call its function."""
     if dispatch.INTERPRETED:
         return None
     if pyfuncitem.config.getoption("--reference-only"):
@@ -75,7 +84,8 @@ def pytest_pyfunc_call(pyfuncitem):
         stash[CHILD] = Child()
     try:
         outcome, text = stash[CHILD].run(pyfuncitem.nodeid)
-    except BaseException as error:  # a time limit, too: what it answers next would be taken for the next test's
+    # a time limit, too: what it answers next would be taken for the next test's
+    except BaseException as error:
         stash[CHILD].end()
         del stash[CHILD]
         if not isinstance(error, EOFError):
@@ -93,7 +103,7 @@ def pytest_unconfigure(config):
         config.stash[CHILD].end()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # The child
 
 
@@ -107,7 +117,7 @@ def pytest_configure(config):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop(session):
-    """In the child: the tests that are asked for, one at a time."""
+    """In the child: run the tests that the parent asks for, one at a time."""
     if PIPES not in os.environ:
         return None
     requests, answers = map(int, os.environ[PIPES].split())
@@ -123,7 +133,7 @@ def pytest_runtestloop(session):
 
 
 class Reports:
-    """Of one test: its set-up, call and teardown."""
+    """Reports of one test: its set-up, call and teardown."""
 
     def __init__(self) -> None:
         self._found: list[pytest.TestReport] = []
@@ -132,7 +142,7 @@ class Reports:
         self._found.append(report)
 
     def outcome(self) -> tuple[str, str]:
-        """That of the first part which did not pass, and its text."""
+        """Outcome and text of the first part that did not pass."""
         worst = next((report for report in self._found if report.outcome != "passed"), self._found[-1])
         self._found.clear()
         return worst.outcome, worst.longrepr[2] if isinstance(worst.longrepr, tuple) else worst.longreprtext

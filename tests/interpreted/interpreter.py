@@ -1,8 +1,10 @@
-"""Triton's interpreter, quicker: what it works out anew for every operation of every program is worked out once.
+"""Triton's interpreter, quicker: what it works out anew for every operation of every program is worked out
+once.
 
-An operation on a small tile takes numpy a microsecond and the interpreter hundreds, most of them to describe types: the numpy dtype of
-a dtype, the number of elements and the name of a block's type, a shape as constants. All are functions of their arguments alone. What is
-computed stays the same; an interpreter that has no such function any more is as quick as it is.
+An operation on a small tile takes numpy a microsecond and the interpreter hundreds, most of them to describe
+types: the numpy dtype of a dtype, the number of elements and the name of a block's type, a shape as
+constants. All are functions of their arguments alone. What is computed stays the same; an interpreter that
+has no such function any more is as quick as it is.
 """
 
 from __future__ import annotations

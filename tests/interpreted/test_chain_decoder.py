@@ -1,4 +1,4 @@
-"""The Triton kernels of `reconstruction_loss` with chain decoders: released values, every form of layer and size, chunks, processes."""
+"""Triton kernels of `reconstruction_loss` with chain decoders: golden values, forms, chunks, processes."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from tests import compare, op_cases, test_chain_decoder
 from tests.op_cases import chain, check, gradients
 from tests.test_chain_decoder import FORMS, GOLDEN
 
-NO_WHOLE_SIZE = ("factors of no whole size", "factors of no whole size, nearest", "a factor that keeps the size")
-NOTHING_NEW = ("wide", "no Upsample, nearest", "SyncBatchNorm, eval")  # to these kernels, and the interpreter is slow
+NO_WHOLE_SIZE = (
+    "factors of no whole size", "factors of no whole size, nearest", "a factor that keeps the size"
+)
+# to these kernels, and the interpreter is slow
+NOTHING_NEW = ("wide", "no Upsample, nearest", "SyncBatchNorm, eval")
 
 
 @pytest.mark.parametrize("case", GOLDEN, ids=lambda case: case["kind"])
@@ -68,9 +71,11 @@ def test_layouts(layout):
 def test_in_chunks_of_samples(form, monkeypatch):
     from infopro_fast.ops.triton_kernels import upsample_conv3x3 as module
 
-    spans, asked = module._spans, []
+    spans, asked = module.spans, []
     monkeypatch.setattr(module, "MOST", 200)
-    monkeypatch.setattr(module, "_spans", lambda N, numbers: asked.append(found := list(spans(N, numbers))) or found)
+    monkeypatch.setattr(
+        module, "spans", lambda N, numbers: asked.append(found := list(spans(N, numbers))) or found
+    )
     check(chain(N=3, **FORMS[form]), "triton", torch.float32)
     assert max(map(len, asked)) == 3
 
@@ -81,13 +86,17 @@ def test_what_is_made_for_a_chunk_is_no_larger_than_it_may_be(monkeypatch):
     from infopro_fast.ops.triton_kernels import upsample_conv3x3 as module
 
     made = []
-    for kind in (stage.Activation, stage._NormalisedGradient):
+    for kind in (stage.Activation, stage.NormalisedGradient):
         make = kind.__getitem__
-        monkeypatch.setattr(kind, "__getitem__", lambda self, samples, make=make: made.append(found := make(self, samples)) or found)
+        monkeypatch.setattr(
+            kind, "__getitem__", lambda self, samples,
+            make=make: made.append(found := make(self, samples)) or found,
+        )  # fmt: skip
     monkeypatch.setattr(module, "MOST", 325)
     up = test_chain_decoder.resized(8, 8)
     check(chain(N=3, C=3, h=2, w=2, stages=((None, 1, 40), (up, 3, 2)), last=up), "triton", torch.float32)
-    assert max(t.shape[0] for t in made) == 2  # of 160 numbers, between which and the next map the taps have 72
+    # of 160 numbers, between which and the next map the taps have 72
+    assert max(t.shape[0] for t in made) == 2
     assert all(t.numel() <= 325 for t in made)
 
 
@@ -97,7 +106,7 @@ def test_several_blocks_of_a_map():
 
 def test_same_bits_twice():
     case = chain()
-    first, second = (gradients(case.function("triton")(t), t) for t in (case.inputs(torch.float32), case.inputs(torch.float32)))
+    first, second = (gradients(case.function("triton")(t := case.inputs(torch.float32)), t) for _ in range(2))
     for name, t in first.items():
         compare.assert_same(second[name], t, name)
 
@@ -107,11 +116,14 @@ def test_few_samples(N):
     case = chain(N=N, training=False)
     inputs = case.inputs(torch.float32)
     found = gradients(case.function("triton")(inputs), inputs)
-    assert all(torch.isfinite(t).all() for t in found.values()) and (N > 0 or not any(t.any() for t in found.values()))
+    assert all(torch.isfinite(t).all() for t in found.values()) and (
+        N > 0 or not any(t.any() for t in found.values())
+    )
 
 
 def test_a_nan_is_not_hidden():
-    decoder = nn.Sequential(nn.Conv2d(2, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 3, padding=1), nn.Sigmoid()).eval()
+    layers = nn.Conv2d(2, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 3, padding=1), nn.Sigmoid()
+    decoder = nn.Sequential(*layers).eval()
     features = torch.full((2, 2, 3, 3), torch.nan)
     assert reconstruction_loss(features, torch.rand(2, 3, 3, 3), decoder, impl="triton").isnan()
 
@@ -124,7 +136,10 @@ def test_sync_batch_norm_takes_the_statistics_of_all_processes(sizes, tmp_path):
 @pytest.mark.parametrize("form", NO_WHOLE_SIZE)
 def test_factors_of_no_whole_size_are_refused(form):
     case = chain(**FORMS[form])
-    with pytest.raises(ValueError, match=r"impl='triton' cannot run this call: an Upsample by \(.*\) makes maps of .* no whole size"):
+    with pytest.raises(
+        ValueError,
+        match=r"impl='triton' cannot run this call: an Upsample by \(.*\) makes maps of .* no whole size",
+    ):  # fmt: skip
         case.function("triton")(case.inputs(torch.float32))
 
 
@@ -133,4 +148,6 @@ def test_a_batch_norm_with_a_weight_alone():
     features, image = torch.rand(2, 2, 3, 3), torch.rand(2, 3, 4, 4)
     decoder[1].bias = None
     loss = reconstruction_loss(features, image, decoder, impl="triton")
-    compare.assert_close(loss, reconstruction_loss(features.double(), image.double(), decoder, impl="reference"))
+    compare.assert_close(
+        loss, reconstruction_loss(features.double(), image.double(), decoder, impl="reference")
+    )

@@ -1,20 +1,27 @@
-"""What every op promises (tests/test_contract.py), of its Triton kernels: one case an op, and one of a form that has kernels of its own."""
+"""What every op promises (tests/test_contract.py), for Triton: one case for each set of kernels."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from infopro_fast.ops import dispatch
+from infopro_fast.ops import dispatch, triton_kernels
 from tests import compare
 from tests.op_cases import FORMS, SMALL, chain, check, gradients, upstream
 
-OPS = pytest.mark.parametrize("op", sorted(form for form in FORMS if form.split(",")[0] in dispatch._TRITON_OPS))
+OPS = pytest.mark.parametrize(
+    "op", sorted(form for form in FORMS if dispatch.has_kernels(form.split(",")[0], "triton"))
+)
 # A program of the interpreter takes milliseconds, and these promises do not depend on sizes.
 ODD = torch.nn.Upsample((3, 5), mode="bilinear", align_corners=True)
-CASES = FORMS | {"reconstruction_loss, chain": lambda: chain(N=2, C=3, h=2, w=2, stages=((None, 1, 3), (ODD, 3, 2)))}
-PARTS = {"reconstruction_loss, chain": ("chain_stage", "chain_loss")}  # opaque ops that do not have the op's name
+CASES = FORMS | {
+    "reconstruction_loss, chain": lambda: chain(N=2, C=3, h=2, w=2, stages=((None, 1, 3), (ODD, 3, 2)))
+}
+# opaque ops that do not have the op's name
+PARTS = {"reconstruction_loss, chain": ("chain_stage", "chain_loss")}
 
 
 def results(op, inputs):
@@ -29,7 +36,9 @@ def raw_calls(op):
     class Record(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             if func.namespace == "infopro_fast":
-                calls.append((func, tuple(a.detach().clone() if isinstance(a, torch.Tensor) else a for a in args)))
+                calls.append(
+                    (func, tuple(a.detach().clone() if isinstance(a, torch.Tensor) else a for a in args))
+                )
             return func(*args, **(kwargs or {}))
 
     with Record():
@@ -47,14 +56,18 @@ def test_loss_and_gradients(op, dtype):
 def test_opaque_ops(op):
     """They are the Triton ones, pass opcheck, and give nobody else's memory."""
     calls = raw_calls(op)
-    names = {f"{part}_{direction}_triton" for part in PARTS.get(op, (op,)) for direction in ("forward", "backward")}
+    names = {
+        f"{part}_{direction}_triton" for part in PARTS.get(op, (op,)) for direction in ("forward", "backward")
+    }
     assert {f.overloadpacket.__name__ for f, _ in calls} == names and (op in PARTS or len(calls) == 2)
     for overload, args in calls:
         torch.library.opcheck(overload, args)
         before = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
         out = overload(*args)
         out = (out,) if isinstance(out, torch.Tensor) else out
-        storages = [t.untyped_storage().data_ptr() for t in (*args, *out) if isinstance(t, torch.Tensor) and t.numel()]
+        storages = [
+            t.untyped_storage().data_ptr() for t in (*args, *out) if isinstance(t, torch.Tensor) and t.numel()
+        ]
         assert len(set(storages)) == len(storages), overload
         for a, b in zip(args, before, strict=True):
             assert not isinstance(a, torch.Tensor) or torch.equal(a, b), f"{overload} wrote into an argument"
@@ -111,7 +124,9 @@ def test_no_second_derivative(op):
 class _Items(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
-        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "unique", "item"), f"{name} synchronises with the host"
+        assert name not in (
+            "_local_scalar_dense", "nonzero", "masked_select", "unique", "item"
+        ), f"{name} synchronises with the host"
         return func(*args, **(kwargs or {}))
 
 
@@ -128,7 +143,7 @@ def test_captured_by_a_compiler(op):
     torch._dynamo.reset()
     call = CASES[op]().function("triton")
     if op.startswith("reconstruction_loss") or op == "norm_relu_pool":
-        pytest.skip("its case swaps parameters, which no tracer follows: tests/test_compile.py has the other implementations")
+        pytest.skip("its case swaps parameters, which no tracer follows; tests/test_compile.py compiles it")
     inputs = CASES[op]().inputs(torch.float32)
     expected = results(op, inputs)
     loss = torch.compile(call, fullgraph=True, backend="aot_eager")(inputs)
@@ -138,4 +153,6 @@ def test_captured_by_a_compiler(op):
 
 
 def test_every_op_with_triton_kernels_has_a_case_here():
-    assert dispatch._TRITON_OPS <= set(SMALL).union(*PARTS.values())
+    folder = Path(triton_kernels.__file__).parent
+    found = {file.stem for file in folder.glob("*.py") if "\ndef forward(" in file.read_text()}
+    assert found and found <= set(SMALL).union(*PARTS.values())

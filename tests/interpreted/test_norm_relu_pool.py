@@ -1,4 +1,4 @@
-"""The Triton kernels of `norm_relu_pool`: maps of any size and layout, every form of the layer, running statistics."""
+"""Triton kernels of `norm_relu_pool`: sizes and layouts of maps, forms of the layer, running statistics."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("N, C, h, w", ((2, 1, 1, 1), (3, 5, 4, 3), (1, 3, 17, 19), (5, 33, 7, 7), (40, 9, 8, 8)))
+@pytest.mark.parametrize(
+    "N, C, h, w", ((2, 1, 1, 1), (3, 5, 4, 3), (1, 3, 17, 19), (5, 33, 7, 7), (40, 9, 8, 8))
+)
 def test_sizes(N, C, h, w, dtype):
     check(norm_pool(N, C, h, w), "triton", dtype)
 
@@ -30,7 +32,10 @@ def test_layers(norm, training, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_layouts(layout, dtype):
     case = norm_pool(N=5, C=6, h=4, w=3)
-    inputs = {k: op_cases.relayout(t, layout)[0] if layout != "channels_last" or t.dim() == 4 else t for k, t in case.inputs(dtype).items()}
+    inputs = case.inputs(dtype)
+    for name, t in inputs.items():
+        if layout != "channels_last" or t.dim() == 4:
+            inputs[name] = op_cases.relayout(t, layout)[0]
     check(case, "triton", dtype, inputs)
 
 
@@ -69,7 +74,8 @@ def test_empty_batch():
     bn = nn.BatchNorm2d(3)
     out = norm_relu_pool(x, bn, impl="triton")
     out.sum().backward()
-    assert out.shape == (0, 3) and x.grad.shape == x.shape and not bn.weight.grad.any() and not bn.bias.grad.any()
+    assert out.shape == (0, 3) and x.grad.shape == x.shape
+    assert not bn.weight.grad.any() and not bn.bias.grad.any()
     assert bn.num_batches_tracked == 0
 
 
@@ -96,6 +102,6 @@ def test_a_non_finite_input_is_not_hidden(training, bad):
 
 def test_same_bits_twice():
     case = norm_pool(N=40, C=9, h=8, w=8)
-    first, second = (gradients(case.function("triton")(t), t) for t in (case.inputs(torch.float32), case.inputs(torch.float32)))
+    first, second = (gradients(case.function("triton")(t := case.inputs(torch.float32)), t) for _ in range(2))
     for name in first:
         compare.assert_same(first[name], second[name], name)

@@ -50,14 +50,15 @@ def test_shapes(shape, mode):
 @pytest.mark.parametrize("shape", STRIPS)
 def test_strips(shape, mode):
     N, C, h, w, H, W, K = STRIPS[shape].values()
-    cuts = [plan(Shape(N, C, h, w, H, W, K, mode == "nearest"), sweep, 4) for sweep in ("statistics", "loss", "backward")]
+    shape = Shape(N, C, h, w, H, W, K, mode == "nearest")
+    cuts = [plan(shape, sweep, 4) for sweep in ("statistics", "loss", "backward")]
     assert all(cut.strips > 1 for cut in cuts)
     check(reconstruction(**STRIPS[shape], interpolate_mode=mode), "triton", torch.float32)
 
 
 @pytest.mark.parametrize("shape", ("resize", "no resize", "downscaled"))
 def test_programs_keep_to_their_scratch(shape, monkeypatch):
-    """Nothing is read that was not written before, and nothing written beyond: the interpreter itself would not tell."""
+    """Nothing is read before it is written, nor written beyond the end; the interpreter checks neither."""
     from infopro_fast.ops.triton_kernels import reconstruction_loss as kernels
 
     buffers = []
@@ -66,7 +67,7 @@ def test_programs_keep_to_their_scratch(shape, monkeypatch):
         buffers.append(torch.full((numbers + 2**16,), torch.nan, device=device))
         return buffers[-1][2**15 : 2**15 + numbers]
 
-    monkeypatch.setattr(kernels, "_new_scratch", guarded)
+    monkeypatch.setattr(kernels, "new_scratch", guarded)
     for mode in ("bilinear", "nearest"):
         check(reconstruction(**STRIPS[shape], interpolate_mode=mode), "triton", torch.float32)
     assert len(buffers) >= 6
@@ -89,7 +90,9 @@ def test_losses(loss, restored, training):
 
 
 @pytest.mark.parametrize("bias", (True, False))
-@pytest.mark.parametrize("norm", (dict(affine=False), dict(track_running_stats=False), dict(momentum=None, eps=0.1)), ids=str)
+@pytest.mark.parametrize(
+    "norm", (dict(affine=False), dict(track_running_stats=False), dict(momentum=None, eps=0.1)), ids=str
+)
 def test_batch_norms(norm, bias):
     check(reconstruction(norm=norm, bias=bias), "triton", torch.float32)
     if "affine" in norm:
@@ -124,7 +127,9 @@ def test_running_statistics():
         reconstruction_loss(features, image, ours, impl="triton")
         plain_reconstruction(features, image, plain)
         plain_reconstruction(features.double(), image.double(), exact)
-    for (name, found), expected, theirs in zip(ours[1].named_buffers(), exact[1].buffers(), plain[1].buffers(), strict=True):
+    for (name, found), expected, theirs in zip(
+        ours[1].named_buffers(), exact[1].buffers(), plain[1].buffers(), strict=True
+    ):
         if found.is_floating_point():
             compare.assert_accurate(found, theirs, expected, what=name)
         else:
@@ -133,7 +138,7 @@ def test_running_statistics():
 
 @pytest.mark.parametrize("layout", op_cases.LAYOUTS)
 def test_layouts(layout):
-    """Strided inputs are read where they are, their gradients have the strides of `empty_like`, and nothing beside them is read."""
+    """Strided inputs are read in place, nothing beside them is; gradients have `empty_like`'s strides."""
     case = reconstruction()
     inputs = {name: op_cases.relayout(t, layout)[0] for name, t in case.inputs(torch.float32).items()}
     check(case, "triton", torch.float32, inputs)
@@ -167,7 +172,9 @@ def test_upstream_gradient_of_an_expanded_loss():
     found = gradients(case.function("triton")(inputs), inputs, torch.full((1,), -3e4).expand(1)[0])
     expected = gradients(case.plain(exact), exact, torch.tensor(-3e4, dtype=torch.float64))
     for name, grad in found.items():
-        compare.assert_close(grad, expected[name], scale=expected[case.zero.get(name, name)].abs().max().item(), what=name)
+        compare.assert_close(
+            grad, expected[name], scale=expected[case.zero.get(name, name)].abs().max().item(), what=name
+        )
 
 
 def test_empty_batch():
@@ -194,4 +201,6 @@ def test_an_image_in_another_dtype():
     inputs = case.inputs(torch.float32)
     inputs["image"] = inputs["image"].bfloat16()
     widened = case.inputs(torch.float32) | {"image": inputs["image"].float()}
-    compare.assert_same(case.function("triton")(inputs).detach(), case.function("triton")(widened).detach(), "loss")
+    compare.assert_same(
+        case.function("triton")(inputs).detach(), case.function("triton")(widened).detach(), "loss"
+    )

@@ -27,7 +27,9 @@ def test_sizes(N, D, dtype):
 @pytest.mark.parametrize("views", (None, 2))
 def test_options(views, normalize, temperature, reduction):
     """With and without a bound on the logits."""
-    case = supcon(N=21, D=9, views=views, classes=5, normalize=normalize, reduction=reduction, temperature=temperature)
+    case = supcon(
+        N=21, D=9, views=views, classes=5, normalize=normalize, reduction=reduction, temperature=temperature
+    )
     for dtype in DTYPES:
         check(case, "triton", dtype)
 
@@ -44,18 +46,20 @@ def test_upstream_gradients_of_any_size(upstream):
     inputs, exact = case.inputs(torch.float32), case.inputs()
     grad = upstream * op_cases.upstream(torch.zeros(40))
     found = gradients(case.function("triton")(inputs), inputs, grad)["features"]
-    compare.assert_close(found, gradients(case.plain(exact), exact, grad.double())["features"], what="gradient")
+    compare.assert_close(
+        found, gradients(case.plain(exact), exact, grad.double())["features"], what="gradient"
+    )
 
 
 def test_large_logits():
-    """Logits of 1e4. An ulp is 1e-3 there, and numpy's products, which the interpreter takes, are not symmetric: as magnified."""
+    """Logits of 1e4: an ulp is 1e-3, and numpy's products, the interpreter's, are not symmetric."""
     case = supcon(N=40, D=16, views=None, classes=4, temperature=1.0, normalize=False, size=25.0)
     for dtype in DTYPES:
         check(dataclasses.replace(case, magnified=case.condition), "triton", dtype)
 
 
 def test_tf32():
-    """Where torch allows TF32 the products have its 11 bits, and where not the kernel's error is that of float32."""
+    """Products have TF32's 11 bits where torch allows it; else the kernel's error is float32's."""
     case = supcon(N=70, D=64, views=None, classes=4)
     exact = case.plain(case.inputs())
     precision = torch.get_float32_matmul_precision()
@@ -94,7 +98,10 @@ def test_a_zero_row_is_a_zero_and_gets_no_gradient(length, dtype):
     z[4] = 0
     x.requires_grad_()
     found = supcon_loss(x, labels, reduction="none", impl="triton")
-    compare.assert_close(found, op_cases.plain_supcon(z, labels, normalize=False, reduction="none"), scale=1 / 0.07, what="loss")
+    compare.assert_close(
+        found, op_cases.plain_supcon(z, labels, normalize=False, reduction="none"), scale=1 / 0.07,
+        what="loss",
+    )  # fmt: skip
     found.sum().backward()
     assert torch.isfinite(x.grad).all() and not x.grad[4].any() and x.grad[3].any()
 
@@ -130,11 +137,14 @@ def test_labels_are_names(names, kind):
 
 def test_same_bits_twice():
     case = supcon(N=150, D=16, views=None, classes=5)
-    first, second = (gradients(case.function("triton")(t), t)["features"] for t in (case.inputs(torch.float32), case.inputs(torch.float32)))
+    calls = (gradients(case.function("triton")(t := case.inputs(torch.float32)), t) for _ in range(2))
+    first, second = (found["features"] for found in calls)
     compare.assert_same(first, second)
 
 
 def test_float64_is_for_the_reference():
     case = supcon()
-    with pytest.raises(ValueError, match="supcon_loss: impl='triton' cannot run this call: features is torch.float64"):
+    with pytest.raises(
+        ValueError, match="supcon_loss: impl='triton' cannot run this call: features is torch.float64"
+    ):
         case.function("triton")(case.inputs())

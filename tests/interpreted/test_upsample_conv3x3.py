@@ -11,10 +11,12 @@ from tests.op_cases import check, gradients, up_conv
 
 MODES = {"corners": dict(align_corners=True), "centers": {}, "nearest": dict(mode="nearest")}
 SIZES = {
-    "doubled": dict(h=3, w=5, H=6, W=10), "odd": dict(h=4, w=3, H=9, W=7), "same size": dict(h=3, w=5, H=3, W=5),
-    "smaller": dict(h=7, w=5, H=3, W=4), "mixed": dict(h=7, w=2, H=3, W=11), "mixed to less": dict(h=2, w=11, H=5, W=3),
-    "one pixel": dict(h=1, w=1, H=4, W=3), "to one": dict(h=4, w=3, H=1, W=1), "several tiles": dict(h=1, w=70, H=2, W=140),
-    "several strips": dict(h=9, w=1, H=19, W=2), "channels": dict(C=19, K=35, h=2, w=2, H=4, W=4), "one channel": dict(C=1, K=1),
+    "doubled": dict(h=3, w=5, H=6, W=10), "odd": dict(h=4, w=3, H=9, W=7),
+    "same size": dict(h=3, w=5, H=3, W=5), "smaller": dict(h=7, w=5, H=3, W=4),
+    "mixed": dict(h=7, w=2, H=3, W=11), "mixed to less": dict(h=2, w=11, H=5, W=3),
+    "one pixel": dict(h=1, w=1, H=4, W=3), "to one": dict(h=4, w=3, H=1, W=1),
+    "several tiles": dict(h=1, w=70, H=2, W=140), "several strips": dict(h=9, w=1, H=19, W=2),
+    "channels": dict(C=19, K=35, h=2, w=2, H=4, W=4), "one channel": dict(C=1, K=1),
 }  # fmt: skip
 
 
@@ -100,7 +102,7 @@ def test_a_non_finite_number_stays_where_it_belongs(size):
 @pytest.mark.parametrize("size", ("doubled", "smaller"))
 def test_same_bits_twice(size):
     case = up_conv(N=1, C=3, K=4, **SIZES[size])
-    first, second = (gradients(case.function("triton")(t), t) for t in (case.inputs(torch.float32), case.inputs(torch.float32)))
+    first, second = (gradients(case.function("triton")(t := case.inputs(torch.float32)), t) for _ in range(2))
     for name, t in first.items():
         compare.assert_same(second[name], t, name)
 
@@ -114,5 +116,7 @@ def test_empty_batch():
 
 def test_sizes_beyond_its_counters_are_refused():
     x, weight = torch.zeros(1, 1, 1, 40000), torch.zeros(1, 1, 3, 3)
-    with pytest.raises(ValueError, match="upsample_conv3x3: impl='triton' takes .* below 2\\^31, got maps of \\(1, 40000\\)"):
+    with pytest.raises(
+        ValueError, match="upsample_conv3x3: impl='triton' takes .* below 2\\^31, got maps of \\(1, 40000\\)"
+    ):
         upsample_conv3x3(x, weight, None, (1, 40000), impl="triton")

@@ -1,4 +1,4 @@
-"""The Triton kernels of `upsample_cross_entropy`: every option, resizes up and down, labels of any dtype and layout, counts."""
+"""Triton kernels of `upsample_cross_entropy`: options, resizes up and down, labels of any dtype, counts."""
 
 from __future__ import annotations
 
@@ -13,28 +13,40 @@ from tests.op_cases import check, gradients, upsample_ce
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@pytest.mark.parametrize("case", golden.cases("upsample_cross_entropy"), ids=lambda c: f"align_corners {c['align_corners']}")
+@pytest.mark.parametrize(
+    "case", golden.cases("upsample_cross_entropy"), ids=lambda c: f"align_corners {c['align_corners']}"
+)
 def test_golden(case):
     (H, W), N, C = case["size"], case["batch"], case["classes"]
     logits = golden.wave((N, C, *case["h_size"]), 31, 3.0).float().requires_grad_()
     target = golden.labels(N * H * W, C)
     target[:: case["ignore_every"]] = 255
     target = target.view(N, H, W).to(torch.uint8)
-    loss = upsample_cross_entropy(logits, target, align_corners=case["align_corners"], ignore_index=255, impl="triton")
+    loss = upsample_cross_entropy(
+        logits, target, align_corners=case["align_corners"], ignore_index=255, impl="triton"
+    )
     compare.assert_golden("loss", loss.detach(), case["loss"])
     compare.assert_golden("logits", torch.autograd.grad(loss, logits)[0], case["grad"])
 
 
 @pytest.mark.parametrize("reduction", ("mean", "sum", "none"))
-@pytest.mark.parametrize("label_smoothing, class_weight", [(0.0, False), (0.0, True), (0.1, False), (0.1, True), (1.0, True)])
+@pytest.mark.parametrize(
+    "label_smoothing, class_weight", [(0.0, False), (0.0, True), (0.1, False), (0.1, True), (1.0, True)]
+)
 def test_options(label_smoothing, class_weight, reduction):
-    options = dict(label_smoothing=label_smoothing, class_weight=class_weight, reduction=reduction, align_corners=class_weight)
+    options = dict(
+        label_smoothing=label_smoothing, class_weight=class_weight, reduction=reduction,
+        align_corners=class_weight,
+    )  # fmt: skip
     check(upsample_ce(N=2, C=7, h=2, w=5, H=6, W=23, **options), "triton", torch.float32)
 
 
 @pytest.mark.parametrize("align_corners", (False, True))
 @pytest.mark.parametrize(
-    "h, w, H, W", [(1, 1, 1, 1), (1, 1, 3, 9), (4, 1, 7, 1), (3, 3, 3, 3), (9, 50, 4, 13), (2, 40, 3, 160), (3, 35, 4, 40), (5, 4, 1, 1)]
+    "h, w, H, W", [
+        (1, 1, 1, 1), (1, 1, 3, 9), (4, 1, 7, 1), (3, 3, 3, 3), (9, 50, 4, 13), (2, 40, 3, 160),
+        (3, 35, 4, 40), (5, 4, 1, 1),
+    ]  # fmt: skip
 )
 def test_sizes(h, w, H, W, align_corners):
     check(upsample_ce(1, 5, h, w, H, W, align_corners=align_corners), "triton", torch.float32)
@@ -66,7 +78,9 @@ def test_channels_last_stays_so():
 
 
 @pytest.mark.parametrize(
-    "target_dtype, ignore_index", [(torch.uint8, 255), (torch.uint8, 3), (torch.int8, -100), (torch.int16, 255), (torch.int32, -100)]
+    "target_dtype, ignore_index", [
+        (torch.uint8, 255), (torch.uint8, 3), (torch.int8, -100), (torch.int16, 255), (torch.int32, -100)
+    ]
 )
 def test_targets(target_dtype, ignore_index):
     case = upsample_ce(H=5, ignore_index=ignore_index)
@@ -105,7 +119,9 @@ def test_what_is_ignored_may_be_anything(fill):
         clean["logits"][..., 9:] = 0
     loss, wanted = case.function("triton")(inputs), case.plain(clean)
     compare.assert_close(loss, wanted, what="loss")
-    compare.assert_close(gradients(loss, inputs)["logits"], gradients(wanted, clean)["logits"], what="gradient")
+    compare.assert_close(
+        gradients(loss, inputs)["logits"], gradients(wanted, clean)["logits"], what="gradient"
+    )
 
 
 @pytest.mark.parametrize("bad", (torch.nan, torch.inf))
@@ -124,7 +140,9 @@ def test_confusion(C, align_corners):
         inputs["logits"], inputs["target"], align_corners=align_corners, return_confusion=True, impl="triton"
     )
     exact = inputs["logits"].detach().double()
-    _, expected = upsample_cross_entropy(exact, inputs["target"], align_corners=align_corners, return_confusion=True, impl="reference")
+    _, expected = upsample_cross_entropy(
+        exact, inputs["target"], align_corners=align_corners, return_confusion=True, impl="reference"
+    )
     compare.assert_same(found, expected)
 
 
@@ -140,9 +158,13 @@ def test_the_first_of_equal_logits_counts():
 def test_empty_batch():
     for reduction in ("mean", "none"):
         logits = torch.zeros(0, 5, 3, 4, requires_grad=True)
-        loss = upsample_cross_entropy(logits, torch.zeros(0, 6, 8, dtype=torch.long), reduction=reduction, impl="triton")
+        loss = upsample_cross_entropy(
+            logits, torch.zeros(0, 6, 8, dtype=torch.long), reduction=reduction, impl="triton"
+        )
         loss.sum().backward()
-        assert loss.shape == ((0, 6, 8) if reduction == "none" else ()) and not loss.detach().any() and logits.grad.shape == logits.shape
+        assert loss.shape == (
+            (0, 6, 8) if reduction == "none" else ()
+        ) and not loss.detach().any() and logits.grad.shape == logits.shape
 
 
 def test_expanded_upstream_gradient():
@@ -151,12 +173,14 @@ def test_expanded_upstream_gradient():
     inputs, exact = case.inputs(torch.float32), case.inputs()
     found, wanted = case.function("triton")(inputs), case.plain(exact)
     ours = gradients(found, inputs, torch.ones(()).expand(found.shape))["logits"]
-    compare.assert_close(ours, gradients(wanted, exact, torch.ones(()).double().expand(found.shape))["logits"])
+    compare.assert_close(
+        ours, gradients(wanted, exact, torch.ones(()).double().expand(found.shape))["logits"]
+    )
 
 
 def test_same_bits_twice():
     case = upsample_ce(H=5)
-    first, second = (gradients(case.function("triton")(t), t) for t in (case.inputs(torch.float32), case.inputs(torch.float32)))
+    first, second = (gradients(case.function("triton")(t := case.inputs(torch.float32)), t) for _ in range(2))
     compare.assert_same(first["logits"], second["logits"])
 
 
@@ -170,14 +194,17 @@ class Launches:
         return lambda *args, **options: self.grids.append(grid)
 
 
-@pytest.mark.parametrize("N, C, h, H", [(1, 2, 1, 70000), (1, 2, 70000, 1), (70000, 2, 1, 1), (3, 70000, 1, 1), (2, 40, 300, 400)])
+@pytest.mark.parametrize(
+    "N, C, h, H", [(1, 2, 1, 70000), (1, 2, 70000, 1), (70000, 2, 1, 1), (3, 70000, 1, 1), (2, 40, 300, 400)]
+)
 def test_programs_are_counted_in_the_one_dimension_that_takes_so_many(N, C, h, H, monkeypatch):
-    """A GPU has at most 65535 in the others. Each program is there once: BLOCK_P pixels of a row; BLOCK_C classes of BLOCK_W pixels."""
+    """Others hold 65535. A program: BLOCK_P pixels of a row; BLOCK_C classes of BLOCK_W pixels."""
     kernels = {name: Launches() for name in ("_forward_kernel", "_finish_kernel", "_backward_kernel")}
     for name, launches in kernels.items():
         monkeypatch.setattr(module, name, launches)
     logits = torch.zeros(1, 1, 1, 1).expand(N, C, h, 40).requires_grad_()
-    upsample_cross_entropy(logits, torch.zeros(1, 1, 1, dtype=torch.uint8).expand(N, H, 100), impl="triton").backward()
+    target = torch.zeros(1, 1, 1, dtype=torch.uint8).expand(N, H, 100)
+    upsample_cross_entropy(logits, target, impl="triton").backward()
     tiles = module.choose_tiles(C)
     assert kernels["_forward_kernel"].grids == [(N * H * -(-100 // tiles.forward_p),)]
     assert kernels["_backward_kernel"].grids == [(N * -(-C // tiles.block_c) * h * -(-40 // tiles.block_w),)]
@@ -185,5 +212,8 @@ def test_programs_are_counted_in_the_one_dimension_that_takes_so_many(N, C, h, H
 
 def test_sizes_beyond_its_counters_are_refused():
     logits, target = torch.zeros(1, 2, 40000, 1), torch.zeros(1, 40000, 1, dtype=torch.uint8)
-    with pytest.raises(ValueError, match="upsample_cross_entropy: impl='triton' cannot run this call: logits .* need more than 32 bits"):
+    with pytest.raises(
+        ValueError,
+        match="upsample_cross_entropy: impl='triton' cannot run this call: logits .* need more than 32 bits",
+    ):  # fmt: skip
         upsample_cross_entropy(logits, target, impl="triton")

@@ -1,12 +1,11 @@
-"""Triton kernels of the last stage of a chain decoder (`reconstruction_loss_chain`): the convolution to 3 channels, and the loss of its logits.
+"""Triton kernels of a chain decoder's last stage: the convolution to 3 channels and the loss of its logits.
 
-    s = conv3x3(resize(a)) + bias          (N, 3, H, W), float32, transient       `triton_kernels.chain_stage`
+    s = conv3x3(resize(a)) + bias          (N, 3, H, W), float32, transient       `chain_stage`
     loss = mean of the loss of a pixel     _loss_kernel, a partial sum a program, added up in float64
     ds                                     _gradient_kernel, in place of s
 
-Forward and backward find s each. Of the size of the image there is nothing else: bytes a sample, 24 H W for s, written and read, in
-backward 60 H W, since the sums of ds and the convolution's gradients read it again, and the image's own, which is restored and clamped on
-the way; then a stage's.
+Forward and backward each compute s, the only tensor of the image's size. Bytes a sample, beside a stage's:
+24 H W forward, 60 H W backward (the sums of ds and the convolution's gradients read it again), and the image.
 """
 
 from __future__ import annotations
@@ -25,10 +24,8 @@ BLOCK = 1024  # pixels of a plane that a program takes
 
 
 @triton.jit
-def _pixels(
-    s, image, W, HW, stride_n, stride_o, stride_y, stride_x, m0, m1, m2, d0, d1, d2, RESTORE: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    """This program's logits and targets, a block of one of the 3 N planes; where they are, and which of them there are."""
+def _pixels(s, image, W, HW, stride_n, stride_o, stride_y, stride_x, m0, m1, m2, d0, d1, d2, RESTORE, BLOCK):
+    """This program's block of one of the 3 N planes: logits, targets, offsets, and a mask."""
     blocks = tl.cdiv(HW, BLOCK)
     plane, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     n, o = (plane // 3).to(tl.int64), plane % 3
@@ -36,7 +33,8 @@ def _pixels(
     inside = pixel < HW
     mean = tl.where(o == 0, m0, tl.where(o == 1, m1, m2))
     deviation = tl.where(o == 0, d0, tl.where(o == 1, d1, d2))
-    at = n * stride_n + o.to(tl.int64) * stride_o + (pixel // W).to(tl.int64) * stride_y + (pixel % W).to(tl.int64) * stride_x
+    row, column = (pixel // W).to(tl.int64), (pixel % W).to(tl.int64)
+    at = n * stride_n + o.to(tl.int64) * stride_o + row * stride_y + column * stride_x
     target = load_target(image, at, inside, mean, deviation, RESTORE)
     place = plane.to(tl.int64) * HW + pixel
     return tl.load(s + place, mask=inside, other=0.0), target, place, inside
@@ -59,7 +57,7 @@ def _gradient_kernel(
     s, image, grad, weight, W, HW, stride_n, stride_o, stride_y, stride_x, m0, m1, m2, d0, d1, d2,
     RESTORE: tl.constexpr, LOSS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """s becomes grad * weight * d loss / d s."""
+    """Replace s by grad * weight * d loss / d s."""
     logit, target, place, inside = _pixels(
         s, image, W, HW, stride_n, stride_o, stride_y, stride_x, m0, m1, m2, d0, d1, d2, RESTORE, BLOCK
     )  # fmt: skip
@@ -67,15 +65,17 @@ def _gradient_kernel(
     tl.store(s + place, slope * (tl.load(grad).to(tl.float32) * weight), mask=inside)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Launchers: the arguments of the ops' schemas
 
 
 def _logits(x, norm, weight, bias, image, mode) -> torch.Tensor:
-    return stage.convolve(x if norm is None else stage.Activation(x, norm), weight, bias, *image.shape[2:], mode)
+    a = x if norm is None else stage.Activation(x, norm)
+    return stage.convolve(a, weight, bias, *image.shape[2:], mode)
 
 
-def _common(s: torch.Tensor, image: torch.Tensor, restore: list[float], loss: int) -> tuple[tuple[int], tuple, tuple]:
+def _common(s: torch.Tensor, image: torch.Tensor, restore: list[float], loss: int) -> tuple[
+    tuple[int], tuple, tuple
+]:
     """Grid, sizes and strides, and what is compiled in."""
     N, _, H, W = s.shape
     sizes = (W, H * W, *image.stride(), *(restore or [0.0] * 6))
@@ -83,7 +83,7 @@ def _common(s: torch.Tensor, image: torch.Tensor, restore: list[float], loss: in
 
 
 def forward(x, mean, var, gamma, beta, eps, weight, bias, image, restore, mode, factors, loss, in_f64):
-    """`chain_loss_forward`: the mean loss, 0-d float32; 0 of an empty batch."""
+    """`chain_loss_forward`: mean loss, 0-d float32; 0 for an empty batch."""
     if x.shape[0] == 0:
         return x.new_zeros((), dtype=torch.float32)
     s = _logits(x, stage.norm_of(mean, var, gamma, beta, eps), weight, bias, image, mode)
@@ -93,8 +93,11 @@ def forward(x, mean, var, gamma, beta, eps, weight, bias, image, restore, mode, 
     return (partial.sum(dtype=torch.float64) / s.numel()).float()
 
 
-def backward(grad, x, mean, var, gamma, beta, eps, weight, bias, image, restore, mode, factors, loss, needs_x, needs_weight):
-    """`chain_loss_backward`: as `chain_stage_backward`, and the bias's gradient (3,)."""
+def backward(
+    grad, x, mean, var, gamma, beta, eps, weight, bias, image, restore, mode, factors, loss, needs_x,
+    needs_weight,
+):  # fmt: skip
+    """`chain_loss_backward`: the results of `chain_stage_backward`, and the bias's gradient (3,)."""
     norm = stage.norm_of(mean, var, gamma, beta, eps)
     if x.shape[0] == 0:
         s = x.new_empty((0, 3, *image.shape[2:]), dtype=torch.float32)
@@ -105,14 +108,17 @@ def backward(grad, x, mean, var, gamma, beta, eps, weight, bias, image, restore,
     return *stage.through(s, x, norm, weight, mode, needs_x, needs_weight), s.sum((0, 2, 3))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What is compiled, for tests that compile it ahead of time
+# For tests that compile ahead of time
 
 
 def configurations(cc: int) -> typing.Iterator[Compilation]:
-    """Both kernels with every loss, an image of each dtype, contiguous and channels_last; of one pixel."""
-    cases = [("fp32", 0, True, {"stride_x": 1}), ("bf16", 1, True, {"stride_o": 1}), ("fp16", 2, False, {"W": 1, "HW": 1, "stride_x": 1})]
+    """Both kernels with each loss, dtype and layout of the image, and for one pixel."""
+    cases = [
+        ("fp32", 0, True, {"stride_x": 1}), ("bf16", 1, True, {"stride_o": 1}),
+        ("fp16", 2, False, {"W": 1, "HW": 1, "stride_x": 1}),
+    ]  # fmt: skip
     for dtype, loss, restore, fixed in cases:
         for kernel in (_loss_kernel, _gradient_kernel):
-            types = dict.fromkeys(("weight", "m0", "m1", "m2", "d0", "d1", "d2"), "fp32") | {"image": f"*{dtype}"}
-            yield compilation(kernel, types, {"RESTORE": restore, "LOSS": loss, "BLOCK": BLOCK} | fixed)
+            floats = dict.fromkeys(("weight", "m0", "m1", "m2", "d0", "d1", "d2"), "fp32")
+            fixed |= {"RESTORE": restore, "LOSS": loss, "BLOCK": BLOCK}
+            yield compilation(kernel, floats | {"image": f"*{dtype}"}, fixed)

@@ -1,18 +1,20 @@
-"""Triton kernels of a stage of a chain decoder (`reconstruction_loss_chain`): z_prev (N, C, h, w), weight (K, C, 1 or 3, 1 or 3), z (N, K, H, W).
+"""Triton kernels of a stage of a chain decoder: z_prev (N, C, h, w), weight (K, C, 1 or 3, 1 or 3), z (N, K,
+H, W).
 
-    a  = relu(gamma x + beta),  x = (z_prev - mean) / std       _activation_kernel, or the features as they are
-    z  = conv(resize(a)) + bias                                 `triton_kernels.upsample_conv3x3`; 1x1 without resize: one product, torch.bmm
+    a  = relu(gamma x + beta),  x = (z_prev - mean) / std       _activation_kernel; the first stage: features
+    z  = conv(resize(a)) + bias                                 `upsample_conv3x3`, or torch.bmm if pointwise
     dz = gamma / std (dy - mean dy - x mean(dy x))              _normalised_gradient_kernel
     da = conv^T(resize^T(dz)), dW                               as z
-    dy_prev = da where a > 0; its sum, and that times x         _rectify_kernel, in place of da
+    dy_prev = da where a > 0; sums of it and of it times x      _rectify_kernel, in place of da
 
-a, dz and the convolution's own maps are made for as many samples at a time as stay in a GPU's second cache, so that none of them is ever
-whole in memory; z's statistics and the last line are passes over the whole batch. Bytes a sample beside what `triton_kernels.upsample_conv3x3`
-counts: 8 C h w for a and 4 K H W for the statistics; in backward 12 K H W for dz, 8 C h w for a and 12 C h w for dy.
+a, dz and the convolution's maps exist only for chunks of samples that fit a GPU's second cache. z's
+statistics and the last line are passes over the whole batch. Bytes a sample, beside those of
+`upsample_conv3x3`: forward 8 C h w for a and 4 K H W for the statistics; backward 12 K H W for dz, 8 C h w
+for a and 12 C h w for dy.
 
-Transient: a chunk of a, of dz and of the taps, up to 32 MiB each or those of a sample. z is float32, and so is all arithmetic but for a
-product of features and weights that both have the same 16 bits, which float32 holds exactly, too; in TF32 where torch allows that for
-matmuls. Deterministic: sums are of fixed blocks, added up in one order.
+Transient: a chunk each of a, dz and the taps, up to 32 MiB or one sample each. z and all arithmetic are
+float32. Features and weights that both have the same 16 bits are multiplied as they are, which is exact in
+float32; other products use TF32 where torch allows it. Deterministic: sums of fixed blocks in a fixed order.
 """
 
 from __future__ import annotations
@@ -29,13 +31,12 @@ from .target import Compilation, compilation, launched
 
 BLOCK = 1024  # pixels of a map that a program takes
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Kernels: each program has one block of one map
 
 
 @triton.jit
-def _block_of_map(HW, BLOCK: tl.constexpr):
-    """This program's map and block, and the pixels of it, in the map and from the first number of all."""
+def _block_of_map(HW, BLOCK):
+    """This program's map and block, its pixels in the map, and their offsets in the tensor."""
     blocks = tl.cdiv(HW, BLOCK)
     program = tl.program_id(0)
     plane, block = program // blocks, program % blocks
@@ -44,7 +45,7 @@ def _block_of_map(HW, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _norm_of(mean, var, gamma, beta, c, eps, AFFINE: tl.constexpr):
+def _norm_of(mean, var, gamma, beta, c, eps, AFFINE):
     """(mean, 1 / standard deviation, gamma, beta) of channel c, float32."""
     centre = tl.load(mean + c).to(tl.float32)
     inverse = 1.0 / tl.sqrt_rn(tl.load(var + c).to(tl.float32) + eps)
@@ -65,9 +66,10 @@ def _activation_kernel(z, mean, var, gamma, beta, out, C, HW, eps, AFFINE: tl.co
 
 @launched
 def _normalised_gradient_kernel(
-    dy, z, mean, var, gamma, mean_dy, out, C, HW, eps, AFFINE: tl.constexpr, BATCH_STATISTICS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """dz from dy, both (n, C, HW); mean_dy (2, C): the means of dy and of dy x, which the batch's statistics take away."""
+    dy, z, mean, var, gamma, mean_dy, out, C, HW, eps, AFFINE: tl.constexpr, BATCH_STATISTICS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """dz from dy, both (n, C, HW). mean_dy (2, C): means of dy and dy x, which batch statistics subtract."""
     plane, block, pixel, at = _block_of_map(HW, BLOCK)
     c = plane % C
     centre, inverse, scale, shift = _norm_of(mean, var, gamma, gamma, c, eps, AFFINE)
@@ -79,7 +81,9 @@ def _normalised_gradient_kernel(
 
 
 @launched
-def _rectify_kernel(dy, z, mean, var, gamma, beta, sums, blocks_of_all, C, HW, eps, AFFINE: tl.constexpr, BLOCK: tl.constexpr):
+def _rectify_kernel(
+    dy, z, mean, var, gamma, beta, sums, blocks_of_all, C, HW, eps, AFFINE: tl.constexpr, BLOCK: tl.constexpr
+):
     """dy = da where a > 0, in place; sums (2, blocks of all maps): of dy, and of dy x."""
     plane, block, pixel, at = _block_of_map(HW, BLOCK)
     centre, inverse, scale, shift = _norm_of(mean, var, gamma, beta, plane % C, eps, AFFINE)
@@ -90,12 +94,11 @@ def _rectify_kernel(dy, z, mean, var, gamma, beta, sums, blocks_of_all, C, HW, e
     tl.store(sums + blocks_of_all + tl.program_id(0), tl.sum(tl.where(pixel < HW, g * x, 0.0)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What a convolution reads: maps that are made when samples are asked for
+# Inputs of a convolution: maps that are computed when samples are read
 
 
 class Norm(typing.NamedTuple):
-    """Batch norm as a stage's op is given it; gamma and beta contiguous, or None."""
+    """Batch norm of a stage; gamma and beta are contiguous, or None."""
 
     mean: torch.Tensor
     var: torch.Tensor
@@ -105,19 +108,21 @@ class Norm(typing.NamedTuple):
 
     @property
     def pointers(self) -> tuple[torch.Tensor, ...]:
-        """mean, var, gamma, beta, as kernels take them where there is no affine part, too."""
-        return self.mean, self.var, *((self.mean, self.var) if self.gamma is None else (self.gamma, self.beta))
+        """mean, var, gamma, beta; without an affine part, pointers that no kernel reads."""
+        affine = (self.mean, self.var) if self.gamma is None else (self.gamma, self.beta)
+        return self.mean, self.var, *affine
 
 
 def norm_of(mean, var, gamma, beta, eps) -> Norm | None:
-    """None where x is a decoder's features, which nothing normalises."""
+    """Batch norm of a stage's input; None for a decoder's features."""
     if mean is None:
         return None
-    return Norm(mean.contiguous(), var.contiguous(), *(None if t is None else t.contiguous() for t in (gamma, beta)), eps)
+    gamma, beta = (None if t is None else t.contiguous() for t in (gamma, beta))
+    return Norm(mean.contiguous(), var.contiguous(), gamma, beta, eps)
 
 
 class _Made:
-    """A tensor (N, C, H, W), float32, of which only the samples that are asked for exist."""
+    """A float32 tensor (N, C, H, W) whose samples are computed when a slice is read."""
 
     dtype = torch.float32
 
@@ -140,12 +145,14 @@ class Activation(_Made):
         out = torch.empty_like(z)
         C, HW = z.shape[1], z.shape[2] * z.shape[3]
         if out.numel():
-            _activation_kernel[_grid(z)](z, *self.norm.pointers, out, C, HW, self.norm.eps, self.norm.gamma is not None, BLOCK)
+            _activation_kernel[_grid(z)](
+                z, *self.norm.pointers, out, C, HW, self.norm.eps, self.norm.gamma is not None, BLOCK
+            )
         return out
 
 
-class _NormalisedGradient(_Made):
-    """The gradient of z, from that of its batch norm."""
+class NormalisedGradient(_Made):
+    """The gradient of z, from that of its batch norm's output."""
 
     def __init__(self, dy: torch.Tensor, z: torch.Tensor, norm: Norm, mean_dy: torch.Tensor | None):
         super().__init__(z)
@@ -158,8 +165,8 @@ class _NormalisedGradient(_Made):
         mean, var, gamma, _ = self.norm.pointers
         if out.numel():
             _normalised_gradient_kernel[_grid(z)](
-                dy, z, mean, var, gamma, self.mean_dy.contiguous() if of_batch else mean, out, z.shape[1], z.shape[2] * z.shape[3],
-                self.norm.eps, self.norm.gamma is not None, of_batch, BLOCK,
+                dy, z, mean, var, gamma, self.mean_dy.contiguous() if of_batch else mean, out, z.shape[1],
+                z.shape[2] * z.shape[3], self.norm.eps, self.norm.gamma is not None, of_batch, BLOCK,
             )  # fmt: skip
         return out
 
@@ -169,20 +176,23 @@ def _grid(z: torch.Tensor) -> tuple[int]:
 
 
 def rectify(da: torch.Tensor, z: torch.Tensor, norm: Norm) -> torch.Tensor:
-    """Make da the gradient of the batch norm's output, in place; its sums over pixels, and those of it times x: (2, C)."""
+    """Turn da into dy, the gradient of the batch norm's output, in place; return its sums, (2, C)."""
     N, C, HW = z.shape[0], z.shape[1], z.shape[2] * z.shape[3]
     (blocks,) = _grid(z)
     sums = torch.empty((2, blocks), dtype=torch.float32, device=z.device)
     if blocks:
-        _rectify_kernel[(blocks,)](da, z.contiguous(), *norm.pointers, sums, blocks, C, HW, norm.eps, norm.gamma is not None, BLOCK)
+        _rectify_kernel[(blocks,)](
+            da, z.contiguous(), *norm.pointers, sums, blocks, C, HW, norm.eps, norm.gamma is not None, BLOCK
+        )
     return sums.view(2, N, C, -1).sum((1, 3)) if blocks else sums.new_zeros(2, C)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # The convolution of a stage
 
 
-def convolve(x: torch.Tensor | Activation, weight: torch.Tensor, bias: torch.Tensor | None, H: int, W: int, mode: int) -> torch.Tensor:
+def convolve(
+    x: torch.Tensor | Activation, weight: torch.Tensor, bias: torch.Tensor | None, H: int, W: int, mode: int
+) -> torch.Tensor:
     """z (N, K, H, W), float32, contiguous."""
     (h, w), side = x.shape[2:], weight.shape[-1]
     if side == 1 and (h, w) == (H, W):
@@ -191,40 +201,42 @@ def convolve(x: torch.Tensor | Activation, weight: torch.Tensor, bias: torch.Ten
 
 
 def gradients(
-    grad: torch.Tensor | _NormalisedGradient, x: torch.Tensor | Activation, weight: torch.Tensor, mode: int, needs_x: bool,
-    needs_weight: bool,
+    grad: torch.Tensor | NormalisedGradient, x: torch.Tensor | Activation, weight: torch.Tensor, mode: int,
+    needs_x: bool, needs_weight: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Those of x (float32, or the features' dtype and strides) and of the weight (float32); nothing (0,) where not needed."""
+    """Gradients of x (float32, or like the features) and weight (float32); (0,) where not needed."""
     (h, w), (H, W), side = x.shape[2:], grad.shape[2:], weight.shape[-1]
     like = x.z if isinstance(x, Activation) else x
     g_x = torch.empty_like(like) if needs_x else like.new_empty((0,))
     if grad.numel() == 0 or not (needs_x or needs_weight):
-        return g_x, torch.zeros(weight.shape if needs_weight else (0,), dtype=torch.float32, device=like.device)
-    into, weight = g_x if needs_x else None, weight.float()  # products of float32 numbers: the gradient of a mean underflows in float16
+        shape = weight.shape if needs_weight else (0,)
+        return g_x, torch.zeros(shape, dtype=torch.float32, device=like.device)
+    # products of float32 numbers: the gradient of a mean underflows in float16
+    into, weight = g_x if needs_x else None, weight.float()
     if side == 1 and (h, w) == (H, W):
         found = conv3x3.pointwise_gradients(grad, x, weight, into, needs_weight)
     else:
-        found = conv3x3.write_gradients(grad, x, _three_by_three(weight), _resize(h, w, H, W, mode), into, needs_weight)
+        mode, weight = _resize(h, w, H, W, mode), _three_by_three(weight)
+        found = conv3x3.write_gradients(grad, x, weight, mode, into, needs_weight)
         found = found[:, :, 1:2, 1:2].contiguous() if found is not None and side == 1 else found
     return g_x, found if needs_weight else like.new_empty((0,), dtype=torch.float32)
 
 
 def _three_by_three(weight: torch.Tensor) -> torch.Tensor:
-    """A 1x1 convolution behind a resize, which no released decoder has, as the middle of a 3x3 one."""
+    """The weight as 3x3: a 1x1 behind a resize, which no published decoder has, becomes the middle tap."""
     return weight if weight.shape[-1] == 3 else F.pad(weight, (1, 1, 1, 1))
 
 
 def _resize(h: int, w: int, H: int, W: int, mode: int) -> int:
-    """The mode; nearest, which reads one pixel for one, where nothing is resized."""
+    """The mode of the resize; nearest, which copies, where sizes are equal."""
     return 1 if (h, w) == (H, W) else mode
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Launchers: the arguments of the ops' schemas. Resizes by factors are those that give whole sizes, so that sizes say all.
+# Launchers, with the arguments of the ops' schemas. ``factors`` is not needed: sizes determine the resize.
 
 
 def forward(x, mean, var, gamma, beta, eps, weight, bias, H, W, mode, factors, in_f64):
-    """`chain_stage_forward`: z, and mean and biased variance (2, K) of its channels."""
+    """`chain_stage_forward`: z, and the mean and biased variance of its channels, (2, K)."""
     norm = norm_of(mean, var, gamma, beta, eps)
     z = convolve(x if norm is None else Activation(x, norm), weight, bias, H, W, mode)
     if z.numel() == 0:
@@ -234,27 +246,35 @@ def forward(x, mean, var, gamma, beta, eps, weight, bias, H, W, mode, factors, i
 
 
 def backward(
-    dy, z, z_mean, z_var, z_gamma, z_eps, mean_dy, x, mean, var, gamma, beta, eps, weight, mode, factors, needs_x, needs_weight
+    dy, z, z_mean, z_var, z_gamma, z_eps, mean_dy, x, mean, var, gamma, beta, eps, weight, mode, factors,
+    needs_x, needs_weight,
 ):  # fmt: skip
-    """`chain_stage_backward`: of x the gradient (of its batch norm, if it has one), its sums (2, C), and the weight's gradient."""
+    """`chain_stage_backward`: gradient of x (or its batch norm's output), sums (2, C), g_weight."""
     outer = norm_of(z_mean, z_var, z_gamma, z_gamma, z_eps)
-    return through(_NormalisedGradient(dy, z, outer, mean_dy), x, norm_of(mean, var, gamma, beta, eps), weight, mode, needs_x, needs_weight)
+    return through(
+        NormalisedGradient(dy, z, outer, mean_dy), x, norm_of(mean, var, gamma, beta, eps), weight, mode,
+        needs_x, needs_weight,
+    )  # fmt: skip
 
 
-def through(grad, x, norm, weight, mode, needs_x, needs_weight) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The same from the gradient of the convolution's output."""
-    g_x, g_weight = gradients(grad, x if norm is None else Activation(x, norm), weight, mode, needs_x, needs_weight)
-    sums = rectify(g_x, x, norm) if norm is not None and needs_x else g_x.new_zeros((2, x.shape[1]), dtype=torch.float32)
+def through(grad, x, norm, weight, mode, needs_x, needs_weight) -> tuple[
+    torch.Tensor, torch.Tensor, torch.Tensor
+]:
+    """As `backward`, from the gradient of the convolution's output."""
+    a = x if norm is None else Activation(x, norm)
+    g_x, g_weight = gradients(grad, a, weight, mode, needs_x, needs_weight)
+    rectifies = norm is not None and needs_x
+    sums = rectify(g_x, x, norm) if rectifies else g_x.new_zeros((2, x.shape[1]), dtype=torch.float32)
     return g_x, sums, g_weight
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What is compiled, for tests that compile it ahead of time
+# For tests that compile ahead of time
 
 
 def configurations(cc: int) -> typing.Iterator[Compilation]:
-    """Every kernel, with and without an affine part, whose parameters may be of 16 bits; of one channel."""
-    for parameters, affine, fixed in (("*fp32", True, {}), ("*bf16", True, {}), ("*fp32", False, {"C": 1, "HW": 1})):
+    """Every kernel with and without an affine part, of 32 and 16 bits, and for one channel."""
+    cases = ("*fp32", True, {}), ("*bf16", True, {}), ("*fp32", False, {"C": 1, "HW": 1})
+    for parameters, affine, fixed in cases:
         for kernel in (_activation_kernel, _normalised_gradient_kernel, _rectify_kernel):
             chosen = {"AFFINE": affine, "BATCH_STATISTICS": affine, "BLOCK": BLOCK} | fixed
             types = {"blocks_of_all": "i32", "eps": "fp32", "gamma": parameters, "beta": parameters}

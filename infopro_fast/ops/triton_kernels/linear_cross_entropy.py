@@ -1,16 +1,17 @@
-"""Triton kernels of `linear_cross_entropy`: input x (N, D), weight W (C, D), one of two ways by the number of classes.
+"""Triton kernels of `linear_cross_entropy`: input x (N, D), weight W (C, D).
 
-Few classes (InfoPro's heads: 10 to 64): a program takes BLOCK_N rows, and the logits of all classes are one tile of it that nothing
-stores. Forward reads x once; backward takes the tile again, and from it the rows' gradient and the program's share of that of W, which
-`_add_up_kernel` sums in a fixed order.
+Few classes (InfoPro's heads: 10 to 64): a program takes BLOCK_N rows and holds the logits of all classes in
+one tile, which is never stored. Forward reads x once. Backward computes the tile again, and from it the
+gradient of its rows and its share of that of W, which `_add_up_kernel` adds up in a fixed order.
 
-More: chunks of rows, at most 2^24 logits at a time, by cuBLAS, which no Triton kernel beats at three plain products; row statistics and
-the gradient of the logits, in place, in one sweep each.
+Many classes: chunks of rows, at most 2^24 logits at a time. cuBLAS, which no Triton kernel beats there,
+computes the three products; one sweep each finds the row statistics and the gradient of the logits, in place.
 
-Arithmetic is float32. Products of bfloat16 or float16 operands are exact, then summed in float32; those of float32 follow torch's
-precision of matmuls. The gradient of the logits is rounded to the operands' 16 bits for the many classes' products, as torch does.
+Arithmetic is float32. Products of 16-bit operands are exact and summed in float32; float32 products follow
+torch's matmul precision. Like torch, the many classes round the gradient of the logits to the operands' 16
+bits.
 
-A label that is out of range, and is not ``ignore_index``, reads nothing: it makes the row's loss, and the gradients it takes part in, nan.
+A label out of range other than ``ignore_index`` reads nothing: the row's loss and gradients become nan.
 """
 
 from __future__ import annotations
@@ -21,23 +22,23 @@ import torch
 import triton
 import triton.language as tl
 
-from .target import Compilation, capability, compilation, dot_precision, launched, multiprocessors, rounded, spread
+from .target import capability, compilation, dot_precision, launched, multiprocessors, rounded, spread
 
 MEAN, SUM, NONE = range(3)  # linear_cross_entropy.REDUCTIONS
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Kernels
 
 
 @triton.jit
 def _load_tile(x, rows, columns, N, D, stride_n, stride_d):
     inside = (rows < N)[:, None] & (columns < D)[None, :]
-    return tl.load(x + rows.to(tl.int64)[:, None] * stride_n + columns[None, :] * stride_d, mask=inside, other=0.0).to(tl.float32)
+    at = x + rows.to(tl.int64)[:, None] * stride_n + columns[None, :] * stride_d
+    return tl.load(at, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _load_targets(target, class_weight, rows, N, C, ignore_index, WEIGHTED: tl.constexpr):
-    """(label, its class weight, whether the row counts); the weight is 0 where it does not, nan where the label is out of range."""
+def _load_targets(target, class_weight, rows, N, C, ignore_index, WEIGHTED):
+    """(label, class weight, whether the row counts); the weight: 0 if it does not, nan if out of range."""
     t = tl.load(target + rows, mask=rows < N, other=0).to(tl.int64)
     kept = (rows < N) & (t != ignore_index)
     known = (t >= 0) & (t < C)
@@ -49,8 +50,8 @@ def _load_targets(target, class_weight, rows, N, C, ignore_index, WEIGHTED: tl.c
 
 @triton.jit
 def _logits(
-    x, weight, bias, rows, classes, N, D, C, stride_n, stride_d, weight_stride_c, weight_stride_d,
-    BIAS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+    x, weight, bias, rows, classes, N, D, C, stride_n, stride_d, weight_stride_c, weight_stride_d, BIAS,
+    PRECISION, BLOCK_N, BLOCK_C, BLOCK_D,
 ):  # fmt: skip
     """All logits of a row block, -inf beyond the last class."""
     s = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
@@ -74,10 +75,10 @@ def _row_losses(l, s_target, smooth, w, kept, label_smoothing, C):
 
 @launched
 def _few_forward_kernel(
-    x, weight, bias, target, class_weight, loss, lse, right, N, D, C, stride_n, stride_d, weight_stride_c, weight_stride_d,
-    ignore_index, label_smoothing,
-    BIAS: tl.constexpr, WEIGHTED: tl.constexpr, SMOOTH: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+    x, weight, bias, target, class_weight, loss, lse, right, N, D, C, stride_n, stride_d, weight_stride_c,
+    weight_stride_d, ignore_index, label_smoothing, BIAS: tl.constexpr, WEIGHTED: tl.constexpr,
+    SMOOTH: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     rows, classes = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_C)
     s = _logits(
@@ -102,12 +103,15 @@ def _few_forward_kernel(
 
 @launched
 def _few_backward_kernel(
-    row_grad, x, weight, bias, target, class_weight, g_input, partial, N, D, C,
-    row_grad_stride, stride_n, stride_d, weight_stride_c, weight_stride_d, ignore_index, label_smoothing,
-    BIAS: tl.constexpr, WEIGHTED: tl.constexpr, NEEDS_INPUT: tl.constexpr, NEEDS_WEIGHT: tl.constexpr, PRECISION: tl.constexpr,
+    row_grad, x, weight, bias, target, class_weight, g_input, partial, N, D, C, row_grad_stride, stride_n,
+    stride_d, weight_stride_c, weight_stride_d, ignore_index, label_smoothing, BIAS: tl.constexpr,
+    WEIGHTED: tl.constexpr, NEEDS_INPUT: tl.constexpr, NEEDS_WEIGHT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Every num_programs-th row block: the gradient of its rows, and what they add to those of W and b, in partial (programs, C D + C)."""
+    """Gradient of the rows of every num_programs-th block; their share of those of W and b in ``partial``.
+
+    partial: (programs, C D + C).
+    """
     classes = tl.arange(0, BLOCK_C)
     mine = partial + tl.program_id(0).to(tl.int64) * (C * D + C)
     g_bias = tl.zeros((BLOCK_C,), tl.float32)
@@ -115,7 +119,9 @@ def _few_backward_kernel(
     if WEIGHTED:
         every = tl.load(class_weight + classes, mask=classes < C, other=0.0)
     for block in range(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.num_programs(0)):
-        tl.debug_barrier()  # what the block before stored may be loaded by another thread (at the end of the loop it costs sm_120 spills)
+        # what the block before stored may be loaded by another thread (at the end of the loop it costs sm_120
+        # spills)
+        tl.debug_barrier()
         rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
         s = _logits(
             x, weight, bias, rows, classes, N, D, C, stride_n, stride_d, weight_stride_c, weight_stride_d,
@@ -136,7 +142,8 @@ def _few_backward_kernel(
                 at = rows.to(tl.int64)[:, None] * D + dimensions[None, :]
                 tl.store(g_input + at, tl.dot(g, other, input_precision=PRECISION), mask=inside)
             if NEEDS_WEIGHT:
-                counted = kept[:, None] & (dimensions < D)[None, :]  # what an ignored row holds may be infinite
+                # what an ignored row holds may be infinite
+                counted = kept[:, None] & (dimensions < D)[None, :]
                 at = x + rows.to(tl.int64)[:, None] * stride_n + dimensions[None, :] * stride_d
                 tile = tl.load(at, mask=counted, other=0.0).to(tl.float32)
                 share = tl.dot(tl.trans(g), tile, input_precision=PRECISION)
@@ -149,7 +156,7 @@ def _few_backward_kernel(
 
 @triton.jit
 def _logit_gradient(p, r, w, every, every_sum, is_target, kept, label_smoothing, C):
-    """d loss / d logits of a tile (rows, classes) from its probabilities; 0 in rows that do not count and beyond the last class."""
+    """d loss / d logits of a tile (rows, classes) from probabilities; 0 where nothing counts."""
     even = label_smoothing / C
     g = ((1 - label_smoothing) * w + even * every_sum)[:, None] * p
     g -= tl.where(is_target, (1 - label_smoothing) * w[:, None], 0.0) + even * every[None, :]
@@ -162,7 +169,8 @@ def _add_up_kernel(partial, g_weight, g_bias, PROGRAMS, size, C, BLOCK: tl.const
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     for program in range(PROGRAMS):
-        total += tl.load(partial + tl.cast(program, tl.int64) * (size + C) + at, mask=at < size + C, other=0.0)
+        mine = partial + tl.cast(program, tl.int64) * (size + C)
+        total += tl.load(mine + at, mask=at < size + C, other=0.0)
     tl.store(g_weight + at, total, mask=at < size)
     tl.store(g_bias + at - size, total, mask=(at >= size) & (at < size + C))
 
@@ -170,7 +178,8 @@ def _add_up_kernel(partial, g_weight, g_bias, PROGRAMS, size, C, BLOCK: tl.const
 @launched
 def _many_forward_kernel(
     logits, bias, target, class_weight, every_sum, loss, lse, right, N, C, ignore_index, label_smoothing,
-    BIAS: tl.constexpr, WEIGHTED: tl.constexpr, SMOOTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    BIAS: tl.constexpr, WEIGHTED: tl.constexpr, SMOOTH: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Row statistics of logits (N, C) without bias, in one sweep."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -210,11 +219,13 @@ def _many_forward_kernel(
 
 @launched
 def _many_backward_kernel(
-    row_grad, unit, logits, out, bias, target, class_weight, every_sum, lse, N, C, row_grad_stride, ignore_index, label_smoothing,
-    BIAS: tl.constexpr, WEIGHTED: tl.constexpr, UNIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    row_grad, unit, logits, out, bias, target, class_weight, every_sum, lse, N, C, row_grad_stride,
+    ignore_index, label_smoothing, BIAS: tl.constexpr, WEIGHTED: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the logits (N, C), without bias, times ``unit`` if UNIT; ``out`` may be ``logits``."""
-    rows, classes = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    classes = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     t, w, kept = _load_targets(target, class_weight, rows, N, C, ignore_index, WEIGHTED)
     at = rows.to(tl.int64)[:, None] * C + classes[None, :]
     inside = (rows < N)[:, None] & (classes < C)[None, :]
@@ -230,16 +241,17 @@ def _many_backward_kernel(
     if UNIT:
         r *= tl.load(unit)
     l = tl.load(lse + rows, mask=rows < N, other=0.0)
-    g = _logit_gradient(tl.exp(s - l[:, None]), r, w, every, total, classes[None, :] == t[:, None], kept, label_smoothing, C)
+    p, is_target = tl.exp(s - l[:, None]), classes[None, :] == t[:, None]
+    g = _logit_gradient(p, r, w, every, total, is_target, kept, label_smoothing, C)
     tl.store(out + at, rounded(g, out.dtype.element_ty), mask=inside)
 
 
 @launched
 def _reduce_kernel(
-    loss, right, target, class_weight, out, correct, N, C, ignore_index,
-    REDUCE: tl.constexpr, MEAN_OF: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr,
+    loss, right, target, class_weight, out, correct, N, C, ignore_index, REDUCE: tl.constexpr,
+    MEAN_OF: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """By one program: how many rows are right, and if REDUCE the sum of the losses, if MEAN_OF over that of the targets' weights."""
+    """One program: how many rows are right; REDUCE: the sum of losses; MEAN_OF: over the targets' weights."""
     total = tl.zeros((BLOCK,), tl.float32)
     weights = tl.zeros((BLOCK,), tl.float32)
     count = tl.zeros((BLOCK,), tl.int32)
@@ -261,7 +273,9 @@ def _reduce_kernel(
 
 
 @launched
-def _row_gradient_kernel(grad, target, class_weight, out, N, C, ignore_index, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr):
+def _row_gradient_kernel(
+    grad, target, class_weight, out, N, C, ignore_index, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr
+):
     """By one program: the upstream gradient of a mean over the sum of the targets' weights."""
     weights = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, N, BLOCK):
@@ -272,8 +286,7 @@ def _row_gradient_kernel(grad, target, class_weight, out, N, C, ignore_index, WE
     tl.store(out, tl.load(grad) / tl.where(weight == 0, 1.0, weight))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Launchers: the arguments of the op's schema
+# Launchers, with the arguments of the op's schema
 
 
 def forward(input, weight, target, bias, class_weight, ignore_index, label_smoothing, reduction):
@@ -285,12 +298,12 @@ def forward(input, weight, target, bias, class_weight, ignore_index, label_smoot
     right = torch.empty(N, dtype=torch.float32, device=device)
     flags = dict(BIAS=bias is not None, WEIGHTED=class_weight is not None, SMOOTH=label_smoothing > 0)
     b, w = losses if bias is None else bias, losses if class_weight is None else class_weight
-    if _few(C, D):
+    if few(C, D):
         tiles, precision = choose_tiles(N, C), _precision(input, weight)
         _few_forward_kernel[(triton.cdiv(N, tiles.block_n),)](
-            input, weight, b, target, w, losses, lse, right, N, D, C, *input.stride(), *weight.stride(), ignore_index, label_smoothing,
-            PRECISION=precision, **flags, **tiles.constexprs(), num_warps=tiles.warps,
-            num_stages=forward_stages(capability(device), precision),
+            input, weight, b, target, w, losses, lse, right, N, D, C, *input.stride(), *weight.stride(),
+            ignore_index, label_smoothing, PRECISION=precision, **flags, **tiles.constexprs(),
+            num_warps=tiles.warps, num_stages=forward_stages(capability(device), precision),
         )  # fmt: skip
     else:
         every_sum = class_weight.sum() if class_weight is not None else losses
@@ -299,8 +312,9 @@ def forward(input, weight, target, bias, class_weight, ignore_index, label_smoot
         for start, stop, logits in _chunks(N, C, device):
             _multiply(input[start:stop], weight.t(), logits)
             _many_forward_kernel[(triton.cdiv(stop - start, block_n),)](
-                logits, b, target[start:stop], w, every_sum, losses[start:stop], lse[start:stop], right[start:stop], stop - start, C,
-                ignore_index, label_smoothing, **flags, BLOCK_N=block_n, BLOCK_C=block_c,
+                logits, b, target[start:stop], w, every_sum, losses[start:stop], lse[start:stop],
+                right[start:stop], stop - start, C, ignore_index, label_smoothing, **flags, BLOCK_N=block_n,
+                BLOCK_C=block_c,
             )  # fmt: skip
     loss = losses if reduction == NONE else torch.empty((), dtype=torch.float32, device=device)
     correct = torch.empty((), dtype=torch.int64, device=device)
@@ -312,8 +326,9 @@ def forward(input, weight, target, bias, class_weight, ignore_index, label_smoot
 
 
 def backward(
-    grad, input, weight, target, bias, class_weight, lse, ignore_index, label_smoothing, reduction, needs_input, needs_weight
-):
+    grad, input, weight, target, bias, class_weight, lse, ignore_index, label_smoothing, reduction,
+    needs_input, needs_weight,
+):  # fmt: skip
     """Gradients of input (N, D), weight (C, D), where needed, and bias (C,), float32."""
     (N, D), C, device = input.shape, weight.shape[0], input.device
     target, bias, class_weight = _prepared(target, bias, class_weight)
@@ -326,10 +341,12 @@ def backward(
     if reduction == MEAN:
         row_grad = torch.empty((), dtype=torch.float32, device=device)
         w = lse if class_weight is None else class_weight
-        _row_gradient_kernel[(1,)](grad, target, w, row_grad, N, C, ignore_index, class_weight is not None, ROWS_AT_ONCE, num_warps=8)
+        _row_gradient_kernel[(1,)](
+            grad, target, w, row_grad, N, C, ignore_index, class_weight is not None, ROWS_AT_ONCE, num_warps=8
+        )
     row_grad_stride = grad.stride(0) if reduction == NONE else 0
     rest = (bias, target, class_weight, lse, ignore_index, label_smoothing, g_input, g_weight, g_bias)
-    if _few(C, D):
+    if few(C, D):
         _few_backward(row_grad, row_grad_stride, input, weight, *rest)
     else:
         _many_backward(row_grad, row_grad_stride, input, weight, *rest)
@@ -337,18 +354,20 @@ def backward(
 
 
 def _few_backward(
-    row_grad, row_grad_stride, input, weight, bias, target, class_weight, lse, ignore_index, label_smoothing, g_input, g_weight, g_bias
-):
+    row_grad, row_grad_stride, input, weight, bias, target, class_weight, lse, ignore_index, label_smoothing,
+    g_input, g_weight, g_bias,
+):  # fmt: skip
     (N, D), C = input.shape, weight.shape[0]
     b, w = lse if bias is None else bias, lse if class_weight is None else class_weight
     needs_weight = g_weight.numel() > 0
     tiles = choose_tiles(N, C, backward=True)
-    programs = min(triton.cdiv(N, tiles.block_n), 2 * multiprocessors(input.device), max(1, MOST_PARTIAL // (C * D + C)))
+    most = max(1, MOST_PARTIAL // (C * D + C))
+    programs = min(triton.cdiv(N, tiles.block_n), 2 * multiprocessors(input.device), most)
     partial = torch.empty((programs, C * D + C), dtype=torch.float32, device=input.device)
     _few_backward_kernel[(programs,)](
-        row_grad, input, weight, b, target, w, g_input, partial, N, D, C,
-        row_grad_stride, *input.stride(), *weight.stride(), ignore_index, label_smoothing,
-        BIAS=bias is not None, WEIGHTED=class_weight is not None, NEEDS_INPUT=g_input.numel() > 0, NEEDS_WEIGHT=needs_weight,
+        row_grad, input, weight, b, target, w, g_input, partial, N, D, C, row_grad_stride, *input.stride(),
+        *weight.stride(), ignore_index, label_smoothing, BIAS=bias is not None,
+        WEIGHTED=class_weight is not None, NEEDS_INPUT=g_input.numel() > 0, NEEDS_WEIGHT=needs_weight,
         PRECISION=_precision(input, weight), **tiles.constexprs(), num_warps=tiles.warps, num_stages=1,
     )  # fmt: skip
     if needs_weight:
@@ -358,8 +377,9 @@ def _few_backward(
 
 
 def _many_backward(
-    row_grad, row_grad_stride, input, weight, bias, target, class_weight, lse, ignore_index, label_smoothing, g_input, g_weight, g_bias
-):
+    row_grad, row_grad_stride, input, weight, bias, target, class_weight, lse, ignore_index, label_smoothing,
+    g_input, g_weight, g_bias,
+):  # fmt: skip
     N, C = input.shape[0], weight.shape[0]
     b, w = lse if bias is None else bias, lse if class_weight is None else class_weight
     every_sum = class_weight.sum() if class_weight is not None else lse
@@ -371,9 +391,10 @@ def _many_backward(
         _multiply(rows, weight.t(), logits)
         g = logits if input.dtype == torch.float32 else torch.empty_like(logits, dtype=input.dtype)
         _many_backward_kernel[(triton.cdiv(stop - start, block_n), triton.cdiv(C, block_c))](
-            row_grad[start:stop] if row_grad_stride else row_grad, lse if unit is None else unit, logits, g, b, target[start:stop], w,
-            every_sum, lse[start:stop], stop - start, C, row_grad_stride, ignore_index, label_smoothing,
-            BIAS=bias is not None, WEIGHTED=class_weight is not None, UNIT=unit is not None, BLOCK_N=block_n, BLOCK_C=block_c,
+            row_grad[start:stop] if row_grad_stride else row_grad, lse if unit is None else unit, logits, g,
+            b, target[start:stop], w, every_sum, lse[start:stop], stop - start, C, row_grad_stride,
+            ignore_index, label_smoothing, BIAS=bias is not None, WEIGHTED=class_weight is not None,
+            UNIT=unit is not None, BLOCK_N=block_n, BLOCK_C=block_c,
         )  # fmt: skip
         if g_input.numel():
             _multiply(g, weight, g_input[start:stop])
@@ -396,11 +417,12 @@ def _many_backward(
 def _prepared(target, bias, class_weight):
     """As the kernels read them: contiguous, the weights float32."""
     bias = None if bias is None else bias.contiguous()
-    return target.contiguous(), bias, None if class_weight is None else class_weight.to(torch.float32).contiguous()
+    class_weight = None if class_weight is None else class_weight.to(torch.float32).contiguous()
+    return target.contiguous(), bias, class_weight
 
 
 def _precision(input: torch.Tensor, weight: torch.Tensor) -> str:
-    """TF32 holds bfloat16 and float16 as they are; float32 takes three of its products, unless torch allows one."""
+    """One TF32 product for 16-bit operands, which TF32 holds; three for float32, unless torch allows one."""
     if input.dtype != torch.float32 and weight.dtype != torch.float32:
         return "tf32"
     return "tf32" if dot_precision(torch.float32, capability(input.device)) == "tf32" else "tf32x3"
@@ -442,7 +464,6 @@ def _chunks(N: int, C: int, device: torch.device) -> typing.Iterator[tuple[int, 
         yield start, stop, buffer[: stop - start]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Tile sizes
 
 MOST_LOGITS = 2**24  # held at once, 64 MiB
@@ -460,7 +481,7 @@ class Tiles(typing.NamedTuple):
         return {"BLOCK_N": self.block_n, "BLOCK_C": self.block_c, "BLOCK_D": self.block_d}
 
 
-def _few(C: int, D: int) -> bool:
+def few(C: int, D: int) -> bool:
     """All classes in one tile, and partial gradients of the weight that 128 programs may each have."""
     return C <= 64 and C * D <= MOST_PARTIAL // 128
 
@@ -474,7 +495,7 @@ def choose_tiles(N: int, C: int, backward: bool = False) -> Tiles:
 
 
 def forward_stages(cc: int, precision: str) -> int:
-    """Stages of the few classes' forward: with two, a TF32 product spills on compute capability 10.0 with Triton 3.9."""
+    """Stages of `_few_forward_kernel`: two; three where two spill with Triton 3.9."""
     return 3 if cc >= 100 and precision == "tf32" else 2
 
 
@@ -483,18 +504,19 @@ def _row_tile(C: int) -> tuple[int, int]:
     return max(1, 2048 // block_c), block_c
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What is compiled, for tests that compile it ahead of time
+# For tests that compile ahead of time
 
 
-def configurations(cc: int) -> typing.Iterator[Compilation]:
-    """Every kernel as it is compiled for InfoPro's heads (D = 128, 10 and 64 classes, few rows and many), and for 1000 classes."""
+def configurations(cc: int) -> typing.Iterator[tuple]:
+    """Every kernel for InfoPro's heads (D = 128, 10 and 64 classes, few and many rows), and 1000 classes."""
     few = {"BIAS": True, "WEIGHTED": True, "SMOOTH": True, "NEEDS_INPUT": True, "NEEDS_WEIGHT": True}
-    for dtype, precision, N, C in (("fp32", "tf32x3", 1024, 10), ("fp32", "tf32x3", 8192, 64), ("bf16", "tf32", 8192, 64)):
+    cases = ("fp32", "tf32x3", 1024, 10), ("fp32", "tf32x3", 8192, 64), ("bf16", "tf32", 8192, 64)
+    for dtype, precision, N, C in cases:
         pointers = {"x": f"*{dtype}", "weight": f"*{dtype}"}
         for kernel, backward in ((_few_forward_kernel, False), (_few_backward_kernel, True)):
             tiles = choose_tiles(N, C, backward)
-            constexprs = few | tiles.constexprs() | {"PRECISION": precision, "stride_d": 1, "weight_stride_d": 1}
+            ones = {"stride_d": 1, "weight_stride_d": 1}
+            constexprs = few | tiles.constexprs() | {"PRECISION": precision} | ones
             stages = 1 if backward else forward_stages(cc, precision)
             yield _compilation(kernel, pointers, constexprs, tiles.warps, stages, tensor_cores=True)
     block_n, block_c = _row_tile(1000)
@@ -504,7 +526,9 @@ def configurations(cc: int) -> typing.Iterator[Compilation]:
     one = few | {"N": 1, "C": 1, "WEIGHTED": False, "BIAS": False}  # integers that are 1 are compiled in
     tiles = choose_tiles(1, 1)
     for kernel in (_few_forward_kernel, _few_backward_kernel):
-        constexprs = one | tiles.constexprs() | {"D": 1, "PRECISION": "tf32x3", "stride_d": 1, "stride_n": 1, "row_grad_stride": 1}
+        constexprs = one | tiles.constexprs() | {
+            "D": 1, "PRECISION": "tf32x3", "stride_d": 1, "stride_n": 1, "row_grad_stride": 1
+        }
         yield _compilation(kernel, {}, constexprs, tensor_cores=True)
     for kernel in (_many_forward_kernel, _many_backward_kernel):
         yield _compilation(kernel, {}, one | {"UNIT": False, "BLOCK_N": 1, "BLOCK_C": 2048})
@@ -515,7 +539,9 @@ def configurations(cc: int) -> typing.Iterator[Compilation]:
     yield _compilation(_add_up_kernel, {}, {"BLOCK": 256})
 
 
-def _compilation(kernel, pointers, constexprs, *args, **kwargs) -> Compilation:
-    types = {"PROGRAMS": "i32", "size": "i32", "ignore_index": "i32", "label_smoothing": "fp32", "target": "*i64"}
+def _compilation(kernel, pointers, constexprs, *args, **kwargs):
+    types = {
+        "PROGRAMS": "i32", "size": "i32", "ignore_index": "i32", "label_smoothing": "fp32", "target": "*i64"
+    }
     unaligned = ("N", "C", "PROGRAMS", "size", "ignore_index")
     return compilation(kernel, types | pointers, constexprs, unaligned, *args, **kwargs)

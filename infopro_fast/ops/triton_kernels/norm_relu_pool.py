@@ -1,10 +1,11 @@
 """Triton kernels of `norm_relu_pool`: x (N, C, h, w), its maps flattened to HW = h w pixels.
 
-Forward reads x twice: `_statistics_kernel` for mean and variance of each channel (skipped where running ones are given), `_pool_kernel`
-for the pooled map, and for each map how many y are positive and the sum of their normalised x. Backward finds its two sums a channel
-from those 2 N C numbers (`_sums_kernel`) and reads x once more, for the gradient (`_gradient_kernel`).
+Forward reads x twice: `_statistics_kernel` finds the mean and variance of each channel (skipped if running
+statistics are given); `_pool_kernel` finds the pooled map, and for each map the number of positive y and the
+sum of their normalised x. Backward finds two sums a channel from those 2 N C numbers (`_sums_kernel`) and
+reads x once more for the gradient (`_gradient_kernel`).
 
-The work is memory traffic: 3 reads of x and 1 write, nothing else of its size. Sums are taken in one fixed order.
+Memory traffic: 3 reads and 1 write of x, and nothing else of that size. Sums are taken in a fixed order.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import triton.language as tl
 
 from .target import Compilation, compilation, launched, multiprocessors, rounded
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Kernels
 
 
@@ -32,10 +32,11 @@ def _merge(count, mean, m2, more, more_mean, more_m2):
 
 @launched
 def _statistics_kernel(
-    x, partial, N, C, stride_n, stride_c, stride_p,
-    HW: tl.constexpr, SPLITS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    x, partial, N, C, stride_n, stride_c, stride_p, HW: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Mean and sum of squared deviations of BLOCK_C channels over this program's share of the N HW pixels: partial (SPLITS, 2, C).
+    """Mean and sum of squared deviations of BLOCK_C channels over this program's share of the N HW pixels:
+    partial (SPLITS, 2, C).
 
     With SPLITS = 1 the second is the variance already.
     """
@@ -50,7 +51,8 @@ def _statistics_kernel(
         pixel = start + tl.arange(0, BLOCK_P)
         at = (pixel // HW) * stride_n + (pixel % HW) * stride_p
         inside = (channels < C)[:, None] & (pixel < last)[None, :]
-        tile = tl.load(x + channels.to(tl.int64)[:, None] * stride_c + at[None, :], mask=inside, other=0.0).to(tl.float32)
+        at = channels.to(tl.int64)[:, None] * stride_c + at[None, :]
+        tile = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
         more = tl.minimum(last - start, BLOCK_P).to(tl.float32)
         tile_mean = tl.sum(tile, 1) / more
         deviation = tl.where(inside, tile - tile_mean[:, None], 0.0)
@@ -62,7 +64,9 @@ def _statistics_kernel(
 
 
 @launched
-def _join_kernel(partial, saved, N, C, HW: tl.constexpr, SPLITS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
+def _join_kernel(
+    partial, saved, N, C, HW: tl.constexpr, SPLITS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr
+):
     """Mean and biased variance from what the splits of `_statistics_kernel` found."""
     channels = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     count = 0.0
@@ -80,7 +84,7 @@ def _join_kernel(partial, saved, N, C, HW: tl.constexpr, SPLITS: tl.constexpr, B
 
 
 @triton.jit
-def _load_norm(mean, var, gamma, beta, channels, C, eps, AFFINE: tl.constexpr):
+def _load_norm(mean, var, gamma, beta, channels, C, eps, AFFINE):
     """(mean, 1 / standard deviation, gamma, beta) of these channels, float32."""
     inside = channels < C
     inverse = 1.0 / tl.sqrt_rn(tl.load(var + channels, mask=inside, other=1.0).to(tl.float32) + eps)
@@ -94,12 +98,14 @@ def _load_norm(mean, var, gamma, beta, channels, C, eps, AFFINE: tl.constexpr):
 
 @launched
 def _pool_kernel(
-    x, mean, var, gamma, beta, saved, pooled, N, C, stride_n, stride_c, stride_p, eps,
-    HW: tl.constexpr, AFFINE: tl.constexpr, RUNNING: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    x, mean, var, gamma, beta, saved, pooled, N, C, stride_n, stride_c, stride_p, eps, HW: tl.constexpr,
+    AFFINE: tl.constexpr, RUNNING: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Of BLOCK_C maps of one sample: the pooled map; how many y are positive, and the sum of their normalised x, into ``saved``.
+    """Of BLOCK_C maps of one sample: the pooled map; how many y are positive, and the sum of their normalised
+    x, into ``saved``.
 
-    RUNNING: mean and variance are the layer's, and the first sample's programs write them into ``saved`` as float32.
+    RUNNING: mean and variance are the layer's, and the first sample's programs write them into ``saved`` as
+    float32.
     """
     n, channels = tl.program_id(0), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     centre, inverse, scale, shift = _load_norm(mean, var, gamma, beta, channels, C, eps, AFFINE)
@@ -125,15 +131,16 @@ def _pool_kernel(
     if RUNNING:
         if n == 0:
             tl.store(saved + channels, centre, mask=channels < C)
-            tl.store(saved + C + channels, tl.load(var + channels, mask=channels < C).to(tl.float32), mask=channels < C)
+            variance = tl.load(var + channels, mask=channels < C).to(tl.float32)
+            tl.store(saved + C + channels, variance, mask=channels < C)
 
 
 @launched
 def _sums_kernel(
-    grad, saved, g_gamma, g_beta, N, C, grad_stride_n, grad_stride_c,
-    HW: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    grad, saved, g_gamma, g_beta, N, C, grad_stride_n, grad_stride_c, HW: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Sums over all pixels of the gradient of y and of that times normalised x: the gradients of beta and gamma."""
+    """Gradients of beta and gamma: sums over all pixels of dy, and of dy times normalised x."""
     channels = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     sum_dy = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     sum_dy_xhat = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
@@ -142,8 +149,8 @@ def _sums_kernel(
     for start in range(0, N, BLOCK_N):
         n = (start + tl.arange(0, BLOCK_N)).to(tl.int64)
         inside = (n < N)[:, None] & (channels < C)[None, :]
-        g = tl.load(grad + n[:, None] * grad_stride_n + channels[None, :] * grad_stride_c, mask=inside, other=0.0).to(tl.float32)
-        g *= 1.0 / HW
+        at = n[:, None] * grad_stride_n + channels[None, :] * grad_stride_c
+        g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32) * (1.0 / HW)
         at = n[:, None] * C + channels[None, :]
         sum_dy += g * tl.load(counts + at, mask=inside, other=0.0)
         sum_dy_xhat += g * tl.load(normalised + at, mask=inside, other=0.0)
@@ -153,14 +160,15 @@ def _sums_kernel(
 
 @launched
 def _gradient_kernel(
-    grad, x, saved, gamma, beta, g_gamma, g_beta, out, N, C, grad_stride_n, grad_stride_c, stride_n, stride_c, stride_p,
-    out_stride_n, out_stride_c, out_stride_p, eps,
-    HW: tl.constexpr, AFFINE: tl.constexpr, BATCH_STATISTICS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    grad, x, saved, gamma, beta, g_gamma, g_beta, out, N, C, grad_stride_n, grad_stride_c, stride_n, stride_c,
+    stride_p, out_stride_n, out_stride_c, out_stride_p, eps, HW: tl.constexpr, AFFINE: tl.constexpr,
+    BATCH_STATISTICS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Gradient of BLOCK_C maps of one sample."""
     n, channels = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     centre, inverse, scale, shift = _load_norm(saved, saved + C, gamma, beta, channels, C, eps, AFFINE)
-    g = tl.load(grad + n * grad_stride_n + channels * grad_stride_c, mask=channels < C, other=0.0).to(tl.float32) * (1.0 / HW)
+    at = n * grad_stride_n + channels * grad_stride_c
+    g = tl.load(grad + at, mask=channels < C, other=0.0).to(tl.float32) * (1.0 / HW)
     mean_dy = tl.zeros((BLOCK_C,), tl.float32)
     mean_dy_xhat = tl.zeros((BLOCK_C,), tl.float32)
     if BATCH_STATISTICS:
@@ -172,14 +180,14 @@ def _gradient_kernel(
     for start in range(0, HW, BLOCK_P):
         pixel = (start + tl.arange(0, BLOCK_P)).to(tl.int64)
         inside = (channels < C)[:, None] & (pixel < HW)[None, :]
-        xhat = (tl.load(base + pixel[None, :] * stride_p, mask=inside, other=0.0).to(tl.float32) - centre[:, None]) * inverse[:, None]
+        tile = tl.load(base + pixel[None, :] * stride_p, mask=inside, other=0.0).to(tl.float32)
+        xhat = (tile - centre[:, None]) * inverse[:, None]
         dy = tl.where(xhat * scale[:, None] + shift[:, None] > 0, g[:, None], 0.0)
         dx = (dy - mean_dy[:, None] - xhat * mean_dy_xhat[:, None]) * (scale * inverse)[:, None]
         tl.store(out_base + pixel[None, :] * out_stride_p, rounded(dx, out.dtype.element_ty), mask=inside)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Launchers: the arguments of the op's schema
+# Launchers, with the arguments of the op's schema
 
 
 def forward(x, gamma, beta, running_mean, running_var, eps):
@@ -220,7 +228,9 @@ def backward(grad, x, gamma, beta, saved, batch_statistics, eps):
     x, strides = _flat_maps(x)
     flat, out_strides = _flat_maps(out)  # a copy where x was one: filled, then copied back
     block_c = min(32, triton.next_power_of_2(C))
-    _sums_kernel[(triton.cdiv(C, block_c),)](grad, saved, g_gamma, g_beta, N, C, *grad.stride(), HW, 64, block_c)
+    _sums_kernel[(triton.cdiv(C, block_c),)](
+        grad, saved, g_gamma, g_beta, N, C, *grad.stride(), HW, 64, block_c
+    )
     affine = gamma is not None
     gamma, beta = (gamma.contiguous(), beta.contiguous()) if affine else (saved, saved)
     block_c, block_p = choose_tile(C, HW, strides[1] == 1)
@@ -237,7 +247,8 @@ def _statistics(x: torch.Tensor, strides: tuple[int, int, int], saved: torch.Ten
     block_c, block_p = choose_statistics_tile(C, strides[1] == 1)
     blocks, tiles = triton.cdiv(C, block_c), triton.cdiv(N * HW, block_p)
     splits = triton.next_power_of_2(triton.cdiv(4 * multiprocessors(x.device), blocks))
-    splits = max(1, min(splits, MOST_SPLITS, triton.next_power_of_2(tiles) // 4))  # four tiles a program at least
+    # four tiles a program at least
+    splits = max(1, min(splits, MOST_SPLITS, triton.next_power_of_2(tiles) // 4))
     partial = torch.empty((splits, 2, C), dtype=torch.float32, device=x.device) if splits > 1 else saved
     _statistics_kernel[(blocks, splits)](x, partial, N, C, *strides, HW, splits, block_c, block_p)
     if splits > 1:
@@ -245,7 +256,7 @@ def _statistics(x: torch.Tensor, strides: tuple[int, int, int], saved: torch.Ten
 
 
 def _flat_maps(x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int, int]]:
-    """x, or a copy, such that the pixels of a map are evenly spaced, and its strides (sample, channel, pixel) in elements."""
+    """x, copied if the pixels of a map are not evenly spaced, and its strides: sample, channel, pixel."""
     h, w = x.shape[2:]
     if w == 1:
         return x, (x.stride(0), x.stride(1), x.stride(2))
@@ -254,7 +265,6 @@ def _flat_maps(x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int, int]]:
     return x, (x.stride(0), x.stride(1), x.stride(3))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Tile sizes
 
 MOST_SPLITS = 256
@@ -272,25 +282,29 @@ def choose_tile(C: int, HW: int, channels_last: bool) -> tuple[int, int]:
 
 def choose_statistics_tile(C: int, channels_last: bool) -> tuple[int, int]:
     """(BLOCK_C, BLOCK_P) of the statistics, whose pixels go on through all samples."""
-    return (min(32, triton.next_power_of_2(C)), 128) if channels_last else (min(8, triton.next_power_of_2(C)), 512)
+    block_c, block_p = (32, 128) if channels_last else (8, 512)
+    return min(block_c, triton.next_power_of_2(C)), block_p
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What is compiled, for tests that compile it ahead of time
+# For tests that compile ahead of time
 
 
 def configurations(cc: int) -> typing.Iterator[Compilation]:
-    """Every kernel as it is compiled for the paper's maps: 64 channels of 8x8, contiguous and channels_last, and 2048 of 7x7."""
+    """Every kernel for the paper's maps: 64 channels of 8x8, contiguous and channels_last; 2048 of 7x7."""
     types = {"eps": "fp32"}
-    for dtype, C, HW, channels_last in (("fp32", 64, 64, False), ("fp32", 64, 64, True), ("bf16", 64, 64, True), ("fp32", 2048, 49, False)):
+    cases = ("fp32", 64, 64, False), ("fp32", 64, 64, True), ("bf16", 64, 64, True), ("fp32", 2048, 49, False)
+    for dtype, C, HW, channels_last in cases:
         x = types | {"x": f"*{dtype}", "out": f"*{dtype}"}
         fixed = {"stride_c": 1, "out_stride_c": 1} if channels_last else {"stride_p": 1, "out_stride_p": 1}
         block_c, block_p = choose_statistics_tile(C, channels_last)
-        yield compilation(_statistics_kernel, x, fixed | {"HW": HW, "SPLITS": 64, "BLOCK_C": block_c, "BLOCK_P": block_p})
+        tile = {"HW": HW, "SPLITS": 64, "BLOCK_C": block_c, "BLOCK_P": block_p}
+        yield compilation(_statistics_kernel, x, fixed | tile)
         block_c, block_p = choose_tile(C, HW, channels_last)
         tile = {"HW": HW, "AFFINE": True, "BLOCK_C": block_c, "BLOCK_P": block_p}
         yield compilation(_pool_kernel, x, fixed | tile | {"RUNNING": False})
-        yield compilation(_gradient_kernel, x, fixed | tile | {"BATCH_STATISTICS": True}, warps=GRADIENT_WARPS)
+        yield compilation(
+            _gradient_kernel, x, fixed | tile | {"BATCH_STATISTICS": True}, warps=GRADIENT_WARPS
+        )
     one = {"N": 1, "C": 1, "stride_p": 1, "out_stride_p": 1}  # integers that are 1 are compiled in
     tile = {"HW": 9, "AFFINE": False, "BLOCK_C": 1, "BLOCK_P": 16}
     yield compilation(_statistics_kernel, types, one | tile | {"SPLITS": 1})

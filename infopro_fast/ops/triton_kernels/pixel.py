@@ -7,7 +7,7 @@ import triton.language as tl
 
 
 @triton.jit
-def pixel_loss(s, t, LOSS: tl.constexpr):
+def pixel_loss(s, t, LOSS):
     """Loss of a pixel from its logit s and target t, and the derivative in s; nothing overflows or cancels.
 
     LOSS: index into the losses of `reconstruction_loss`: 0, bce; 1, mse; 2, l1.
@@ -27,7 +27,7 @@ def pixel_loss(s, t, LOSS: tl.constexpr):
 
 
 @triton.jit
-def load_target(image, at, mask, mean, std, RESTORE: tl.constexpr):
+def load_target(image, at, mask, mean, std, RESTORE):
     """Targets in float32; RESTORE undoes the image's normalisation and clamps to 0..1."""
     t = tl.load(image + at, mask=mask, other=0.0).to(tl.float32)
     if RESTORE:

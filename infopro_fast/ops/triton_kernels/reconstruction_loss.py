@@ -36,6 +36,8 @@ Deterministic: sums are kept per program, in the order of its items, and added u
 number of programs depends on shape and device alone.
 """
 
+# ruff: noqa: E501
+
 from __future__ import annotations
 
 import contextlib
@@ -47,7 +49,7 @@ import triton.language as tl
 
 from .pixel import load_target, pixel_loss
 from .reconstruction_loss_plan import Plan, Shape, plan
-from .target import INTERPRETED, Compilation, capability, dot_precision, launched, multiprocessors, spread
+from .target import INTERPRETED, capability, compilation, dot_precision, launched, multiprocessors, spread
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
@@ -900,7 +902,7 @@ def _constants(sweep: str, shape: Shape, cut: Plan, tiles: Tiles, precision: str
     return found | {name: getattr(tiles, name) for name in TILES_OF[sweep]}
 
 
-def _new_scratch(numbers: int, device: torch.device) -> torch.Tensor:
+def new_scratch(numbers: int, device: torch.device) -> torch.Tensor:
     return torch.empty(numbers, dtype=torch.float32, device=device)
 
 
@@ -919,7 +921,7 @@ class _Call:
         self.w_taps = w1.permute(2, 3, 0, 1).contiguous()  # (3, 3, K, C)
 
     def launch(self, kernel, sweep: str, cut: Plan, *args, **flags):
-        scratch = _new_scratch(cut.programs * cut.scratch, self.device)
+        scratch = new_scratch(cut.programs * cut.scratch, self.device)
         kernel[(cut.programs,)](
             scratch, self.shape.N * cut.strips, cut.strips, self.features, *self.features.stride(), *args,
             **_constants(sweep, self.shape, cut, self.tiles, self.precision), **flags, num_warps=self.tiles.num_warps, num_stages=1,
@@ -1014,7 +1016,7 @@ _POINTERS = {"scratch", "image", "b1", "gamma", "beta", "w2", "b2", "mean", "var
 _CIFAR = [(16, 32, 32), (32, 16, 32), (64, 8, 32)]  # channels, size of the features, of the image: the stages
 
 
-def configurations(cc: int) -> typing.Iterator[Compilation]:
+def configurations(cc: int) -> typing.Iterator[tuple]:
     """Every kernel as it is compiled for the paper's stages, batch 1024 of CIFAR-10 and 128 of STL-10."""
     shapes = [Shape(1024, C, h, h, H, H, 12, False) for C, h, H in _CIFAR]
     float32, tf32 = choose_precision(cc, False), choose_precision(cc, True)
@@ -1031,7 +1033,7 @@ def configurations(cc: int) -> typing.Iterator[Compilation]:
     yield from _small_compilations()
 
 
-def _compilation(cc: int, sweep: str, shape: Shape, precision: str, dtype: str = "*fp32") -> Compilation:
+def _compilation(cc: int, sweep: str, shape: Shape, precision: str, dtype: str = "*fp32") -> tuple:
     """dtype: of the features and of W1."""
     kernel, chosen = _KERNELS[sweep], choose_tiles(cc, shape, precision)
     constants = _constants(sweep, shape, plan(shape, sweep, chosen.per_sm * _PROCESSORS[cc]), chosen, precision)
@@ -1039,14 +1041,13 @@ def _compilation(cc: int, sweep: str, shape: Shape, precision: str, dtype: str =
     flags |= dict(NEEDS_GRAD=True) if sweep == "loss" else dict(NEEDS_FEATURES=True, NEEDS_W1=True) if sweep == "backward" else {}
     types = dict.fromkeys(_POINTERS, "*fp32") | dict.fromkeys(_FLOATS, "fp32") | dict(means="*fp64", squares="*fp64")
     types |= dict(features=dtype, w_taps=dtype, d_features=dtype)
-    constants |= flags
-    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
-    aligned = tuple(name for name, kind in signature.items() if kind.startswith("*"))
     tensor_cores = precision == "tf32" or (precision == "ieee" and dtype != "*fp32")
-    return Compilation(kernel, signature, constants, chosen.num_warps, 1, tensor_cores, aligned)
+    integers = dict.fromkeys(kernel.arg_names, "i32") | types
+    unaligned = [name for name, kind in integers.items() if kind[0] != "*"]
+    return compilation(kernel, integers, constants | flags, unaligned, chosen.num_warps, 1, tensor_cores)
 
 
-def _small_compilations() -> typing.Iterator[Compilation]:
+def _small_compilations() -> typing.Iterator[tuple]:
     """The kernels that add up what programs found."""
     cases = [
         (merge_statistics_kernel, dict(means="*fp64", squares="*fp64", saved="*fp32"), dict(H=32, W=32, K=12, ROWS=32, B=1024)),
@@ -1054,6 +1055,5 @@ def _small_compilations() -> typing.Iterator[Compilation]:
         (reduce_w1_kernel, dict(partial="*fp32", d_w1="*fp32"), dict(C=64, K=12, R=32, N=64)),
     ]
     for kernel, types, constants in cases:
-        signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
-        aligned = tuple(name for name, kind in signature.items() if kind.startswith("*"))
-        yield Compilation(kernel, signature, constants, 4, 3, False, aligned)
+        integers = {name: "i32" for name in ("items", "programs")}
+        yield compilation(kernel, integers | types, constants, integers)

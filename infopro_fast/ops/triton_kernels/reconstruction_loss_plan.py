@@ -1,7 +1,9 @@
-"""How the Triton kernels of `reconstruction_loss` cut a sweep over the batch into items, and what each of their programs holds.
+"""How the Triton kernels of `reconstruction_loss` split a sweep over the batch into items, and a program's
+scratch.
 
-An item is a sample, or a strip of its rows with those around that it needs; a program takes one item at a time and keeps its maps in
-scratch of its own. Everything here follows from the shape and the number of programs that the device runs at a time.
+An item is a sample, or a strip of its rows with the rows around that it needs. A program takes one item at a
+time and keeps its maps in its scratch. All of this follows from the shape and the number of programs that run
+at a time.
 """
 
 from __future__ import annotations
@@ -13,14 +15,15 @@ from ..resize import source
 
 
 class Plan(typing.NamedTuple):
-    """How a sweep is cut up. Rows are of the image, in the backward sweep `rows` of the features."""
+    """How a sweep is split. Rows are of the image; in the backward sweep `rows` are of the features."""
 
     rows: int  # an item's own
     strips: int  # items of a sample
     activation_rows: int  # of z and a that an item computes at most: its own and those around
     gradient_rows: int
     tap_rows: int  # of the features
-    row_outputs: int  # rows of the image that one of the features goes to at most, from the first on; 0 without resize
+    # rows of the image that one of the features goes to at most, from the first on; 0 without resize
+    row_outputs: int
     column_outputs: int
     scratch: int  # float32 numbers a program
     programs: int
@@ -53,7 +56,7 @@ MIN_SCRATCH = 32 * 2**20  # bytes: below, a batch is small whatever it takes
 
 
 def scratch_budget(shape: Shape) -> int:
-    """Bytes that all programs' scratch may take: a quarter of the resized map (N, C, H, W) in float32, or 32 MiB."""
+    """Bytes of all programs' scratch: a quarter of the resized map in float32, at least 32 MiB."""
     return max(MIN_SCRATCH, shape.N * shape.C * shape.H * shape.W)
 
 
@@ -77,7 +80,7 @@ def outputs_of_one(n_in: int, n_out: int, nearest: bool) -> int:
 
 
 def _windows(shape: Shape, sweep: str, rows: int) -> tuple[int, int, int]:
-    """The most rows of z, of g and of the features that an item of `rows` rows needs: the bounds that the kernels compute."""
+    """Rows of z, g and features that an item of ``rows`` rows needs at most: the kernels' bounds."""
     N, C, h, w, H, W, K, nearest = shape
     activation = gradient = taps = 0
     for first in range(0, h if sweep == "backward" else H, rows):
@@ -111,17 +114,20 @@ def _scratch(shape: Shape, sweep: str, rows: int) -> int:
 
 
 def _item_cost(shape: Shape, sweep: str, windows: tuple[int, int, int]) -> int:
-    """Multiply-adds of an item, those on the rows around its own included; about, since only their ratio between cuts counts."""
+    """Multiply-adds of an item and of the rows around it, roughly: only the ratio between plans counts."""
     activation, gradient, taps = windows
     K, W, C = shape.K, shape.W, shape.C
-    z = 9 * K * C * taps * shape.w + K * W * (18 * taps + 6 * activation) if shape.resize else 9 * K * C * activation * W
+    z = 9 * K * C * activation * W
+    if shape.resize:
+        z = 9 * K * C * taps * shape.w + K * W * (18 * taps + 6 * activation)
     once = z + (0 if sweep == "statistics" else 81 * K * W * gradient)
     return once + (2 * z if sweep == "backward" else 0)
 
 
 @functools.lru_cache(maxsize=4096)
 def plan(shape: Shape, sweep: str, places: int) -> Plan:
-    """Strips and programs of a sweep, "statistics", "loss" or "backward". places: programs that the device runs at a time.
+    """Strips and programs of a sweep, "statistics", "loss" or "backward". places: programs that the device
+    runs at a time.
 
     Of the halvings of a sample, that which takes least: rounds of all programs times what an item costs.
     """
@@ -143,10 +149,12 @@ def plan(shape: Shape, sweep: str, places: int) -> Plan:
 def workspace(shape: Shape, sweep: str, places: int) -> int:
     """Bytes that a launch of the sweep allocates for itself: scratch and partial sums of its programs.
 
-    Of "statistics" the sums are of every item, mean and squares in float64: all that grows with N where the programs do not.
+    Of "statistics" the sums are of every item, mean and squares in float64: all that grows with N where the
+    programs do not.
     """
     cut, K = plan(shape, sweep, places), shape.K
     sums = {
-        "statistics": 4 * K * shape.N * cut.strips, "loss": cut.programs * (29 * K + 4), "backward": cut.programs * 9 * K * shape.C,
+        "statistics": 4 * K * shape.N * cut.strips, "loss": cut.programs * (29 * K + 4),
+        "backward": cut.programs * 9 * K * shape.C,
     }[sweep]  # fmt: skip
     return 4 * (cut.programs * cut.scratch + sums)

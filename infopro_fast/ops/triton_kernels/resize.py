@@ -1,9 +1,9 @@
-"""Where a resize takes its samples, as tables that Triton kernels look up: as torch.nn.functional.interpolate places them.
+"""Where torch.nn.functional.interpolate takes its samples, as tables that Triton kernels read.
 
-A mode is an index into `ops.resize.RESIZES`: 0, bilinear with align_corners=True; 1, nearest; 2, bilinear with align_corners=False. A
-bilinear position is an exact fraction, as on the CPU (F.interpolate rounds it in float32); 32 bits hold it while `ops.resize.fits`.
-Made anew by one launch for each pass: kernels that found positions themselves would divide integers more than they add, and a table that
-is kept would have to outlive every CUDA graph.
+Modes: 0, bilinear with align_corners=True; 1, nearest; 2, bilinear with align_corners=False. A bilinear
+position is an exact fraction, as on the CPU, which 32 bits hold if `fits`; F.interpolate rounds it in
+float32. One launch makes the tables of a pass: kernels that computed positions would mostly divide integers,
+and tables that are kept would have to outlive every CUDA graph.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ BLOCK = 256
 
 
 @triton.jit
-def taps(p, IN, OUT, MODE: tl.constexpr):
-    """Output positions p, inside 0..OUT: the source positions below and above, and the weight of the second."""
+def taps(p, IN, OUT, MODE):
+    """Source positions below and above of output positions p in 0..OUT, and the weight of the second."""
     if MODE == 1:
-        scale = tl.div_rn(tl.cast(IN, tl.float32), tl.cast(OUT, tl.float32))  # rounded as F.interpolate's is, whatever the dtype
+        # rounded as F.interpolate's is, whatever the dtype
+        scale = tl.div_rn(tl.cast(IN, tl.float32), tl.cast(OUT, tl.float32))
         low = tl.minimum((p.to(tl.float32) * scale).to(tl.int32), IN - 1)
         return low, low, low.to(tl.float32) * 0
     if MODE == 0:
@@ -38,19 +39,26 @@ def taps(p, IN, OUT, MODE: tl.constexpr):
 
 
 @triton.jit
-def _first(k, IN, OUT, MODE: tl.constexpr):
-    """No output position before this one takes source position k; the first whose source position below is k - 1 or more."""
-    if MODE == 1:
-        return tl.minimum(tl.maximum(k * OUT // IN - 1, 0), OUT)
+def first_output(k, IN, OUT, MODE):
+    """First output position whose source position below is k or more, else OUT. Bilinear, k > 0."""
     if MODE == 0:
-        found = tl.where((IN > 1) & (OUT > 1), tl.cdiv(tl.maximum(k - 1, 0) * (OUT - 1), tl.maximum(IN - 1, 1)), OUT)
+        found = tl.cdiv(tl.maximum(k, 0) * (OUT - 1), tl.maximum(IN - 1, 1))
+        found = tl.where((IN > 1) & (OUT > 1), found, OUT)
     else:
-        found = tl.cdiv(tl.maximum((2 * k - 1) * OUT - IN, 0), 2 * IN)
-    return tl.where(k <= 0, 0, tl.minimum(found, OUT))
+        found = tl.cdiv(tl.maximum((2 * k + 1) * OUT - IN, 0), 2 * IN)
+    return tl.minimum(found, OUT)
 
 
 @triton.jit
-def _axis_places(low, weights, total, offset, IN, OUT, MODE: tl.constexpr, BLOCK: tl.constexpr):
+def _first_taker(k, IN, OUT, MODE):
+    """An output position before which none samples source position k."""
+    if MODE == 1:
+        return tl.minimum(tl.maximum(k * OUT // IN - 1, 0), OUT)
+    return tl.where(k <= 0, 0, first_output(k - 1, IN, OUT, MODE))
+
+
+@triton.jit
+def _axis_places(low, weights, total, offset, IN, OUT, MODE, BLOCK):
     e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     p = e - 1
     below, above, weight = taps(tl.minimum(tl.maximum(p, 0), OUT - 1), IN, OUT, MODE)
@@ -63,7 +71,7 @@ def _axis_places(low, weights, total, offset, IN, OUT, MODE: tl.constexpr, BLOCK
 
 @launched
 def _places_kernel(low, weights, h, w, H, W, MODE: tl.constexpr, BLOCK: tl.constexpr):
-    """Of rows and of columns, for each output position from -1 on to one past the last: `taps`, weights 0 outside."""
+    """`taps` of every row and column of the output, from -1 to one past the last, with weights 0 outside."""
     total = H + W + 4
     if tl.program_id(1) == 0:
         _axis_places(low, weights, total, 0, h, H, MODE, BLOCK)
@@ -72,10 +80,10 @@ def _places_kernel(low, weights, h, w, H, W, MODE: tl.constexpr, BLOCK: tl.const
 
 
 @triton.jit
-def _axis_takers(first, weights, IN, OUT, COUNT, MODE: tl.constexpr, BLOCK: tl.constexpr):
+def _axis_takers(first, weights, IN, OUT, COUNT, MODE, BLOCK):
     e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     k = e % IN
-    begin = _first(k, IN, OUT, MODE)
+    begin = _first_taker(k, IN, OUT, MODE)
     step = e // IN - 2
     p = begin + step
     below, above, weight = taps(tl.minimum(tl.maximum(p, 0), OUT - 1), IN, OUT, MODE)
@@ -87,18 +95,20 @@ def _axis_takers(first, weights, IN, OUT, COUNT, MODE: tl.constexpr, BLOCK: tl.c
 
 @launched
 def _takers_kernel(first, weights, h, w, H, W, COUNT_Y, COUNT_X, MODE: tl.constexpr, BLOCK: tl.constexpr):
-    """Of rows and of columns, for each source position: the first output that takes it, and the weights in it and those after."""
+    """For every source row and column, the first output that takes it, and its weights from there on."""
     if tl.program_id(1) == 0:
         _axis_takers(first, weights, h, H, COUNT_Y, MODE, BLOCK)
     else:
         _axis_takers(first + h, weights + (COUNT_Y + 4) * h, w, W, COUNT_X, MODE, BLOCK)
 
 
-def places(h: int, w: int, H: int, W: int, mode: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """(low, weights) of the resize from (h, w) to (H, W), for positions from -1 on to one past the last: rows, then columns.
+def places(h: int, w: int, H: int, W: int, mode: int, device: torch.device) -> tuple[
+    torch.Tensor, torch.Tensor
+]:
+    """(low, weights) of the resize from (h, w) to (H, W): rows, then columns, from -1 to one past the last.
 
-    low (H + 2 + W + 2), int32: the source position below. weights (2, H + 2 + W + 2), float32: of that, and of the next (the last itself
-    at the edge), 0 for the two positions outside.
+    low (H + 2 + W + 2), int32: the source position below. weights (2, H + 2 + W + 2), float32: its weight and
+    the next position's (at the edge, its own again); 0 for the two positions outside.
     """
     total = H + W + 4
     low = torch.empty(total, dtype=torch.int32, device=device)
@@ -107,22 +117,25 @@ def places(h: int, w: int, H: int, W: int, mode: int, device: torch.device) -> t
     return low, weights
 
 
-def takers(h: int, w: int, H: int, W: int, mode: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, int, int]:
-    """The transpose: (first, weights, most rows, most columns), for source rows, then for source columns.
+def takers(h: int, w: int, H: int, W: int, mode: int, device: torch.device) -> tuple[
+    torch.Tensor, torch.Tensor, int, int
+]:
+    """The transpose: (first, weights, most rows, most columns) of source rows, then of source columns.
 
-    first (h + w), int32: the first output that takes each. weights, float32, (most + 4, h), then (most + 4, w): in entry 2 + t that of
-    output first + t, in two before and two after 0.
+    first (h + w), int32: the first output that samples each. weights, float32, (most + 4, h), then
+    (most + 4, w): entry 2 + t is the weight in output first + t; the first and last two entries are 0.
     """
     most_y, most_x = most_takers(h, H, mode), most_takers(w, W, mode)
     first = torch.empty(h + w, dtype=torch.int32, device=device)
     numbers_y, numbers_x = (most_y + 4) * h, (most_x + 4) * w
     weights = torch.empty(numbers_y + numbers_x, dtype=torch.float32, device=device)
-    _takers_kernel[(triton.cdiv(max(numbers_y, numbers_x), BLOCK), 2)](first, weights, h, w, H, W, most_y, most_x, mode, BLOCK)
+    grid = (triton.cdiv(max(numbers_y, numbers_x), BLOCK), 2)
+    _takers_kernel[grid](first, weights, h, w, H, W, most_y, most_x, mode, BLOCK)
     return first, weights, most_y, most_x
 
 
 def most_takers(size: int, out: int, mode: int) -> int:
-    """No source position is taken by outputs more than this many apart, from the first on."""
+    """Bound on the outputs, from the first on, that sample a source position."""
     if mode == 1:
         return min(out, out // size + 4)
     across = -(-2 * (out - 1) // max(size - 1, 1)) if mode == 0 else -(-2 * out // size)
@@ -130,7 +143,7 @@ def most_takers(size: int, out: int, mode: int) -> int:
 
 
 def configurations(cc: int) -> typing.Iterator[Compilation]:
-    """Both kernels in every mode."""
+    """Both kernels, in every mode."""
     for mode in range(3):
         for kernel, table in ((_places_kernel, "low"), (_takers_kernel, "first")):
             yield compilation(kernel, {table: "*i32"}, {"MODE": mode, "BLOCK": BLOCK}, ("COUNT_Y", "COUNT_X"))

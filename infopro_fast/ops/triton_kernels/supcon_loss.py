@@ -1,22 +1,27 @@
 """Triton kernels of `supcon_loss`: M rows x_i (M, D), labels y_i, one loss an anchor.
 
-A program owns BLOCK_M rows and goes over all M in tiles of BLOCK_N: logits of a tile, what they add to its rows, gone. Nothing of M x M
-is stored, and no two programs add to one number, so that every result has the same bits in every run. Logits are to the base 2:
+A program owns BLOCK_M rows and goes over all M rows in tiles of BLOCK_N, so that no M x M matrix is stored.
+No
+two programs add to one number: results have the same bits in every run. Logits are to the base 2:
 
     s_ij = log2(e) / T * x_i . x_j / (|x_i| |x_j|),   l_i = log2 sum_{j != i} 2^s_ij,   p_ij = 2^(s_ij - l_i)
     loss_i = ln 2 (l_i - sum_{j in P(i)} s_ij / |P(i)|)
-    d loss / d z_i = 1/T sum_{j != i} c_ij z_j,   c_ij = a_i p_ij + a_j p_ji - [y_i = y_j] (a_i / |P(i)| + a_j / |P(j)|)
+    d loss / d z_i = 1/T sum_{j != i} c_ij z_j
+    c_ij = a_i p_ij + a_j p_ji - [y_i = y_j] (a_i / |P(i)| + a_j / |P(j)|)
 
-with a_i the upstream gradient of loss_i, 0 for an anchor without positives. Where the logits are bounded (normalised rows, T > 0.025)
-the bound serves as maximum, and backward takes one exponential a pair, not two.
+a_i is the upstream gradient of loss_i, 0 for an anchor without positives. If the logits are bounded
+(normalised rows, T > 0.025), the bound serves as maximum, and backward takes one exponential a pair instead
+of two.
 
-All products run on the tensor cores, and sum in float32: there within a tile, and tile by tile, of float32 rows, in float32 arithmetic.
-bfloat16 and float16 rows are taken as they come and scaled afterwards, which is exact. A float32 row is scaled by a power of two such
-that its largest element is about 2^14, and split into two float16 numbers, x = hi + lo, which hold 22 bits: hi hi + hi lo + lo hi is as
-exact as a sum of float32 products, and faster than float32 arithmetic on every GPU since 2020. Where torch allows TF32 in matmuls, hi
-alone is taken: the 11 bits that TF32 has. c is split likewise.
+Products run on tensor cores. Within a tile they sum in float32; tiles of float32 rows are added in float32.
+16-bit rows are multiplied as they are and scaled afterwards, which is exact. A float32 row is scaled by a
+power of two such that its largest element is about 2^14, and split into two float16 numbers, x = hi + lo,
+which hold 22
+bits: hi hi + hi lo + lo hi is as exact as a sum of float32 products, and faster on every GPU since 2020.
+Where torch allows TF32 in matmuls, hi is enough: it has TF32's 11 bits. c is split likewise.
 
-Where M is too small for the GPU, several programs share a row block, each takes some of the columns, and a second kernel adds up.
+If M is too small for the GPU, several programs share a row block, each takes a part of the columns, and a
+second kernel adds up.
 """
 
 from __future__ import annotations
@@ -28,7 +33,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .target import INTERPRETED, Compilation, capability, compilation, dot_precision, launched, multiprocessors, rounded
+from .target import INTERPRETED, capability, compilation, dot_precision, launched, multiprocessors, rounded
 
 NORM_EPS = tl.constexpr(1e-12)  # supcon_loss.NORM_EPS
 SUMS_APART = tl.constexpr(INTERPRETED)  # whose reductions by a function take a call an element
@@ -36,12 +41,11 @@ LN_2 = tl.constexpr(math.log(2))
 FIXED_MAXIMUM_RANGE = 115.0  # 2 log2(e) / T up to which the least exponential, 2^-this, is a normal float32
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Kernels
 
 
 @triton.jit
-def _load_rows(x, rows, columns, M, stride, D: tl.constexpr, WIDEN: tl.constexpr):
+def _load_rows(x, rows, columns, M, stride, D, WIDEN):
     """x[rows, columns], 0 outside (M, D)."""
     inside = (rows < M)[:, None] & (columns < D)[None, :]
     tile = tl.load(x + rows.to(tl.int64)[:, None] * stride + columns[None, :], mask=inside, other=0.0)
@@ -49,7 +53,9 @@ def _load_rows(x, rows, columns, M, stride, D: tl.constexpr, WIDEN: tl.constexpr
 
 
 @launched
-def _inverse_norms_kernel(x, inverse, M, stride, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+def _inverse_norms_kernel(
+    x, inverse, M, stride, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr
+):
     """inverse[i] = 1 / |x_i|, 0 where |x_i| <= 1e-12: of bfloat16 and float16 rows."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     squares = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -62,14 +68,15 @@ def _inverse_norms_kernel(x, inverse, M, stride, D: tl.constexpr, BLOCK_M: tl.co
 
 @launched
 def _split_kernel(
-    x, hi, lo, factor, inverse, M, stride,
-    D: tl.constexpr, NORMALIZE: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    x, hi, lo, factor, inverse, M, stride, D: tl.constexpr, NORMALIZE: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """float32 rows times 2^k, as hi + lo, and the factors by which the products of those are logits; 1 / |x_i| if NORMALIZE."""
+    """float32 rows times 2^k as hi + lo; factors that turn products into logits; NORMALIZE: 1 / |x_i|."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     largest = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for d in range(0, D, BLOCK_D):
-        largest = tl.maximum(largest, tl.abs(_load_rows(x, rows, d + tl.arange(0, BLOCK_D), M, stride, D, True)))
+        tile = _load_rows(x, rows, d + tl.arange(0, BLOCK_D), M, stride, D, True)
+        largest = tl.maximum(largest, tl.abs(tile))
     # By their exponents, exactly. A row below 2^-112 is scaled as if it were there, a row of zeros too.
     exponent = tl.maximum((tl.max(largest, 1).to(tl.int32, bitcast=True) >> 23) & 255, 15)
     power = ((268 - exponent) << 23).to(tl.float32, bitcast=True)
@@ -94,7 +101,7 @@ def _split_kernel(
 
 
 @triton.jit
-def _dot(left, left_lo, right, right_lo, total, PARTS: tl.constexpr):
+def _dot(left, left_lo, right, right_lo, total, PARTS):
     """total + left @ right, of numbers in PARTS parts."""
     if PARTS == 2:
         total = tl.dot(left_lo, right, total)
@@ -104,13 +111,13 @@ def _dot(left, left_lo, right, right_lo, total, PARTS: tl.constexpr):
 
 @triton.jit
 def _products(
-    hi, lo, own, own_lo, rows, columns, M, stride, D: tl.constexpr, PARTS: tl.constexpr, WIDEN: tl.constexpr, SYMMETRIC: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+    hi, lo, own, own_lo, rows, columns, M, stride, D, PARTS, WIDEN, SYMMETRIC, BLOCK_M, BLOCK_N, BLOCK_D,
+    BLOCK_K,
 ):  # fmt: skip
     """x_i . x_j (BLOCK_M, BLOCK_N), and the tile x_j (in its parts) where that is all of D.
 
-    SYMMETRIC: the same bits for (i, j) and (j, i), by sums of their own for hi lo and lo hi. Logits of thousands need it: an ulp of one
-    is as large as what a probability's exponent may be off by.
+    SYMMETRIC: the same bits for (i, j) and (j, i), by sums of their own for hi lo and lo hi. Logits of
+    thousands need it: an ulp of one is as large as what a probability's exponent may be off by.
     """
     products = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     mixed = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -134,7 +141,8 @@ def _products(
             right = tl.trans(_load_rows(hi, columns, dimensions, M, stride, D, WIDEN))
             if PARTS == 2:
                 mixed = tl.dot(_load_rows(lo, rows, dimensions, M, stride, D, WIDEN), right, mixed)
-                mixed_too = tl.dot(left, tl.trans(_load_rows(lo, columns, dimensions, M, stride, D, WIDEN)), mixed_too)
+                right_lo = tl.trans(_load_rows(lo, columns, dimensions, M, stride, D, WIDEN))
+                mixed_too = tl.dot(left, right_lo, mixed_too)
             products = tl.dot(left, right, products)
         if PARTS == 2:
             products += mixed + mixed_too
@@ -159,17 +167,19 @@ def _add_three(a0, a1, a2, b0, b1, b2):
 def _row_sums(a, b, c):
     if SUMS_APART:
         return tl.sum(a, 1), tl.sum(b, 1), tl.sum(c, 1)
-    else:  # in one reduction: apart, Triton would lay the one without logits out anew, and compare the labels twice
+    # in one reduction: apart, Triton would lay the one without logits out anew, and compare the labels twice
+    else:
         return tl.reduce((a, b, c), 1, _add_three)
 
 
 @launched
 def _forward_kernel(
-    hi, lo, labels, factor, loss, lse, counts, partial, M, stride, scale,
-    D: tl.constexpr, SCALED: tl.constexpr, FIXED_MAXIMUM: tl.constexpr, SPLITS: tl.constexpr, PARTS: tl.constexpr,
-    WIDEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+    hi, lo, labels, factor, loss, lse, counts, partial, M, stride, scale, D: tl.constexpr,
+    SCALED: tl.constexpr, FIXED_MAXIMUM: tl.constexpr, SPLITS: tl.constexpr, PARTS: tl.constexpr,
+    WIDEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Loss, l and |P| of a row block; with SPLITS > 1 the four sums of this program's columns, in ``partial`` (4, SPLITS, M)."""
+    """Loss, l and |P| of a row block; SPLITS > 1: four sums over a split, in partial (4, SPLITS, M)."""
     rows, split = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(1)
     own = _load_rows(hi, rows, tl.arange(0, BLOCK_D), M, stride, D, WIDEN)
     own_lo = own
@@ -190,8 +200,9 @@ def _forward_kernel(
     for start in range(split * share, tl.minimum((split + 1) * share, M), BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
         s, _, _ = _products(
-            hi, lo, own, own_lo, rows, columns, M, stride, D, PARTS, WIDEN, not FIXED_MAXIMUM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_K
-        )
+            hi, lo, own, own_lo, rows, columns, M, stride, D, PARTS, WIDEN, not FIXED_MAXIMUM,
+            BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_K,
+        )  # fmt: skip
         if SCALED:
             other_factor = root * tl.load(factor + columns, mask=columns < M, other=0.0)
             s *= own_factor[:, None] * other_factor[None, :]  # the same bits for (i, j) and (j, i)
@@ -206,7 +217,9 @@ def _forward_kernel(
             taken = tl.where(larger == -float("inf"), 0.0, larger)  # of a row that has met no other yet
             total *= tl.exp2(maximum - taken)
             maximum = larger
-        more, more_positive, more_count = _row_sums(tl.exp2(masked - taken[:, None]), tl.where(same, s, 0.0), tl.where(same, 1.0, 0.0))
+        more, more_positive, more_count = _row_sums(
+            tl.exp2(masked - taken[:, None]), tl.where(same, s, 0.0), tl.where(same, 1.0, 0.0)
+        )
         total += more
         positive += more_positive
         count += more_count
@@ -244,11 +257,14 @@ def _join_kernel(partial, loss, lse, counts, M, SPLITS: tl.constexpr, BLOCK_M: t
 
 @launched
 def _coefficients_kernel(
-    grad, lse, counts, factor, out, largest, M, grad_stride, scale, SCALED: tl.constexpr, FIXED_MAXIMUM: tl.constexpr, BLOCK: tl.constexpr
+    grad, lse, counts, factor, out, largest, M, grad_stride, scale, SCALED: tl.constexpr,
+    FIXED_MAXIMUM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """What an anchor adds to every c of its row and column, out (3, M): w = a 2^(bound - l), or a where there is no bound; a / |P|; l.
+    """What an anchor adds to every c of its row and column, out (3, M): w = a 2^(bound - l), or a where there
+    is no bound; a / |P|; l.
 
-    largest[0] = max |a| times max factor: a quarter of what no c_ij z_j / x_j exceeds. One program, since that is over all rows.
+    largest[0] = max |a| times max factor: a quarter of what no c_ij z_j / x_j exceeds. One program, since
+    that is over all rows.
     """
     largest_a = tl.zeros((BLOCK,), tl.float32)
     largest_factor = tl.zeros((BLOCK,), tl.float32)
@@ -259,7 +275,8 @@ def _coefficients_kernel(
         a = tl.load(grad + rows.to(tl.int64) * grad_stride, mask=(rows < M) & (count > 0), other=0.0)
         w = a
         if FIXED_MAXIMUM:
-            w = tl.where(count > 0, a * tl.exp2(scale - l), 0.0)  # l is -inf for a lone anchor, which has no positives
+            # l is -inf for a lone anchor, which has no positives
+            w = tl.where(count > 0, a * tl.exp2(scale - l), 0.0)
         tl.store(out + rows, w, mask=rows < M)
         tl.store(out + M + rows, a / tl.maximum(count, 1.0), mask=rows < M)
         tl.store(out + 2 * M + rows, l, mask=rows < M)
@@ -273,7 +290,7 @@ def _coefficients_kernel(
 
 
 @triton.jit
-def _load_coefficients(coefficients, rows, M, FIXED_MAXIMUM: tl.constexpr):
+def _load_coefficients(coefficients, rows, M, FIXED_MAXIMUM):
     """(w, a / |P|, l) as `_coefficients_kernel` left them; l only where it is needed."""
     w = tl.load(coefficients + rows, mask=rows < M, other=0.0)
     b = tl.load(coefficients + M + rows, mask=rows < M, other=0.0)
@@ -292,11 +309,12 @@ def _tangential(gradient, row, inverse):
 
 @launched
 def _backward_kernel(
-    coefficients, largest, hi, lo, labels, factor, out, M, stride, scale,
-    D: tl.constexpr, SCALED: tl.constexpr, FIXED_MAXIMUM: tl.constexpr, SPLITS: tl.constexpr, PARTS: tl.constexpr,
-    WIDEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+    coefficients, largest, hi, lo, labels, factor, out, M, stride, scale, D: tl.constexpr,
+    SCALED: tl.constexpr, FIXED_MAXIMUM: tl.constexpr, SPLITS: tl.constexpr, PARTS: tl.constexpr,
+    WIDEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of z for a row block, its columns [chunk * BLOCK_D, +BLOCK_D), from this program's columns: out (SPLITS, M, D)."""
+    """Gradient of z of a row block, BLOCK_D columns of it, from one split's rows: out (SPLITS, M, D)."""
     rows, split = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(1)
     dimensions = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
     own = _load_rows(hi, rows, tl.arange(0, BLOCK_D), M, stride, D, WIDEN)
@@ -318,8 +336,9 @@ def _backward_kernel(
     for start in range(split * share, tl.minimum((split + 1) * share, M), BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
         s, other, other_lo = _products(
-            hi, lo, own, own_lo, rows, columns, M, stride, D, PARTS, WIDEN, not FIXED_MAXIMUM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_K
-        )
+            hi, lo, own, own_lo, rows, columns, M, stride, D, PARTS, WIDEN, not FIXED_MAXIMUM,
+            BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_K,
+        )  # fmt: skip
         if D > BLOCK_D:
             other = _load_rows(hi, columns, dimensions, M, stride, D, WIDEN)
             other_lo = other
@@ -344,8 +363,9 @@ def _backward_kernel(
         c_lo = c_hi
         if PARTS == 2:
             c_lo = (c - c_hi.to(tl.float32)).to(other.dtype)
-        # Not summed on in the tensor cores: they cut off what a float32 add rounds, by 2e-5 of the sum over 4096 columns. (One part is
-        # summed there: Triton makes one instruction of a product and a sum. It holds 11 bits at the most.)
+        # Not summed on in the tensor cores: they cut off what a float32 add rounds, by 2e-5 of the sum over
+        # 4096 columns. (One part is summed there: Triton makes one instruction of a product and a sum. It
+        # holds 11 bits at the most.)
         gradient += _dot(c_hi, c_lo, other, other_lo, tl.zeros((BLOCK_M, BLOCK_D), tl.float32), PARTS)
     gradient *= (scale / unit) * LN_2  # log2(e) / T back to 1 / T
     inside = (rows < M)[:, None] & (dimensions < D)[None, :]
@@ -355,8 +375,8 @@ def _backward_kernel(
 
 @launched
 def _finish_kernel(
-    partial, x, inverse, out, M, stride,
-    D: tl.constexpr, NORMALIZE: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    partial, x, inverse, out, M, stride, D: tl.constexpr, NORMALIZE: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The splits of `_backward_kernel` added up, and the gradient of x from that of z."""
     rows, columns = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
@@ -371,12 +391,11 @@ def _finish_kernel(
     tl.store(out + at, rounded(gradient, out.dtype.element_ty), mask=inside)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Launchers: the arguments of the op's schema
+# Launchers, with the arguments of the op's schema
 
 
 class _Rows(typing.NamedTuple):
-    """Rows as the kernels multiply them: in one or two parts, with the factors by which products become logits."""
+    """Rows as the kernels multiply them: one or two parts, and the factors that turn products into logits."""
 
     hi: torch.Tensor
     lo: torch.Tensor
@@ -386,7 +405,7 @@ class _Rows(typing.NamedTuple):
 
 
 def forward(features, labels, temperature, normalize):
-    """Loss (M,) float32 and (1 / |x|, l, |P|) (3, M). Features whose last dimension is not contiguous are copied first."""
+    """Loss (M,) float32 and (1 / |x|, l, |P|) (3, M). Copies features unless rows are contiguous."""
     x, labels = _contiguous_rows(features), _integers(labels)
     M, D = x.shape
     loss = torch.empty(M, dtype=torch.float32, device=x.device)
@@ -423,13 +442,15 @@ def backward(grad, features, labels, saved, temperature, normalize):
     if M == 0:
         return out
     inverse, lse, counts = saved.unbind(0)
-    rows = _split(x, torch.empty_like(inverse), normalize) if x.dtype == torch.float32 else _split(x, inverse, normalize)
+    rows = _split(x, torch.empty_like(inverse) if x.dtype == torch.float32 else inverse, normalize)
     scale = math.log2(math.e) / temperature
     bounded = _bounded(scale, normalize)
     scratch = torch.empty(3 * M + 1, dtype=torch.float32, device=x.device)
     coefficients, largest = scratch[:-1], scratch[-1:]
     _coefficients_kernel[(1,)](
-        grad, lse, counts, rows.factor, coefficients, largest, M, grad.stride(0), scale, rows.scaled, bounded, 4096, num_warps=8
+        grad, lse, counts, rows.factor, coefficients, largest, M, grad.stride(
+            0
+        ), scale, rows.scaled, bounded, 4096, num_warps=8
     )
     tiles = choose_tiles(capability(x.device), rows.parts, D, bounded, backward=True)
     chunks = triton.cdiv(D, tiles.blocks[2])
@@ -443,12 +464,14 @@ def backward(grad, features, labels, saved, temperature, normalize):
     )  # fmt: skip
     if not whole:
         block_m, block_d = _row_block(D, D)
-        _finish_kernel[(triton.cdiv(M, block_m),)](gradient, x, inverse, out, M, x.stride(0), D, normalize, splits, block_m, block_d)
+        _finish_kernel[(triton.cdiv(M, block_m),)](
+            gradient, x, inverse, out, M, x.stride(0), D, normalize, splits, block_m, block_d
+        )
     return out
 
 
 def _split(x: torch.Tensor, inverse: torch.Tensor, normalize: bool) -> _Rows:
-    """x as the kernels multiply it; of float32 rows, if ``normalize``, 1 / |x| is written to ``inverse``, else read from there."""
+    """x as the kernels multiply it; ``inverse``, 1 / |x|: written for float32 if ``normalize``, else read."""
     if x.dtype != torch.float32:
         return _Rows(x, x, inverse, normalize, 1)
     M, D = x.shape
@@ -486,13 +509,12 @@ def _bounded(scale: float, normalize: bool) -> bool:
 
 
 def _splits(M: int, tiles: Tiles, chunks: int, device: torch.device) -> int:
-    """Programs that share a row block: enough that each multiprocessor has two, as long as each gets two tiles or more."""
+    """Programs that share a row block: two for each multiprocessor, if each gets at least two tiles."""
     blocks = triton.cdiv(M, tiles.blocks[0]) * chunks
     wanted = triton.next_power_of_2(triton.cdiv(2 * multiprocessors(device), blocks))
     return max(1, min(wanted, MOST_SPLITS, triton.cdiv(M, 2 * tiles.blocks[1])))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Tile sizes
 
 MOST_SPLITS = 16
@@ -505,16 +527,19 @@ class Tiles(typing.NamedTuple):
 
 
 def choose_tiles(cc: int, parts: int, D: int, bounded: bool, backward: bool = False) -> Tiles:
-    """Tiles for rows (M, D) in ``parts`` parts. All of D is one tile up to 128; beyond, backward takes the logits once for every 128.
+    """Tiles for rows (M, D) in ``parts`` parts. All of D is one tile up to 128; beyond, backward takes the
+    logits once for every 128.
 
-    Found by compiling ahead of time: the largest that spill no register and leave room for two blocks a multiprocessor where a row block
-    has 64 rows.
+    Found by compiling ahead of time: the largest that spill no register and leave room for two blocks a
+    multiprocessor where a row block has 64 rows.
     """
     block_d = min(128, max(16, triton.next_power_of_2(D)))
-    # wgmma takes both operands from shared memory; the older mma from registers, which eight warps have twice as many of.
+    # wgmma takes both operands from shared memory; the older mma from registers, which eight warps have twice
+    # as many of.
     if cc in (90, 100, 103):
         block_n = 64 if D <= block_d and (bounded or (cc != 90 and not backward)) else 32
-        if backward and parts == 2 and D > block_d:  # the logits' sums and two of the gradient's share the registers
+        # the logits' sums and two of the gradient's share the registers
+        if backward and parts == 2 and D > block_d:
             block_n = 16
         return Tiles((64, block_n, block_d, 64), 4, 2)
     if backward and parts == 2:
@@ -522,32 +547,37 @@ def choose_tiles(cc: int, parts: int, D: int, bounded: bool, backward: bool = Fa
     return Tiles((64, 64 if bounded and D <= block_d else 32, block_d, 32), 4, 2)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What is compiled, for tests that compile it ahead of time
+# For tests that compile ahead of time
 
 
-def configurations(cc: int) -> typing.Iterator[Compilation]:
-    """Every kernel as it is compiled for rows of 128 (InfoPro's) and 512 numbers, with and without a bound, split and not."""
+def configurations(cc: int) -> typing.Iterator[tuple]:
+    """Every kernel for rows of 128 (InfoPro's) and 512 numbers, with and without a bound, split and not."""
     yield from _small_compilations()
-    float32, float16, bfloat16 = ("fp16", 2), ("fp16", 1), ("bf16", 1)  # what a pass over such rows multiplies, in how many parts
+    # what a pass over such rows multiplies, in how many parts
+    float32, float16, bfloat16 = ("fp16", 2), ("fp16", 1), ("bf16", 1)
     shapes = (128, True, 1), (128, False, 4), (512, True, 1)
-    for rows, shape in [*((float32, shape) for shape in shapes), (bfloat16, shapes[0]), (bfloat16, shapes[2]), (float16, shapes[0])]:
+    cases = [(float32, shape) for shape in shapes]
+    for rows, shape in [*cases, (bfloat16, shapes[0]), (bfloat16, shapes[2]), (float16, shapes[0])]:
         yield _pass_compilation(_forward_kernel, cc, *rows, *shape)
         yield _pass_compilation(_backward_kernel, cc, *rows, *shape)
     for kernel in (_forward_kernel, _backward_kernel):
         yield _pass_compilation(kernel, cc, *float32, 2, True, 1, M=1)  # integers that are 1 are compiled in
 
 
-def _pass_compilation(kernel, cc: int, dtype: str, parts: int, D: int, bounded: bool, splits: int, **fixed) -> Compilation:
+def _pass_compilation(
+    kernel, cc: int, dtype: str, parts: int, D: int, bounded: bool, splits: int, **fixed
+):
     backward = kernel is _backward_kernel
     tiles = choose_tiles(cc, parts, D, bounded, backward)
     types = {"hi": f"*{dtype}", "lo": f"*{dtype}", "labels": "*i64", "scale": "fp32"}
     constexprs = dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_D", "BLOCK_K"), tiles.blocks))
-    constexprs |= dict(D=D, SCALED=True, FIXED_MAXIMUM=bounded, SPLITS=splits, PARTS=parts, WIDEN=False, **fixed)
+    constexprs |= dict(
+        D=D, SCALED=True, FIXED_MAXIMUM=bounded, SPLITS=splits, PARTS=parts, WIDEN=False, **fixed
+    )
     return compilation(kernel, types, constexprs, (), tiles.warps, tiles.stages, True)
 
 
-def _small_compilations() -> typing.Iterator[Compilation]:
+def _small_compilations() -> typing.Iterator[tuple]:
     """The kernels around the two passes, one program a few rows."""
     block_m, block_d = _row_block(128, 1024)
     blocks = {"D": 128, "BLOCK_M": block_m, "BLOCK_D": block_d}

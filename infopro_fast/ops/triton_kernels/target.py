@@ -1,5 +1,4 @@
-"""What the launchers of Triton kernels share: the GPU they launch on, torch's float32 precision, and how a kernel is described to be
-compiled ahead of time."""
+"""What launchers of Triton kernels share: the GPU, float32 precision, descriptions of compilations."""
 
 from __future__ import annotations
 
@@ -10,19 +9,21 @@ import torch
 import triton
 import triton.language as tl
 
-# Whether kernels are interpreted on the CPU. There bfloat16 is not computed with: it is widened right after a load.
+# Whether kernels are interpreted on the CPU. There bfloat16 is not computed with: it is widened right after a
+# load.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
-LAUNCH_OPTIONS = {"enable_fp_fusion": True}
+LAUNCH_OPTIONS = {"enable_fp_fusion": True}  # the default until Triton 3.10
 
-# Where three TF32 products a float32 one (as exact as a float32 product is) are faster than the GPU's float32 units.
+# Where three TF32 products a float32 one (as exact as a float32 product is) are faster than the GPU's float32
+# units.
 _SPLIT_FLOAT32 = (80, 90, 100, 103)
 
 
 def launched(function: typing.Callable | None = None, **options):
-    """`triton.jit` for what is launched: a product and a sum are one instruction, whatever Triton's default is (3.10 changes it)."""
+    """`triton.jit` of a kernel that is launched: with LAUNCH_OPTIONS, whatever Triton's defaults are."""
     if function is None:
         return functools.partial(launched, **options)
     jitted = triton.jit(function, **options)
@@ -31,8 +32,8 @@ def launched(function: typing.Callable | None = None, **options):
 
 
 @triton.jit
-def rounded(x, dtype: tl.constexpr):
-    """float32 x in ``dtype``, to the nearest. (The interpreter cuts off what bfloat16 has no room for, so there it is rounded before.)"""
+def rounded(x, dtype):
+    """float32 x in ``dtype``, to the nearest. The interpreter truncates, so x is rounded before."""
     if _INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
         x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
@@ -41,7 +42,7 @@ def rounded(x, dtype: tl.constexpr):
 
 @triton.jit
 def spread(condition, block):
-    """A scalar condition as a mask of the shape of ``block``. (Broadcast as it is, Triton 3.9's interpreter makes integers of it.)"""
+    """A scalar condition as a mask like ``block``; Triton 3.9's interpreter broadcasts it to integers."""
     return tl.full(block.shape, condition.to(tl.int32), tl.int32) != 0
 
 
@@ -76,7 +77,7 @@ def compilation(
 
 @functools.cache
 def capability(device: torch.device) -> int:
-    """Compute capability as 10 * major + minor; that of an H100 for the CPU, where kernels are interpreted."""
+    """Compute capability, 10 * major + minor; an H100's for the CPU, where kernels are interpreted."""
     if device.type != "cuda":
         return 90
     major, minor = torch.cuda.get_device_capability(device)
@@ -85,12 +86,12 @@ def capability(device: torch.device) -> int:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """Multiprocessors of the GPU; few for the CPU, so that the interpreter sees a split as soon as a GPU would."""
+    """Multiprocessors of the GPU; four for the CPU, so that small tests in the interpreter split work too."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 def dot_precision(dtype: torch.dtype, cc: int) -> str:
-    """``input_precision`` of a tl.dot on ``dtype``: TF32 where torch allows it for matmuls, else float32's own precision."""
+    """``input_precision`` of a tl.dot on ``dtype``: TF32 where torch allows it for matmuls."""
     if dtype != torch.float32:
         return "ieee"
     if torch.backends.cuda.matmul.fp32_precision == "tf32":

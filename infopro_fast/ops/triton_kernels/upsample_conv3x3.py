@@ -1,30 +1,32 @@
-"""Triton kernels of `upsample_conv3x3`: x (N, C, h, w), weight (K, C, 3, 3), z (N, K, H, W); R the resize.
+"""Triton kernels of `upsample_conv3x3`: x (N, C, h, w), weight (K, C, 3, 3), z (N, K, H, W); R is the resize.
 
-The convolution mixes channels and gathers nine neighbours; R gathers, too, and gathering commutes with mixing. So channels are mixed where
-there are fewer pixels, by torch.bmm, for as many samples at a time as stay in a GPU's second cache, and a kernel here does the rest. Where
-h w < H W (or they are equal, and K < C):
+The convolution mixes channels and gathers nine neighbours. R gathers too, and gathering commutes with mixing:
+so torch.bmm mixes channels where there are fewer pixels, for as many samples at a time as fit a GPU's second
+cache, and a kernel here does the rest. If h w < H W, or they are equal and K < C:
 
     T[tap, k] = sum over c of W[k, c, tap] x[c]                                    bmm
     z[k](Y, X) = b[k] + sum over taps of R(T[tap, k])(Y + dy - 1, X + dx - 1)      _expand_kernel
     dT[tap, k] = R^T (dz[k], shifted by the tap)                                   _collect_kernel
     dx = W^T dT, dW = dT x^T                                                       bmm
 
-and else:
+otherwise:
 
     U[tap, c](Y, X) = R(x[c])(Y + dy - 1, X + dx - 1)                              _neighbours_kernel
     z = b + W U                                                                    bmm
     dU = W^T dz, dW = dz U^T                                                       bmm
     dx[c] = sum over taps of R^T (dU[tap, c], shifted by the tap)                  _from_neighbours_kernel
 
-Counted a sample, multiply-adds: 9 K C min(h w, H W) of a product, where a convolution of the resized map has 9 K C H W. The expansion's
-programs go down a strip of rows and keep T's rows, expanded in x, in registers while they are needed: K H W (6 + 18 h / H). Its bytes are
-T, written and read, 72 K h w, most of it in the cache, and z. To mix inside of a kernel would save T, but needs tiles gathered from a
-program's own registers, which Triton has not, or memory of each program's own, as in `reconstruction_loss`, where C and K are few. Here
-they are many, the product is most of the work, and cuBLAS's is the best there is.
+Multiply-adds a sample: 9 K C min(h w, H W) for a product, against 9 K C H W for a convolution of the resized
+map. Programs of the expansion go down a strip of rows and keep rows of T, expanded in x, in registers: K H W
+(6 + 18 h / H). Its bytes: T, written and read, 72 K h w, mostly in the cache, and z. Mixing inside a kernel
+would save T but needs tiles gathered from registers, which Triton lacks, or a scratch of each program, as in
+`reconstruction_loss`, where C and K are few. Here they are many, the product is most of the work, and
+cuBLAS's is best.
 
-Transient: T, dT or U, at most MOST numbers of them or those of one sample; dW of each sample of a chunk. Kept: x and weight. Operands of
-products are float32, or 16-bit if x and weight both have the same 16 bits (dT, U and dU are then rounded once, as torch rounds its resized
-map and gradient); sums are float32. Deterministic: every number has one program, which adds in a fixed order.
+Transient: T, dT or U, at most MOST numbers or one sample's; dW of each sample of a chunk. Kept: x and weight.
+Operands of products are float32, or 16-bit if x and weight both have the same 16 bits (dT, U and dU are then
+rounded once, as torch rounds its resized map and gradient); sums are float32. Deterministic: each number has
+one program, which adds in a fixed order.
 """
 
 from __future__ import annotations
@@ -44,22 +46,25 @@ MOST = 2**23  # 32 MiB of float32, which the second caches of an H100 and an A10
 MOST_SAMPLES = 2**15  # in one call of cuBLAS, whose batches are counted in 16 bits for some types
 ROWS = 8  # of z, that a program of the expansion goes down
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Channels mixed before the resize
 
 
 @triton.jit
-def _column(low, weights, total, e, w, MODE: tl.constexpr):
-    """Of entries e of a table of places: the source columns below and above, and both weights; 0 where there is none."""
+def _column(low, weights, total, e, w, MODE):
+    """Entries e of a table of places: source columns below and above, and their weights, 0 outside."""
     below = tl.load(low + e)
     above = tl.minimum(below + 1, w - 1) if MODE != 1 else below
     return below, above, tl.load(weights + e), tl.load(weights + total + e)
 
 
 @triton.jit
-def _expanded(row, next_tap, low0, high0, a0, b0, low1, high1, a1, b1, low2, high2, a2, b2, inside, MODE: tl.constexpr):
-    """(BLOCK_K, BLOCK_X): the sum over dx of a row of T[dy, dx], resized in x and shifted. row: pointers to T[dy, 0, k]'s; inside: of K."""
-    in0, in1, in2 = inside & (a0 + b0 > 0)[None, :], inside & (a1 + b1 > 0)[None, :], inside & (a2 + b2 > 0)[None, :]
+def _expanded(row, next_tap, columns, inside, MODE):
+    """Sum over dx of a row of T[dy, dx], resized in x and shifted. row: pointers to T[dy, 0, k]."""
+    low0, high0, a0, b0 = columns[0]
+    low1, high1, a1, b1 = columns[1]
+    low2, high2, a2, b2 = columns[2]
+    in0, in1 = inside & (a0 + b0 > 0)[None, :], inside & (a1 + b1 > 0)[None, :]
+    in2 = inside & (a2 + b2 > 0)[None, :]
     total = tl.load(row + low0[None, :], mask=in0, other=0.0) * a0[None, :]
     total += tl.load(row + next_tap + low1[None, :], mask=in1, other=0.0) * a1[None, :]
     total += tl.load(row + 2 * next_tap + low2[None, :], mask=in2, other=0.0) * a2[None, :]
@@ -71,21 +76,18 @@ def _expanded(row, next_tap, low0, high0, a0, b0, low1, high1, a1, b1, low2, hig
 
 
 @triton.jit
-def _row_of(
-    e, held, below, above, low, weights, total, source, next_tap, low0, high0, a0, b0, low1, high1, a1, b1, low2, high2, a2, b2, inside,
-    h, w, MODE: tl.constexpr,
-):  # fmt: skip
-    """Row e - 1 of the resized sum over dx, 0 outside; before it the source row that is held, what is expanded of it, and of the next."""
+def _row_of(e, held, below, above, low, weights, total, source, next_tap, columns, inside, h, w, MODE):
+    """(source row held, its expansion, the next row's, row e - 1 of the resized sum over dx or 0)."""
     y = tl.load(low + e)
     a, b = tl.load(weights + e), tl.load(weights + total + e)
     if y != held:
         if y == held + 1 and MODE != 1:
             below = above
         else:
-            below = _expanded(source + y * w, next_tap, low0, high0, a0, b0, low1, high1, a1, b1, low2, high2, a2, b2, inside, MODE)
+            below = _expanded(source + y * w, next_tap, columns, inside, MODE)
         if MODE != 1:
             next_row = source + tl.minimum(y + 1, h - 1) * w
-            above = _expanded(next_row, next_tap, low0, high0, a0, b0, low1, high1, a1, b1, low2, high2, a2, b2, inside, MODE)
+            above = _expanded(next_row, next_tap, columns, inside, MODE)
     row = below * a
     if MODE != 1:
         row += above * b
@@ -94,8 +96,8 @@ def _row_of(
 
 @launched
 def _expand_kernel(
-    mixed, bias, out, low, weights, K, h, w, H, W,
-    BIAS: tl.constexpr, MODE: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_X: tl.constexpr,
+    mixed, bias, out, low, weights, K, h, w, H, W, BIAS: tl.constexpr, MODE: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_X: tl.constexpr,
 ):  # fmt: skip
     """z of BLOCK_K channels in BLOCK_X columns of ROWS rows, from mixed (n, 9 K, h w)."""
     blocks_x, blocks_y = tl.cdiv(W, BLOCK_X), tl.cdiv(H, ROWS)
@@ -109,9 +111,11 @@ def _expand_kernel(
     source = mixed + 9 * n * next_tap + (k.to(tl.int64) * h * w)[:, None]
     total = H + W + 4
     first = H + 2 + tl.minimum(X, W - 1)
-    low0, high0, a0, b0 = _column(low, weights, total, first, w, MODE)
-    low1, high1, a1, b1 = _column(low, weights, total, first + 1, w, MODE)
-    low2, high2, a2, b2 = _column(low, weights, total, first + 2, w, MODE)
+    columns = (
+        _column(low, weights, total, first, w, MODE), _column(low, weights, total, first + 1, w, MODE),
+        _column(low, weights, total, first + 2, w, MODE),
+    )  # fmt: skip
+    source1, source2 = source + 3 * next_tap, source + 6 * next_tap
     shift = tl.zeros((BLOCK_K,), tl.float32)
     if BIAS:
         shift = tl.load(bias + k, mask=k < K, other=0.0).to(tl.float32)
@@ -126,26 +130,25 @@ def _expand_kernel(
     above2 = tl.zeros((BLOCK_K, BLOCK_X), tl.float32)
     for Y in range(Y0, tl.minimum(Y0 + ROWS, H)):
         held0, below0, above0, row0 = _row_of(
-            Y, held0, below0, above0, low, weights, total, source, next_tap, low0, high0, a0, b0, low1, high1, a1, b1, low2, high2, a2, b2,
-            inside, h, w, MODE,
-        )  # fmt: skip
+            Y, held0, below0, above0, low, weights, total, source, next_tap, columns, inside, h, w, MODE
+        )
         held1, below1, above1, row1 = _row_of(
-            Y + 1, held1, below1, above1, low, weights, total, source + 3 * next_tap, next_tap, low0, high0, a0, b0, low1, high1, a1, b1,
-            low2, high2, a2, b2, inside, h, w, MODE,
-        )  # fmt: skip
+            Y + 1, held1, below1, above1, low, weights, total, source1, next_tap, columns, inside, h, w, MODE
+        )
         held2, below2, above2, row2 = _row_of(
-            Y + 2, held2, below2, above2, low, weights, total, source + 6 * next_tap, next_tap, low0, high0, a0, b0, low1, high1, a1, b1,
-            low2, high2, a2, b2, inside, h, w, MODE,
-        )  # fmt: skip
+            Y + 2, held2, below2, above2, low, weights, total, source2, next_tap, columns, inside, h, w, MODE
+        )
         at = ((n * K + k) * H + Y)[:, None] * W + X[None, :]
-        tl.store(out + at, rounded(row0 + row1 + row2 + shift[:, None], out.dtype.element_ty), mask=inside & (X < W)[None, :])
+        z = rounded(row0 + row1 + row2 + shift[:, None], out.dtype.element_ty)
+        tl.store(out + at, z, mask=inside & (X < W)[None, :])
 
 
 @launched
 def _collect_kernel(
-    grad, out, first, weights, K, h, w, H, W, COUNT_Y, COUNT_X, MODE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr
+    grad, out, first, weights, K, h, w, H, W, COUNT_Y, COUNT_X, MODE: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """dT[dy, dx, k] for one dy and each dx, of BLOCK_K channels of BLOCK_P pixels; grad (n, K, H, W), out (n, 9 K, h w)."""
+    """dT[dy, dx, k] of one dy, BLOCK_K channels and BLOCK_P pixels; grad (n, K, H, W), out (n, 9 K, h w)."""
     blocks_p, blocks_k = tl.cdiv(h * w, BLOCK_P), tl.cdiv(K, BLOCK_K)
     program = tl.program_id(0)
     pixel, block = program % blocks_p * BLOCK_P + tl.arange(0, BLOCK_P), program // blocks_p
@@ -168,7 +171,8 @@ def _collect_kernel(
         for row in range(0, COUNT_Y):
             Y, weight = first_row + row - dy + 1, tl.load(of_rows + row * h)
             taken = here & (Y >= 0) & (Y < H) & (weight > 0)
-            rows += tl.load(source + (Y * W + X)[None, :], mask=inside & taken[None, :], other=0.0).to(tl.float32) * weight[None, :]
+            g = tl.load(source + (Y * W + X)[None, :], mask=inside & taken[None, :], other=0.0).to(tl.float32)
+            rows += g * weight[None, :]
         total0 += rows * weight0[None, :]
         total1 += rows * weight1[None, :]
         total2 += rows * weight2[None, :]
@@ -179,14 +183,13 @@ def _collect_kernel(
     tl.store(at + 2 * next_tap, rounded(total2, out.dtype.element_ty), mask=inside)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Channels mixed after the resize
 
 
 @launched
 def _neighbours_kernel(
-    x, out, low, weights, C, h, w, H, W, stride_n, stride_c, stride_y, stride_x,
-    MODE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    x, out, low, weights, C, h, w, H, W, stride_n, stride_c, stride_y, stride_x, MODE: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """U[tap, c] for one tap, of BLOCK_C channels of BLOCK_P pixels of z; out (n, 9 C, H W)."""
     blocks_p, blocks_c = tl.cdiv(H * W, BLOCK_P), tl.cdiv(C, BLOCK_C)
@@ -204,7 +207,8 @@ def _neighbours_kernel(
     above, left = source + (y_low * stride_y)[None, :], (x_low * stride_x)[None, :]
     value = tl.load(above + left, mask=inside, other=0.0).to(tl.float32)
     if MODE != 1:
-        below, right = source + (tl.minimum(y_low + 1, h - 1) * stride_y)[None, :], (tl.minimum(x_low + 1, w - 1) * stride_x)[None, :]
+        below = source + (tl.minimum(y_low + 1, h - 1) * stride_y)[None, :]
+        right = (tl.minimum(x_low + 1, w - 1) * stride_x)[None, :]
         value = value * xa + tl.load(above + right, mask=inside, other=0.0).to(tl.float32) * xb
         second = tl.load(below + left, mask=inside, other=0.0).to(tl.float32) * xa
         second += tl.load(below + right, mask=inside, other=0.0).to(tl.float32) * xb
@@ -235,23 +239,22 @@ def _from_neighbours_kernel(
                 Y, X = first_row + row - tap // 3 + 1, first_column + step - tap % 3 + 1
                 taken = (Y >= 0) & (Y < H) & (X >= 0) & (X < W) & (weight > 0)
                 source = grad + ((n * 9 * C + tap * C + c) * H * W)[:, None]
-                g = tl.load(source + (Y * W + X)[None, :], mask=inside & taken[None, :], other=0.0).to(tl.float32)
-                total += g * weight[None, :]
+                g = tl.load(source + (Y * W + X)[None, :], mask=inside & taken[None, :], other=0.0)
+                total += g.to(tl.float32) * weight[None, :]
     at = c.to(tl.int64)[:, None] * stride_c + (y.to(tl.int64) * stride_y + x.to(tl.int64) * stride_x)[None, :]
     tl.store(out + n * stride_n + at, rounded(total, out.dtype.element_ty), mask=inside)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Launchers: the arguments of the op's schema
+# Launchers, with the arguments of the op's schema
 
 
 def forward(x, weight, bias, H, W, resize):
-    """z (N, K, H, W), contiguous, in x's dtype. x is copied where the rows of its maps are not evenly spaced, weight always."""
+    """z (N, K, H, W), contiguous, in x's dtype. Copies the weight, and x if rows are not evenly spaced."""
     return convolve(x, weight, bias, H, W, resize, x.dtype)
 
 
 def backward(grad, x, weight, resize, needs_x, needs_weight):
-    """Gradients of x (in its dtype and memory format) and weight (K, C, 3, 3), float32; nothing (0,) where not needed."""
+    """Gradients of x (like x) and weight (K, C, 3, 3), float32; (0,) where not needed."""
     g_x = torch.empty_like(x) if needs_x else x.new_empty((0,))
     if grad.numel() == 0 or not (needs_x or needs_weight):
         return g_x, torch.zeros(weight.shape if needs_weight else (0,), dtype=torch.float32, device=x.device)
@@ -259,9 +262,8 @@ def backward(grad, x, weight, resize, needs_x, needs_weight):
     return g_x, g_weight if needs_weight else g_x.new_empty((0,), dtype=torch.float32)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The convolution. x, and in backward the gradient of z, may be made as they are asked for: they have a shape, a dtype and a device, and
-# give the samples of a slice.
+# The convolution. x, and in backward the gradient of z, may be made as they are asked for: they have a shape,
+# a dtype and a device, and give the samples of a slice.
 
 
 def convolve(x, weight, bias, H, W, resize, out_dtype):
@@ -280,7 +282,9 @@ def convolve(x, weight, bias, H, W, resize, out_dtype):
             _expand(mixed, bias, out[start:stop], h, w, resize, table)
         return out
     matrix = _beside(weight, dtype)
-    for start, stop, found in _chunks(N, max(9 * C * H * W, K * H * W, C * h * w), dtype, x.device, 9 * C * H * W):
+    for start, stop, found in _chunks(
+        N, max(9 * C * H * W, K * H * W, C * h * w), dtype, x.device, 9 * C * H * W
+    ):
         neighbours = found.view(-1, 9 * C, H * W)
         _neighbours(x[start:stop], neighbours, H, W, resize, table)
         _multiply_and_add(_each(matrix, stop - start), neighbours, bias, out[start:stop].view(-1, K, H * W))
@@ -288,7 +292,7 @@ def convolve(x, weight, bias, H, W, resize, out_dtype):
 
 
 def write_gradients(grad, x, weight, resize, g_x, needs_weight):
-    """Writes the gradient of x into g_x, if there is one; gives that of the weight (K, C, 3, 3), float32, or None. No empty maps."""
+    """Write the gradient of x into g_x, unless None; return the weight's, float32, or None. No empty maps."""
     (C, h, w), (K, H, W) = x.shape[1:], grad.shape[1:]
     by = _backward_by_taps if _mixed_first(h * w, K, H * W, C) else _backward_beside
     return by(grad, x, weight, resize, g_x, needs_weight)
@@ -298,7 +302,8 @@ def _backward_by_taps(grad, x, weight, resize, g_x, needs_weight):
     (N, C, h, w), (K, H, W), dtype = x.shape, grad.shape[1:], _operand(x, weight)
     matrix = _by_taps(weight, dtype)
     g_matrix, table = _Sum((9 * K, C), x.device), takers(h, w, H, W, resize, x.device)
-    numbers = max(9 * K * max(h * w, C), K * H * W, C * h * w)  # the taps or what they add to the weight's gradient; dz; x
+    # the taps or what they add to the weight's gradient; dz; x
+    numbers = max(9 * K * max(h * w, C), K * H * W, C * h * w)
     for start, stop, collected in _chunks(N, numbers, dtype, x.device, 9 * K * h * w):
         collected, count = collected.view(-1, 9 * K, h * w), stop - start
         _collect(grad[start:stop], collected, h, w, resize, table)
@@ -332,8 +337,11 @@ def pointwise(x, weight, bias):
     (N, C, h, w), K, dtype = x.shape, weight.shape[0], _operand(x, weight)
     out = torch.empty((N, K, h, w), dtype=torch.float32, device=x.device)
     matrix = weight.to(dtype).flatten(1)
-    for start, stop in _spans(N, max(K, C) * h * w):
-        _multiply_and_add(_each(matrix, stop - start), x[start:stop].flatten(2).to(dtype), bias, out[start:stop].view(-1, K, h * w))
+    for start, stop in spans(N, max(K, C) * h * w):
+        _multiply_and_add(
+            _each(matrix, stop - start), x[start:stop].flatten(2).to(dtype), bias,
+            out[start:stop].view(-1, K, h * w),
+        )  # fmt: skip
     return out
 
 
@@ -341,7 +349,7 @@ def pointwise_gradients(grad, x, weight, g_x, needs_weight):
     """As `write_gradients`."""
     (N, C, h, w), K, dtype = x.shape, weight.shape[0], _operand(x, weight)
     matrix, g_matrix = weight.to(dtype).flatten(1), _Sum((K, C), x.device)
-    for start, stop in _spans(N, max(K, C) * max(h * w, C)):
+    for start, stop in spans(N, max(K, C) * max(h * w, C)):
         given = grad[start:stop].flatten(2).to(dtype)
         if needs_weight:
             g_matrix.add(given, x[start:stop].flatten(2).to(dtype).transpose(1, 2))
@@ -353,16 +361,16 @@ def pointwise_gradients(grad, x, weight, g_x, needs_weight):
 def _check_size(h: int, w: int, H: int, W: int) -> None:
     if not fits(h, w, H, W) or max(h * w, H * W) >= 2**31:
         raise ValueError(
-            f"upsample_conv3x3: impl='triton' takes 2 H h, 2 W w, h w and H W below 2^31, got maps of ({h}, {w}) and size ({H}, {W})"
+            "upsample_conv3x3: impl='triton' takes 2 H h, 2 W w, h w and H W below 2^31, "
+            f"got maps of ({h}, {w}) and size ({H}, {W})"
         )
 
 
 def _mixed_first(pixels_x: int, K: int, pixels_z: int, C: int) -> bool:
-    """Whether channels are mixed at the size of x: where it has fewer pixels, or as many, and z has fewer channels."""
+    """Whether channels are mixed at the size of x: fewer pixels than z's, or as many and fewer channels."""
     return (pixels_x, K) < (pixels_z, C)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Products of matrices
 
 
@@ -386,16 +394,16 @@ def _each(matrix: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def _chunks(N: int, numbers: int, dtype: torch.dtype, device: torch.device, held: int | None = None):
-    """(start, stop, buffer) of the samples that are taken at once, at ``numbers`` a sample, of which the buffer holds ``held``."""
+    """(start, stop, buffer) of each chunk of samples: ``numbers`` a sample, ``held`` in the buffer."""
     buffer = None
     held = numbers if held is None else held
-    for start, stop in _spans(N, numbers):
+    for start, stop in spans(N, numbers):
         if buffer is None:  # of the first, which are the most
             buffer = torch.empty((stop - start) * held, dtype=dtype, device=device)
         yield start, stop, buffer[: (stop - start) * held]
 
 
-def _spans(N: int, numbers: int) -> typing.Iterator[tuple[int, int]]:
+def spans(N: int, numbers: int) -> typing.Iterator[tuple[int, int]]:
     """The samples that are taken at once, at ``numbers`` a sample."""
     count = max(1, min(N, MOST // numbers, MOST_SAMPLES))
     for start in range(0, N, count):
@@ -403,7 +411,7 @@ def _spans(N: int, numbers: int) -> typing.Iterator[tuple[int, int]]:
 
 
 def _multiply(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
-    """out = a @ b, batches of matrices of one dtype, summed in float32; with ``out``, which autocast lets alone."""
+    """out = a @ b for batches of one dtype, summed in float32; autocast ignores calls with ``out``."""
     if a.device.type != "cuda":  # interpreted
         found = torch.empty(out.shape, dtype=torch.float32)
         torch.bmm(a.float(), b.float(), out=found)
@@ -453,11 +461,12 @@ class _Sum:
         self.total = share if self.total is None else self.total.add_(share)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Launches
 
 
-def _expand(mixed: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, h: int, w: int, mode: int, table) -> None:
+def _expand(
+    mixed: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, h: int, w: int, mode: int, table
+) -> None:
     n, K, H, W = out.shape
     block_k, block_x = choose_tile(K, W)
     grid = (triton.cdiv(W, block_x) * triton.cdiv(H, ROWS) * n * triton.cdiv(K, block_k),)
@@ -473,14 +482,18 @@ def _collect(grad: torch.Tensor, out: torch.Tensor, h: int, w: int, mode: int, t
     first, weights, *most = table
     block_k, block_p = choose_tile(K, h * w)
     grid = (triton.cdiv(h * w, block_p) * 3 * n * triton.cdiv(K, block_k),)
-    _collect_kernel[grid](grad, out, first, weights, K, h, w, H, W, *most, mode, block_k, block_p, num_warps=WARPS)
+    _collect_kernel[grid](
+        grad, out, first, weights, K, h, w, H, W, *most, mode, block_k, block_p, num_warps=WARPS
+    )
 
 
 def _neighbours(x: torch.Tensor, out: torch.Tensor, H: int, W: int, mode: int, table) -> None:
     n, C, h, w = x.shape
     block_c, block_p = choose_tile(C, H * W)
     grid = (triton.cdiv(H * W, block_p) * 9 * n * triton.cdiv(C, block_c),)
-    _neighbours_kernel[grid](x, out, *table, C, h, w, H, W, *x.stride(), mode, block_c, block_p, num_warps=WARPS)
+    _neighbours_kernel[grid](
+        x, out, *table, C, h, w, H, W, *x.stride(), mode, block_c, block_p, num_warps=WARPS
+    )
 
 
 def _from_neighbours(grad: torch.Tensor, out: torch.Tensor, H: int, W: int, mode: int, table) -> None:
@@ -489,11 +502,11 @@ def _from_neighbours(grad: torch.Tensor, out: torch.Tensor, H: int, W: int, mode
     block_c, block_p = choose_tile(C, h * w, MOST_PIXELS)
     grid = (triton.cdiv(h * w, block_p) * n * triton.cdiv(C, block_c),)
     _from_neighbours_kernel[grid](
-        grad, out, first, weights, C, h, w, H, W, *most, *out.stride(), mode, block_c, block_p, num_warps=WARPS
+        grad, out, first, weights, C, h, w, H, W, *most, *out.stride(), mode, block_c, block_p,
+        num_warps=WARPS,
     )  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Tile sizes
 
 WARPS = 4
@@ -502,24 +515,25 @@ MOST_PIXELS = 128  # of `_from_neighbours_kernel`: one a thread, since several s
 
 
 def choose_tile(channels: int, width: int, most: int = 64) -> tuple[int, int]:
-    """(channels, columns) of a program: 512 numbers, columns first, which are next to each other in memory; ``most`` columns."""
+    """(channels, columns) of a program: 512 numbers, at most ``most`` columns (neighbours in memory)."""
     block_x = min(most, triton.next_power_of_2(width))
     return min(triton.next_power_of_2(channels), 512 // block_x), block_x
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What is compiled, for tests that compile it ahead of time
+# For tests that compile ahead of time
 
 
 def configurations(cc: int) -> typing.Iterator[Compilation]:
-    """Every kernel for maps of 64 channels or more, and for one channel (nearest, the smallest); the tables of places and takers."""
+    """Every kernel for maps of 64 channels or more and for one channel (nearest); the tables' kernels."""
     yield from resizing.configurations(cc)
     for dtype, mode, channels in (("fp32", 2, 64), ("bf16", 0, 64), ("fp16", 1, 1)):
         ones = {"C": 1, "K": 1, "stride_x": 1} if channels == 1 else {}
         types = dict.fromkeys(("x", "grad", "out", "bias"), f"*{dtype}") | {"low": "*i32", "first": "*i32"}
         for kernel in (_expand_kernel, _collect_kernel, _neighbours_kernel, _from_neighbours_kernel):
-            block, block_x = choose_tile(channels, 128, MOST_PIXELS if kernel is _from_neighbours_kernel else 64)
-            fixed = ones | {"MODE": mode, "BIAS": True, "ROWS": ROWS, "BLOCK_K": block, "BLOCK_C": block, "BLOCK_X": block_x, "BLOCK_P": block_x}
+            most = MOST_PIXELS if kernel is _from_neighbours_kernel else 64
+            block, block_x = choose_tile(channels, 128, most)
+            fixed = ones | {"MODE": mode, "BIAS": True, "ROWS": ROWS, "BLOCK_K": block, "BLOCK_C": block}
+            fixed |= {"BLOCK_X": block_x, "BLOCK_P": block_x}
             warps = EXPAND_WARPS if kernel is _expand_kernel else WARPS
             yield compilation(kernel, types, fixed, ("COUNT_Y", "COUNT_X"), warps)
 

@@ -1,15 +1,17 @@
 """Triton kernels of `upsample_cross_entropy`: logits (N, C, h, w), labels (N, H, W).
 
-Forward: a program owns BLOCK_P pixels of one row and goes over the classes in blocks of BLOCK_C, each logit from its four source pixels
-(which the first cache has: neighbours share them), with a running maximum; it keeps l, the log-sum-exp of every pixel, and writes two
-sums, which `_finish_kernel` adds up. Backward: a program owns BLOCK_W source pixels of one row y and BLOCK_C classes, and goes over the
-pixels that touch them: for BLOCK_P columns at a time the gradients of the logits are summed down the rows, each times its weight of y,
-and the sum is multiplied with the weights of the columns, (BLOCK_P, BLOCK_W). So no two programs add to one number: a result has the same
-bits in every run. (Every exponential is taken for both source rows that it lies between; a second buffer for what a row gets from above
-would save that, and cost as much memory as the gradient.)
+Forward: a program owns BLOCK_P pixels of one row and goes over the classes in blocks of BLOCK_C with a
+running maximum. It computes each logit from four source pixels, which neighbours share in the first cache,
+keeps l, the log-sum-exp of every pixel, and writes two sums, which `_finish_kernel` adds up.
 
-A pixel's position between source pixels is an exact fraction, like on the CPU; F.interpolate rounds it in float32. A label out of range
-counts as ignored.
+Backward: a program owns BLOCK_W source pixels of one row y and BLOCK_C classes, and goes over the pixels that
+sample them, BLOCK_P columns at a time. It sums the gradients of the logits down the rows, weighted by y, and
+multiplies the sum by the weights of the columns, (BLOCK_P, BLOCK_W). No two programs add to one number:
+results have the same bits in every run. Every exponential is taken twice, for both source rows; a second
+buffer would save that and cost as much memory as the gradient.
+
+A pixel's position is an exact fraction, as on the CPU; F.interpolate rounds it in float32. Labels out of
+range are ignored.
 """
 
 from __future__ import annotations
@@ -20,31 +22,27 @@ import torch
 import triton
 import triton.language as tl
 
-from .resize import taps
+from .resize import first_output, taps
 from .target import Compilation, capability, compilation, dot_precision, launched, rounded
 
 MEAN, SUM, NONE = range(3)  # linear_cross_entropy.REDUCTIONS
 KEEP_LSE = 1  # in upsample_cross_entropy.KEEP
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Kernels
 
 
 @triton.jit
-def _first(k, IN, OUT, ALIGN_CORNERS: tl.constexpr):
-    """The first output position whose source position below is k or more, OUT if there is none."""
-    if ALIGN_CORNERS:
-        first = tl.where((IN > 1) & (OUT > 1), tl.cdiv(tl.maximum(k, 0) * (OUT - 1), tl.maximum(IN - 1, 1)), OUT)
-    else:
-        first = tl.cdiv(tl.maximum((2 * k + 1) * OUT - IN, 0), 2 * IN)
-    return tl.where(k <= 0, 0, tl.minimum(first, OUT))
+def _first(k, IN, OUT, ALIGN_CORNERS):
+    """First output position whose source position below is k or more; OUT if none is."""
+    return tl.where(k <= 0, 0, first_output(k, IN, OUT, 0 if ALIGN_CORNERS else 2))
 
 
 @triton.jit
 def _resized(rows_low, rows_high, x_low, x_high, weight_x, weight_y, classes, inside, stride_c, stride_x):
-    """Logits (BLOCK_C, BLOCK_P) of pixels of one row, float32; rows_low, rows_high: pointers to the source rows of class 0."""
+    """Logits (BLOCK_C, BLOCK_P) of pixels of a row. rows_low, rows_high: pointers to class 0's."""
     at = classes.to(tl.int64)[:, None] * stride_c
-    left, right = at + (x_low.to(tl.int64) * stride_x)[None, :], at + (x_high.to(tl.int64) * stride_x)[None, :]
+    left = at + (x_low.to(tl.int64) * stride_x)[None, :]
+    right = at + (x_high.to(tl.int64) * stride_x)[None, :]
     low_left = tl.load(rows_low + left, mask=inside, other=0.0).to(tl.float32)
     low_right = tl.load(rows_low + right, mask=inside, other=0.0).to(tl.float32)
     high_left = tl.load(rows_high + left, mask=inside, other=0.0).to(tl.float32)
@@ -62,7 +60,7 @@ def _labels(target, X, W, C, stride_x, ignore_index):
 
 
 @triton.jit
-def _weights_of(class_weight, classes, inside, WEIGHTED: tl.constexpr):
+def _weights_of(class_weight, classes, inside, WEIGHTED):
     weight = tl.where(inside, 1.0, 0.0)
     if WEIGHTED:
         weight = tl.load(class_weight + classes, mask=inside, other=0.0).to(tl.float32)
@@ -73,17 +71,19 @@ def _weights_of(class_weight, classes, inside, WEIGHTED: tl.constexpr):
 def _forward_kernel(
     logits, target, class_weight, loss, lse, partial, confusion, C, h, w, H, W, ignore_index, smoothing,
     stride_n, stride_c, stride_y, stride_x, target_stride_n, target_stride_y, target_stride_x,
-    ALIGN_CORNERS: tl.constexpr, WEIGHTED: tl.constexpr, SMOOTH: tl.constexpr, EACH: tl.constexpr, KEEP: tl.constexpr,
-    CONFUSION: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    ALIGN_CORNERS: tl.constexpr, WEIGHTED: tl.constexpr, SMOOTH: tl.constexpr, EACH: tl.constexpr,
+    KEEP: tl.constexpr, CONFUSION: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Losses and l of BLOCK_P pixels; their sum, and that of their targets' weights, in ``partial`` (programs, 2)."""
+    """Losses and l of BLOCK_P pixels; sums of losses and targets' weights in partial (programs, 2)."""
     program, blocks = tl.program_id(0), tl.cdiv(W, BLOCK_P)
     X, row = program % blocks * BLOCK_P + tl.arange(0, BLOCK_P), program // blocks
     Y, n = row % H, (row // H).to(tl.int64)
-    label, kept = _labels(target + n * target_stride_n + Y.to(tl.int64) * target_stride_y, X, W, C, target_stride_x, ignore_index)
+    target_row = target + n * target_stride_n + Y.to(tl.int64) * target_stride_y
+    label, kept = _labels(target_row, X, W, C, target_stride_x, ignore_index)
     y_low, y_high, weight_y = taps(Y, h, H, 0 if ALIGN_CORNERS else 2)
     x_low, x_high, weight_x = taps(tl.minimum(X, W - 1), w, W, 0 if ALIGN_CORNERS else 2)
-    rows_low, rows_high = logits + n * stride_n + y_low.to(tl.int64) * stride_y, logits + n * stride_n + y_high.to(tl.int64) * stride_y
+    rows_low = logits + n * stride_n + y_low.to(tl.int64) * stride_y
+    rows_high = logits + n * stride_n + y_high.to(tl.int64) * stride_y
     top = tl.full((BLOCK_P,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_P,), tl.float32)
     at_target = tl.zeros((BLOCK_P,), tl.float32)
@@ -93,7 +93,9 @@ def _forward_kernel(
     for start in range(0, C, BLOCK_C):
         classes = start + tl.arange(0, BLOCK_C)
         inside = (classes < C)[:, None] & (X < W)[None, :]
-        x = _resized(rows_low, rows_high, x_low, x_high, weight_x, weight_y, classes, inside, stride_c, stride_x)
+        x = _resized(
+            rows_low, rows_high, x_low, x_high, weight_x, weight_y, classes, inside, stride_c, stride_x
+        )
         masked = tl.where((classes < C)[:, None], x, -float("inf"))
         block_top = tl.max(masked, 0)
         new_top = tl.maximum(top, block_top)
@@ -129,7 +131,9 @@ def _forward_kernel(
 
 
 @launched
-def _finish_kernel(partial, loss, divisor, count, MEAN_OF: tl.constexpr, EACH: tl.constexpr, BLOCK: tl.constexpr):
+def _finish_kernel(
+    partial, loss, divisor, count, MEAN_OF: tl.constexpr, EACH: tl.constexpr, BLOCK: tl.constexpr
+):
     """The loss and what it was divided by, from the sums of ``count`` programs; one program, in float64."""
     total = tl.zeros((BLOCK,), tl.float64)
     weight = tl.zeros((BLOCK,), tl.float64)
@@ -149,10 +153,10 @@ def _finish_kernel(partial, loss, divisor, count, MEAN_OF: tl.constexpr, EACH: t
 @launched
 def _backward_kernel(
     grad, logits, target, class_weight, lse, divisor, out, C, h, w, H, W, ignore_index, smoothing,
-    grad_stride_n, grad_stride_y, grad_stride_x, stride_n, stride_c, stride_y, stride_x,
-    target_stride_n, target_stride_y, target_stride_x, out_stride_n, out_stride_c, out_stride_y, out_stride_x,
-    ALIGN_CORNERS: tl.constexpr, WEIGHTED: tl.constexpr, SMOOTH: tl.constexpr, EACH: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr,
+    grad_stride_n, grad_stride_y, grad_stride_x, stride_n, stride_c, stride_y, stride_x, target_stride_n,
+    target_stride_y, target_stride_x, out_stride_n, out_stride_c, out_stride_y, out_stride_x,
+    ALIGN_CORNERS: tl.constexpr, WEIGHTED: tl.constexpr, SMOOTH: tl.constexpr, EACH: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """Gradient of BLOCK_C classes of BLOCK_W source pixels of one row y."""
     blocks_w, blocks_c = tl.cdiv(w, BLOCK_W), tl.cdiv(C, BLOCK_C)
@@ -181,21 +185,24 @@ def _backward_kernel(
         for Y in range(first_Y, last_Y):
             y_low, y_high, weight_y = taps(Y, h, H, 0 if ALIGN_CORNERS else 2)
             row = tl.cast(Y, tl.int64)
-            label, kept = _labels(target + n * target_stride_n + row * target_stride_y, X, last_X, C, target_stride_x, ignore_index)
+            labels = target + n * target_stride_n + row * target_stride_y
+            label, kept = _labels(labels, X, last_X, C, target_stride_x, ignore_index)
             rows = logits + n * stride_n
             x = _resized(
-                rows + y_low.to(tl.int64) * stride_y, rows + y_high.to(tl.int64) * stride_y, x_low, x_high, weight_x, weight_y,
-                classes, inside, stride_c, stride_x,
+                rows + y_low.to(tl.int64) * stride_y, rows + y_high.to(tl.int64) * stride_y, x_low, x_high,
+                weight_x, weight_y, classes, inside, stride_c, stride_x,
             )  # fmt: skip
             probability = tl.exp(x - tl.load(lse + (n * H + row) * W + X, mask=kept, other=0.0)[None, :])
             of_target = (1.0 - smoothing) * _weights_of(class_weight, label, kept, WEIGHTED)
             g = tl.where(classes[:, None] == label[None, :], -of_target[None, :], 0.0)
             if SMOOTH:
-                g += (of_target + smoothing / C * weights)[None, :] * probability - (smoothing / C * class_weights)[:, None]
+                even = (smoothing / C * class_weights)[:, None]
+                g += (of_target + smoothing / C * weights)[None, :] * probability - even
             else:
                 g += of_target[None, :] * probability
             if EACH:
-                upstream = tl.load(grad + n * grad_stride_n + row * grad_stride_y + X.to(tl.int64) * grad_stride_x, mask=kept, other=0.0)
+                of_row = grad + n * grad_stride_n + row * grad_stride_y
+                upstream = tl.load(of_row + X.to(tl.int64) * grad_stride_x, mask=kept, other=0.0)
                 g *= upstream[None, :]
             weight = tl.where(y_low == y, 1.0 - weight_y, 0.0) + tl.where(y_high == y, weight_y, 0.0)
             pixels += tl.where(kept[None, :] & inside, g * weight, 0.0)
@@ -204,15 +211,18 @@ def _backward_kernel(
         gradient = tl.dot(pixels, collect, gradient, input_precision=PRECISION)
     at = classes.to(tl.int64)[:, None] * out_stride_c + columns.to(tl.int64)[None, :] * out_stride_x
     target_row = out + n * out_stride_n + y.to(tl.int64) * out_stride_y
-    tl.store(target_row + at, rounded(gradient * scale, out.dtype.element_ty), mask=(classes < C)[:, None] & (columns < w)[None, :])
+    found = rounded(gradient * scale, out.dtype.element_ty)
+    tl.store(target_row + at, found, mask=(classes < C)[:, None] & (columns < w)[None, :])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Launchers: the arguments of the op's schema
+# Launchers, with the arguments of the op's schema
 
 
-def forward(logits, target, class_weight, align_corners, ignore_index, label_smoothing, reduction, keep, needs_confusion):
-    """Loss, l of every pixel (or nothing), what the sum was divided by, and counts (or nothing). No tensor is copied but class_weight."""
+def forward(
+    logits, target, class_weight, align_corners, ignore_index, label_smoothing, reduction, keep,
+    needs_confusion,
+):  # fmt: skip
+    """(loss, l of every pixel or empty, divisor of the sum, counts or empty). Only class_weight is copied."""
     N, C, h, w = logits.shape
     H, W = target.shape[1:]
     each = reduction == NONE
@@ -222,25 +232,30 @@ def forward(logits, target, class_weight, align_corners, ignore_index, label_smo
     divisor = torch.empty((), dtype=torch.float64, device=logits.device)
     confusion = torch.zeros((C, C) if needs_confusion else (0,), dtype=torch.int64, device=logits.device)
     tiles = choose_tiles(C)
-    count = N * H * triton.cdiv(W, tiles.forward_p)  # programs, all of them in x: a grid has at most 65535 in y and in z
+    # programs, all of them in x: a grid has at most 65535 in y and in z
+    count = N * H * triton.cdiv(W, tiles.forward_p)
     partial = torch.empty((count, 2), **numbers)
     weighted = class_weight is not None
     if count:
         _forward_kernel[(count,)](
-            logits, target, class_weight.contiguous() if weighted else partial, loss, lse, partial, confusion, C, h, w, H, W,
-            ignore_index, label_smoothing, *logits.stride(), *target.stride(), align_corners, weighted, label_smoothing > 0, each,
-            keep == KEEP_LSE, needs_confusion, tiles.block_c, tiles.forward_p, num_warps=4,
+            logits, target, class_weight.contiguous() if weighted else partial, loss, lse, partial, confusion,
+            C, h, w, H, W, ignore_index, label_smoothing, *logits.stride(), *target.stride(), align_corners,
+            weighted, label_smoothing > 0, each, keep == KEEP_LSE, needs_confusion, tiles.block_c,
+            tiles.forward_p, num_warps=4,
         )  # fmt: skip
     _finish_kernel[(1,)](partial, loss, divisor, count, reduction == MEAN, each, 1024, num_warps=4)
     return loss, lse, divisor, confusion
 
 
 def backward(
-    grad, logits, target, class_weight, kept, divisor, align_corners, ignore_index, label_smoothing, reduction, keep
+    grad, logits, target, class_weight, kept, divisor, align_corners, ignore_index, label_smoothing,
+    reduction, keep,
 ):  # fmt: skip
     """Gradient of the logits, in their dtype and memory format."""
     if keep != KEEP_LSE:
-        raise ValueError(f"upsample_cross_entropy: keep: the Triton kernels need the log-sum-exp ({KEEP_LSE}), got {keep}")
+        raise ValueError(
+            f"upsample_cross_entropy: keep: the Triton kernels need the log-sum-exp ({KEEP_LSE}), got {keep}"
+        )
     out = torch.empty_like(logits)
     if out.numel() == 0:
         return out
@@ -250,15 +265,14 @@ def backward(
     tiles = choose_tiles(C)
     precision = dot_precision(torch.float32, capability(logits.device))
     _backward_kernel[(N * triton.cdiv(C, tiles.block_c) * h * triton.cdiv(w, tiles.block_w),)](
-        grad, logits, target, class_weight.contiguous() if weighted else kept, kept, divisor, out, C, h, w, H, W,
-        ignore_index, label_smoothing, *(grad.stride() if each else (0, 0, 0)), *logits.stride(), *target.stride(), *out.stride(),
-        align_corners, weighted, label_smoothing > 0, each, precision, tiles.block_c, tiles.backward_p, tiles.block_w,
-        num_warps=BACKWARD_WARPS, num_stages=2,
+        grad, logits, target, class_weight.contiguous() if weighted else kept, kept, divisor, out, C, h, w, H,
+        W, ignore_index, label_smoothing, *(grad.stride() if each else (0, 0, 0)), *logits.stride(),
+        *target.stride(), *out.stride(), align_corners, weighted, label_smoothing > 0, each, precision,
+        tiles.block_c, tiles.backward_p, tiles.block_w, num_warps=BACKWARD_WARPS, num_stages=2,
     )  # fmt: skip
     return out
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Tile sizes
 
 BACKWARD_WARPS = 8  # four would need every register they can have
@@ -271,17 +285,16 @@ class Tiles(typing.NamedTuple):
 
 
 def choose_tiles(C: int) -> Tiles:
-    """Blocks for C classes. Found by compiling ahead of time: the largest that spill no register on any architecture."""
+    """Blocks for C classes, found by compiling ahead of time: the largest that spill on no architecture."""
     block_c = 16 if C <= 16 else 32
     return Tiles(block_c, 1024 // block_c, 1024 // block_c, 32)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What is compiled, for tests that compile it ahead of time
+# For tests that compile ahead of time
 
 
 def configurations(cc: int) -> typing.Iterator[Compilation]:
-    """Every kernel as it is compiled for 10, 19 (Cityscapes) and 150 classes, with labels of 1 and 8 bytes."""
+    """Every kernel for 10, 19 (Cityscapes) and 150 classes, with labels of 1, 4 and 8 bytes."""
     plain = dict(ALIGN_CORNERS=False, WEIGHTED=False, SMOOTH=False, EACH=False, KEEP=True, CONFUSION=False)
     everything = dict(ALIGN_CORNERS=True, WEIGHTED=True, SMOOTH=True, EACH=True, KEEP=True, CONFUSION=True)
     for C, logits, target, options, channels_last in (
@@ -303,5 +316,7 @@ def configurations(cc: int) -> typing.Iterator[Compilation]:
 
 
 def _compilation(kernel, types: dict[str, str], constexprs: dict, *options) -> Compilation:
-    fixed = {"count": "i32", "ignore_index": "i32", "smoothing": "fp32", "confusion": "*i64", "divisor": "*fp64"}
+    fixed = {
+        "count": "i32", "ignore_index": "i32", "smoothing": "fp32", "confusion": "*i64", "divisor": "*fp64"
+    }
     return compilation(kernel, fixed | types, constexprs, ("C", "ignore_index", "count"), *options)
