@@ -10,8 +10,9 @@ from torch.utils.checkpoint import checkpoint
 
 import infopro_fast
 from benchmarks import baselines, shapes
-from infopro_fast.modules.local_loss import DEFAULT_LAMBDAS, interpolate_lambdas
+from infopro_fast.modules.local_loss import interpolate_lambdas
 from infopro_fast.modules.network import CIFAR10_MEAN, CIFAR10_STD
+from infopro_fast.published import DEFAULT_LAMBDAS
 from infopro_fast.trainer import released_sgd
 
 METHODS = ("released", "released channels_last", "reference", "ours")

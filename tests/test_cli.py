@@ -12,7 +12,8 @@ import pytest
 
 from infopro_fast import cli, errors
 from infopro_fast.data import fashion_mnist
-from infopro_fast.trainer import checkpoint, loop, run_folder
+from infopro_fast.trainer import checkpoint, run_folder
+from infopro_fast.trainer import run as runs
 from tests import tiny_run
 
 ROOT = Path(__file__).parent.parent
@@ -40,8 +41,12 @@ def assert_one_line(err):
     "argv,message",
     [
         ([], r"Expected one of \{train, eval, plan, memory, recipes, scale, analyze, reproduce, info\}. \(see infopro-fast --help\)"),
-        (["trian"], "Unrecognized options: trian"),
+        (["trian"], r"trian: no such command; did you mean train\? \(see infopro-fast --help\)"),
+        (["xyzzy"], r"xyzzy: no such command \(see"),
+        (["--verson"], "Unrecognized options: --verson"),
         (["train", "--learning-rate", "3"], r"Unrecognized options: --learning-rate, 3 \(see infopro-fast train --help\)"),
+        (["train", "--epoch", "3"], r"--epoch, 3; did you mean --epochs\? \(see infopro-fast train --help\)"),
+        (["eval", "run", "--multiscale"], r"--multiscale; did you mean --multi-scale\?"),
         (["train", "--lr", "fast"], "--lr.*could not convert string to float: 'fast'"),
         (["train", "--lr", "-1"], "lr: expected a positive number, got -1.0"),
         (["train", "--arch", "resnet33"], "invalid choice 'resnet33' for argument '--arch'. Expected one of .*'resnet32'"),
@@ -53,7 +58,6 @@ def assert_one_line(err):
         (["train", "--modules", "40"], "modules: expected 1 to 16 for resnet32"),
         (["train", "--epochs", "3", "--iterations", "100"], "epochs and iterations: each says how long to train: expected one of them"),
         (["train", "--resume-previous"], "--resume-previous says which checkpoint --resume takes: add --resume RUN"),
-        (["train", "--resume", "run", "--lr", "1", "--epochs=3"], "its own settings: leave out --lr, --epochs=3"),
         (["train", "--resume", "no/such/run"], "no/such/run is not a run folder"),
         (["train", "--device", "abacus"], "device: expected auto, cpu, cuda or cuda:N, got .abacus"),
         (["eval"], "Missing from infopro-fast eval: PATH"),
@@ -85,7 +89,7 @@ def test_wrong_data_folders(capsys, tmp_path):
 
 def test_a_bug_keeps_its_traceback(monkeypatch):
     """Only errors that are for people are made short."""
-    monkeypatch.setattr(loop, "fit", lambda config: {}["a bug"])
+    monkeypatch.setattr(runs, "fit", lambda config: {}["a bug"])
     with pytest.raises(KeyError, match="a bug"):
         cli.main(["train"])
 
@@ -97,7 +101,7 @@ def test_exit_codes_of_runs_that_go_wrong(monkeypatch, capsys, error, code):
     def fail(config):
         raise error
 
-    monkeypatch.setattr(loop, "fit", fail)
+    monkeypatch.setattr(runs, "fit", fail)
     found, _, err = run_here(capsys, "train")
     assert found == code and err.count("\n") == 1 and err.startswith("infopro-fast: ")
 

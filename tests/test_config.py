@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,8 @@ import pytest
 import torch
 
 from infopro_fast.errors import ConfigError
-from infopro_fast.trainer.settings.config import IMAGE_SIZES, RECIPES, TrainConfig
+from infopro_fast.trainer.settings.config import TrainConfig
+from infopro_fast.trainer.settings.data_sets import IMAGE_SIZES, RECIPES
 
 
 @pytest.mark.parametrize(
@@ -155,8 +157,8 @@ def test_every_field_is_explained():
 
     source = inspect.getsource(TrainConfig).split("def __post_init__")[0]
     for field in dataclasses.fields(TrainConfig):
-        after = source.split(f"\n    {field.name}: ")[1].split("\n")[1].strip()
-        assert after.startswith('"""') and after.endswith('."""'), field.name
+        after = source.split(f"\n    {field.name}: ")[1]
+        assert re.match(r'(?s)[^"]*("\w+"[^"]*)*\n    """[A-Za-z0-9][^"]*\."""\n', after), field.name
 
 
 def test_importing_config_needs_no_torch():

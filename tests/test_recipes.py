@@ -91,14 +91,9 @@ UNTRAINED = ["table5/deeplabv3/dgl"]
 
 
 @pytest.mark.parametrize("name", [name for name in recipes.ROWS if name not in UNTRAINED])
-def test_a_row_and_its_flags_are_the_same_run(name, monkeypatch):
-    """The flags of `train --recipe` give the settings, which resolve, contradict nothing and differ from the row in nothing."""
-    got = []
-    monkeypatch.setattr(cli, "_run", lambda command, argv: got.append(command.config))
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["train", "--recipe", name, "--data-root", "data"])
-    assert stop.value.code == 0
-    (config,) = got
+def test_a_row_and_its_flag_are_the_same_run(name):
+    """`train --recipe` has the row's settings, which resolve, contradict nothing and differ from the row in nothing."""
+    config = cli.parse(["train", "--recipe", name, "--data-root", "data"]).settings
     assert config == recipes.config(name, data_root="data")
     assert recipes.difference(config.resolved()) == {}
     assert TrainConfig.from_json(config.resolved().to_json()) == config.resolved()
@@ -123,12 +118,9 @@ def test_a_row_that_is_data_alone(capsys):
     assert "  cannot be trained: the head of DGL" in capsys.readouterr().out
 
 
-def test_overrides_and_their_difference(monkeypatch, capsys):
-    got = []
-    monkeypatch.setattr(cli, "_run", lambda command, argv: got.append(command.config))
-    with pytest.raises(SystemExit):
-        cli.main("train --batch-size 256 --recipe=table4/resnet101 --data-root d --lr 0.1 --threads 3 --amp bfloat16".split())
-    config = got[0].resolved()
+def test_overrides_and_their_difference(capsys):
+    words = "train --batch-size 256 --recipe=table4/resnet101 --data-root d --lr 0.1 --threads 3 --amp bfloat16"
+    config = cli.parse(words.split()).settings.resolved()
     assert recipes.difference(config) == {"batch_size": (1024, 256), "lr": (0.4, 0.1), "amp": ("none", "bfloat16")}
     said = "recipe table4/resnet101: the paper has error 21.85 % (top-5 5.89 %), 12.06 GB"
     assert run_folder.recipe_text(config).startswith(said) and "  lr: 0.1 here, 0.4 in the recipe" in run_folder.recipe_text(config)
@@ -139,17 +131,16 @@ def test_overrides_and_their_difference(monkeypatch, capsys):
     assert stop.value.code == 2 and "no row of this name: 'table9'" in capsys.readouterr().err
 
 
-def test_epochs_in_the_place_of_a_rows_steps(monkeypatch, capsys):
+def test_epochs_in_the_place_of_a_rows_steps(capsys):
     """Given epochs are what is trained; the difference says so, and a warm-up that there is no room for is shorter."""
-    got = []
-    monkeypatch.setattr(cli, "_run", lambda command, argv: got.append(command.config))
     steps, warm = "table5/deeplabv3/e2e", "table2/cifar10/resnet32/k4/contrast"
-    for words in (f"--recipe {steps} --epochs 1", f"--epochs=1 --recipe={steps}", f"--recipe {warm} --epochs 4",
-                  f"--recipe {warm} --epochs 4 --warmup 2", f"--recipe {warm} --iterations 100"):  # fmt: skip
-        with pytest.raises(SystemExit) as stop:
-            cli.main(["train", *words.split(), "--data-root", "d"])
-        assert stop.value.code == 0, capsys.readouterr().err
-    one, again, four, given, hundred = (config.resolved() for config in got)
+    one, again, four, given, hundred, as_many = (
+        cli.parse(["train", *words.split(), "--data-root", "d"]).settings.resolved()
+        for words in (f"--recipe {steps} --epochs 1", f"--epochs=1 --recipe={steps}", f"--recipe {warm} --epochs 4",
+                      f"--recipe {warm} --epochs 4 --warmup 2", f"--recipe {warm} --iterations 100",
+                      f"--recipe {steps} --epochs 108")
+    )  # fmt: skip
+    assert (as_many.epochs, as_many.iterations) == (108, None)  # the number of the data set's recipe, given
     assert (one.epochs, one.iterations) == (1, None) and again == one
     assert recipes.config(steps, data_root="d", epochs=1).resolved() == one
     assert recipes.difference(one) == {"epochs": (108, 1), "iterations": (40000, None)}
@@ -165,7 +156,7 @@ def test_epochs_in_the_place_of_a_rows_steps(monkeypatch, capsys):
 def test_the_list(capsys):
     done = subprocess.run([sys.executable, "-m", "infopro_fast", "recipes"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and len(done.stdout.splitlines()) == len(recipes.ROWS)
-    code = "import sys; from infopro_fast.trainer import recipes; sys.exit('torch' in sys.modules)"
+    code = "import sys; from infopro_fast.trainer.settings import recipes; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
     with pytest.raises(SystemExit):
         cli.main(["recipes", "table2/svhn/resnet110/k2/contrast"])

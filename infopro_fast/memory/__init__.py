@@ -1,27 +1,11 @@
 """Memory of training in local modules: measured, planned, compared.
 
-- `measure_step`: bytes of every module in a step of a `LocalTrainer`, on any device, or under `FakeTensorMode` without running it;
+- `measure_step`: bytes of every module in a step of a `LocalTrainer`, on a device or under `FakeTensorMode`;
 - `LiveBytes`: bytes alive at any point of any program, by what they are for;
 - `make_plan`, `largest_batch`, `largest_image`: where to cut a network, and what fits into a budget;
 - `compare`: ways to train the same network side by side.
 """
 
-from .fake import FakeTensorMode, build_fake, fake_batch
-from .live import Bytes, LiveBytes
-from .planner import best_cuts, largest_batch, largest_image, make_plan
-from .step import ModuleMemory, StepMemory, measure_step
+from infopro_fast import lazy
 
-__all__ = [
-    "Bytes",
-    "FakeTensorMode",
-    "LiveBytes",
-    "ModuleMemory",
-    "StepMemory",
-    "best_cuts",
-    "build_fake",
-    "fake_batch",
-    "largest_batch",
-    "largest_image",
-    "make_plan",
-    "measure_step",
-]
+__getattr__, __dir__, __all__ = lazy.exports(__name__, __file__)

@@ -15,7 +15,6 @@ from torch import nn
 from .backbones import BasicBlock, Unit
 from .heads import GlobalAveragePool, classify
 
-AUX_DEPTH = 3  # blocks of the first module's: the authors' script for ResNet-110
 PYRAMID = 0.5  # of the way from this depth to 1 that the last local module's has come: the authors' scripts
 
 

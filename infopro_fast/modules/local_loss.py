@@ -19,7 +19,6 @@ from .decoder import Decoder
 from .heads import AuxClassifier, GlobalAveragePool
 
 LOCAL_LOSSES = ("contrast", "softmax", "greedy", "dgl", "infopro_l", "auglocal", "none")
-WEIGHTED = ("contrast", "softmax", "infopro_l")  # a reconstruction and a task, which lambdas weigh
 
 
 class Term(typing.NamedTuple):
@@ -152,43 +151,6 @@ class Classifier(LocalLoss):
 
     def released_nets(self, stage, block):
         return {"": self}  # part of the backbone: ``fc.weight``, wherever the module ends
-
-
-# Weights of the published CIFAR-10 and STL-10 runs (README of the released code): (reconstruction, task) of the first local
-# module, then of the last, by architecture, image size, balanced and number of modules. With 2 modules there is only a first.
-PUBLISHED_LAMBDAS: dict[tuple[str, int, bool], dict[int, tuple[float, float, float, float]]] = {
-    ("resnet32", 32, False): {2: (5, 1, 0, 0), 4: (6, 0, 1, 2), 8: (5, 0, 0, 2), 16: (5, 0.05, 0.2, 0.5)},
-    ("resnet110", 32, False): {2: (5, 0.5, 0, 0), 4: (1, 0, 0, 1), 8: (5, 0, 0, 1), 16: (5, 0, 0.5, 1)},
-    ("resnet110", 32, True): {2: (5, 0.1, 0, 0), 3: (5, 0, 5, 0.1), 4: (5, 0, 5, 0.1)},
-    ("resnet110", 96, False): {2: (10, 1, 0, 0), 4: (20, 0.2, 5, 2), 8: (20, 0.2, 5, 1), 16: (20, 0.5, 10, 0.1)},
-    ("resnet110", 96, True): {2: (20, 1, 0, 0), 3: (20, 0.5, 5, 2), 4: (20, 0.5, 10, 1)},
-}
-
-# Of the ImageNet and Cityscapes runs (README of the released code, its configs), one local module, softmax.
-PUBLISHED_SOFTMAX: dict[str, tuple[float, float, float, float]] = {
-    "resnet101": (5, 0.75, 0, 0),
-    "resnet152": (5, 1, 0, 0),
-    "resnext101_32x8d": (5, 0.75, 0, 0),
-    "deeplabv3_resnet101": (1.5, 1, 0, 0),
-}
-
-# For what is not published (softmax, other depths and K): ours, between the published ones; reconstruction early, task late.
-DEFAULT_LAMBDAS = (5.0, 0.5, 0.5, 1.0)
-
-# Ours: a fifth of these for a reconstruction whose loss goes from 1 to 0, where the cross entropy of images ends near its beginning.
-INFOPRO_L_LAMBDAS = (1.0, 0.5, 0.1, 1.0)
-
-
-def default_lambdas(
-    arch: str, modules: int, local_loss: str, *, balanced: bool, image_size: int
-) -> tuple[float, float, float, float]:
-    """The published weights of this contrast run (image size 96: STL-10, 32: CIFAR-10), else DEFAULT_LAMBDAS or INFOPRO_L_LAMBDAS."""
-    if local_loss == "infopro_l":
-        return INFOPRO_L_LAMBDAS
-    if local_loss == "softmax" and modules == 2 and arch in PUBLISHED_SOFTMAX:
-        return PUBLISHED_SOFTMAX[arch]
-    published = PUBLISHED_LAMBDAS.get((arch, image_size, balanced), {}) if local_loss == "contrast" else {}
-    return published.get(modules, DEFAULT_LAMBDAS)
 
 
 def interpolate_lambdas(lambdas: Sequence[float], module: int, modules: int) -> tuple[float, float]:

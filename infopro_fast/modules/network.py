@@ -13,12 +13,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint as run_checkpointed
 
 from infopro_fast.ops.dispatch import IMPLEMENTATIONS
+from infopro_fast.published import AUX_DEPTH, WEIGHTED, default_lambdas
 
 from . import backbones, norm_recompute, split
-from .auglocal import AUX_DEPTH
 from .chain import Joined
 from .families import CIFAR10_MEAN, CIFAR10_STD, PUBLISHED, Family, family  # noqa: F401
-from .local_loss import LOCAL_LOSSES, WEIGHTED, LocalLoss, Place, default_lambdas, interpolate_lambdas
+from .local_loss import LOCAL_LOSSES, LocalLoss, Place, interpolate_lambdas
 from .segmentation import Tap
 
 RECOMPUTE = ("none", "norm", "block", "sqrt")
@@ -189,7 +189,7 @@ def build(
         blocks of the network, `AugmentedHead`; CIFAR ResNets), "none" (K = 1). Segmentation has "softmax", "greedy" and "none".
         Or a function that makes a loss of one's own from a `Place`, called for every module but the last (docs/local_losses.md).
     lambdas: weights (reconstruction, task) of InfoPro or infopro_l for the first local module, then for the last; linear in between.
-        None: the published ones (`local_loss.default_lambdas`; for infopro_l there are none). A term of weight exactly 0 is not run.
+        None: the published ones (`published.default_lambdas`; for infopro_l there are none). A term of weight exactly 0 is not run.
     balanced: the released memory-balanced split (InfoPro*) in place of the equal one. num_classes: classes; None: 10, for ImageNet's
         1000, for DeepLab 19, for a network of one's own what it has.
     image_size: height and width of the images, one number if they are equal; None: 32, 224, (512, 1024), 48. image_mean, image_std:

@@ -254,7 +254,7 @@ def write(study: Study, results: Sequence[Result], known: Known) -> list[Path]:
     where = {**provenance(), "jobs": study.jobs, "threads": study.threads}
     rows = [
         {"method": r.cell.method, "modules": r.cell.modules, "weights": r.cell.weights,
-         "settings": settings_of_a_cell(config(study, r.cell, study.first_seed)), "seeds": r.seeds, "errors": r.errors,
+         "settings": settings_of_a_cell(study, r.cell), "seeds": r.seeds, "errors": r.errors,
          "cross_entropies": r.cross_entropies, "curves": r.curves, "cost": r.cost, "paper": r.paper,
          "paper_memory_gb": published_memory(study, r.cell)}
         for r in results

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +12,9 @@ import tyro
 
 from infopro_fast.errors import ConfigError
 from infopro_fast.trainer.settings import recipes
-from infopro_fast.trainer.settings.config import CIFAR_RESNETS, IMAGE_SIZES, TrainConfig
+from infopro_fast.trainer.settings.config import TrainConfig
+from infopro_fast.trainer.settings.continuing import different
+from infopro_fast.trainer.settings.data_sets import CIFAR_RESNETS, IMAGE_SIZES
 
 Method = Literal["e2e", "greedy", "dgl", "softmax", "contrast", "async", "checkpoint", "infopro_l", "auglocal"]
 NAMES = {
@@ -35,15 +36,11 @@ SCALES: dict[str, dict[str, Any]] = {
 # published contrastive ones of K = 8 and 16, reconstruction alone early, and little of it.
 CANDIDATES = ((5.0, 0.5, 0.5, 1.0), (5.0, 0.0, 0.0, 2.0), (5.0, 0.05, 0.2, 0.5), (1.0, 0.2, 0.1, 1.0))
 HOLD_OUT = 1000  # training images that the search for weights tests on
-FREE = ("out", "threads", "device", "data_root", "checkpoint_minutes", "log_every", "workers", "patience")  # settings that change no result
 
 
 @dataclass(frozen=True)
 class Study:
-    """Train the cells of one of the paper's tables, several seeds each, and write the table beside the paper's, and figures.
-
-    What is there is not trained again, what was begun goes on, so that the same command continues a study that was stopped.
-    """
+    """What a study trains and writes: the cells of one of the paper's tables, with several seeds."""
 
     table: Annotated[Literal["table2", "table3", "lambdas", "fused"], tyro.conf.Positional]
     """table2: error by method and K; table3: memory of ResNet-110; lambdas: weights of the softmax loss, on held-out training images;
@@ -238,7 +235,5 @@ def published_memory(study: Study, cell: Cell) -> float | None:
 
 
 def same_run(wanted: TrainConfig, there: TrainConfig) -> Sequence[str]:
-    """Names of the settings in which a run that is there differs from the one wanted, but for those that change no result."""
-    ours, theirs = wanted.resolved(), there
-    names = (field.name for field in dataclasses.fields(TrainConfig))
-    return [name for name in names if name not in FREE and getattr(ours, name) != getattr(theirs, name)]
+    """Return the names of the settings that change the result and in which a run differs from the one wanted."""
+    return different(wanted.resolved(), there)

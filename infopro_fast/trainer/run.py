@@ -15,7 +15,7 @@ from infopro_fast import data, errors, whole_files
 from infopro_fast.errors import ConfigError
 
 from . import checkpoint, evaluation, run_folder, schedule, setup
-from .loop import Training
+from .loop import Training, learning_rate
 from .processes import layout, state
 from .processes.layout import Processes
 from .processes.watch import alone
@@ -56,23 +56,17 @@ def fit(config: TrainConfig) -> Path | None:
         return _to_end(config, images, here, held, training)
 
 
-def resume(
-    run: str | Path, *, previous: bool = False, sharing: dict[str, Any] | None = None, data_root: str | Path | None = None
-) -> Path | None:
+def resume(run: str | Path, *, previous: bool = False, **changes: Any) -> Path | None:
     """Continue a run from its last checkpoint, or with ``previous`` from the one before it; on the same machine, to the same bits.
 
-    (On a GPU as far as torch's kernels are deterministic.) sharing: settings of `continuing.SHARING`, for other processes than those
-    that the run is of: {"parallel": "pipeline"} in what torchrun started, say; from then on it is of these. data_root: where the data
-    set's files are from now on, if not where the run found them.
-    Raises CheckpointError for a damaged checkpoint, ConfigError for processes that would not do the same training, and what `fit` raises.
+    (On a GPU as far as torch's kernels are deterministic.) changes: settings that the run has from now on, those that `continuing`
+    lets change: parallel="pipeline" in what torchrun started, threads, data_root, or more epochs, for example.
+    Raises CheckpointError for a damaged checkpoint, ConfigError for changes that would change the training, and what `fit` raises.
     """
     config = run_folder.read_config(Path(run))
-    if data_root is not None:
-        config = dataclasses.replace(config, data_root=Path(data_root).absolute())
     config.check_installed()
-    if sharing:
-        config = continuing.shared_anew(config, sharing)
-    several = config.parallel != "none" and bool(layout.launched() or sharing)
+    config = continuing.changed(config, changes)
+    several = config.parallel != "none" and bool(layout.launched() or "parallel" in changes)
     with layout.joined(_here(config, several), several) as here, contextlib.ExitStack() as held:
         return _continue(here, held, Path(run), config, previous)
 
@@ -80,6 +74,7 @@ def resume(
 def _continue(here: Processes, held: contextlib.ExitStack, run: Path, anew: TrainConfig | None, previous: bool) -> Path | None:
     """anew: the run's settings from now on; None: as they are."""
     here.run, several, path, content = run, here.layout.size > 1 or dist.is_initialized(), None, None
+    before = None  # the settings until now
     if here.layout.is_main:
         here.watch.at("reading a checkpoint", slow=True)
         held.enter_context(run_folder.locked(run))
@@ -88,18 +83,46 @@ def _continue(here: Processes, held: contextlib.ExitStack, run: Path, anew: Trai
         content = {"config": anew.to_json()}
         if anew.order == "simultaneous":
             path, content = checkpoint.load_latest(run / run_folder.CHECKPOINTS, previous)
-            content["config"] = continuing.continued(TrainConfig.from_json(content["config"]), anew).to_json()
+            before = TrainConfig.from_json(content["config"])
+            content["config"] = continuing.continued(before, anew).to_json()
     path = here.share(path, here.layout.main)
     if several:  # the others may have no such folder
         content = state.broadcast(content, here.layout.main, here.watch.waiting)
     config = _here(TrainConfig.from_json(content["config"]), several)
     images = _load_data(config, here)
     _check_batches(config, images, here)
+    longer = ""
+    if before is not None and config.epochs > before.epochs:
+        longer = _longer(before, config, content, images.batches(config.batch_size, config.drop_last), run)
     if here.layout.is_main:
         run_folder.keep_config(run, anew)
     held.enter_context(setup.machine(config))
     here.watch.at("building the network", slow=True)
-    return _to_end(config, images, here, held, _begin(config, images, here, fresh=False), path, content, previous)
+    return _to_end(config, images, here, held, _begin(config, images, here, fresh=False), path, content, previous, longer)
+
+
+def _longer(before: TrainConfig, after: TrainConfig, content: dict[str, Any], batches: int, run: Path) -> str:
+    """Return what more epochs do to the learning rate, as the schedule now goes over all of them.
+
+    content: of the checkpoint. Raises ConfigError for a finished run whose rate has come down and would go up again: that
+    would be a second training, not a longer one.
+    """
+    epoch, batch = divmod(content["epoch"] * batches + content["batch"], batches)
+    finished = epoch >= before.epochs
+    last = (before.epochs - 1, batches - 1) if finished else (epoch, batch)
+    old, new = learning_rate(before, *last, batches), learning_rate(after, epoch, batch, batches)
+    if finished and new > old:
+        raise ConfigError(
+            f"epochs {after.epochs}: the run has finished its {before.epochs} epochs, and its {before.schedule} schedule has brought the "
+            f"learning rate down to {old:.3g}; over {after.epochs} epochs it would go up again, to {new:.3g}. Begin a new run with these "
+            f"weights instead: infopro-fast train --config {run} --init {run / run_folder.WEIGHTS} --epochs "
+            f"{after.epochs - before.epochs}"
+        )
+    rate = f"stays {new:.4g}" if new == old else f"is {new:.4g} in place of {old:.4g}"
+    return (
+        f"; {after.epochs} epochs in place of {before.epochs}: the {after.schedule} schedule goes over all of them, so the learning "
+        f"rate {rate} in the next step"
+    )
 
 
 def _begin(config: TrainConfig, images: Any, here: Processes, fresh: bool = True) -> Share | ModuleByModule:
@@ -110,7 +133,7 @@ def _begin(config: TrainConfig, images: Any, here: Processes, fresh: bool = True
     return Share(config, images, setup.first_network(config, images) if fresh else setup.build(config, images), here)
 
 
-def _to_end(config, images, here, held, begun, path=None, content=None, previous=False) -> Path | None:
+def _to_end(config, images, here, held, begun, path=None, content=None, previous=False, longer="") -> Path | None:
     if here.layout.size == 1 and not dist.is_initialized():
         here.watch = held.enter_context(alone(config.patience, here.run))
     if isinstance(begun, ModuleByModule):
@@ -120,6 +143,7 @@ def _to_end(config, images, here, held, begun, path=None, content=None, previous
         training = Training(config, here.run, images, begun)
         if path is not None:
             training.load(path, content)
+            training.came_from += longer
         training.run_to_end()
     return here.run if here.layout.is_main else None
 
