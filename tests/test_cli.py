@@ -1,5 +1,6 @@
 """The command line as people use it: processes, exit codes, one-line errors; --help without torch."""
 
+import dataclasses
 import os
 import re
 import signal
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import infopro_fast
 from infopro_fast import cli, errors
 from infopro_fast.data import fashion_mnist
 from infopro_fast.trainer import checkpoint, run_folder
@@ -136,6 +138,37 @@ def test_train_resume_eval(monkeypatch, capsys, tmp_path):
     assert code == 2 and f"{run} exists already" in err
 
 
+def test_a_run_is_repeated_with_changes(monkeypatch, capsys, tmp_path):
+    """`--config` takes a run's settings, and the run folder is another one; nothing is named twice."""
+    monkeypatch.setattr(fashion_mnist, "load", tiny_run.load)
+    first, second = tmp_path / "first", tmp_path / "second"
+    flags = "--arch resnet20 --shrink 4 --epochs 1 --batch-size 16 --threads 1 --local-loss softmax".split()
+    assert run_here(capsys, "train", *flags, "--out", first)[0] == 0
+    assert run_here(capsys, "train", "--config", first / "config.json", "--out", second, "--seed", 1)[0] == 0
+    one, two = (run_folder.read_config(run) for run in (first, second))
+    assert two == dataclasses.replace(one, out=second, seed=1)
+    command = cli.parse(["train", "--config", str(first), "--local-loss", "greedy", "--modules", "2"])
+    assert command.settings.out is None  # a new name, not the run's folder
+    assert (command.settings.resolved().lambdas, command.settings.batch_size) == (None, 16)
+    code, _, err = run_here(capsys, "train", "--config", first, "--resume", first)
+    assert code == 2 and "--config and --resume: each says where settings come from: expected one of them" in err
+    code, _, err = run_here(capsys, "train", "--config", first, "--epochs", 2, "--iterations", 5)
+    assert code == 2 and "epochs and iterations: each says how long to train" in err
+    (tmp_path / "own.yaml").write_text("lr: 0.3\nepoch: 4\n")
+    code, out, err = run_here(capsys, "train", "--config", tmp_path / "own.yaml")
+    assert code == 2 and out == "" and "own.yaml: epoch: no such setting; did you mean epochs?" in err
+    assert_one_line(err)
+
+
+def test_version(capsys):
+    assert run_here(capsys, "--version") == (0, f"infopro-fast {infopro_fast.__version__}\n", "")
+
+
+def test_help_shows_the_defaults_of_a_recipe(capsys):
+    code, out, err = run_here(capsys, "train", "--recipe", "table2/cifar10/resnet32/k4/contrast", "--help")
+    assert code == 0 and err == "" and "(default: 1024)" in out and "(default: 0.8)" in out and "(default: 160)" in out
+
+
 def test_help_is_quick_and_complete():
     """No torch, and every setting with its explanation."""
     code = "import sys; from infopro_fast import cli\ntry: cli.main(['train', '--help'])\nfinally: assert 'torch' not in sys.modules"
@@ -143,9 +176,10 @@ def test_help_is_quick_and_complete():
     assert done.returncode == 0 and done.stderr == ""
     for name in run_folder.TrainConfig.__dataclass_fields__:
         assert f"--{name.replace('_', '-')} " in done.stdout or f"--{name.replace('_', '-')}," in done.stdout, name
-    assert "--resume" in done.stdout and "damaged" in done.stdout
+    assert all(word in done.stdout for word in ("--config", "--resume", "damaged"))
+    assert "default: None" not in done.stdout
     done = run_process("--help")
-    assert done.returncode == 0 and all(word in done.stdout for word in ("train", "eval", "info"))
+    assert done.returncode == 0 and all(word in done.stdout for word in (*cli.COMMANDS, "--version"))
 
 
 def test_info(capsys):

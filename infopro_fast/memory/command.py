@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from infopro_fast.errors import PlanError
+from infopro_fast.trainer.settings.fields import SAID
 
 CifarResNet = Literal["resnet20", "resnet32", "resnet44", "resnet56", "resnet110"]
 Bottleneck = Literal["resnet50", "resnet101", "resnet152"]
@@ -22,19 +23,19 @@ class MakePlan:
 
     arch: CifarResNet | Bottleneck | Literal["resnext101_32x8d", "deeplabv3_resnet101"] = "resnet110"
     """Network. For those of ImageNet and Cityscapes, the plan counts the authors' losses."""
-    batch_size: int | None = None
+    batch_size: Annotated[int | None, SAID] = None
     """Images in a step. Default: 128; with budget and modules, the largest that fits."""
-    image_size: tuple[int, ...] | None = None
+    image_size: Annotated[tuple[int, ...] | None, SAID] = None
     """Side, or height and width. Default: 32, 224 or 512 1024, depending on the network."""
-    modules: int | None = None
+    modules: Annotated[int | None, SAID] = None
     """Number K of modules. Default: the smallest that fits into the budget."""
-    budget: str | None = None
+    budget: Annotated[str | None, SAID] = None
     """Bytes for everything, such as 4GiB: parameters, momentum, batch, gradients and the peak of a step."""
-    grow: Literal["batch", "image"] | None = None
+    grow: Annotated[Literal["batch", "image"] | None, SAID] = None
     """With budget and modules: find the largest batch or image. Default: batch, unless its size is given."""
     recompute: Literal["none", "norm", "block"] = "none"
     """Recompute in backward: norm = each convolution's normalised input; block = each residual block."""
-    losses: Literal["ours", "released"] | None = None
+    losses: Annotated[Literal["ours", "released"] | None, SAID] = None
     """Count the bytes of our kernels (ours), or of the authors' code in plain PyTorch (released).
     Default: ours where there is a choice."""
     objective: Literal["peak", "saved", "time"] = "peak"
@@ -116,7 +117,7 @@ class CompareMemory:
     """Steps to time."""
     device: str = "cpu"
     """cpu or cuda."""
-    threads: int | None = None
+    threads: Annotated[int | None, SAID] = None
     """CPU threads. Default: torch's number."""
     out: Path = Path("memory")
     """Folder to write into."""
@@ -164,7 +165,7 @@ class Scale:
     """Micro-batches of GPipe and 1F1B."""
     speedup: float = 1.0
     """How many times faster than this machine a GPU is."""
-    threads: int | None = None
+    threads: Annotated[int | None, SAID] = None
     """CPU threads to measure with. Default: torch's number."""
     out: Path = Path("scale.png")
     """Figure to write."""

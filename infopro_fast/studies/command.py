@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from infopro_fast.trainer.settings.fields import SAID
+
 from .tables import Study
 
 
@@ -37,11 +39,11 @@ class Analyze:
     """Adam's learning rate at the beginning; it falls to 0."""
     seed: int = 0
     """Seed of the probes: their initial weights, the image order, and the images that choose the epoch."""
-    threads: int | None = None
+    threads: Annotated[int | None, SAID] = None
     """CPU threads. Default: torch's number."""
-    device: str | None = None
+    device: Annotated[str | None, SAID] = None
     """cpu, cuda or cuda:N. Default: the runs' device."""
-    data_root: Path | None = None
+    data_root: Annotated[Path | None, SAID] = None
     """Folder with the files of the data set. Default: where the runs found them."""
 
     def run(self) -> None:

@@ -15,6 +15,7 @@ from infopro_fast.trainer.settings import recipes
 from infopro_fast.trainer.settings.config import TrainConfig
 from infopro_fast.trainer.settings.continuing import different
 from infopro_fast.trainer.settings.data_sets import CIFAR_RESNETS, IMAGE_SIZES
+from infopro_fast.trainer.settings.fields import SAID
 
 Method = Literal["e2e", "greedy", "dgl", "softmax", "contrast", "async", "checkpoint", "infopro_l", "auglocal"]
 NAMES = {
@@ -47,21 +48,21 @@ class Study:
     fused: the kernels against plain PyTorch losses over whole trainings."""
     scale: Literal["tiny", "small", "full", "paper"] = "small"
     """small: images of half the side for minutes a run; full: images as they are, for longer; paper: the published recipe."""
-    methods: tuple[Method, ...] | None = None
+    methods: Annotated[tuple[Method, ...] | None, SAID] = None
     """Rows. Default: e2e greedy dgl softmax contrast; of table3 e2e checkpoint contrast; of lambdas softmax."""
-    modules: tuple[int, ...] | None = None
+    modules: Annotated[tuple[int, ...] | None, SAID] = None
     """Columns, the numbers K. Default: 2 4 8 16; of table3 2 3 4, of lambdas 8 16, of fused 4."""
-    arch: Literal["resnet20", "resnet32", "resnet44", "resnet56", "resnet110"] | None = None
+    arch: Annotated[Literal["resnet20", "resnet32", "resnet44", "resnet56", "resnet110"] | None, SAID] = None
     """Network. Default: resnet32; of table3 resnet110."""
     dataset: Literal["fashion_mnist", "fashion_mnist_full", "cifar10", "svhn", "stl10"] = "fashion_mnist"
     """Images: those in the package, all of Fashion-MNIST, or the paper's."""
-    data_root: Path | None = None
+    data_root: Annotated[Path | None, SAID] = None
     """Folder with the original files."""
     seeds: int = 3
     """Runs of each cell, with seeds 0, 1, ..."""
     first_seed: int = 0
     """The seeds begin with this."""
-    epochs: int | None = None
+    epochs: Annotated[int | None, SAID] = None
     """In place of the scale's."""
     jobs: int = 1
     """Runs at a time."""

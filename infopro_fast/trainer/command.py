@@ -14,6 +14,7 @@ from infopro_fast.errors import ConfigError
 
 from .settings import continuing, files, recipes
 from .settings.config import TrainConfig
+from .settings.fields import SAID
 
 MULTI_SCALE = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # the paper's
 
@@ -25,11 +26,11 @@ class Train:
     The folder has the settings, metrics, weights, learning curve and checkpoints. Without flags: ResNet-32 in
     4 modules, with InfoPro's contrastive losses, on images that come with the package. """
 
-    config: Path | None = None
+    config: Annotated[Path | None, SAID] = None
     """Take the settings from this file; other flags override them.
     A run's config.json, or its folder, repeats that run in a new folder.
     A JSON, YAML or TOML file of yours has the names of these flags."""
-    resume: Path | None = None
+    resume: Annotated[Path | None, SAID] = None
     """Continue the run in this folder from its last checkpoint, with its own settings.
     Flags may change where files are, what is written how often, and which threads and processes work.
     What would change the training is refused, except for more epochs (see --epochs)."""
@@ -115,9 +116,9 @@ class Eval:
 
     folder: Annotated[Path, tyro.conf.arg(name="run"), tyro.conf.Positional]
     """Run folder that `train` wrote."""
-    data_root: Path | None = None
+    data_root: Annotated[Path | None, SAID] = None
     """Folder with the files of the data set. Default: where the run found them."""
-    device: str | None = None
+    device: Annotated[str | None, SAID] = None
     """cpu, cuda or cuda:N. Default: the run's device."""
     multi_scale: bool = False
     """Segmentation: average over the image at 0.5, 0.75, 1, 1.25, 1.5 and 1.75 times its size."""
