@@ -84,7 +84,8 @@ def parse(argv: Sequence[str]) -> Any:
             commands = [Annotated[kind, tyro.conf.subcommand(key)] for key, kind in COMMANDS.items()]
             commands[0] = Annotated[Train, tyro.conf.subcommand("train", default=default)]
             union = functools.reduce(operator.or_, commands)
-            command = tyro.cli(union, prog=PROG, args=argv, description=ABOUT, config=(tyro.conf.DisallowNone,))
+            no_none = (tyro.conf.DisallowNone,)  # a flag cannot be given the value None
+            command = tyro.cli(union, prog=PROG, args=argv, description=ABOUT, config=no_none)
     except SystemExit as stop:
         if stop.code in (0, None):
             raise

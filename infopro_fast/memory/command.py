@@ -21,7 +21,7 @@ class MakePlan:
     Writes a file that `train --plan` takes, and a figure beside it. Nothing is trained.
     """
 
-    arch: CifarResNet | Bottleneck | Literal["resnext101_32x8d", "deeplabv3_resnet101"] = "resnet110"
+    arch: Literal[CifarResNet, Bottleneck, "resnext101_32x8d", "deeplabv3_resnet101"] = "resnet110"
     """Network. For those of ImageNet and Cityscapes, the plan counts the authors' losses."""
     batch_size: Annotated[int | None, SAID] = None
     """Images in a step. Default: 128; with budget and modules, the largest that fits."""
@@ -145,7 +145,7 @@ class Scale:
     Compares with DistributedDataParallel and with pipelines that have a backward (GPipe, 1F1B). Writes a
     figure and, beside it, all numbers as JSON. Nothing is trained. """
 
-    arch: tuple[CifarResNet | Bottleneck, ...] = ("resnet110",)
+    arch: tuple[Literal[CifarResNet, Bottleneck], ...] = ("resnet110",)
     """Networks, one panel each."""
     modules: tuple[int, ...] = (16,)
     """Number K of modules, cut by time: one for all networks, or one for each."""

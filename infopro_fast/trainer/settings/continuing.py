@@ -83,7 +83,7 @@ def _check_longer(before: TrainConfig, after: TrainConfig) -> None:
     if before.iterations is not None:
         raise ConfigError(f"epochs {after.epochs}: the run is counted in iterations ({before.iterations})")
     if before.order == "sequential":
-        raise ConfigError(f"epochs {after.epochs}: the run has order sequential, and has trained some modules")
+        raise ConfigError(f"epochs {after.epochs}: the run has order sequential: some modules are trained")
     if after.epochs < before.epochs:
         raise ConfigError(f"epochs {after.epochs}: expected more than the {before.epochs} epochs of the run")
 

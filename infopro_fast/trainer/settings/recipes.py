@@ -191,8 +191,8 @@ def _table3() -> dict[str, Row]:
 def _table4() -> dict[str, Row]:
     rows = {}
     note = (
-        f"the paper's {GPUS} GPUs are {GPUS} parts of a batch here, divided among the processes; each part has "
-        "its own batch norm statistics; memory is that of one GPU"
+        f"the paper's {GPUS} GPUs are {GPUS} parts of a batch here, divided among the processes; each part "
+        "has its own batch norm statistics; memory is that of one GPU"
     )
     for arch, (batch_size, e2e, infopro) in TABLE4.items():
         common = {
@@ -210,9 +210,9 @@ def _table4() -> dict[str, Row]:
 
 def _table5() -> dict[str, Row]:
     note = (
-        "begins with --init, a ResNetV1c-101 trained end to end on ImageNet (mmsegmentation's resnet101_v1c); "
-        "batch norms see the whole batch, with several processes by sync_batch_norm; memory is that of one of "
-        "two GPUs"
+        "begins with --init, a ResNetV1c-101 trained end to end on ImageNet (mmsegmentation's "
+        "resnet101_v1c); batch norms see the whole batch, with several processes by sync_batch_norm; memory "
+        "is that of one of two GPUs"
     )
     names = ("miou", "miou_multi_scale", "miou_multi_scale_flip", "memory_gb")
     common = {
