@@ -2,7 +2,8 @@
 
 A user's error is one line on stderr and exit code 2. A run that goes wrong has exit code 1. A run that a
 signal stops writes a checkpoint and has exit code 128 plus the signal's number. Importing this needs no
-torch, so that --help is quick. """
+torch, so that --help is quick.
+"""
 
 from __future__ import annotations
 

@@ -96,11 +96,11 @@ class MakePlan:
 
 @dataclass(frozen=True)
 class CompareMemory:
-    """Compare bytes and time of a training step: end to end, checkpointed, compiled, the authors' losses,
-    ours.
+    """Compare bytes and time of a training step among ways to train the same network.
 
-    Measures each in its own process. Writes a table (memory.md), numbers (memory.json) and a figure
-    (memory.png). """
+    The ways: end to end, checkpointed, compiled, in modules with the authors' losses, and with ours. Each
+    runs in its own process. Writes a table (memory.md), numbers (memory.json) and a figure (memory.png).
+    """
 
     arch: CifarResNet = "resnet110"
     """Network."""
@@ -143,7 +143,8 @@ class Scale:
     """Predict the throughput of every layout on up to G GPUs, from bytes and from block times measured here.
 
     Compares with DistributedDataParallel and with pipelines that have a backward (GPipe, 1F1B). Writes a
-    figure and, beside it, all numbers as JSON. Nothing is trained. """
+    figure and, beside it, all numbers as JSON. Nothing is trained.
+    """
 
     arch: tuple[Literal[CifarResNet, Bottleneck], ...] = ("resnet110",)
     """Networks, one panel each."""

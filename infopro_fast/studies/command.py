@@ -15,12 +15,12 @@ from .tables import Study
 
 @dataclass(frozen=True)
 class Analyze:
-    """Measure what each block of trained networks still knows of image and label, with probes on frozen
-    features.
+    """Measure what each block of trained networks still knows of image and label.
 
-    Averages runs that differ only in their seed. Writes analysis.json, a table (analysis.md) and curves over
-    depth (analysis.png). docs/analysis.md explains what is estimated. A second call skips the runs in
-    analysis.json. """
+    Fresh probes are trained on the frozen features. Averages runs that differ only in their seed. Writes
+    analysis.json, a table (analysis.md) and curves over depth (analysis.png). docs/analysis.md explains what
+    is estimated. A second call skips the runs in analysis.json.
+    """
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Run folders that `train` wrote: one data set and network, any methods and seeds."""
@@ -64,7 +64,8 @@ class Reproduce(Study):
     """Train the cells of one of the paper's tables with several seeds, and write the table and its figures.
 
     The paper's numbers stand beside ours. Finished runs are not trained again and interrupted runs continue,
-    so the same command continues a stopped study. """
+    so the same command continues a stopped study.
+    """
 
     def run(self) -> None:
         from .reproduce import reproduce

@@ -105,10 +105,11 @@ def _check(path: Path, study: Study, cell: Cell, settings: dict[str, Any]) -> No
     A setting that the table does not have is younger than it, so its runs had the default.
     """
     wanted = config(study, cell, study.first_seed)
-    own = {name: value for name, value in settings.items() if name in fields.of(TrainConfig)}
-    machine = {"data_root": study.data_root, "device": wanted.device}
+    known = fields.of(TrainConfig)
+    own = {name: value for name, value in settings.items() if name in known and known[name].mark is fields.RESULT}
+    own |= {"seed": wanted.seed, "data_root": study.data_root, "device": wanted.device}
     try:
-        theirs = TrainConfig(**{**own, "seed": wanted.seed, **machine}).resolved()
+        theirs = TrainConfig(**own).resolved()
     except ConfigError as error:
         raise StudyError(f"known: {path}: {cell.name}: {error}") from error
     different = same_run(wanted, theirs)

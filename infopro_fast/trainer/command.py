@@ -24,7 +24,8 @@ class Train:
     """Train a network in local modules and write a run folder.
 
     The folder has the settings, metrics, weights, learning curve and checkpoints. Without flags: ResNet-32 in
-    4 modules, with InfoPro's contrastive losses, on images that come with the package. """
+    4 modules, with InfoPro's contrastive losses, on images that come with the package.
+    """
 
     config: Annotated[Path | None, SAID] = None
     """Take the settings from this file; other flags override them.

@@ -1,7 +1,8 @@
 """`TrainConfig`: every setting of a run, in one frozen dataclass.
 
 An annotation says which values a setting may have and what a change of it changes (`fields`); `rules` says
-which settings exclude each other. Importing this needs no torch. """
+which settings exclude each other. Importing this needs no torch.
+"""
 
 from __future__ import annotations
 
@@ -225,7 +226,8 @@ class TrainConfig:
 
         data_root becomes absolute, so that a run finds its images from any folder. For a run counted in
         iterations, `in_epochs` fills in the epochs, and the warm-up where the schedule has one and none was
-        given. """
+        given.
+        """
         self.check_installed()
         recipe, K, arch, local_loss = RECIPES[self.dataset], self.number_of_modules(), self.network, self.loss
         lambdas, crop, workers = self.lambdas, self.crop, self.workers
@@ -258,10 +260,9 @@ class TrainConfig:
         )  # fmt: skip
 
     def in_epochs(self, batches: int) -> TrainConfig:
-        """Return this resolved config with its iterations as epochs of ``batches`` steps; the last may be
-        shorter.
+        """Return this resolved config with its iterations as epochs of ``batches`` steps.
 
-        Raises ConfigError where a given warm-up is as long as the run.
+        The last epoch may be shorter. Raises ConfigError where a given warm-up is as long as the run.
         """
         if self.iterations is None:
             return self
@@ -282,11 +283,11 @@ class TrainConfig:
     def to_look_at(
         self, *, device: str | None = None, data_root: str | Path | None = None, threads: int | None = None
     ) -> TrainConfig:
-        """Return the settings with which to evaluate a run that was trained with these; nothing is
-        downloaded.
+        """Return the settings with which to evaluate a run that was trained with these.
 
-        device, data_root, threads: in place of the run's. Another kind of device leaves out the precision and
-        the kernels that only the run's device has. """
+        Nothing is downloaded. device, data_root, threads: in place of the run's. Another kind of device
+        leaves out the precision and the kernels that only the run's device has.
+        """
         device, changes = device or self.device, {}
         if device.partition(":")[0] != self.device.partition(":")[0]:
             impl = "reference" if self.impl == "reference" else "auto"

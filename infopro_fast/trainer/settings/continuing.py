@@ -4,7 +4,8 @@ A checkpoint holds the whole run, whoever wrote it. Processes train the same whe
 contrastive losses see the same images: one process and a pipeline see the whole batch (to the same bits), and
 so do processes that share it with sync_batch_norm and global_contrast (to rounding). Processes without these
 see parts of the batch, as many as there are. Switching between the two would change the training, so it is
-refused. """
+refused.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ def different(a: TrainConfig, b: TrainConfig) -> list[str]:
     """Return the names of the settings that make two runs different trainings.
 
     These are the settings that change the result, and ``parallel`` where batch norms and losses see other
-    images. """
+    images.
+    """
     return fields.differing(a, b, RESULT) + ["parallel"] * (_sees_parts(a) != _sees_parts(b))
 
 
@@ -33,7 +35,8 @@ def kept(config: TrainConfig, parallel: str | None) -> dict[str, Any]:
     """Return the settings of a run that keep their meaning where ``parallel`` is given; None: it is not.
 
     Raises ConfigError for a run whose features are rounded on their way between processes, and would not be
-    then. """
+    then.
+    """
     settings = vars(config)
     if parallel is None:
         return dict(settings)
@@ -67,8 +70,7 @@ def changed(config: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
 
 
 def continued(config: TrainConfig, anew: TrainConfig) -> TrainConfig:
-    """Return ``config``, a checkpoint's, with what may have changed since then in the run's own settings,
-    ``anew``."""
+    """Return a checkpoint's settings with what the run's own settings, ``anew``, may have changed since."""
     names = [name for name in fields.of(TrainConfig) if _may_change(name)]
     return dataclasses.replace(config, epochs=anew.epochs, **{name: getattr(anew, name) for name in names})
 
@@ -113,7 +115,8 @@ def _missing(config: TrainConfig) -> str:
     """Return why the processes of ``config`` do not compute what one would; "" where they do.
 
     A recipe's run is that of one process, whoever takes part (`recipes.shared`). A pipeline sees whole
-    batches unless pipeline_modules lets several pipelines share them. """
+    batches unless pipeline_modules lets several pipelines share them.
+    """
     alone = config.parallel == "none" or (config.parallel == "pipeline" and config.pipeline_modules is None)
     if alone or config.recipe is not None:
         return ""

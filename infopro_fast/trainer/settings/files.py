@@ -18,12 +18,12 @@ OF_A_RUN = "config.json"  # the name of the file in which a run folder keeps its
 
 
 def read(path: Path) -> TrainConfig:
-    """Return the settings in a file, or in a run folder; flags may still complete them
-    (`TrainConfig.unchecked`).
+    """Return the settings in a file or a run folder, for flags to complete (`TrainConfig.unchecked`).
 
     A run's own file has every default written out. Those that would be the same today become defaults again,
     so that lambdas follow a change of modules, for example. Its folder (out) is left out: that run stays as
-    it is. Raises ConfigError naming the file, and the setting that is unknown or has a wrong value. """
+    it is. Raises ConfigError naming the file, and the setting that is unknown or has a wrong value.
+    """
     path = path / OF_A_RUN if path.is_dir() else path
     content = {name.replace("-", "_"): _number(name, value) for name, value in _content(path).items()}
     try:
@@ -71,8 +71,7 @@ def _content(path: Path) -> dict[str, Any]:
 
 
 def _number(name: str, value: Any) -> Any:
-    """Return the number that a text like 1e-3 is, which YAML 1.1 does not take for one, where a setting is a
-    number."""
+    """Return a text like 1e-3 as a number, where the setting is one; YAML 1.1 takes it for text."""
     field = fields.of(TrainConfig).get(name.replace("-", "_"))
     if isinstance(value, str) and field is not None and float in field.kinds:
         try:

@@ -3,7 +3,8 @@ results.
 
 Settings are those of the authors' code (README and configurations). A row's note says what the paper does not
 publish, such as the weights of the losses in the rows of softmax and DenseNet, which are ours. Importing this
-needs no torch. """
+needs no torch.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ class Row:
     expected: what the paper reports: {"error": (mean, standard deviation of 5 trials) in % of the test
     images; "top1", "top5": errors in %; "miou", "miou_multi_scale", "miou_multi_scale_flip": in %;
     "memory_gb": of one GPU}. note: what differs from the paper. untrained: why the row cannot be trained
-    here; "" where it can. """
+    here; "" where it can.
+    """
 
     settings: dict[str, Any]
     expected: dict[str, Any] = field(default_factory=dict)
@@ -266,19 +268,18 @@ def settings(name: str) -> dict[str, Any]:
 
 
 def settings_beside(name: str, given: Collection[str] = ()) -> dict[str, Any]:
-    """Return the settings of a row, without those that follow from others, and its name. given: names to
-    override.
+    """Return a row's name and settings, without those that follow from others. given: names to override.
 
-    The warm-up follows from the data set, as far as a shorter run has room for it, and epochs from
-    iterations. Given epochs replace iterations. """
+    The warm-up follows from the data set, as far as a shorter run has room for it, and epochs follow from
+    iterations. Given epochs replace iterations.
+    """
     found = settings(name)
     gone = {"warmup", "iterations" if "epochs" in given or "iterations" not in found else "epochs"}
     return {"recipe": name, **{key: value for key, value in found.items() if key not in gone}}
 
 
 def config(name: str, **overrides: Any) -> TrainConfig:
-    """Return the settings of a row with some overridden. Raises ConfigError for a row that cannot be trained
-    here."""
+    """Return the settings of a row, some overridden. Raises ConfigError for a row that is data alone."""
     return TrainConfig(**{**settings_beside(name, overrides), **overrides})
 
 
@@ -305,7 +306,8 @@ def shared(config: TrainConfig, processes: int) -> TrainConfig:
     divide these parts of a batch among themselves. In the other rows batch norms and contrastive losses see
     the whole batch. An ``accumulate`` other than the row's is each process's own. config: resolved; without a
     recipe it stays as it is. Raises ConfigError where the parts cannot be divided, or batch norms cannot see
-    the whole batch. """
+    the whole batch.
+    """
     if config.recipe is None or processes == 1:
         return config
     parts = row(config.recipe).settings.get("accumulate", 1)
