@@ -1,4 +1,4 @@
-"""Compiles csrc/ into infopro_fast/_cpu.abi3.so, and csrc/*_cuda.cu, where there is an nvcc, into infopro_fast/_cuda.abi3.so.
+"""Compiles csrc/cpu/ into infopro_fast/_cpu.abi3.so, and csrc/cuda/, where there is an nvcc, into infopro_fast/_cuda.abi3.so.
 
 Both are libraries of operators that torch loads, not Python modules, written against LibTorch's stable ABI: one build runs with
 every later torch and Python. They are separate so that a torch without CUDA can load the first. Environment, read here only:
@@ -52,13 +52,13 @@ LINK_FLAGS = ["-Wl,--as-needed", "-Wl,-z,now", "-Wl,-z,relro", f"-L{os.path.join
 
 def cpu_extension() -> setuptools.Extension:
     """The CPU kernels. Code for an instruction set beyond x86-64 is confined to sources that ask for it themselves."""
-    sources = sorted(path for path in glob.glob("csrc/*.cpp", root_dir=ROOT) if not path.endswith("_cuda.cpp"))
+    sources = sorted(glob.glob("csrc/cpu/*.cpp", root_dir=ROOT))
     if not sources:
-        raise SystemExit(f"infopro_fast: expected C++ sources in {os.path.join(ROOT, 'csrc')}, found none")
+        raise SystemExit(f"infopro_fast: expected C++ sources in {os.path.join(ROOT, 'csrc', 'cpu')}, found none")
     return setuptools.Extension(
         "infopro_fast._cpu",
         sources,
-        depends=sorted(glob.glob("csrc/*.h", root_dir=ROOT)),
+        depends=sorted(glob.glob("csrc/*.h", root_dir=ROOT) + glob.glob("csrc/cpu/*.h", root_dir=ROOT)),
         extra_compile_args=[*INCLUDES, *DEFINES, *CXX_FLAGS, *(["-O1", "-g", "-UNDEBUG", *SANITIZERS] if SANITIZE else OPTIMIZE)],
         # A symbol that nothing defines is an error here, not at the user's first import.
         extra_link_args=[*LINK_FLAGS, *(SANITIZERS if SANITIZE else ["-Wl,-z,defs"]), "-ltorch_cpu"],
@@ -77,7 +77,7 @@ def cuda_extension(home: str) -> setuptools.Extension:
     return setuptools.Extension(
         "infopro_fast._cuda",
         cuda_sources(),
-        depends=sorted(glob.glob("csrc/*.h", root_dir=ROOT) + glob.glob("csrc/*.cuh", root_dir=ROOT)),
+        depends=sorted(glob.glob("csrc/*.h", root_dir=ROOT) + glob.glob("csrc/cuda/*.*h", root_dir=ROOT)),
         extra_compile_args={
             "cxx": [*includes, *DEFINES, "-DUSE_CUDA", *CXX_FLAGS, *OPTIMIZE],
             "nvcc": [*includes, *DEFINES, "-DUSE_CUDA", "-std=c++17", "-O3", "-DNDEBUG", "--threads=1", f"-Xcompiler={','.join(host)}"],

@@ -1,4 +1,4 @@
-"""What every benchmark measures beside time, and the table that shows it after a run (pytest-benchmark's own has no such columns)."""
+"""What every benchmark measures beside time, and a table after the run: pytest-benchmark's own has no such columns."""
 
 from __future__ import annotations
 
@@ -15,37 +15,31 @@ def pytest_addoption(parser):
     parser.addoption("--larger", action="store_true", help="benchmarks: the larger shapes too")
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "larger: a benchmark that runs with --larger alone")
+
+
 def pytest_collection_modifyitems(config, items):
-    """bench_* functions are benchmarks wherever pytest looks; the larger shapes are left out unless asked for."""
-    if config.getoption("--larger"):
-        return
-    chosen = [item for item in items if not _is_larger(item)]
-    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
-    items[:] = chosen
-
-
-def _is_larger(item) -> bool:
-    from benchmarks import shapes
-
-    shape = getattr(item, "callspec", None) and item.callspec.params.get("shape")
-    return shape in (*shapes.DECODER_LARGER, *shapes.SUPCON_LARGER, *shapes.LINEAR_LARGER, *shapes.DENSE_LARGER)
+    """Leave the larger shapes out unless they are asked for."""
+    if not config.getoption("--larger"):
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("larger")])
+        items[:] = [item for item in items if not item.get_closest_marker("larger")]
 
 
 @pytest.fixture
 def measure(benchmark):
-    """measure(op, shape, method, direction, small): time, and as extra columns saved bytes, peak bytes and error."""
+    """measure(op, shape, method, direction, small): time; saved bytes, peak bytes and error in further columns."""
 
     def run(op: str, shape, method: str, direction: str, small) -> None:
-        make, _, _ = workloads.OPS[op]
-        workload = make(method, shape)
+        workload = workloads.OPS[op][0](method, shape)
         call = workload.both if direction == "both" else workload.forward_only
         benchmark.group = f"{op} {workloads.label(shape)} {direction}"
         row = dict(op=op, shape=workloads.label(shape), method=method, direction=direction, **provenance())
         if direction == "both":
             row["saved_bytes"] = memory.saved_bytes(workload.forward, workload.inputs)
             row["error"] = workloads.relative_errors(op, workload, shape)
-        target = "benchmarks.workloads:for_peak"
-        found = memory.peak_bytes(target, op=op, method=method, shape=list(shape), small=list(small), direction=direction)
+        case = dict(op=op, method=method, shape=list(shape), small=list(small), direction=direction)
+        found = memory.peak_bytes("benchmarks.workloads:for_peak", **case)
         row["peak_bytes"], row["transient_bytes"] = found["peak"], found["peak"] - found["returned"]
         benchmark.extra_info.update(row)
         call()
@@ -60,4 +54,5 @@ def pytest_terminal_summary(terminalreporter, config):
     done = [b for b in getattr(session, "benchmarks", ()) if b and b.extra_info]
     if done:
         terminalreporter.section("benchmarks: time, memory, error")
-        terminalreporter.write_line(markdown([Row.from_info(b.extra_info, b.stats.median) for b in done]))
+        rows = [Row(seconds=b.stats.median, **b.extra_info) for b in done]
+        terminalreporter.write_line(markdown(rows))

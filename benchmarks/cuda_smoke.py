@@ -11,8 +11,8 @@ import sys
 import torch
 from torch import nn
 
-from benchmarks import baselines
 from infopro_fast import ops
+from infopro_fast.modules import Decoder
 
 CUDA = ("cuda", torch.float32, "cuda")
 REFERENCE = ("reference", torch.float64, "cpu")
@@ -40,7 +40,7 @@ def cases() -> dict[str, tuple[nn.Sequential, torch.Tensor, torch.Tensor]]:
     )
     found = {"a chain decoder": (chain, torch.randn(2, 13, 21, 19), torch.rand(2, 3, 84, 76))}
     for N, C, h, H in ((3, 5, 9, 9), (2, 16, 8, 32), (2, 7, 5, 18)):
-        decoder = baselines.ReleasedDecoder(C, H).decoder
+        decoder = Decoder(C, H).decoder
         found[f"{C} channels {h}x{h} to {H}x{H}"] = decoder, torch.randn(N, C, h, h), torch.rand(N, 3, H, H)
     return found
 

@@ -20,6 +20,7 @@ import pathlib
 import typing
 
 from benchmarks import shapes
+from infopro_fast.whole_files import replace_file
 
 DOCUMENT = pathlib.Path(__file__).resolve().parent.parent / "docs" / "floors.md"
 
@@ -85,7 +86,7 @@ class Floor:
         return "memory" if self.bytes / device.bandwidth > self.arithmetic_seconds(device, precision) else "arithmetic"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Formulas. `size`: bytes of an element.
 
 
@@ -201,12 +202,12 @@ def chain_backward(s: shapes.ChainShape, size: int = 4) -> Floor:
     return Floor(moved * size + 16 * hidden, products + others[-1].macs, expansions + others[-1].elementwise)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Stages of the released ImageNet and Cityscapes decoders: 12 channels, doubled, to the 3 logits of each pixel, the last; 32, doubled, to
 # 12, the one in front of it. What their two implementations move and compute, from which impl="auto" has its order.
 
 LAST_CHANNELS = 12
-LAST_TILE = {"forward": (48, 28), "backward": (16, 16)}  # of the CUDA C++ kernels on an A100: csrc/chain_plan.cuh
+LAST_TILE = {"forward": (48, 28), "backward": (16, 16)}  # of the CUDA C++ kernels on an A100: csrc/cuda/chain_stage_plan.cuh
 STAGE_CHANNELS = (32, 12)
 STAGE_TILE = {"forward": (28, 28), "backward": (28, 4)}
 
@@ -306,7 +307,7 @@ def floor(op: str, shape: typing.NamedTuple, direction: str = "both", size: int 
     return total
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def table() -> str:
@@ -373,9 +374,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help=f"write {DOCUMENT.name}")
     if parser.parse_args().write:
         DOCUMENT.parent.mkdir(exist_ok=True)
-        aside = DOCUMENT.with_suffix(".part")
-        aside.write_text(document())
-        aside.replace(DOCUMENT)
+        replace_file(DOCUMENT, document().encode())
     else:
         print(document())
 

@@ -20,30 +20,15 @@ import torch
 
 from benchmarks import memory, shapes, step_figure, timing, train_step, workloads
 from benchmarks.device import provenance
-from benchmarks.table import Row, markdown
+from benchmarks.table import Claim, Row, claims_table, markdown
+from infopro_fast import figure
+from infopro_fast.whole_files import replace_file
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 KIB = 2**10
 
 
-class Bar(typing.NamedTuple):
-    """A claim: ``value`` has to be at least (or at most) ``bar``."""
-
-    what: str
-    value: float
-    bar: float
-    at_least: bool = False
-    unit: str = "x"
-
-    def holds(self) -> bool:
-        return self.value >= self.bar if self.at_least else self.value <= self.bar
-
-    def row(self) -> str:
-        sign = "at least" if self.at_least else "at most"
-        return f"| {self.what} | {self.value:.3g} {self.unit} | {sign} {self.bar:.3g} {self.unit} | {'yes' if self.holds() else '**no**'} |"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Measuring
 
 
@@ -107,7 +92,7 @@ def _seconds_of_steps(method: str, rounds: int) -> dict[int, float]:
     return timing.interleaved({K: train_step.step(method, K) for K in shapes.TRAIN_STEP}, rounds)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Claims
 
 
@@ -121,94 +106,94 @@ def best(rows: list[Row], op: str, shape: str) -> Row:
     return min(others, key=lambda r: r.seconds)
 
 
-def decoder_bars(rows: list[Row]) -> list[Bar]:
+def decoder_bars(rows: list[Row]) -> list[Claim]:
     bars, op = [], "reconstruction_loss"
     for shape, bar in zip(shapes.DECODER, (2.5, 4.0, 8.0), strict=True):
         label = workloads.label(shape)
         ours, other = pick(rows, op, label, workloads.OURS), best(rows, op, label)
         bars += [
-            Bar(f"decoder {label}, faster than the best other ({other.method})", other.seconds / ours.seconds, bar, True),
-            Bar(f"decoder {label}, kept beyond its inputs", ours.saved_bytes / KIB, 64, unit="KiB"),
-            Bar(f"decoder {label}, transient peak over the resized map", ours.transient_bytes / shape.resized_bytes(), 0.25),
+            Claim(f"decoder {label}, faster than the best other ({other.method})", other.seconds / ours.seconds, bar, True),
+            Claim(f"decoder {label}, kept beyond its inputs", ours.saved_bytes / KIB, 64, unit="KiB"),
+            Claim(f"decoder {label}, transient peak over the resized map", ours.transient_bytes / shape.resized_bytes(), 0.25),
         ]
     return bars
 
 
-def supcon_bars(rows: list[Row]) -> list[Bar]:
+def supcon_bars(rows: list[Row]) -> list[Claim]:
     bars, op = [], "supcon_loss"
     for shape, bar in zip(shapes.SUPCON, (4.0, 3.5), strict=True):
         label = workloads.label(shape)
         ours, eager = pick(rows, op, label, workloads.OURS), pick(rows, op, label, "eager")
-        bars.append(Bar(f"supcon {label}, faster than the released formula", eager.seconds / ours.seconds, bar, True))
+        bars.append(Claim(f"supcon {label}, faster than the released formula", eager.seconds / ours.seconds, bar, True))
         if shape.N == 4096:
-            bars.append(Bar(f"supcon {label}, transient peak over an N x N map", ours.transient_bytes / shape.pairs_bytes(), 0.25))
+            bars.append(Claim(f"supcon {label}, transient peak over an N x N map", ours.transient_bytes / shape.pairs_bytes(), 0.25))
     return bars
 
 
-def linear_bars(rows: list[Row]) -> list[Bar]:
+def linear_bars(rows: list[Row]) -> list[Claim]:
     bars, op = [], "linear_cross_entropy"
     for shape, bar in zip(shapes.LINEAR, (1.05, 1.0), strict=True):
         label = workloads.label(shape)
         ours, eager = pick(rows, op, label, workloads.OURS), pick(rows, op, label, "eager")
-        bars.append(Bar(f"linear + cross entropy {label}, time over plain torch", ours.seconds / eager.seconds, bar))
+        bars.append(Claim(f"linear + cross entropy {label}, time over plain torch", ours.seconds / eager.seconds, bar))
         if shape.C == 10000:
             extra = ours.transient_bytes / shape.logits_bytes()
-            bars.append(Bar(f"linear + cross entropy {label}, extra memory over the logits", extra, 0.25))
+            bars.append(Claim(f"linear + cross entropy {label}, extra memory over the logits", extra, 0.25))
     return bars
 
 
-def dense_bars(rows: list[Row]) -> list[Bar]:
+def dense_bars(rows: list[Row]) -> list[Claim]:
     bars, op = [], "upsample_cross_entropy"
     for shape in shapes.DENSE:
         label = workloads.label(shape)
         ours, eager = pick(rows, op, label, workloads.OURS), pick(rows, op, label, "eager")
         bars += [
-            Bar(f"resize + cross entropy {label}, faster than plain torch", eager.seconds / ours.seconds, 6.0, True),
-            Bar(f"resize + cross entropy {label}, extra memory over a number a pixel", ours.transient_bytes / shape.pixel_bytes(), 1.0),
+            Claim(f"resize + cross entropy {label}, faster than plain torch", eager.seconds / ours.seconds, 6.0, True),
+            Claim(f"resize + cross entropy {label}, extra memory over a number a pixel", ours.transient_bytes / shape.pixel_bytes(), 1.0),
         ]
     return bars
 
 
-def step_bars(rows: list[Row]) -> list[Bar]:
+def step_bars(rows: list[Row]) -> list[Claim]:
     def seconds(K: int, method: str) -> float:
         return next(r.seconds for r in rows if r.shape.endswith(f" K{K}") and r.method == method)
 
     released = min(seconds(16, m) for m in train_step.METHODS if m.startswith("released"))
     return [
-        Bar("a step of ResNet-32, K = 16 over K = 1", seconds(16, "ours") / seconds(1, "ours"), 1.6),
-        Bar("a step of ResNet-32, K = 16, faster than the released formulation", released / seconds(16, "ours"), 1.0, True),
-        Bar("a step of ResNet-32, K = 4, over K = 1", seconds(4, "ours") / seconds(1, "ours"), 1.6),
+        Claim("a step of ResNet-32, K = 16 over K = 1", seconds(16, "ours") / seconds(1, "ours"), 1.6),
+        Claim("a step of ResNet-32, K = 16, faster than the released formulation", released / seconds(16, "ours"), 1.0, True),
+        Claim("a step of ResNet-32, K = 4, over K = 1", seconds(4, "ours") / seconds(1, "ours"), 1.6),
     ]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Over size
 
-def chain_bars(rows: list[Row]) -> list[Bar]:
+def chain_bars(rows: list[Row]) -> list[Claim]:
     bars, op = [], "chain_decoder"
     for label in map(workloads.label, shapes.CHAIN):
         ours, other, eager = pick(rows, op, label, workloads.OURS), best(rows, op, label), pick(rows, op, label, "eager")
         bars += [
-            Bar(f"ImageNet decoder {label}, faster than the best other ({other.method})", other.seconds / ours.seconds, 2.5, True),
-            Bar(f"ImageNet decoder {label}, transient peak over eager's", ours.transient_bytes / eager.transient_bytes, 1 / 3),
+            Claim(f"ImageNet decoder {label}, faster than the best other ({other.method})", other.seconds / ours.seconds, 2.5, True),
+            Claim(f"ImageNet decoder {label}, transient peak over eager's", ours.transient_bytes / eager.transient_bytes, 1 / 3),
         ]
     return bars
 
 
-def upsample_conv_bars(rows: list[Row]) -> list[Bar]:
+def upsample_conv_bars(rows: list[Row]) -> list[Claim]:
     bars, op = [], "upsample_conv3x3"
     for label in map(workloads.label, shapes.UPSAMPLE_CONV):
         ours, other = pick(rows, op, label, workloads.OURS), best(rows, op, label)
-        bars.append(Bar(f"upsample_conv3x3 {label}, faster than the best other ({other.method})", other.seconds / ours.seconds, 1.0, True))
+        bars.append(Claim(f"upsample_conv3x3 {label}, faster than the best other ({other.method})", other.seconds / ours.seconds, 1.0, True))
     return bars
 
 
-def head_bars(rows: list[Row]) -> list[Bar]:
+def head_bars(rows: list[Row]) -> list[Claim]:
     bars, op = [], "conv_norm_relu_pool"
     for label in map(workloads.label, shapes.HEAD):
         ours, other = pick(rows, op, label, workloads.OURS), best(rows, op, label)
         what = f"convolution and pooling {label}, faster than the best other ({other.method})"
-        bars.append(Bar(what, other.seconds / ours.seconds, 1.0, True))
+        bars.append(Claim(what, other.seconds / ours.seconds, 1.0, True))
     return bars
 
 
@@ -237,14 +222,9 @@ def over_size(op: str, limit: int, rounds: int) -> list[Row]:
 
 
 def plot(op: str, rows: list[Row]) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     over, axis, _ = PLOTS[op]
     sizes = {workloads.label(shape): getattr(shape, axis) for shape in over}
-    figure, (time_axes, memory_axes) = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
+    drawing, (time_axes, memory_axes) = figure.new_figure((11, 4.2), 2)
     for method in dict.fromkeys(r.method for r in rows):
         own = [r for r in rows if r.method == method]
         style = dict(marker="o", linewidth=2.5 if method == workloads.OURS else 1.2, label=method)
@@ -257,20 +237,17 @@ def plot(op: str, rows: list[Row]) -> None:
     time_axes.legend()
     constant = " ".join(f"{k}{v}" for k, v in over[0]._asdict().items() if k != axis)
     where = "{device}, {threads} threads, torch {torch}, {commit}".format(**provenance())
-    figure.suptitle(f"{op}, {constant}: {where}", fontsize=9)
+    drawing.suptitle(f"{op}, {constant}: {where}", fontsize=9)
     RESULTS.mkdir(exist_ok=True)
-    figure.savefig(RESULTS / f"{op}.png", dpi=130)
-    plt.close(figure)
+    figure.save(drawing, RESULTS / f"{op}.png")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def write(name: str, text: str) -> None:
     RESULTS.mkdir(exist_ok=True)
-    aside = RESULTS / (name + ".part")
-    aside.write_text(text)
-    aside.replace(RESULTS / name)
+    replace_file(RESULTS / name, text.encode())
 
 
 CLAIMS = {
@@ -295,7 +272,7 @@ def main() -> int:
     options = arguments()
     torch.set_num_threads(options.threads)
     rows: list[Row] = []
-    bars: list[Bar] = []
+    bars: list[Claim] = []
     sizes: list[Row] = []
     for op in [op for op in CLAIMS if options.only in (None, op)]:
         over, claims = CLAIMS[op]
@@ -308,11 +285,10 @@ def main() -> int:
     if options.only in (None, "train_step"):
         steps = measure_steps(options.rounds, options.threads)
         rows, bars = rows + steps, bars + step_bars(steps)
-    claims_table = "\n".join(["| what | measured | bar | holds |", "| --- | --- | --- | --- |", *(bar.row() for bar in bars)])
-    print(markdown(rows), claims_table, sep="\n\n")
+    print(markdown(rows), claims_table(bars), sep="\n\n")
     if options.only is None:
         where = ", ".join(f"{k} {v}" for k, v in provenance().items())
-        write("bars.md", f"{claims_table}\n\n{where}\n")
+        write("bars.md", f"{claims_table(bars)}\n\n{where}\n")
         write("results.md", markdown(rows) + "\n")
         write("results.jsonl", "".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in [*rows, *sizes]))
         step_figure.write(steps, RESULTS)

@@ -39,7 +39,7 @@ import torch.distributed as dist
 from infopro_fast import build, data, figure
 from infopro_fast.memory import scale
 from infopro_fast.trainer import run_folder, schedule
-from infopro_fast.trainer.processes.reduction import ParallelTrainer
+from infopro_fast.trainer.step import LocalTrainer
 
 from .device import provenance
 
@@ -78,7 +78,7 @@ def layouts(net: scale.Network) -> list[Layout]:
     return [*of_two, Layout("data", 4), Layout("pipeline", 4, (1,) * MODULES), Layout("mixed", 4, halves)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Predicted
 
 
@@ -110,7 +110,7 @@ def copying(layout: Layout, net: scale.Network, link: scale.Link) -> list[scale.
     return [dataclasses.replace(work, seconds=own) for work, own in zip(net.local, seconds)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Measured: modules, the link
 
 
@@ -150,7 +150,7 @@ def _module_seconds(net: scale.Network) -> list[float]:
     torch.manual_seed(0)
     images, marks, rows = data.load("fashion_mnist"), [], []
     local = build(ARCH, MODULES, cuts=net.cuts, image_mean=images.mean, image_std=images.std)
-    trainer = ParallelTrainer(local, schedule.released_sgd(0.1), at=lambda *_: marks.append(time.perf_counter()))
+    trainer = LocalTrainer(local, schedule.released_sgd(0.1), at=lambda *_: marks.append(time.perf_counter()))
     batches = images.train_epoch(net.batch_size, seed=0, epoch=0)
     _barrier.wait(300)
     for _ in range(UNTIMED + TIMED):
@@ -199,7 +199,7 @@ def measured_link() -> scale.Link:
     return scale.Link(count / (seconds - latency), latency)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Run
 
 

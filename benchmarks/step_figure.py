@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from benchmarks.table import Row
 from infopro_fast.figure import new_figure, save
+from infopro_fast.whole_files import replace_file
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 LABELS = {
@@ -89,9 +90,7 @@ def draw(rows: Sequence[Row], path: pathlib.Path) -> None:
 def write(rows: Sequence[Row], folder: pathlib.Path) -> list[pathlib.Path]:
     """train_step.md and train_step.png, each whole or not at all; returns their paths."""
     table, figure = folder / "train_step.md", folder / "train_step.png"
-    aside = table.with_suffix(".part")
-    aside.write_text(markdown(rows))
-    aside.replace(table)
+    replace_file(table, markdown(rows).encode())
     draw(rows, figure)
     return [table, figure]
 

@@ -1,25 +1,33 @@
-"""Rows of measurements as a Markdown table: ratios against ours, so that a row where we are slower shows as one below 1."""
+"""Measurements and claims of the reports of CPU and GPU, and their tables in Markdown."""
 
 from __future__ import annotations
 
 import dataclasses
-
-PROVENANCE = ("device", "threads", "isa", "torch", "python", "infopro_fast", "commit")
+import typing
+from collections.abc import Iterable, Sequence
 
 
 @dataclasses.dataclass
 class Row:
-    """One measurement; seconds: median. Bytes and error are None where they were not measured."""
+    """One measurement, or in ``note`` why there is none. None: not measured.
+
+    seconds: median. host_seconds: until a call returns, whatever the device still does. multiple: of the floor.
+    saved_bytes: kept by autograd. peak_bytes: above the inputs. transient_bytes: the peak without the results.
+    """
 
     op: str
     shape: str
     method: str
-    direction: str
-    seconds: float
+    direction: str = "both"
+    dtype: str = "float32"
+    seconds: float | None = None
+    host_seconds: float | None = None
+    multiple: float | None = None
     saved_bytes: int | None = None
     peak_bytes: int | None = None
     transient_bytes: int | None = None
     error: float | None = None
+    note: str = ""
     device: str = ""
     threads: int = 0
     isa: str = ""
@@ -28,33 +36,69 @@ class Row:
     infopro_fast: str = ""
     commit: str = ""
 
-    @classmethod
-    def from_info(cls, info: dict, seconds: float) -> Row:
-        names = {field.name for field in dataclasses.fields(cls)}
-        return cls(seconds=seconds, **{k: v for k, v in info.items() if k in names})
+
+class Claim(typing.NamedTuple):
+    """``value`` is at least, or at most, ``bar``. value: None where it was not measured. against: the best other method."""
+
+    what: str
+    value: float | None
+    bar: float
+    at_least: bool = False
+    unit: str = "x"
+    against: str = ""
+
+    def holds(self) -> bool | None:
+        if self.value is None:
+            return None
+        return self.value >= self.bar if self.at_least else self.value <= self.bar
+
+
+def claims_table(claims: Iterable[Claim]) -> str:
+    lines = [("what", "measured", "against", "bar", "holds"), ("---",) * 5]
+    for c in claims:
+        value = "" if c.value is None else f"{c.value:.3g} {c.unit}"
+        bar = f"{'at least' if c.at_least else 'at most'} {c.bar:.3g} {c.unit}"
+        lines.append((c.what, value, c.against, bar, {None: "not measured", True: "yes", False: "**no**"}[c.holds()]))
+    return _lines(lines)
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """One line a row. time / ours: how many times longer a method takes than ours on the same op, shape and direction."""
+    ours = {(r.op, r.shape, r.direction): r.seconds for r in rows if r.method == "ours"}
+    head = ("op", "shape", "direction", "method", "ms", "time / ours", "kept", "peak", "transient", "error", "where")
+    lines = [head, ("---",) * len(head)]
+    for r in rows:
+        reference = ours.get((r.op, r.shape, r.direction))
+        ratio = f"{r.seconds / reference:.2f}" if reference else ""
+        where = f"{r.device}, {r.threads} threads, {r.isa}, torch {r.torch}, Python {r.python}, {r.infopro_fast} at {r.commit}"
+        error = "" if r.error is None else f"{r.error:.1e}"
+        sizes = (size(r.saved_bytes), size(r.peak_bytes), size(r.transient_bytes))
+        lines.append((r.op, r.shape, r.direction, r.method, f"{1e3 * r.seconds:.3g}", ratio, *sizes, error, where))
+    return _lines(lines)
+
+
+def gpu_markdown(rows: Iterable[Row]) -> str:
+    """One line a row, with the host's time, multiples of the floor, and why a method was not measured."""
+    head = ("op", "shape", "dtype", "direction", "method", "ms", "host, us", "x floor", "peak", "error", "note")
+    lines = [head, ("---",) * len(head)]
+    for r in rows:
+        numbers = ((r.seconds, 1e3, ".3g"), (r.host_seconds, 1e6, ".0f"), (r.multiple, 1, ".2f"))
+        cells = ["" if value is None else format(unit * value, form) for value, unit, form in numbers]
+        error = "" if r.error is None else f"{r.error:.1e}"
+        note = r.note.replace("|", "/")
+        lines.append((r.op, r.shape, r.dtype, r.direction, r.method, *cells, size(r.peak_bytes), error, note))
+    return _lines(lines)
+
+
+def _lines(rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def size(count: int | None) -> str:
-    """Bytes for people: 2**10 and up in KiB, 2**20 and up in MiB."""
+    """Bytes as a text: in MiB from 2**20, in KiB from 2**10."""
     if count is None:
         return ""
     for unit, name in ((2**20, "MiB"), (2**10, "KiB")):
         if count >= unit:
             return f"{count / unit:.1f} {name}"
     return f"{count} B"
-
-
-def markdown(rows: list[Row]) -> str:
-    """One table; time / ours is how many times longer a method takes than ours on the same op, shape and direction."""
-    ours = {(r.op, r.shape, r.direction): r.seconds for r in rows if r.method == "ours"}
-    head = ("op", "shape", "direction", "method", "ms", "time / ours", "kept", "peak", "transient", "error", "where")
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    for r in rows:
-        reference = ours.get((r.op, r.shape, r.direction))
-        ratio = f"{r.seconds / reference:.2f}" if reference else ""
-        where = f"{r.device}, {r.threads} threads, {r.isa}, torch {r.torch}, Python {r.python}, {r.infopro_fast} at {r.commit}"
-        error = "" if r.error is None else f"{r.error:.1e}"
-        cells = (r.op, r.shape, r.direction, r.method, f"{1e3 * r.seconds:.3g}", ratio, size(r.saved_bytes), size(r.peak_bytes),
-                 size(r.transient_bytes), error, where)  # fmt: skip
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)

@@ -1,7 +1,7 @@
-"""Every method of every op as a workload: the same inputs, a forward, and the leaves its gradients are asked for.
+"""Every method of every op as a workload: the same inputs, a forward, and the leaves that get gradients.
 
-Methods are what a user could choose from: eager; eager with the memory format that suits convolutions; torch.compile, keeping
-what it likes or (memory budget 0) as little as it can; checkpoint; the nearest peer that exists; ours.
+A user could choose each of the methods: eager; eager in channels_last; torch.compile, which keeps what it likes or,
+with a memory budget of 0, as little as it can; checkpoint; the nearest peer that exists; ours.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks import baselines, shapes
 from infopro_fast import ops
+from infopro_fast.memory import released
+from infopro_fast.modules import ChainDecoder, Decoder
 
 OURS = "ours"
 TRITON, CUDA = "ours triton", "ours cuda"  # one implementation by name, on a GPU
@@ -28,14 +30,14 @@ TUNED = "compile max-autotune"
 
 @dataclasses.dataclass
 class Workload:
-    """forward() gives the loss; leaves: what gets a gradient; inputs: every tensor that is alive anyway."""
+    """forward: returns the loss. leaves: what gets a gradient. inputs: every tensor that is alive anyway."""
 
     forward: typing.Callable[[], torch.Tensor]
     leaves: list[torch.Tensor]
     inputs: list[torch.Tensor]
 
     def both(self) -> tuple[torch.Tensor, ...]:
-        """Forward and backward: the loss and the gradients."""
+        """Return the loss and the gradients."""
         loss = self.forward()
         return (loss.detach(), *torch.autograd.grad(loss, self.leaves))
 
@@ -45,15 +47,15 @@ class Workload:
 
 
 def compiled(function: typing.Callable, budget: float = 1.0, mode: str | None = None) -> typing.Callable:
-    """torch.compile; budget: share of the activations it may keep (0: recompute all it can).
+    """``function`` through torch.compile. budget: share of the activations it may keep (0: recompute all it can).
 
-    mode "max-autotune" runs in CUDA graphs on a GPU: a call's results are written over by the next.
+    With mode "max-autotune" a GPU runs CUDA graphs: the next call writes over a call's results.
     """
 
     def forward(*args):
         return function(*args)
 
-    # A code object of its own: the compiler's cache hangs on it, and would hand one budget's graph to the other.
+    # Each needs its own code object: the compiler caches by it, and would give one budget's graph to the other.
     code = forward.__code__.replace(co_name=f"forward_{next(_numbers)}")
     own = types.FunctionType(code, globals(), code.co_name, None, forward.__closure__)
     fast = torch.compile(own, fullgraph=True, dynamic=False, mode=mode)
@@ -75,9 +77,10 @@ def checkpointed(function: typing.Callable) -> typing.Callable:
 
 
 def draw(*shape: int, dtype=torch.float32, device: str = "cpu") -> torch.Tensor:
-    """The same numbers for every dtype, drawn where they are needed: on a CPU large batches would take seconds a method."""
-    numbers = torch.float64 if device == "cpu" else torch.float32  # the latter for memory
-    return torch.randn(shape, generator=torch.Generator(device).manual_seed(sum(shape)), dtype=numbers, device=device).to(dtype)
+    """Draw the same numbers for every dtype, on ``device``: copying large batches would take seconds a method."""
+    numbers = torch.float64 if device == "cpu" else torch.float32  # float32 saves memory on a GPU
+    generator = torch.Generator(device).manual_seed(sum(shape))
+    return torch.randn(shape, generator=generator, dtype=numbers, device=device).to(dtype)
 
 
 def labels(N: int, classes: int, device: str) -> torch.Tensor:
@@ -85,18 +88,18 @@ def labels(N: int, classes: int, device: str) -> torch.Tensor:
 
 
 def ours(op: typing.Callable, device: str, **options) -> dict[str, typing.Callable[[], typing.Callable]]:
-    """The op as users call it on this device, by each implementation's name, and the reference."""
+    """Return makers of the op as users call it on this device, by each implementation's name, and of the reference."""
     fused = {OURS: "cpu" if device == "cpu" else "auto", TRITON: "triton", CUDA: "cuda", "reference": "reference"}
     return {name: lambda impl=impl: functools.partial(op, impl=impl, **options) for name, impl in fused.items()}
 
 
-# Other packages that have one of these losses, for GPUs: where it is.
+# Other packages with one of these losses for GPUs: module and attribute.
 PEERS = {
     "Liger": ("liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy"),
     "cut-cross-entropy": ("cut_cross_entropy", "linear_cross_entropy"),
     "memeff": ("memeff", "MemoryEfficientCLIPLoss"),
 }
-OTHER_LOSS = {"memeff": "another loss: two views, of which each row has one positive"}  # the nearest there is
+OTHER_LOSS = {"memeff": "another loss: two views, of which each row has one positive"}  # the nearest that exists
 
 
 def peer(name: str) -> typing.Callable:
@@ -105,12 +108,12 @@ def peer(name: str) -> typing.Callable:
 
 
 def missing(name: str) -> str:
-    """"" if the peer can be used, else why not."""
+    """Why the peer cannot be used, "" if it can."""
     if importlib.util.find_spec(PEERS[name][0].partition(".")[0]) is None:
         return "not installed"
     try:
         peer(name)
-    except Exception as error:  # one that this torch or Triton is too new for is not the end of a report
+    except Exception as error:  # a peer that is too old for this torch or Triton must not end a report
         return f"installed, and does not import: {type(error).__name__}: {' '.join(str(error).split())[:120]}"
     return ""
 
@@ -125,7 +128,7 @@ def compile_methods(function: typing.Callable) -> dict[str, typing.Callable[[], 
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 DECODER_METHODS = (
     "eager", "channels_last", "compile", "compile channels_last", "compile budget 0", "compile reordered", "checkpoint", OURS,
@@ -134,19 +137,9 @@ DECODER_METHODS = (
 
 def decoder(method: str, shape: shapes.DecoderShape, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Workload:
     torch.manual_seed(0)
-    kind = baselines.ReorderedDecoder if method == "compile reordered" else baselines.ReleasedDecoder
-    net = kind(shape.C, shape.H, shape.K).to(device, dtype)
-    features = draw(shape.N, shape.C, shape.h, shape.h, dtype=dtype, device=device)
-    image = torch.sigmoid(draw(shape.N, 3, shape.H, shape.H, dtype=dtype, device=device))
-    if method.endswith("channels_last"):
-        net = net.to(memory_format=torch.channels_last)
-        features = features.to(memory_format=torch.channels_last)
-    features.requires_grad_()
-    calls = compile_methods(net) | {"compile reordered": lambda: compiled(net)}
-    calls |= ours(ops.reconstruction_loss, device, decoder=net.decoder)
-    call = calls.get(method, lambda: net)()
-    parameters = list(net.parameters())
-    return Workload(lambda: call(features, image), [features, *parameters], [features, image, *parameters, *net.buffers()])
+    kind = baselines.ReorderedDecoder if method == "compile reordered" else released.ReleasedDecoder
+    net = kind(Decoder(shape.C, shape.H, widen=shape.K / 12).decoder, shape.H).to(device, dtype)
+    return _reconstruction(method, net, shape, shape.H, dtype, device)
 
 
 CHAIN_METHODS = ("eager", "channels_last", "compile", "compile channels_last", "compile budget 0", "checkpoint", OURS)
@@ -154,14 +147,21 @@ CHAIN_METHODS = ("eager", "channels_last", "compile", "compile channels_last", "
 
 def chain_decoder(method: str, shape: shapes.ChainShape, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Workload:
     torch.manual_seed(0)
-    net = baselines.ReleasedChain(shape.C).to(device, dtype)
+    layers = ChainDecoder(shape.C, (shape.h, shape.h), (8 * shape.h, 8 * shape.h)).decoder
+    net = released.ReleasedDecoder(layers).to(device, dtype)
+    return _reconstruction(method, net, shape, 8 * shape.h, dtype, device)
+
+
+def _reconstruction(method: str, net: released.ReleasedDecoder, shape, H: int, dtype: torch.dtype, device: str) -> Workload:
+    """``net`` from features of ``shape`` to images of side ``H``."""
     features = draw(shape.N, shape.C, shape.h, shape.h, dtype=dtype, device=device)
-    image = torch.sigmoid(draw(shape.N, 3, 8 * shape.h, 8 * shape.h, dtype=dtype, device=device))
+    image = torch.sigmoid(draw(shape.N, 3, H, H, dtype=dtype, device=device))
     if method.endswith("channels_last"):
         net = net.to(memory_format=torch.channels_last)
         features = features.to(memory_format=torch.channels_last)
     features.requires_grad_()
-    calls = compile_methods(net) | ours(ops.reconstruction_loss, device, decoder=net.decoder)
+    calls = compile_methods(net) | {"compile reordered": lambda: compiled(net)}
+    calls |= ours(ops.reconstruction_loss, device, decoder=net.decoder)
     call = calls.get(method, lambda: net)()
     parameters = list(net.parameters())
     return Workload(lambda: call(features, image), [features, *parameters], [features, image, *parameters, *net.buffers()])
@@ -182,7 +182,7 @@ def upsample_conv(method: str, shape: shapes.UpsampleConvShape, dtype: torch.dty
     return Workload(lambda: convolved[method](*leaves).square().mean(), leaves, leaves)  # the mean stands for what follows
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 SUPCON_METHODS = ("eager", "eager short", "compile", "compile short", "compile budget 0", "checkpoint", OURS)
 
@@ -192,13 +192,13 @@ def supcon(method: str, shape: shapes.SupConShape, dtype: torch.dtype = torch.fl
     if method == "memeff":
         loss, other = peer(method)(temperature=0.07, stable=False), features.detach().roll(1, 0).requires_grad_()
         return Workload(lambda: loss(features, other), [features, other], [features, other])
-    formula = baselines.short_supcon if method.endswith("short") else baselines.released_supcon
+    formula = baselines.short_supcon if method.endswith("short") else released.released_supcon
     calls = compile_methods(formula) | {"compile short": lambda: compiled(formula)} | ours(ops.supcon_loss, device)
     call = calls.get(method, lambda: formula)()
     return Workload(lambda: call(features, label), [features], [features, label])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 CHUNKED = "torch chunked"
 LINEAR_METHODS = ("eager", "compile", "compile budget 0", "checkpoint", *([CHUNKED] if hasattr(F, "linear_cross_entropy") else []), OURS)
@@ -216,7 +216,7 @@ def linear(method: str, shape: shapes.LinearShape, dtype: torch.dtype = torch.fl
     return Workload(lambda: call(input, weight, target), [input, weight], [input, weight, target])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 DENSE_METHODS = ("eager", "channels_last", "compile", "compile channels_last", "compile budget 0", "checkpoint", OURS)
 
@@ -228,13 +228,13 @@ def dense(method: str, shape: shapes.DenseShape, dtype: torch.dtype = torch.floa
     logits.requires_grad_()
     target = labels(shape.N * shape.H * shape.W, shape.C, device).view(shape.N, shape.H, shape.W)
     target[:, ::8] = 255
-    formula = baselines.resized_cross_entropy
+    formula = released.resized_cross_entropy
     calls = compile_methods(formula) | ours(ops.upsample_cross_entropy, device, align_corners=True, ignore_index=255)
     call = calls.get(method, lambda: formula)()
     return Workload(lambda: call(logits, target), [logits], [logits, target])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 POOL_METHODS = ("eager", "channels_last", "compile", "compile channels_last", "compile budget 0", "checkpoint", OURS)
 
@@ -252,7 +252,7 @@ def pool(method: str, shape: shapes.PoolShape, dtype: torch.dtype = torch.float3
 
 
 def head(method: str, shape: shapes.HeadShape, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Workload:
-    """The same behind the convolution of an auxiliary head."""
+    """`pool` behind the convolution of an auxiliary head."""
     torch.manual_seed(0)
     conv = torch.nn.Conv2d(shape.C, shape.K, 3, stride=shape.stride, padding=1, bias=False).to(device, dtype)
     bn = torch.nn.BatchNorm2d(shape.K).to(device, dtype)
@@ -267,7 +267,7 @@ def head(method: str, shape: shapes.HeadShape, dtype: torch.dtype = torch.float3
     return Workload(lambda: call(x, conv, bn).square().mean(), leaves, [*leaves, *bn.buffers()])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 OPS = {
     "reconstruction_loss": (decoder, shapes.DecoderShape, DECODER_METHODS),
@@ -286,9 +286,9 @@ def label(shape: typing.NamedTuple) -> str:
 
 
 def for_peak(op: str, method: str, shape: list[int], small: list[int], direction: str = "both"):
-    """Target of `memory.peak_bytes`: the call to measure and a small one to warm up with.
+    """Target of `memory.peak_bytes`: return the call to measure and a small one to warm up with.
 
-    Compiled methods run once at full size first: compiling is not part of the peak. (Their buffers are freed by then.)
+    Compiled methods run once at full size first, so that compiling is not part of the peak.
     """
     make, kind, _ = OPS[op]
     workload, warm_up = make(method, kind(*shape)), make(method, kind(*small))
@@ -301,11 +301,11 @@ def for_peak(op: str, method: str, shape: list[int], small: list[int], direction
 
 @functools.lru_cache(maxsize=1)
 def exact(op: str, shape: typing.NamedTuple, device: str) -> tuple[torch.Tensor, ...]:
-    """Loss and gradients in float64, of the last shape asked for."""
+    """Return loss and gradients in float64; the last shape's are kept."""
     return OPS[op][0]("reference", shape, torch.float64, device).both()
 
 
 def relative_errors(op: str, workload: Workload, shape: typing.NamedTuple) -> float:
-    """Largest over loss and gradients of |float32 - float64| / |float64|; a gradient that is exactly 0 is left out."""
+    """Return the largest |float32 - float64| / |float64| over loss and gradients, except gradients of exactly 0."""
     pairs = zip(workload.both(), exact(op, shape, workload.inputs[0].device.type), strict=True)
     return max(((found.double() - e).norm() / e.norm()).item() for found, e in pairs if e.norm() > 1e-12)

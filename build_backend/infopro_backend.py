@@ -1,7 +1,7 @@
 """PEP 517 build backend: setuptools, with nvcc from PyPI as a build requirement where it is needed and nowhere else.
 
 A static build requirement would make every build unpack 271 MB of CUDA compiler. Here the requirement exists only if the tree has
-`csrc/*_cuda.cu`, the torch of the build environment has CUDA 13, no installed toolkit of that major version is found, and
+`csrc/cuda/*.cu`, the torch of the build environment has CUDA 13, no installed toolkit of that major version is found, and
 `INFOPRO_NO_CUDA` is unset. setup.py asks the same function which toolkit to use, so the two cannot disagree.
 """
 
@@ -42,7 +42,7 @@ class NoCuda(Exception):
 
 def cuda_sources() -> list[str]:
     """The CUDA sources, relative to the root of the project."""
-    return sorted(os.path.relpath(path, ROOT) for path in glob.glob(os.path.join(ROOT, "csrc", "*_cuda.cu")))
+    return sorted(os.path.relpath(path, ROOT) for path in glob.glob(os.path.join(ROOT, "csrc", "cuda", "*.cu")))
 
 
 def find_toolkit(torch_cuda: str | None) -> tuple[str, str]:

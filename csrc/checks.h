@@ -1,16 +1,19 @@
-// What the <op>_cpu.cpp files share: tensors as plain pointers, scratch memory, work shared out among threads.
+// What the ops share: errors, tensors as plain pointers, buffers, batch norm's coefficients, work for the
+// threads.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
+#include <cmath>
 #include <memory>
 #include <new>
 #include <optional>
-#include <string>
+#include <sstream>
+#include <stdexcept>
 #include <tuple>
 #include <type_traits>
 #include <vector>
@@ -22,6 +25,21 @@ namespace infopro {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+using Doubles = std::vector<double>;
+using Tensors2 = std::tuple<Tensor, Tensor>;  // what an op returns
+using Tensors3 = std::tuple<Tensor, Tensor, Tensor>;
+using Tensors4 = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+// Throw the parts as one message, which reaches Python as a RuntimeError.
+template <class... Parts> [[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+// STD_TORCH_CHECK would put a function, a file and a line in front of the message.
+#define CHECK(condition, ...) \
+  if (!(condition)) ::infopro::fail(__VA_ARGS__)
 
 inline Dtype dtype_of(const char* op, const char* name, const Tensor& t) {
   switch (t.scalar_type()) {
@@ -29,7 +47,7 @@ inline Dtype dtype_of(const char* op, const char* name, const Tensor& t) {
     case ScalarType::Double: return Dtype::f64;
     case ScalarType::BFloat16: return Dtype::bf16;
     case ScalarType::Half: return Dtype::f16;
-    default: STD_TORCH_CHECK(false, op, ": ", name, ": expected float32, float64, bfloat16 or float16");
+    default: fail(op, ": ", name, ": expected float32, float64, bfloat16 or float16");
   }
 }
 
@@ -39,32 +57,30 @@ constexpr ScalarType scalar_type = std::is_same_v<T, double> ? ScalarType::Doubl
 inline bool is_double(const Tensor& t) { return t.scalar_type() == ScalarType::Double; }
 inline bool is_double(const OptionalTensor& t) { return t && is_double(*t); }
 
-inline Tensor empty(std::vector<int64_t> shape, ScalarType dtype) { return torch::stable::empty(shape, dtype); }
-
-template <class T>
-T* pointer(const Tensor& t) {
-  return static_cast<T*>(t.mutable_data_ptr());
+inline Tensor empty(std::vector<int64_t> shape, ScalarType dtype) {
+  return torch::stable::empty(shape, dtype);
 }
+
+template <class T> T* pointer(const Tensor& t) { return static_cast<T*>(t.mutable_data_ptr()); }
 
 inline Matrix matrix(const char* op, const char* name, const Tensor& t) {
   return {t.const_data_ptr(), dtype_of(op, name, t), t.stride(0), t.stride(1)};
 }
 
 inline Maps maps(const char* op, const char* name, const Tensor& t) {
-  return {const_cast<void*>(t.const_data_ptr()), dtype_of(op, name, t), t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
+  void* data = const_cast<void*>(t.const_data_ptr());
+  return {data, dtype_of(op, name, t), t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
 }
 
-// Memory that lives as long as the object; 64-byte aligned, not set to anything. Not a tensor: to make one, through the dispatcher, takes
-// microseconds, which a call that needs twenty of them would notice.
-template <class T>
-class Buffer {
+// Memory that lives as long as the object, 64-byte aligned and uninitialised. A tensor would take
+// microseconds of the dispatcher's time, which shows in a call that needs twenty buffers.
+template <class T> class Buffer {
  public:
-  explicit Buffer(int64_t n) : data_(static_cast<T*>(::operator new(size_t(n > 0 ? n : 1) * sizeof(T), ALIGNMENT))) {}
+  explicit Buffer(int64_t n)
+      : data_(static_cast<T*>(::operator new(size_t(n > 0 ? n : 1) * sizeof(T), ALIGNMENT))) {}
+  Buffer(int64_t n, T value) : Buffer(n) { std::fill(get(), get() + n, value); }
   T* get() const { return data_.get(); }
   T& operator[](int64_t i) const { return data_.get()[i]; }
-  void fill(T value, int64_t n) const {
-    for (int64_t i = 0; i < n; i++) data_.get()[i] = value;
-  }
 
  private:
   static constexpr std::align_val_t ALIGNMENT{64};
@@ -74,7 +90,8 @@ class Buffer {
   std::unique_ptr<T, Free> data_;
 };
 
-// The tensor itself where it is contiguous, which asking is quicker than torch's own answer through the dispatcher.
+// The tensor itself if it is contiguous: asking is quicker than torch::stable::contiguous through the
+// dispatcher.
 inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 // Labels of any integer dtype as a row of int64.
@@ -82,43 +99,97 @@ inline Tensor wide_labels(const Tensor& t) {
   return as_contiguous(t.scalar_type() == ScalarType::Long ? t : torch::stable::to(t, ScalarType::Long));
 }
 
-// The numbers of a tensor of any floating dtype and any shape whose elements are in order, as T; `missing` n times where
-// there is no tensor.
+// to[0..n) = the numbers of a tensor of any floating dtype, in order, as T; `missing` if there is no tensor.
+template <class T>
+void read_numbers(const char* op, const char* name, const OptionalTensor& t, int64_t n, T missing, T* to) {
+  if (!t) return std::fill(to, to + n, missing);
+  Tensor flat = as_contiguous(*t);
+  CHECK(flat.numel() == n, op, ": ", name, ": expected ", n, " numbers, got ", flat.numel());
+  kernels<T>().read_row(to, flat.const_data_ptr(), dtype_of(op, name, flat), 0, 1, n);
+}
+
 template <class T>
 Buffer<T> numbers(const char* op, const char* name, const OptionalTensor& t, int64_t n, T missing) {
   Buffer<T> to(n);
-  if (t) {
-    Tensor flat = as_contiguous(*t);
-    STD_TORCH_CHECK(flat.numel() == n, op, ": ", name, ": expected ", n, " numbers, got ", flat.numel());
-    kernels<T>().read_row(to.get(), flat.const_data_ptr(), dtype_of(op, name, flat), 0, 1, n);
-  } else {
-    to.fill(missing, n);
-  }
+  read_numbers(op, name, t, n, missing, to.get());
   return to;
 }
 
+// Batch norm of C channels, as kernels read it: (x - center) scale + shift.
+template <class T>
+struct NormCoefficients {
+  Buffer<T> gamma, shift, center, inverse_std, scale;
+
+  NormCoefficients(const char* op, const OptionalTensor& gamma_, const OptionalTensor& beta, int64_t C)
+      : gamma(numbers<T>(op, "gamma", gamma_, C, T(1))), shift(numbers<T>(op, "beta", beta, C, T(0))),
+        center(C), inverse_std(C), scale(C) {}
+
+  void set(const T* mean, const T* var, double eps, int64_t C) {
+    for (int64_t c = 0; c < C; c++) {
+      center[c] = mean[c];
+      inverse_std[c] = T(1.0 / std::sqrt(double(var[c]) + eps));
+      scale[c] = gamma[c] * inverse_std[c];
+    }
+  }
+
+  // Make d's pointers point at them.
+  template <class D>
+  void give_to(D& d) const {
+    d.center = center.get(), d.inverse_std = inverse_std.get(), d.scale = scale.get(), d.shift = shift.get();
+  }
+};
+
+// The loss of the pixels of an image. restore: three means and three standard deviations, or empty.
+template <class T>
+void set_image(PixelLoss<T>& d, const char* op, const Tensor& image, const Doubles& restore, int64_t loss) {
+  d.image = maps(op, "image", image);
+  d.restore = restore.size() == 6;
+  for (int i = 0; i < 3 && d.restore; i++) {
+    d.image_mean[i] = T(restore[i]);
+    d.image_std[i] = T(restore[3 + i]);
+  }
+  d.pixel = Pixel(int(loss));
+  d.pixel_weight = T(1.0 / (3.0 * double(image.size(0)) * double(image.size(2)) * double(image.size(3))));
+}
+
 inline int64_t threads() { return int64_t(torch::stable::get_num_threads()); }
+inline int64_t threads_for(int64_t items) { return std::min(threads(), items); }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// work(first, last, worker): items [0, n) in `workers` equal shares, so that a result depends on the number of threads alone.
-template <class F>
-void share(int64_t n, int64_t workers, const F& work) {
+// work(first, last, worker): items [0, n) in `workers` equal shares, so that a result depends on the number
+// of threads alone.
+template <class F> void share(int64_t n, int64_t workers, const F& work) {
   if (n <= 0) return;
   workers = workers < 1 ? 1 : workers > n ? n : workers;
   torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t worker = begin; worker < end; worker++) work(worker * n / workers, (worker + 1) * n / workers, worker);
+    for (int64_t worker = begin; worker < end; worker++)
+      work(worker * n / workers, (worker + 1) * n / workers, worker);
+  });
+}
+
+// work(item, scratch, worker) for items [0, n). Each of threads_for(n) workers has `size` numbers of scratch,
+// which start as zeros if `clear`.
+template <class T, class F> void sweep(int64_t n, int64_t size, bool clear, const F& work) {
+  const int64_t workers = threads_for(n);
+  Buffer<T> scratch(workers * size);
+  share(n, workers, [&](int64_t first, int64_t last, int64_t worker) {
+    T* mine = scratch.get() + worker * size;
+    if (clear) std::fill(mine, mine + size, T(0));
+    for (int64_t i = first; i < last; i++) work(i, mine, worker);
   });
 }
 
 // Mean and biased variance of a channel from those of the samples (Chan, Golub & LeVeque 1983), in float64.
 template <class T>
-inline void merge_statistics(int64_t N, int64_t K, double pixels, const double* mean, const double* squares, T* batch_mean, T* batch_var) {
+void merge_statistics(int64_t N, int64_t K, double pixels, const double* mean, const double* squares,
+                      T* batch_mean, T* batch_var) {
   for (int64_t k = 0; k < K; k++) {
     double center = 0, total = 0;
     for (int64_t n = 0; n < N; n++) center += mean[n * K + k];
     center /= double(N);
-    for (int64_t n = 0; n < N; n++) total += squares[n * K + k] + pixels * (mean[n * K + k] - center) * (mean[n * K + k] - center);
+    for (int64_t n = 0; n < N; n++)
+      total += squares[n * K + k] + pixels * (mean[n * K + k] - center) * (mean[n * K + k] - center);
     batch_mean[k] = T(center);
     batch_var[k] = T(total / (pixels * double(N)));
   }

@@ -1,6 +1,6 @@
-"""Errors for people: each is one line of message, and knows the exit code of a command that ends with it.
+"""Errors that users meet: one line of message each, and the exit code of a command that ends with it.
 
-Anything else that a command raises is a bug and keeps its traceback. Importing this needs no torch.
+Any other exception is a bug and keeps its traceback. Importing this needs no torch.
 """
 
 from __future__ import annotations
@@ -8,52 +8,52 @@ from __future__ import annotations
 import signal
 
 
-class ConfigError(ValueError):
+class UserError(Exception):
+    """An error for the user; the message says what is wrong, where, and what to do."""
+
+    exit_code = 1
+
+
+class ConfigError(UserError, ValueError):
     """Settings that are impossible or contradict each other; the message names them."""
 
     exit_code = 2
 
 
-class PlanError(ValueError):
-    """A plan that cannot be made, or a file that holds none; the message says why."""
+class PlanError(UserError, ValueError):
+    """A plan that cannot be made, or a file that holds no plan."""
 
     exit_code = 2
 
 
-class DataError(ValueError):
-    """Files of a data set that are missing or damaged; the message names the file and what to do."""
+class DataError(UserError, ValueError):
+    """A data set's files are missing or damaged; the message names the file and what to do."""
 
     exit_code = 2
 
 
-class CheckpointError(RuntimeError):
-    """A checkpoint that is damaged, missing or of another kind; the message names it and what to do."""
+class CheckpointError(UserError, RuntimeError):
+    """A checkpoint is damaged, missing or of another kind; the message names it and what to do."""
 
     exit_code = 2
 
 
-class RunError(RuntimeError):
-    """A folder that is not the run it should be; the message names it."""
+class RunError(UserError, RuntimeError):
+    """A folder is not the run that was expected; the message names it."""
 
     exit_code = 2
 
 
-class NonFiniteError(RuntimeError):
-    """Training met a nan or an infinity; the message names step, module, loss and the last good checkpoint."""
-
-    exit_code = 1
+class NonFiniteError(UserError, RuntimeError):
+    """Training met a nan or an infinity; the message names step, module, loss and last good checkpoint."""
 
 
-class ProcessFailure(RuntimeError):
+class ProcessFailure(UserError, RuntimeError):
     """A process of the run failed; the message names its rank, its modules and the cause."""
 
-    exit_code = 1
 
-
-class StudyError(RuntimeError):
-    """Runs of a study that failed, or a folder that holds another run; the message names them."""
-
-    exit_code = 1
+class StudyError(UserError, RuntimeError):
+    """Runs of a study failed, or a folder holds another run; the message names them."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -65,5 +65,5 @@ class Stopped(KeyboardInterrupt):
 
 
 def exit_code(error: BaseException) -> int | None:
-    """Return the exit code of an error for people, or None for a bug, whose traceback is shown."""
+    """Return the exit code of an error for the user, or None for a bug."""
     return 1 if isinstance(error, OSError) else getattr(error, "exit_code", None)

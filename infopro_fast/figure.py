@@ -1,24 +1,31 @@
-"""Figures as PNG files, and tables of text: what planner, trainer, studies and benchmarks draw with."""
+"""Figures as PNG files, and tables of text, for planner, trainer, studies and benchmarks."""
 
 from __future__ import annotations
 
-import os
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
+from infopro_fast.whole_files import replace_file
+
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Columns of equal width, the first two to the left."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = (
-        "  ".join(cell.ljust(width) if i < 2 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths))) for row in rows
-    )
-    return "\n".join(line.rstrip() for line in lines)
+    """Return rows of cells as a table: columns of equal width, the first two aligned to the left."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+
+    def line(row: Sequence[str]) -> str:
+        cells = [cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))]
+        return "  ".join(cells).rstrip()
+
+    return "\n".join(map(line, rows))
 
 
 def new_figure(size: tuple[float, float], columns: int = 1, ratios: Sequence[float] | None = None):
-    """A figure of ``size`` inches and its panel; for ``columns`` above 1 an array of panels, ``ratios`` their widths."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    """Return a figure of ``size`` inches and its panel; with several ``columns`` an array of panels.
+
+    ratios: relative widths of the columns.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # heavy: imported where something is drawn
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")
@@ -27,7 +34,7 @@ def new_figure(size: tuple[float, float], columns: int = 1, ratios: Sequence[flo
 
 
 def save(figure, path: Path) -> None:
-    """Write a PNG, whole or not at all."""
-    aside = path.with_name(f".aside-{path.name}")
-    figure.savefig(aside, format="png", dpi=120)
-    os.replace(aside, path)
+    """Write a figure as a PNG file, whole or not at all."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=120)
+    replace_file(path, content.getvalue())

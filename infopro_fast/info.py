@@ -1,4 +1,4 @@
-"""What this installation can do, and why not where it cannot: the text of ``infopro-fast info``."""
+"""Text of ``infopro-fast info``: what this installation can do, and why it cannot do the rest."""
 
 from __future__ import annotations
 
@@ -17,15 +17,22 @@ from infopro_fast import ops
 
 BUILD_RECORD = os.path.join(os.path.dirname(os.path.abspath(__file__)), "_build.json")
 
+# Versions of torch, each with the Triton that it brings, with which the whole test suite has passed. Oldest
+# first.
+TESTED = (("2.10", "3.6"), ("2.14.1", "3.8"), ("2.15", "3.9"))
+
 
 def collect() -> dict:
-    """The facts of `report`, JSON-serialisable.
+    """Return the facts of `report`, JSON-serialisable.
 
-    versions: {"infopro_fast", "commit" (`commit`, None outside a checkout), "python", "torch", "triton" (None where it is not installed)}
+    versions: {"infopro_fast", "commit" (`commit`), "python", "torch", "triton" (None where it is not
+    installed)}
+    tested: {"torch": [versions], "triton": [versions]} of TESTED
     cpu: {"model", "isa" (instruction set of the kernels, None where they are not loaded), "threads"}
-    cuda: {"device" (name, or None), "capability" (e.g. "9.0", or None), "reason" (why there is no device, or None)}
+    cuda: {"device" (name, or None), "capability" (e.g. "9.0", or None), "reason" (why there is no device, or
+    None)}
     build: the record written by setup.py, or None where nothing was built
-    ops: for each op, for each device type at hand, {implementation: None if it can run, else the reason why it cannot}
+    ops: for each op and each available type of device, {implementation: None if it can run, else the reason}
     """
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     return {
@@ -36,6 +43,7 @@ def collect() -> dict:
             "torch": torch.__version__,
             "triton": _version("triton"),
         },
+        "tested": dict(zip(("torch", "triton"), map(list, zip(*TESTED)))),
         "cpu": {"model": _cpu_model(), "isa": ops.cpu_isa(), "threads": torch.get_num_threads()},
         "cuda": _cuda(),
         "build": build_record(),
@@ -44,27 +52,33 @@ def collect() -> dict:
 
 
 def report() -> str:
-    """`collect` for people: a few lines on versions, processor and build, then every op with its implementations."""
+    """Return the facts of `collect` as text: versions, processor, build, each op's implementations."""
     facts = collect()
     lines = [f"{name:<16}{text}" for name, text in _summary(facts)]
     for op, devices in facts["ops"].items():
         lines += ["", op]
         for device, implementations in devices.items():
             for implementation, reason in implementations.items():
-                lines.append(f"  {implementation:<10} on {device + ':':<6}{'available' if reason is None else f'not available: {reason}'}")
+                state = "available" if reason is None else f"not available: {reason}"
+                lines.append(f"  {implementation:<10} on {device + ':':<6}{state}")
     return "\n".join(lines)
 
 
 @functools.cache
 def commit() -> str | None:
-    """Short hash of the checkout the package lies in, with + where package or kernels differ from it; None where it lies in none."""
+    """Return the short hash of the package's own checkout; None outside one.
+
+    A + follows where the package or the kernels differ from the commit.
+    """
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
     def git(*args: str) -> str:
-        return subprocess.run(["git", *args], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+        ran = subprocess.run(["git", *args], cwd=root, capture_output=True, text=True, check=True)
+        return ran.stdout.strip()
 
     try:
-        if os.path.realpath(git("rev-parse", "--show-toplevel")) != os.path.realpath(root):  # installed inside another project's
+        # another project's checkout
+        if os.path.realpath(git("rev-parse", "--show-toplevel")) != os.path.realpath(root):
             return None
         changed = git("status", "--porcelain", "--untracked-files=no", "--", "infopro_fast", "csrc")
         return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
@@ -73,7 +87,7 @@ def commit() -> str | None:
 
 
 def build_record() -> dict | None:
-    """What setup.py wrote beside the kernels: torch and compiler used, CUDA kernels or the reason why there are none."""
+    """Return what setup.py wrote beside the kernels: torch, compiler, CUDA kernels or why there are none."""
     try:
         with open(BUILD_RECORD) as file:
             return json.load(file)
@@ -81,23 +95,41 @@ def build_record() -> dict | None:
         return None
 
 
+def is_newer(version: str, tested: str) -> bool:
+    """Whether a version ("2.16.0+cu130") is newer than a tested one ("2.15"); a patch of it is not."""
+    release, last = ([int(n) for n in re.findall(r"\d+", v.partition("+")[0])[:2]] for v in (version, tested))
+    return release > last
+
+
 def _summary(facts: dict):
     versions, cpu, cuda, build = facts["versions"], facts["cpu"], facts["cuda"], facts["build"]
-    yield "infopro_fast", versions["infopro_fast"] + (f" ({versions['commit']})" if versions["commit"] else "")
+    commit_note = f" ({versions['commit']})" if versions["commit"] else ""
+    yield "infopro_fast", versions["infopro_fast"] + commit_note
     yield "python", versions["python"]
-    yield "torch", versions["torch"]
-    yield "triton", versions["triton"] or "not installed"
+    for name in ("torch", "triton"):
+        tested = facts["tested"][name]
+        new = versions[name] is not None and is_newer(versions[name], tested[-1])
+        yield name, (versions[name] or "not installed") + (" (not tested yet; please report)" if new else "")
+    pairs = zip(facts["tested"]["torch"], facts["tested"]["triton"])
+    yield "tested", ", ".join(f"torch {torch} with triton {triton}" for torch, triton in pairs)
     kernels = f"kernels use {cpu['isa']}" if cpu["isa"] else "kernels not loaded"
     yield "CPU", f"{cpu['model']}, {kernels}, {cpu['threads']} thread{'s' if cpu['threads'] != 1 else ''}"
-    yield "GPU", f"{cuda['device']}, compute capability {cuda['capability']}" if cuda["device"] else f"none: {cuda['reason']}"
+    if cuda["device"]:
+        yield "GPU", f"{cuda['device']}, compute capability {cuda['capability']}"
+    else:
+        yield "GPU", f"none: {cuda['reason']}"
     if build is None:
-        yield "build", f"no {os.path.basename(BUILD_RECORD)} in {os.path.dirname(BUILD_RECORD)}: nothing was built there"
+        folder, name = os.path.split(BUILD_RECORD)
+        yield "build", f"no {name} in {folder}: nothing was built there"
         return
     sanitized = ", with ASan and UBSan" if build["sanitize"] else ""
-    yield "build", f"for torch >= {build['torch_target']} (built on {build['torch']}, {build['compiler']}){sanitized}"
+    tools = f"built on {build['torch']}, {build['compiler']}"
+    yield "build", f"for torch >= {build['torch_target']} ({tools}){sanitized}"
     made = build["cuda"]
-    how = f"nvcc {made['nvcc']}, {' '.join(made['architectures'])}" if made["built"] else f"not built: {made['reason']}"
-    yield "CUDA kernels", how
+    if made["built"]:
+        yield "CUDA kernels", f"nvcc {made['nvcc']}, {' '.join(made['architectures'])}"
+    else:
+        yield "CUDA kernels", f"not built: {made['reason']}"
 
 
 def _cuda() -> dict:
@@ -105,11 +137,12 @@ def _cuda() -> dict:
         major, minor = torch.cuda.get_device_capability()
         return {"device": torch.cuda.get_device_name(), "capability": f"{major}.{minor}", "reason": None}
     built = torch.version.cuda or torch.version.hip
-    return {"device": None, "capability": None, "reason": "torch sees no device" if built else "torch was built without GPU support"}
+    reason = "torch sees no device" if built else "torch was built without GPU support"
+    return {"device": None, "capability": None, "reason": reason}
 
 
 def _cpu_model() -> str:
-    """The processor's name as the kernel gives it, else its architecture."""
+    """Return the processor's name as Linux gives it, else its architecture."""
     try:
         with open("/proc/cpuinfo") as file:
             name = re.search(r"^model name\s*:\s*(.+)$", file.read(), re.MULTILINE)
@@ -123,3 +156,12 @@ def _version(distribution: str) -> str | None:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def provenance() -> dict:
+    """{"cpu" (model), "cpus", "isa" (of the kernels), "gpu" (or None), "torch", "infopro_fast", "commit" (None outside a checkout)}."""
+    facts = collect()
+    return {
+        "cpu": facts["cpu"]["model"], "cpus": os.cpu_count(), "isa": facts["cpu"]["isa"], "gpu": facts["cuda"]["device"],
+        "torch": facts["versions"]["torch"], "infopro_fast": facts["versions"]["infopro_fast"], "commit": facts["versions"]["commit"],
+    }  # fmt: skip

@@ -1,15 +1,16 @@
-"""Files that are whole or not there, and on the disk when a call returns."""
+"""Write files that are whole or not there, and on the disk when a call returns."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-ASIDE = ".aside-"  # a folder being written or removed
-PIECE = 16 * 2**20  # bytes that are given to the disk at once
-Moved = Callable[[], None]  # called whenever some of the work is done (`Watch.moved`)
+ASIDE = ".aside-"  # begins the name of a file or folder that is being written or removed
+PIECE = 16 * 2**20  # bytes between two flushes to the disk
+Moved = Callable[[], None]  # called after each piece of work, for a watch (`Watch.moved`)
 
 
 def nobody() -> None:
@@ -17,7 +18,7 @@ def nobody() -> None:
 
 
 def write_file(path: Path, content: bytes, moved: Moved = nobody) -> None:
-    """``moved`` is called after every piece that is on the disk."""
+    """Write a file in pieces, each of which is on the disk before ``moved`` is called and the next begins."""
     view = memoryview(content)
     with naming(path), open(path, "wb") as file:
         for start in range(0, len(view), PIECE):
@@ -29,7 +30,7 @@ def write_file(path: Path, content: bytes, moved: Moved = nobody) -> None:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """An error of writing, as of a full disk, says which file it was."""
+    """Add the file's name to an error of writing that lacks it, such as a full disk's."""
     try:
         yield
     except OSError as error:
@@ -39,7 +40,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def sync_folder(path: Path) -> None:
-    """Names created in a folder survive a power cut only after this."""
+    """Flush a folder: without this, names created in it do not survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -48,7 +49,7 @@ def sync_folder(path: Path) -> None:
 
 
 def replace_file(path: Path, content: bytes, moved: Moved = nobody) -> None:
-    """Write ``path`` anew, or leave what was there."""
+    """Replace the file at ``path``, or leave it as it was."""
     aside = path.with_name(ASIDE + path.name)
     try:
         write_file(aside, content, moved)
@@ -57,3 +58,11 @@ def replace_file(path: Path, content: bytes, moved: Moved = nobody) -> None:
         aside.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,5 +1,7 @@
-"""Fixtures shared by all tests. One place decides what happens where the compiled kernels are missing: the run fails, unless the
-whole run was asked to be about the references alone (``pytest --reference-only``)."""
+"""Fixtures shared by all tests.
+
+Where the compiled kernels are missing, the run fails. ``pytest --reference-only`` tests the references alone.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ import torch
 from infopro_fast.ops import dispatch
 
 hypothesis.settings.register_profile(
-    "tests", derandomize=True, deadline=None, max_examples=30, suppress_health_check=list(hypothesis.HealthCheck), print_blob=False
+    "tests", derandomize=True, deadline=None, max_examples=30, print_blob=False,
+    suppress_health_check=list(hypothesis.HealthCheck),
 )
 hypothesis.settings.load_profile("tests")
 
@@ -18,21 +21,23 @@ ISA_LEVELS = {"baseline": 0, "avx2": 1, "avx512": 2}
 
 
 def pytest_addoption(parser):
-    parser.addoption("--reference-only", action="store_true", help="test the references alone: tests of compiled kernels are skipped")
+    text = "test the references alone: tests of compiled kernels are skipped"
+    parser.addoption("--reference-only", action="store_true", help=text)
 
 
 def need_cpu_kernels(config) -> None:
-    """Skip in a reference-only run; fail where the kernels are not there, so that no run passes without them by accident."""
+    """Skip in a reference-only run; else fail where the kernels are missing."""
     if config.getoption("--reference-only"):
         pytest.skip("--reference-only")
-    reason = dispatch.load_cpu_kernels()
+    reason = dispatch.UNAVAILABLE["cpu"]
     if reason is not None:
-        pytest.fail(f"the CPU kernels cannot run: {reason}; --reference-only tests the references alone", pytrace=False)
+        message = f"the CPU kernels cannot run: {reason}; --reference-only tests the references alone"
+        pytest.fail(message, pytrace=False)
 
 
 @pytest.fixture(params=("reference", "cpu"))
 def impl(request) -> str:
-    """Every implementation of an op that takes CPU tensors in float64 too, by name."""
+    """Name of every implementation that takes CPU tensors, in float64 too."""
     if request.param == "cpu":
         need_cpu_kernels(request.config)
     return request.param
@@ -40,7 +45,7 @@ def impl(request) -> str:
 
 @pytest.fixture
 def cpu(request) -> str:
-    """The compiled CPU kernels, for what only they promise."""
+    """The compiled CPU kernels, for tests of what they alone promise."""
     need_cpu_kernels(request.config)
     return "cpu"
 

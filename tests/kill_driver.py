@@ -1,7 +1,8 @@
-"""Kills training with SIGKILL at chosen moments, for test_kill.py. Run as: python -m tests.kill_driver FOLDER MOMENT...
+"""Kill training with SIGKILL at chosen moments (test_kill.py): python -m tests.kill_driver FOLDER MOMENT...
 
-For each moment a child process trains in FOLDER/MOMENT and kills itself there; then children continue the run until it ends.
-The children are forked from a process that has imported everything but never started a thread. Prints what happened as JSON.
+For each moment a child process trains in FOLDER/MOMENT and kills itself there; then children continue the run
+until it ends. The children are forked from a process that has imported everything but never started a thread.
+Prints what happened as JSON.
 """
 
 import json
@@ -16,7 +17,7 @@ import torch
 import torch._dynamo  # noqa: F401  by every optimizer
 
 from infopro_fast import whole_files
-from infopro_fast.trainer import checkpoint, fit, loop, resume, run_folder
+from infopro_fast.trainer import checkpoint, evaluation, fit, resume, run_folder
 from tests.tiny_run import config, small_and_plain
 
 
@@ -82,15 +83,19 @@ def kill_in_metrics(n):
 MOMENTS = {
     "never": lambda: None,
     "first_step": lambda: kill_before(torch.optim.SGD, "step", 2),  # the second module of the first step
-    "step": lambda: kill_before(torch.optim.SGD, "step", 3 * 5 + 2),  # in the sixth step, after one module of three
+    "step": lambda: kill_before(
+        torch.optim.SGD, "step", 3 * 5 + 2
+    ),  # in the sixth step, after one module of three
     "tensors": lambda: kill_in_write("tensors.safetensors", 4),
     "state": lambda: kill_in_write("state.json", 5),
     "sums": lambda: kill_in_write("SHA256SUMS", 3),
-    "before_rename": lambda: kill_before(whole_files, "sync_folder", 9),  # the folder aside is whole but has no name yet
+    "before_rename": lambda: kill_before(
+        whole_files, "sync_folder", 9
+    ),  # the folder aside is whole but has no name yet
     "after_rename": lambda: kill_after(os, "rename", 3),
     "retiring": lambda: kill_after(checkpoint, "retire", 1),
     "metrics": lambda: kill_in_metrics(4),
-    "evaluation": lambda: kill_before(loop.evaluation, "evaluate", 2),
+    "evaluation": lambda: kill_before(evaluation, "evaluate", 2),
     "weights": lambda: kill_in_write("weights.safetensors", 2),
     "last_weights": lambda: kill_in_write("weights.safetensors", 3),
 }

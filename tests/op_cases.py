@@ -1,6 +1,8 @@
-"""Cases of every op, each with what a user would write in plain torch instead, and the one way they are compared.
+"""Cases of every op, each with what a user would write in plain torch instead, and the one way they are
+compared.
 
-A case holds its tensors in float64. `function` and `plain` map a dict of such tensors (any dtype, any strides) to the loss.
+A case holds its tensors in float64. `function` and `plain` map a dict of such tensors (any dtype, any
+strides) to the loss.
 """
 
 from __future__ import annotations
@@ -22,9 +24,10 @@ Loss = typing.Callable[[Tensors], torch.Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """tensors: all tensor arguments, float64 where floating. differentiable: those that get a gradient. zero: those whose exact
-    gradient is 0, with the one whose gradient sets the scale of the noise. condition: largest logit, what a loss is rounded relative
-    to. magnified: by how much the inputs' own rounding is magnified in any float32 arithmetic, where a case is made for that."""
+    """tensors: all tensor arguments, float64 where floating. differentiable: those that get a gradient. zero:
+    those whose exact gradient is 0, with the one whose gradient sets the scale of the noise. condition:
+    largest logit, what a loss is rounded relative to. magnified: by how much the inputs' own rounding is
+    magnified in any float32 arithmetic, where a case is made for that."""
 
     op: str
     tensors: Tensors
@@ -34,20 +37,28 @@ class Case:
     zero: dict[str, str] = dataclasses.field(default_factory=dict)
     condition: float = 1.0
     magnified: float = 1.0
-    rounded: bool = False  # the result is a map in its input's dtype, not a loss in the dtype of the arithmetic
+    rounded: bool = False
 
     def inputs(
-        self, dtype: torch.dtype = torch.float64, grad: typing.Iterable[str] | None = None, device: str = "cpu"
+        self,
+        dtype: torch.dtype = torch.float64,
+        grad: typing.Iterable[str] | None = None,
+        device: str = "cpu",
     ) -> Tensors:
-        """Fresh leaves in ``dtype`` on ``device``; ``grad`` names those that require grad, all differentiable ones if None."""
+        """Fresh leaves in ``dtype`` on ``device``; ``grad`` names those that require grad, all differentiable
+        ones if None."""
         grad = self.differentiable if grad is None else tuple(grad)
         floating = {k: t.is_floating_point() for k, t in self.tensors.items()}
-        fresh = {k: t.detach().to(device, dtype if floating[k] else t.dtype, copy=True) for k, t in self.tensors.items()}
+        fresh = {
+            k: t.detach().to(device, dtype if floating[k] else t.dtype, copy=True)
+            for k, t in self.tensors.items()
+        }
         return {k: t.requires_grad_(k in grad) for k, t in fresh.items()}
 
 
 def upstream(loss: torch.Tensor) -> torch.Tensor:
-    """A gradient of the loss that differs in every element, signs included; made on its device, which nothing waits for."""
+    """A gradient of the loss that differs in every element, signs included; made on its device, which nothing
+    waits for."""
     i = torch.arange(loss.numel(), dtype=torch.float64, device=loss.device)
     return (0.7 + torch.sin(1 + 2.3 * i)).reshape(loss.shape).to(loss)
 
@@ -55,7 +66,9 @@ def upstream(loss: torch.Tensor) -> torch.Tensor:
 def gradients(loss: torch.Tensor, inputs: Tensors, grad: torch.Tensor | None = None, **kwargs) -> Tensors:
     """Gradients of every input that requires grad, by name."""
     named = {k: t for k, t in inputs.items() if t.requires_grad}
-    found = torch.autograd.grad(loss, list(named.values()), upstream(loss) if grad is None else grad, **kwargs)
+    found = torch.autograd.grad(
+        loss, list(named.values()), upstream(loss) if grad is None else grad, **kwargs
+    )
     return dict(zip(named, found, strict=True))
 
 
@@ -75,12 +88,14 @@ def widened(inputs: Tensors) -> Tensors:
 def check(case: Case, impl: str, dtype: torch.dtype, inputs: Tensors | None = None) -> None:
     """Loss and gradients of ``impl``, computed in ``dtype``, against plain torch.
 
-    float64: equal. float32: no further from float64 than twice the error of plain torch in float32 (the reference, which
-    is the specification in float64: close). bfloat16, float16: as exact as float32 arithmetic on the rounded inputs is,
-    gradients rounded once.
+    float64: equal. float32: no further from float64 than twice the error of plain torch in float32 (the
+    reference, which
+    is the specification in float64: close). bfloat16, float16: as exact as float32 arithmetic on the rounded
+    inputs is, gradients rounded once.
     """
     inputs = case.inputs(dtype) if inputs is None else inputs
-    # Copies, since torch's own batch norm misreads a weight that is not contiguous (2.14: nan from next to it, in backward).
+    # Copies, since torch's own batch norm misreads a weight that is not contiguous (2.14: nan from next to
+    # it, in backward).
     exact_inputs = widened(inputs)
     exact = case.plain(exact_inputs)
     loss = case.function(impl)(inputs)
@@ -94,7 +109,9 @@ def check(case: Case, impl: str, dtype: torch.dtype, inputs: Tensors | None = No
         plain = case.plain(plain_inputs)
         theirs = {"loss": plain.detach()} | gradients(plain, plain_inputs)
     for name, grad in ours.items():
-        assert grad.dtype == inputs[name].dtype, f"{name}: expected a gradient in {inputs[name].dtype}, got {grad.dtype}"
+        assert grad.dtype == inputs[name].dtype, (
+            f"{name}: expected a gradient in {inputs[name].dtype}, got {grad.dtype}"
+        )
     for name, found in {"loss": loss.detach(), **ours}.items():
         what = f"{case.op} {impl} {dtype}: {name if name == 'loss' else 'gradient of ' + name}"
         wanted = (exact.detach() if name == "loss" else expected[name]).double()
@@ -107,29 +124,39 @@ def check(case: Case, impl: str, dtype: torch.dtype, inputs: Tensors | None = No
             compare.assert_accurate(found, theirs[name], wanted, scale=worth, what=what)
         else:
             scale = (max(size, case.condition) if name == "loss" else size * case.condition) * case.magnified
-            compare.assert_close(found, wanted, dtype=result if name == "loss" else found.dtype, scale=scale, what=what)
+            compare.assert_close(
+                found, wanted, dtype=result if name == "loss" else found.dtype, scale=scale, what=what
+            )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # reconstruction_loss
 
 
 def make_decoder(C: int, K: int, *, bias: bool = True, **norm) -> nn.Sequential:
-    """A decoder of the released CIFAR form with parameters and statistics that nothing is symmetric in, float64."""
+    """A decoder of the released CIFAR form with parameters and statistics that nothing is symmetric in,
+    float64."""
     conv1, conv2 = nn.Conv2d(C, K, 3, padding=1, bias=bias), nn.Conv2d(K, 3, 3, padding=1, bias=bias)
-    return _drawn(nn.Sequential(conv1, nn.BatchNorm2d(K, **norm), nn.ReLU(), conv2, nn.Sigmoid()), seed=C + 7 * K)
+    return _drawn(
+        nn.Sequential(conv1, nn.BatchNorm2d(K, **norm), nn.ReLU(), conv2, nn.Sigmoid()), seed=C + 7 * K
+    )
 
 
-def make_chain(C: int, stages, last: nn.Upsample | None = None, *, bias: bool = True, norm=nn.BatchNorm2d, **options) -> nn.Sequential:
-    """A chain decoder in the same way. stages: (Upsample or None, side of the convolution, its channels) of each hidden stage; last: the
-    Upsample in front of the last convolution."""
+def make_chain(
+    C: int, stages, last: nn.Upsample | None = None, *, bias: bool = True, norm=nn.BatchNorm2d, **options
+) -> nn.Sequential:
+    """A chain decoder in the same way. stages: (Upsample or None, side of the convolution, its channels) of
+    each hidden stage; last: the Upsample in front of the last convolution."""
     layers: list[nn.Module] = []
     widths = [C, *(K for _, _, K in stages)]
     for (upsample, side, K), inputs in zip(stages, widths, strict=False):
         layers += [] if upsample is None else [upsample]
         layers += [nn.Conv2d(inputs, K, side, padding=side // 2, bias=bias), norm(K, **options), nn.ReLU()]
     layers += [] if last is None else [last]
-    return _drawn(nn.Sequential(*layers, nn.Conv2d(widths[-1], 3, 3, padding=1, bias=bias), nn.Sigmoid()), seed=sum(widths))
+    return _drawn(
+        nn.Sequential(*layers, nn.Conv2d(widths[-1], 3, 3, padding=1, bias=bias), nn.Sigmoid()),
+        seed=sum(widths),
+    )
 
 
 def _drawn(decoder: nn.Sequential, seed: int) -> nn.Sequential:
@@ -139,7 +166,10 @@ def _drawn(decoder: nn.Sequential, seed: int) -> nn.Sequential:
     with torch.no_grad():
         for name, t in [*decoder.named_parameters(), *decoder.named_buffers()]:
             if t.is_floating_point():
-                t.copy_(torch.randn(t.shape, generator=generator, dtype=torch.float64) / max(1, t[0].numel()) ** 0.5)
+                t.copy_(
+                    torch.randn(t.shape, generator=generator, dtype=torch.float64)
+                    / max(1, t[0].numel()) ** 0.5
+                )
             if name.endswith("running_var") or name in scales:
                 t.abs_().add_(0.5)
     return decoder
@@ -157,16 +187,23 @@ class _Reconstruction(nn.Module):
 
 
 def _fresh_statistics(held: dict[str, Tensors], like: torch.Tensor) -> Tensors:
-    """Copies of a norm's buffers in the dtype and on the device of ``like``. held: the buffers by type of device, "cpu" at first: a device
-    gets its own once, so that later calls wait for no copy and can be captured."""
+    """Copies of a norm's buffers in the dtype and on the device of ``like``. held: the buffers by type of
+    device, "cpu" at first: a device gets its own once, so that later calls wait for no copy and can be
+    captured."""
     if like.device.type not in held:
         held[like.device.type] = {k: b.to(like.device) for k, b in held["cpu"].items()}
     dtypes = {torch.float64: like.dtype}
-    return {k: b.to(like.device, dtypes.get(b.dtype, b.dtype), copy=True) for k, b in held[like.device.type].items()}
+    return {
+        k: b.to(like.device, dtypes.get(b.dtype, b.dtype), copy=True)
+        for k, b in held[like.device.type].items()
+    }
 
 
-def plain_reconstruction(features, image, decoder, interpolate_mode="bilinear", loss="bce", image_mean=None, image_std=None):
-    """The decoder run layer by layer, as the released code does: one that has no Upsample of its own takes features of the image's size."""
+def plain_reconstruction(
+    features, image, decoder, interpolate_mode="bilinear", loss="bce", image_mean=None, image_std=None
+):
+    """The decoder run layer by layer, as the released code does: one that has no Upsample of its own takes
+    features of the image's size."""
     if image_mean is not None:
         mean, std = (image.new_tensor(v).view(1, 3, 1, 1) for v in (image_mean, image_std))
         image = (image * std + mean).clamp(0, 1)
@@ -177,7 +214,9 @@ def plain_reconstruction(features, image, decoder, interpolate_mode="bilinear", 
     return {"bce": F.binary_cross_entropy, "mse": F.mse_loss, "l1": F.l1_loss}[loss](output, image)
 
 
-def reconstruction(N=3, C=5, h=4, w=3, H=9, W=7, K=7, *, bias=True, training=True, norm=None, magnified=1.0, **options) -> Case:
+def reconstruction(
+    N=3, C=5, h=4, w=3, H=9, W=7, K=7, *, bias=True, training=True, norm=None, magnified=1.0, **options
+) -> Case:
     """A case of `reconstruction_loss`; options as the op takes them."""
     decoder = make_decoder(C, K, bias=bias, **(norm or {})).train(training)
     return _reconstruction(decoder, (N, C, h, w), (H, W), magnified, options)
@@ -191,7 +230,8 @@ ODD = nn.Upsample((7, 5), mode="bilinear", align_corners=True)
 
 
 def chain(
-    N=3, C=5, h=4, w=3, stages=((None, 1, 7), (ODD, 3, 4)), last=None, size=None, *, bias=True, training=True, norm=None, magnified=None,
+    N=3, C=5, h=4, w=3, stages=((None, 1, 7), (ODD, 3, 4)), last=None, size=None, *, bias=True, training=True,
+    norm=None, magnified=None,
     **options,
 ) -> Case:  # fmt: skip
     """A case of `reconstruction_loss` with a chain decoder; size: (H, W) if the decoder has no Upsample."""
@@ -203,20 +243,29 @@ def chain(
 
 
 def chain_block_sums(multiprocessors: int, C: int, K: int) -> int:
-    """Bytes of the partial sums of a stage's backward in CUDA C++, C channels to K: two blocks a multiprocessor, each with those of the
-    weight's gradient, of the batch norm in front of it and, of the last stage, of the bias."""
+    """Bytes of the partial sums of a stage's backward in CUDA C++, C channels to K: two blocks a
+    multiprocessor, each with those of the weight's gradient, of the batch norm in front of it and, of the
+    last stage, of the bias."""
     return 4 * 2 * multiprocessors * (9 * C * K + 2 * C + 3)
 
 
-def _cancellation(decoder: nn.Sequential, features: torch.Tensor, image: torch.Tensor, options: dict) -> float:
-    """How far the gradients of the batch norms' parameters, which are sums over the batch, cancel: sum of magnitudes over the sum.
+def _cancellation(
+    decoder: nn.Sequential, features: torch.Tensor, image: torch.Tensor, options: dict
+) -> float:
+    """How far the gradients of the batch norms' parameters, which are sums over the batch, cancel: sum of
+    magnitudes over the sum.
 
-    A batch norm makes the sums of the one in front of it cancel; an ulp of a term is worth this many of the result.
+    A batch norm makes the sums of the one in front of it cancel; an ulp of a term is worth this many of the
+    result.
     """
     decoder, worst = copy.deepcopy(decoder), [1.0]
 
     def look(layer, _, upstream):
-        shift = layer.running_mean if layer.running_mean is not None and not layer.training else layer.x.mean((0, 2, 3))
+        shift = (
+            layer.running_mean
+            if layer.running_mean is not None and not layer.training
+            else layer.x.mean((0, 2, 3))
+        )
         for terms in (upstream[0], upstream[0] * (layer.x - shift.view(1, -1, 1, 1))):
             worst.append((terms.abs().sum((0, 2, 3)).norm() / terms.sum((0, 2, 3)).norm()).item())
 
@@ -254,19 +303,32 @@ def _reconstruction(decoder: nn.Sequential, shape, size, magnified: float | None
         return loss
 
     def function(impl: str) -> Loss:
-        return bind(lambda features, image, decoder: ops.reconstruction_loss(features, image, decoder, impl=impl, **options))
+        return bind(
+            lambda features, image, decoder: ops.reconstruction_loss(
+                features, image, decoder, impl=impl, **options
+            )
+        )
 
     def plain(t: Tensors) -> torch.Tensor:
-        return bind(lambda features, image, decoder: plain_reconstruction(features, image, decoder, **options))(t)
+        return bind(
+            lambda features, image, decoder: plain_reconstruction(features, image, decoder, **options)
+        )(t)
 
     zero = {}  # a convolution's bias in front of batch statistics
     for i, layer in enumerate(decoder):
-        if hasattr(layer, "running_mean") and (layer.training or layer.running_mean is None) and decoder[i - 1].bias is not None:
+        if (
+            hasattr(layer, "running_mean")
+            and (layer.training or layer.running_mean is None)
+            and decoder[i - 1].bias is not None
+        ):
             zero[f"decoder.{i - 1}.bias"] = f"decoder.{i - 1}.weight"
-    return Case("reconstruction_loss", tensors | names, ("features", *names), function, plain, zero, magnified=magnified)
+    return Case(
+        "reconstruction_loss", tensors | names, ("features", *names), function, plain, zero,
+        magnified=magnified,
+    )  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # upsample_conv3x3
 
 
@@ -274,26 +336,33 @@ def up_conv(N=3, C=5, h=4, w=3, H=9, W=7, K=6, *, bias=True, mode="bilinear", al
     """A case of `upsample_conv3x3`."""
     generator = torch.Generator().manual_seed(N + 3 * C + 5 * h + 7 * w + 11 * H + 13 * W + 17 * K)
     draw = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)  # noqa: E731
-    tensors = {"x": draw(N, C, h, w), "weight": draw(K, C, 3, 3) / (9 * C) ** 0.5} | ({"bias": draw(K)} if bias else {})
+    tensors = {"x": draw(N, C, h, w), "weight": draw(K, C, 3, 3) / (9 * C) ** 0.5} | (
+        {"bias": draw(K)} if bias else {}
+    )
     options = dict(mode=mode, align_corners=align_corners)
 
     def plain(t: Tensors) -> torch.Tensor:
-        resized = F.interpolate(t["x"], (H, W), mode=mode, align_corners=align_corners if mode == "bilinear" else None)
+        resized = F.interpolate(
+            t["x"], (H, W), mode=mode, align_corners=align_corners if mode == "bilinear" else None
+        )
         return F.conv2d(resized, t["weight"], t.get("bias"), padding=1)
 
     return Case(
         "upsample_conv3x3", tensors, tuple(tensors),
-        lambda impl: lambda t: ops.upsample_conv3x3(t["x"], t["weight"], t.get("bias"), (H, W), impl=impl, **options), plain, rounded=True,
+        lambda impl: lambda t: ops.upsample_conv3x3(
+            t["x"], t["weight"], t.get("bias"), (H, W), impl=impl, **options
+        ), plain, rounded=True,
     )  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # supcon_loss
 
 
 def plain_supcon(features, labels, temperature=0.07, normalize=True, reduction="mean"):
-    """The formula with N x N maps. (The released lines take a logarithm of a sum of exponentials that underflows to 0 where
-    logits are far apart: nan at temperature 0.005. Where they work, tests/golden has their values.)"""
+    """The formula with N x N maps. (The released lines take a logarithm of a sum of exponentials that
+    underflows to 0 where logits are far apart: nan at temperature 0.005. Where they work, tests/golden has
+    their values.)"""
     rows = features if features.dim() == 2 else torch.cat(features.unbind(1))
     views = 1 if features.dim() == 2 else features.shape[1]
     labels = labels.repeat(views)
@@ -308,7 +377,9 @@ def plain_supcon(features, labels, temperature=0.07, normalize=True, reduction="
     return loss.mean() if reduction == "mean" else loss.sum()
 
 
-def supcon(N=6, D=7, views=2, classes=3, *, temperature=0.07, normalize=True, reduction="none", size=1.0) -> Case:
+def supcon(
+    N=6, D=7, views=2, classes=3, *, temperature=0.07, normalize=True, reduction="none", size=1.0
+) -> Case:
     """A case of `supcon_loss`; views=None for (N, D) features, size: magnitude of the rows."""
     generator = torch.Generator().manual_seed(N + 3 * D + 5 * (views or 0) + 7 * classes)
     shape = (N, D) if views is None else (N, views, D)
@@ -319,16 +390,27 @@ def supcon(N=6, D=7, views=2, classes=3, *, temperature=0.07, normalize=True, re
     return Case(
         "supcon_loss", {"features": features, "labels": labels}, ("features",),
         lambda impl: lambda t: ops.supcon_loss(t["features"], t["labels"], impl=impl, **options),
-        lambda t: plain_supcon(t["features"], t["labels"], **options), condition=max(1.0, largest / temperature),
+        lambda t: plain_supcon(t["features"], t["labels"], **options),
+        condition=max(1.0, largest / temperature),
     )  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # linear_cross_entropy
 
 
 def linear_ce(
-    N=9, D=5, C=7, *, bias=True, class_weight=True, ignored=2, ignore_index=-100, label_smoothing=0.1, reduction="none", size=1.0
+    N=9,
+    D=5,
+    C=7,
+    *,
+    bias=True,
+    class_weight=True,
+    ignored=2,
+    ignore_index=-100,
+    label_smoothing=0.1,
+    reduction="none",
+    size=1.0,
 ) -> Case:
     """A case of `linear_cross_entropy`: ``ignored`` rows are, ``size`` is the magnitude of the logits."""
     generator = torch.Generator().manual_seed(N + 3 * D + 5 * C)
@@ -343,26 +425,36 @@ def linear_ce(
 
     def function(impl: str) -> Loss:
         return lambda t: ops.linear_cross_entropy(
-            t["input"], t["weight"], t["target"], bias=t.get("bias"), class_weight=t.get("class_weight"), impl=impl, **options
+            t["input"],
+            t["weight"],
+            t["target"],
+            bias=t.get("bias"),
+            class_weight=t.get("class_weight"),
+            impl=impl,
+            **options,
         )
 
     def plain(t: Tensors) -> torch.Tensor:
-        return F.cross_entropy(F.linear(t["input"], t["weight"], t.get("bias")), t["target"], t.get("class_weight"), **options)
+        return F.cross_entropy(
+            F.linear(t["input"], t["weight"], t.get("bias")), t["target"], t.get("class_weight"), **options
+        )
 
     differentiable = tuple(k for k in ("input", "weight", "bias") if k in tensors)
     largest = logits.abs().max().item() if logits.numel() else 1.0
     return Case("linear_cross_entropy", tensors, differentiable, function, plain, condition=max(1.0, largest))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # upsample_cross_entropy
 
 
 def upsample_ce(
-    N=2, C=5, h=3, w=4, H=10, W=19, *, align_corners=False, class_weight=True, ignored=0.2, ignore_index=-100, label_smoothing=0.1,
+    N=2, C=5, h=3, w=4, H=10, W=19, *, align_corners=False, class_weight=True, ignored=0.2, ignore_index=-100,
+    label_smoothing=0.1,
     reduction="none", size=1.0,
 ) -> Case:  # fmt: skip
-    """A case of `upsample_cross_entropy`: ``ignored`` of the pixels are (all of them: 1), ``size`` is the magnitude of the logits."""
+    """A case of `upsample_cross_entropy`: ``ignored`` of the pixels are (all of them: 1), ``size`` is the
+    magnitude of the logits."""
     generator = torch.Generator().manual_seed(N + 3 * C + 5 * h + 7 * w + 11 * H + 13 * W)
     draw = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)  # noqa: E731
     target = torch.randint(C, (N, H, W), generator=generator)
@@ -375,18 +467,25 @@ def upsample_ce(
 
     def function(impl: str) -> Loss:
         return lambda t: ops.upsample_cross_entropy(
-            t["logits"], t["target"], class_weight=t.get("class_weight"), align_corners=align_corners, impl=impl, **options
+            t["logits"],
+            t["target"],
+            class_weight=t.get("class_weight"),
+            align_corners=align_corners,
+            impl=impl,
+            **options,
         )
 
     def plain(t: Tensors) -> torch.Tensor:
-        resized = F.interpolate(t["logits"], t["target"].shape[-2:], mode="bilinear", align_corners=align_corners)
+        resized = F.interpolate(
+            t["logits"], t["target"].shape[-2:], mode="bilinear", align_corners=align_corners
+        )
         return F.cross_entropy(resized, t["target"].long(), t.get("class_weight"), **options)
 
     largest = tensors["logits"].abs().max().item() if tensors["logits"].numel() else 1.0
     return Case("upsample_cross_entropy", tensors, ("logits",), function, plain, condition=max(1.0, largest))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # norm_relu_pool
 
 
@@ -423,25 +522,29 @@ def norm_pool(N=3, C=5, h=4, w=3, *, training=True, **norm) -> Case:
         return result
 
     return Case(
-        "norm_relu_pool", tensors, tuple(tensors), lambda impl: bind(lambda x, bn: ops.norm_relu_pool(x, bn, impl=impl)),
+        "norm_relu_pool", tensors, tuple(tensors),
+        lambda impl: bind(lambda x, bn: ops.norm_relu_pool(x, bn, impl=impl)),
         bind(lambda x, bn: F.relu(bn(x)).mean((2, 3))), rounded=True,
     )  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Memory layouts: the same values, stored otherwise.
 
 LAYOUTS = ("transposed", "slice", "step", "channels_last")
 
 
 def relayout(t: torch.Tensor, layout: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """``t`` stored another way, as a leaf, and the storage around it (nan where it does not belong to ``t``)."""
+    """``t`` stored another way, as a leaf, and the storage around it (nan where it does not belong to
+    ``t``)."""
     dims = tuple(reversed(range(t.dim())))
     with torch.no_grad():
         if layout == "contiguous":
             view = base = t.detach().clone()
         elif layout == "channels_last":
-            view = base = t.detach().clone(memory_format=torch.channels_last) if t.dim() == 4 else t.detach().clone()
+            view = base = (
+                t.detach().clone(memory_format=torch.channels_last) if t.dim() == 4 else t.detach().clone()
+            )
         elif layout == "transposed":
             view = base = t.detach().permute(dims).clone(memory_format=torch.contiguous_format).permute(dims)
         else:
@@ -454,7 +557,8 @@ def relayout(t: torch.Tensor, layout: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 SMALL = {
-    "reconstruction_loss": reconstruction, "supcon_loss": supcon, "linear_cross_entropy": linear_ce, "norm_relu_pool": norm_pool,
+    "reconstruction_loss": reconstruction, "supcon_loss": supcon, "linear_cross_entropy": linear_ce,
+    "norm_relu_pool": norm_pool,
     "upsample_cross_entropy": upsample_ce, "upsample_conv3x3": up_conv,
 }  # fmt: skip
 FORMS = SMALL | {"reconstruction_loss, chain": chain}  # those of an op that has other kernels for them, too

@@ -1,6 +1,7 @@
-"""Runs of several processes, for the tests: forked from a process that has imported everything and never started a thread.
+"""Runs of several processes, forked from one that has imported everything and never started a thread.
 
-Run as: python -m tests.process_driver FOLDER TASK..., where a task is a name in `tests.process_tasks`. Prints what happened as JSON.
+Run as: python -m tests.process_driver FOLDER TASK..., where a task is a name in `tests.process_tasks`. Prints
+what happened as JSON.
 """
 
 import importlib
@@ -32,9 +33,10 @@ def free_port() -> int:
 
 
 class Group:
-    """Processes with the variables that torchrun sets, and the store that its agent keeps; each runs ``work(rank)``.
+    """Processes with torchrun's variables, and the store that its agent keeps; each runs ``work(rank)``.
 
-    folder: gets what each one prints, as out0, err0, ... keeper: whether the store is a process' of its own, as with torchrun.
+    folder: gets what each one prints, as out0, err0, ... keeper: whether the store is a process' of its own,
+    as with torchrun.
     """
 
     def __init__(self, size: int, work: Callable[[int], object], folder: Path, keeper: bool = True):
@@ -49,9 +51,14 @@ class Group:
         self.pids = [_fork(lambda rank=rank: self._child(rank, variables, work)) for rank in range(size)]
 
     def _child(self, rank: int, variables: dict, work: Callable[[int], object]) -> None:
-        os.environ.update({k: str(v) for k, v in variables.items()} | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        os.environ.update(
+            {k: str(v) for k, v in variables.items()} | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        )
         for descriptor, name in ((1, "out"), (2, "err")):
-            os.dup2(os.open(self.folder / f"{name}{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), descriptor)
+            os.dup2(
+                os.open(self.folder / f"{name}{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600),
+                descriptor,
+            )
         work(rank)
 
     def wait_for_others(self, but: int | None, timeout: float) -> None:

@@ -19,23 +19,32 @@ from infopro_fast import build, modules, whole_files
 from infopro_fast.data import folder_set, part_of
 from infopro_fast.trainer import LocalTrainer, checkpoint, feature_cache, run_folder, schedule, sequential
 from infopro_fast.trainer.processes import watch
-from infopro_fast.trainer.processes.reduction import CommHook, ParallelTrainer, all_reduce
+from infopro_fast.trainer.processes.reduction import CommHook, all_reduce
 from infopro_fast.trainer.processes.wire import Packet, Receiver, Sender
 from tests.kill_driver import kill_before, kill_in_write, nth
 from tests.process_driver import Group, _fork, command
 
 TINY = [
-    "train", "--arch", "resnet20", "--modules", "3", "--lambdas", "1", "0", "1", "1", "--epochs", "3", "--warmup", "1",
-    "--batch-size", "16", "--lr", "0.05", "--log-every", "3", "--threads", "1",
+    "train", "--arch", "resnet20", "--modules", "3", "--lambdas", "1", "0", "1", "1", "--epochs", "3",
+    "--warmup", "1", "--batch-size", "16", "--lr", "0.05", "--log-every", "3", "--threads", "1",
 ]  # fmt: skip
 
-GLOBAL = ["--sync-batch-norm", "--global-contrast", "--dtype", "float64"]  # the same batch as in one process, but for rounding
+GLOBAL = [
+    "--sync-batch-norm",
+    "--global-contrast",
+    "--dtype",
+    "float64",
+]  # the same batch as in one process, but for rounding
 
 
 def tiny(folder: Path, size: int, name: str, *words: object) -> dict:
     """A small run of the command line by ``size`` processes; 0: by one that torchrun did not start."""
     run = folder / name
-    group = Group(max(size, 1), lambda rank: (command if size else _alone)(*TINY, "--out", run, *words), folder / f"{name}-output")
+    group = Group(
+        max(size, 1),
+        lambda rank: (command if size else _alone)(*TINY, "--out", run, *words),
+        folder / f"{name}-output",
+    )
     return {"codes": group.wait(), "errors": group.errors(), "run": str(run)}
 
 
@@ -45,23 +54,27 @@ def _alone(*words):
     command(*words)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------
 # Data parallel
 
 
 def _network(name: str, dtype: torch.dtype) -> tuple[modules.LocalNetwork, int]:
-    """A network, and the side of its images: the CIFAR ResNet with the loss of this name, or one with larger auxiliary nets."""
+    """Return a network and the side of its images: the CIFAR ResNet with this loss, or a larger one."""
     if name == "segmenter":
         return build("fcn_resnet20", 3, "softmax", lambdas=(1, 0.5, 0.5, 1), image_size=16).to(dtype), 16
     if name == "classifier":
         from torchvision.models.resnet import BasicBlock, ResNet
 
         small = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=10)
-        return build(small, cuts=["layer1", "layer2"], local_loss="softmax", lambdas=(1, 0.5, 0.5, 1), image_size=64).to(dtype), 64
+        return build(
+            small, cuts=["layer1", "layer2"], local_loss="softmax", lambdas=(1, 0.5, 0.5, 1), image_size=64
+        ).to(dtype), 64
     return build("resnet20", 3, name, lambdas=(1, 0.5, 0.5, 1), image_size=16).to(dtype), 16
 
 
-def _train(rank: int, size: int, name: str, counts: list[int], steps: int, dtype: torch.dtype, out: Path) -> None:
+def _train(
+    rank: int, size: int, name: str, counts: list[int], steps: int, dtype: torch.dtype, out: Path
+) -> None:
     """Steps on batches of ``counts`` images, by ``size`` processes, from the same weights."""
     if size > 1:
         dist.init_process_group("gloo")
@@ -75,7 +88,9 @@ def _train(rank: int, size: int, name: str, counts: list[int], steps: int, dtype
         modules.convert_sync_batch_norm(net)
         calls = []
         hook = _counting(lambda flat: calls.append(flat.numel() * flat.element_size()))
-        trainer = ParallelTrainer(net, sgd, group=dist.group.WORLD, global_contrast=name == "contrast", comm_hook=hook)
+        trainer = LocalTrainer(
+            net, sgd, group=dist.group.WORLD, global_contrast=name == "contrast", comm_hook=hook
+        )
     else:
         trainer = LocalTrainer(net, sgd)
     generator = torch.Generator().manual_seed(1)
@@ -83,16 +98,23 @@ def _train(rank: int, size: int, name: str, counts: list[int], steps: int, dtype
     for step in range(steps):
         count = counts[step % len(counts)]
         labels = (count, side, side) if net.classifier.dense else (count,)
-        image, label = torch.randn(count, 3, side, side, generator=generator).to(dtype), torch.randint(10, labels, generator=generator)
+        image, label = (
+            torch.randn(count, 3, side, side, generator=generator).to(dtype),
+            torch.randint(10, labels, generator=generator),
+        )
         own = part_of(0, count, rank, size)
         metrics = trainer.step(image[own], label[own], *([count] if size > 1 else []))
         losses.append({term: value.item() for term, value in metrics.items()})
     found = {"net": net.state_dict(), "losses": losses}
     if size > 1:
-        parameters = [p for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]]
+        parameters = [
+            p for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]
+        ]
         found["calls"], found["bytes"] = calls, sum(p.numel() * p.element_size() for p in parameters)
         found["counted"] = sum(reduction.bytes for reduction in trainer.reductions)
-        found["norms"] = {type(m).__name__ for m in net.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)}
+        found["norms"] = {
+            type(m).__name__ for m in net.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)
+        }
         dist.destroy_process_group()
     torch.save(found, out / f"{name}-{size}-{rank}.pt")
 
@@ -120,19 +142,27 @@ class _Collectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _tiny_trainer(hook: CommHook, accumulate: int = 1) -> tuple[ParallelTrainer, torch.Tensor, torch.Tensor]:
+def _tiny_trainer(hook: CommHook, accumulate: int = 1) -> tuple[LocalTrainer, torch.Tensor, torch.Tensor]:
     """Of three modules, and a batch."""
     torch.manual_seed(0)
     net = build("resnet20", 3, "softmax", lambdas=(1, 0.5, 0.5, 1), image_size=16)
-    trainer = ParallelTrainer(net, schedule.released_sgd(0.05), group=dist.group.WORLD, comm_hook=hook, accumulate=accumulate)
+    trainer = LocalTrainer(
+        net, schedule.released_sgd(0.05), group=dist.group.WORLD, comm_hook=hook, accumulate=accumulate
+    )
     generator = torch.Generator().manual_seed(1 + dist.get_rank())
-    return trainer, torch.randn(8, 3, 16, 16, generator=generator), torch.randint(10, (8,), generator=generator)
+    return (
+        trainer,
+        torch.randn(8, 3, 16, 16, generator=generator),
+        torch.randint(10, (8,), generator=generator),
+    )
 
 
 def _reduce_counted(accumulate: int, out: Path) -> None:
     """Two steps: what the hook was given, gradient by gradient, and the collectives that there were."""
     dist.init_process_group("gloo")
-    reduced: dict[str, int] = {}  # how often each gradient was given to the hook, as its last backward left it
+    reduced: dict[
+        str, int
+    ] = {}  # how often each gradient was given to the hook, as its last backward left it
     unknown = []
 
     def count(flat: torch.Tensor) -> None:
@@ -151,7 +181,12 @@ def _reduce_counted(accumulate: int, out: Path) -> None:
     with _Collectives() as collectives:
         for _ in range(2):
             trainer.step(image, label)
-    trained = {names[id(p)]: p.numel() * p.element_size() for o in trainer.optimizers for group in o.param_groups for p in group["params"]}
+    trained = {
+        names[id(p)]: p.numel() * p.element_size()
+        for o in trainer.optimizers
+        for group in o.param_groups
+        for p in group["params"]
+    }
     found = {"reduced": reduced, "unknown": unknown, "collectives": collectives.calls, "trained": trained}
     torch.save(found, out / f"reduced-{accumulate}-{dist.get_rank()}.pt")
     dist.destroy_process_group()
@@ -159,12 +194,14 @@ def _reduce_counted(accumulate: int, out: Path) -> None:
 
 def _in_memory_order(p: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
     """A gradient's elements in the order that its parameter's have in memory."""
-    channels_last = p.dim() == 4 and not p.is_contiguous() and p.is_contiguous(memory_format=torch.channels_last)
+    channels_last = (
+        p.dim() == 4 and not p.is_contiguous() and p.is_contiguous(memory_format=torch.channels_last)
+    )
     return (gradient.permute(0, 2, 3, 1) if channels_last else gradient).flatten()
 
 
 class _Withheld:
-    """A reduction that starts only when ``begun`` is set: waiting for it before that would take for ever, which a minute stands for."""
+    """A reduction that starts when ``begun`` is set; it waits up to a minute, which stands for ever."""
 
     def __init__(self, flat: torch.Tensor, group: dist.ProcessGroup, begun: threading.Event, waited):
         self.flat, self.group, self.begun, self.waited = flat, group, begun, waited
@@ -182,7 +219,7 @@ class _Withheld:
 
 
 def _overlap(out: Path) -> None:
-    """A step whose reductions wait for the next module's forward, and one as usual: what happened in which order, and the weights."""
+    """A step whose reductions wait for the next module's forward, and a usual one: events and weights."""
     dist.init_process_group("gloo")
     events, works, begun = [], [], [threading.Event() for _ in range(4)]
 
@@ -199,7 +236,9 @@ def _overlap(out: Path) -> None:
         trainer, image, label = _tiny_trainer(hook)
         if hook is withhold:
             for k, stage in enumerate(trainer.net.stages):
-                stage.register_forward_pre_hook(lambda *_, k=k: (events.append(f"forward {k + 1}"), begun[k].set()) and None)
+                stage.register_forward_pre_hook(
+                    lambda *_, k=k: (events.append(f"forward {k + 1}"), begun[k].set()) and None
+                )
         trainer.step(image, label)
         nets.append(trainer.net.state_dict())
     found = {"events": events, "in_time": [work.in_time for work in works], "nets": nets}
@@ -209,15 +248,24 @@ def _overlap(out: Path) -> None:
 
 def reductions(folder: Path) -> dict:
     """Each in processes of its own: a group is not joined twice."""
-    works = (lambda rank: _reduce_counted(1, folder), lambda rank: _reduce_counted(2, folder), lambda rank: _overlap(folder))
+    works = (
+        lambda rank: _reduce_counted(1, folder),
+        lambda rank: _reduce_counted(2, folder),
+        lambda rank: _overlap(folder),
+    )
     groups = [Group(2, work, folder / str(i)) for i, work in enumerate(works)]
-    return {"codes": [code for group in groups for code in group.wait()], "errors": [text for group in groups for text in group.errors()]}
+    return {
+        "codes": [code for group in groups for code in group.wait()],
+        "errors": [text for group in groups for text in group.errors()],
+    }
 
 
 def _both(folder: Path, name: str, counts: list[int], steps: int, dtype: torch.dtype = torch.float64) -> dict:
     found = {}
     for size in (1, 2):
-        found[size] = Group(size, lambda rank, size=size: _train(rank, size, name, counts, steps, dtype, folder), folder)
+        found[size] = Group(
+            size, lambda rank, size=size: _train(rank, size, name, counts, steps, dtype, folder), folder
+        )
         found[size] = {"codes": found[size].wait(), "errors": found[size].errors()}
     return found
 
@@ -242,12 +290,12 @@ def equal_classifier(folder: Path) -> dict:
     return _both(folder, "classifier", [8, 7], 3)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------
 # Pipeline
 
 
 def runs(folder: Path) -> dict:
-    """The same run by one process, by pipelines of 2, 3 and 4, by 2 x 2 processes, and by 2 that share the batches."""
+    """The same run by one process, pipelines of 2, 3 and 4, by 2 x 2, and by 2 that share the batches."""
     four = ("--modules", "4")
     return {
         "alone": tiny(folder, 0, "alone"),
@@ -265,7 +313,10 @@ def runs(folder: Path) -> dict:
 def infopro_l(folder: Path) -> dict:
     """A loss that wants its module's input, by one process and by a pipeline of two."""
     small = ("--local-loss", "infopro_l", "--epochs", "1", "--warmup", "0", "--shrink", "4")
-    return {"alone": tiny(folder, 0, "alone", *small), "two": tiny(folder, 2, "two", *small, "--parallel", "pipeline")}
+    return {
+        "alone": tiny(folder, 0, "alone", *small),
+        "two": tiny(folder, 2, "two", *small, "--parallel", "pipeline"),
+    }
 
 
 IN_FLIGHT = (1, 3)
@@ -273,7 +324,7 @@ BATCHES_SENT = 12
 
 
 def _send_ahead(in_flight: int, out: Path) -> None:
-    """A process sends batches as fast as it may to one that holds each until the sender is as far ahead as it gets."""
+    """One process sends as fast as it may; the other holds each batch until the sender can go no further."""
     dist.init_process_group("gloo")
     store = dist.PrefixStore(str(in_flight), dist.distributed_c10d._get_default_store())
     if dist.get_rank() == 0:
@@ -281,18 +332,25 @@ def _send_ahead(in_flight: int, out: Path) -> None:
         sender.begin()
         for number in range(BATCHES_SENT):
             features = torch.full((4, 8, 32, 32), float(number))
-            sender.send(Packet(None, {}, torch.zeros(4, dtype=torch.int64), None, features))
-            most = max(most, len(sender._flying))
+            sender.send(Packet(features, None, torch.zeros(4, dtype=torch.int64)))
+            most = max(most, len(sender.flying))
             store.set("sent", str(number + 1))
         sender.flush()
         found = {"kept": most, "bytes": sender.bytes}
     else:
-        expected = 1 + 2 * in_flight  # the batch that is held; those that were asked for, and have come; those that have not
+        expected = (
+            1 + 2 * in_flight
+        )  # the batch that is held; those that were asked for, and have come; those that have not
         ahead, values = [], []
-        for number, packet in enumerate(Receiver(0, in_flight, torch.device("cpu")).receive([4] * BATCHES_SENT)):
+        for number, packet in enumerate(
+            Receiver(0, in_flight, torch.device("cpu")).receive([4] * BATCHES_SENT)
+        ):
             values.append(packet.features.mean().item())
             end = time.monotonic() + 60
-            while int(store.get("sent")) - number < min(expected, BATCHES_SENT - number) and time.monotonic() < end:
+            while (
+                int(store.get("sent")) - number < min(expected, BATCHES_SENT - number)
+                and time.monotonic() < end
+            ):
                 time.sleep(0.01)
             time.sleep(0.3)  # time for it to go further than it may
             ahead.append(int(store.get("sent")) - number)
@@ -309,25 +367,25 @@ def back_pressure(folder: Path) -> dict:
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------
 # Faults: in the 7th step of 12, in the second epoch
 
 
 def _in_step(number: int, action) -> None:
-    step, count = LocalTrainer.step, 0  # which ParallelTrainer's calls
+    step, count = LocalTrainer.step_from, 0
 
-    def patched(self, *args):
+    def patched(self, *batch):
         nonlocal count
         count += 1
         if count == number:
             action(self)
-        return step(self, *args)
+        return step(self, *batch)
 
-    LocalTrainer.step = patched
+    LocalTrainer.step_from = patched
 
 
 def _saved(run: Path) -> bool:
-    """Waits for the checkpoint of the first epoch: in a pipeline the first process may be in the second epoch before it is written."""
+    """Wait for the first epoch's checkpoint: a pipeline's first process may be ahead of the writer."""
     while not (run / "checkpoints" / checkpoint.name_of(1, 0)).is_dir():
         time.sleep(0.01)
     return True
@@ -367,15 +425,19 @@ def _terminate(_) -> None:
 
 
 FAULTS = {
-    "killed": _kill, "stopped": _stop, "stands_still": _stand_still, "out_of_memory": _exhaust_memory, "not_finite": _explode,
-    "disk_full": _fill_disk, "terminated": _terminate,
+    "killed": _kill, "stopped": _stop, "stands_still": _stand_still, "out_of_memory": _exhaust_memory,
+    "not_finite": _explode, "disk_full": _fill_disk, "terminated": _terminate,
 }  # fmt: skip
 MODES = {
-    "data": ("--parallel", "data"), "pipeline": ("--parallel", "pipeline"), "three": ("--parallel", "pipeline"),
-    "mixed": ("--parallel", "pipeline", "--pipeline-modules", "1", "2"),
+    "data": ("--parallel", "data"), "pipeline": ("--parallel", "pipeline"), "three": ("--parallel",
+    "pipeline"), "mixed": ("--parallel", "pipeline", "--pipeline-modules", "1", "2"),
 }  # fmt: skip
 SIZES = {"three": 3, "mixed": 4}  # processes, where there are more than two
-AGAIN = {"pipeline-killed-1": 3, "pipeline-stands_still-0": 0, "data-stands_still-0": 0}  # processes that continue; 0: without torchrun
+AGAIN = {
+    "pipeline-killed-1": 3,
+    "pipeline-stands_still-0": 0,
+    "data-stands_still-0": 0,
+}  # processes that continue; 0: without torchrun
 
 
 def _begin(folder: Path, mode: str, fault: str, rank: int) -> Group:
@@ -384,18 +446,21 @@ def _begin(folder: Path, mode: str, fault: str, rank: int) -> Group:
             _in_step(7, lambda trainer: _saved(folder / "run") and FAULTS[fault](trainer))
         command(*TINY, "--out", folder / "run", *MODES[mode], "--patience", "4")
 
-    return Group(SIZES.get(mode, 2), work, folder / "output", keeper=(mode, fault, rank) != ("data", "killed", 0))
+    return Group(
+        SIZES.get(mode, 2), work, folder / "output", keeper=(mode, fault, rank) != ("data", "killed", 0)
+    )
 
 
 def _continue(folder: Path, run: Path | str, size: int, *words: object) -> dict:
-    """The run goes on among ``size`` processes, 0: in one that torchrun did not start. words: with --resume."""
-    again = Group(max(size, 1), lambda own: (command if size else _alone)("train", "--resume", run, *words), folder)
+    """Continue a run among ``size`` processes, 0: without torchrun. words: beside --resume."""
+    again = Group(
+        max(size, 1), lambda own: (command if size else _alone)("train", "--resume", run, *words), folder
+    )
     return {"codes": again.wait(), "errors": again.errors()}
 
 
 def _fail_and_continue(folder: Path, cases: list[tuple[str, str, int]]) -> dict:
-    """Each fault, at the same time, since they mostly wait: how the processes ended within 30 s, and how the run looked then; then it
-    continues, until it ends."""
+    """All faults at once, since they mostly wait: processes and run after 30 s; then the run continues."""
     found, groups = {}, {case: _begin(folder / "-".join(map(str, case)), *case) for case in cases}
     for case, group in groups.items():
         group.wait_for_others(case[2] if case[1] == "stopped" else None, 30.0)
@@ -407,16 +472,28 @@ def _fail_and_continue(folder: Path, cases: list[tuple[str, str, int]]) -> dict:
             "checkpoints": [path.name for path in checkpoint.list_checkpoints(run / "checkpoints")],
         }  # fmt: skip
     for name, one in found.items():
-        one["again"] = _continue(folder / name / "again", one["run"], AGAIN.get(name, SIZES.get(name.partition("-")[0], 2)))
+        one["again"] = _continue(
+            folder / name / "again", one["run"], AGAIN.get(name, SIZES.get(name.partition("-")[0], 2))
+        )
     return found
 
 
 def faults(folder: Path) -> dict:
     """Every fault of runs of two processes."""
-    cases = [(mode, fault, rank) for mode in ("data", "pipeline")
-             for fault, rank in (("killed", 0), ("killed", 1), ("stopped", 1), ("stands_still", 0))]  # fmt: skip
-    cases += [("data", "out_of_memory", 1), ("pipeline", "out_of_memory", 0), ("data", "not_finite", 0), ("pipeline", "not_finite", 1)]
-    cases += [("data", "disk_full", 0), ("pipeline", "disk_full", 1), ("data", "terminated", 1), ("pipeline", "terminated", 0)]
+    first = (("killed", 0), ("killed", 1), ("stopped", 1), ("stands_still", 0))
+    cases = [(mode, fault, rank) for mode in ("data", "pipeline") for fault, rank in first]
+    cases += [
+        ("data", "out_of_memory", 1),
+        ("pipeline", "out_of_memory", 0),
+        ("data", "not_finite", 0),
+        ("pipeline", "not_finite", 1),
+    ]
+    cases += [
+        ("data", "disk_full", 0),
+        ("pipeline", "disk_full", 1),
+        ("data", "terminated", 1),
+        ("pipeline", "terminated", 0),
+    ]
     found = {"data": tiny(folder, 2, "data", *MODES["data"]), "pipeline": tiny(folder, 0, "pipeline")}
     return found | _fail_and_continue(folder, cases[:8]) | _fail_and_continue(folder, cases[8:])
 
@@ -429,11 +506,12 @@ def kills(folder: Path) -> dict:
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------
 # A disk that is full: a small one of memory, in mounts of this driver's own (`unshare --mount`)
 
 FULL = {  # run, processes, who writes
-    "alone": ((), 0, 0), "data": (MODES["data"], 2, 0), "pipeline": (MODES["pipeline"], 2, 1), "cache": (("--order", "sequential"), 0, 0),
+    "alone": ((), 0, 0), "data": (MODES["data"], 2, 0), "pipeline": (MODES["pipeline"], 2, 1),
+    "cache": (("--order", "sequential"), 0, 0),
 }  # fmt: skip
 ROOM = 300_000  # bytes that are left on it: less than a checkpoint or a file of the cache has
 
@@ -445,10 +523,10 @@ def _fill(disk: Path) -> None:
 
 
 def full_disk(folder: Path) -> dict:
-    """Somebody fills the disk in the second epoch, or before anything is cached; then there is room again, and the run continues."""
+    """The disk fills up in the second epoch, or before a cache; with room again, the run continues."""
     found = {
-        "data-undisturbed": tiny(folder, 2, "data-undisturbed", *MODES["data"]), "undisturbed": tiny(folder, 0, "undisturbed"),
-        "cache-undisturbed": tiny(folder, 0, "cache-undisturbed", *FULL["cache"][0]),
+        "data-undisturbed": tiny(folder, 2, "data-undisturbed", *MODES["data"]), "undisturbed": tiny(folder,
+        0, "undisturbed"), "cache-undisturbed": tiny(folder, 0, "cache-undisturbed", *FULL["cache"][0]),
     }  # fmt: skip
     for mode, (words, size, writer) in FULL.items():
         disk = folder / f"disk-{mode}"
@@ -464,8 +542,15 @@ def full_disk(folder: Path) -> dict:
             (command if size else _alone)(*TINY, "--out", disk / "run", *words)
 
         group = Group(max(size, 1), work, folder / f"{mode}-output")
-        found[mode] = {"codes": group.wait(), "errors": group.errors(), "run": str(disk / "run"), "kept": str(folder / mode)}
-        found[mode]["checkpoints"] = [path.name for path in checkpoint.list_checkpoints(disk / "run" / "checkpoints")]
+        found[mode] = {
+            "codes": group.wait(),
+            "errors": group.errors(),
+            "run": str(disk / "run"),
+            "kept": str(folder / mode),
+        }
+        found[mode]["checkpoints"] = [
+            path.name for path in checkpoint.list_checkpoints(disk / "run" / "checkpoints")
+        ]
         found[mode]["trained"] = [path.name for path in (disk / "run").glob("trained/*")]
         found[mode]["aside"] = [path.name for path in (disk / "run").rglob(whole_files.ASIDE + "*")]
         (disk / "of_others").unlink()
@@ -474,7 +559,7 @@ def full_disk(folder: Path) -> dict:
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------
 # A run that ended after its second epoch, continued by other processes
 
 SHARED = ("--sync-batch-norm", "--global-contrast")
@@ -502,9 +587,10 @@ def others(folder: Path) -> dict:
     """Every pair of OTHERS and REFUSED, from runs that are equal to rounding, and in float64."""
     wide = ("--dtype", "float64")
     found = {
-        "one": tiny(folder, 0, "one", *wide), "pipeline": tiny(folder, 2, "pipeline", *wide, "--parallel", "pipeline", "--in-flight", "3"),
-        "data": tiny(folder, 2, "data", *wide, "--parallel", "data", *SHARED), "parts": tiny(folder, 2, "parts", "--parallel", "data"),
-        "in_turn": tiny(folder, 0, "in_turn", "--order", "sequential", "--epochs", "1", "--warmup", "0"),
+        "one": tiny(folder, 0, "one", *wide), "pipeline": tiny(folder, 2, "pipeline", *wide, "--parallel",
+        "pipeline", "--in-flight", "3"), "data": tiny(folder, 2, "data", *wide, "--parallel", "data",
+        *SHARED), "parts": tiny(folder, 2, "parts", "--parallel", "data"), "in_turn": tiny(folder, 0,
+        "in_turn", "--order", "sequential", "--epochs", "1", "--warmup", "0"),
     }  # fmt: skip
     for kind, cases in (("others", OTHERS), ("refused", REFUSED)):
         for name, (source, size, words) in cases.items():
@@ -512,13 +598,17 @@ def others(folder: Path) -> dict:
             shutil.copytree(folder / source, run)
             shutil.rmtree(run / "checkpoints" / checkpoint.name_of(3, 0), ignore_errors=True)
             (run / run_folder.WEIGHTS).unlink()
-            found[f"{kind}/{name}"] = {**_continue(folder / f"{kind}-{name}-output", run, size, *words), "run": str(run)}
+            found[f"{kind}/{name}"] = {
+                **_continue(folder / f"{kind}-{name}-output", run, size, *words),
+                "run": str(run),
+            }
             found[f"{kind}/{name}"]["parallel"] = run_folder.read_config(run).parallel
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Processes that stand still outside the modules, from the second epoch on; and one that is slow everywhere, and moves
+# --------------------------------------------------------------------------------------------------------
+# Processes that stand still outside the modules, from the second epoch on; and one that is slow everywhere,
+# and moves
 
 PATIENCE, SLOW_PATIENCE = 4, 6
 
@@ -530,7 +620,7 @@ def _for_ever(mark: Path) -> None:
 
 def _stop_reader(mark: Path) -> None:
     """A worker process of this one is stopped at its 5th image."""
-    read, count = folder_set._Samples.__getitem__, 0
+    read, count = folder_set.Samples.__getitem__, 0
 
     def patched(self, index):
         nonlocal count
@@ -540,7 +630,7 @@ def _stop_reader(mark: Path) -> None:
             os.kill(os.getpid(), signal.SIGSTOP)
         return read(self, index)
 
-    folder_set._Samples.__getitem__ = patched  # workers are forked from here, one an epoch
+    folder_set.Samples.__getitem__ = patched  # workers are forked from here, one an epoch
 
 
 def _stop_evaluation(mark: Path) -> None:
@@ -573,14 +663,14 @@ def _stop_reader_of_output(mark: Path) -> None:
 
 
 def _stop_cache(mark: Path) -> None:
-    digest, count = feature_cache._digest, 0
+    digest, count = feature_cache.digest, 0
 
     def patched(content):
         nonlocal count
         count += 1
         return digest(content) if count < 7 else _for_ever(mark)
 
-    feature_cache._digest = patched
+    feature_cache.digest = patched
 
 
 STALLS = {  # what stands still: where, in which process of how many, and the run
@@ -605,13 +695,14 @@ def _image_files(root: Path) -> tuple[str, ...]:
             for i in range(count):
                 Image.new("RGB", (40, 40), (i, 2 * i, 3 * i)).save(root / part / name / f"{name}_{i}.JPEG")
     return (
-        "--dataset", "imagenet", "--data-root", str(root), "--arch", "resnet18", "--crop", "32", "32", "--modules", "2", "--lambdas", "1",
-        "0", "1", "1", "--epochs", "1", "--batch-size", "6", "--lr", "0.05", "--log-every", "1", "--threads", "1", "--workers", "1",
+        "--dataset", "imagenet", "--data-root", str(root), "--arch", "resnet18", "--crop", "32", "32",
+        "--modules", "2", "--lambdas", "1", "0", "1", "1", "--epochs", "1", "--batch-size", "6", "--lr",
+        "0.05", "--log-every", "1", "--threads", "1", "--workers", "1",
     )  # fmt: skip
 
 
 def _slow() -> None:
-    """A batch of 3 images, an evaluation of 2 batches and a checkpoint of 7 flushes take longer than the patience, none of their pieces."""
+    """A batch, an evaluation and a checkpoint take longer than the patience; none of their pieces does."""
 
     def slowly(function, share: float):
         def wrapped(*args):
@@ -620,7 +711,7 @@ def _slow() -> None:
 
         return wrapped
 
-    folder_set._Samples.__getitem__ = slowly(folder_set._Samples.__getitem__, 0.35)
+    folder_set.Samples.__getitem__ = slowly(folder_set._Samples.__getitem__, 0.35)
     modules.LocalNetwork.forward = slowly(modules.LocalNetwork.forward, 0.6)
     os.fsync = slowly(os.fsync, 0.2)
 
@@ -639,7 +730,7 @@ def _begin_stall(folder: Path, name: str, images: tuple[str, ...]) -> Group:
 
 
 def starved(folder: Path) -> dict:
-    """A process that computes on a CPU which another one takes nearly all of, and then stands still, with a patience of a second."""
+    """A process that gets hardly any CPU, and then stalls, with a patience of a second."""
 
     def work(_: int) -> None:
         cpu = min(os.sched_getaffinity(0))
@@ -648,7 +739,7 @@ def starved(folder: Path) -> dict:
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
         watch.TICK = 0.25
         ended: list[str] = []
-        watch._end = ended.append
+        watch.end_process = ended.append
         one = watch.Watch(dist.HashStore(), 0, 1, "this process", lambda: "", 1.0)
         one.start()
         one.at("in a step")
@@ -675,13 +766,22 @@ def _compute_for_ever() -> None:
 
 
 def stalls(folder: Path) -> dict:
-    """Every stall at once, since they mostly wait: how the processes ended, what they said, and how long after they stood still."""
+    """All stalls at once, since they mostly wait: exit codes, messages, and seconds until they came."""
     images = _image_files(folder / "images")
     groups = {name: _begin_stall(folder / name, name, images) for name in STALLS}
 
     def slow(_: int) -> None:
         _slow()
-        command("train", *images, "--out", folder / "slow" / "run", "--parallel", "data", "--patience", SLOW_PATIENCE)
+        command(
+            "train",
+            *images,
+            "--out",
+            folder / "slow" / "run",
+            "--parallel",
+            "data",
+            "--patience",
+            SLOW_PATIENCE,
+        )
 
     groups["slow"] = Group(2, slow, folder / "slow" / "output")
     found = {}
@@ -696,34 +796,38 @@ def stalls(folder: Path) -> dict:
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One module after the other: 12 steps each; its outputs are 3 x 4 batches of training images and 2 of test images
+# --------------------------------------------------------------------------------------------------------
+# One module after the other: 12 steps each; its outputs are 3 x 4 batches of training images and 2 of test
+# images
 
 MOMENTS = {
     "module1": lambda: kill_before(torch.optim.SGD, "step", 6),
     "module2": lambda: kill_before(torch.optim.SGD, "step", 18),
     "module3": lambda: kill_before(torch.optim.SGD, "step", 33),
     "trained": lambda: kill_in_write("SHA256SUMS", 5),  # after the first checkpoint and one an epoch
-    "cache": lambda: kill_before(feature_cache, "_bytes", 7),
-    "cache_without_its_sum": lambda: kill_before(feature_cache, "_digest", 12),
-    "cache_of_tests": lambda: kill_before(feature_cache, "_digest", 14),
-    "second_cache": lambda: kill_before(feature_cache, "_bytes", 14 + 6),
-    "between": lambda: kill_before(sequential.Sequence, "cache", 2),
+    "cache": lambda: kill_before(feature_cache, "to_bytes", 7),
+    "cache_without_its_sum": lambda: kill_before(feature_cache, "digest", 12),
+    "cache_of_tests": lambda: kill_before(feature_cache, "digest", 14),
+    "second_cache": lambda: kill_before(feature_cache, "to_bytes", 14 + 6),
+    "between": lambda: kill_before(sequential.Sequence, "cached", 2),
     "end": lambda: kill_before(run_folder, "write_weights", 1),
 }
 
 
 AGAIN_KILLED = {  # what is continued, and killed again
     "module3": lambda: kill_before(torch.optim.SGD, "step", 3),  # in the module that it was killed in
-    "module2": lambda: kill_before(feature_cache, "_bytes", 5),  # in the cache that comes after it
-    "second_cache": lambda: kill_before(feature_cache, "_digest", 2),  # in the same cache
+    "module2": lambda: kill_before(feature_cache, "to_bytes", 5),  # in the cache that comes after it
+    "second_cache": lambda: kill_before(feature_cache, "digest", 2),  # in the same cache
 }
 
 
 def in_turn(folder: Path) -> dict:
-    """The run alone, without a cache, with one of a single epoch; and killed at every moment, and continued."""
+    """The run alone, without a cache, with one of an epoch; and killed at each moment, and continued."""
     words = ("--order", "sequential")
-    found = {"never": tiny(folder, 0, "never", *words), "no_cache": tiny(folder, 0, "no_cache", *words, "--no-cache")}
+    found = {
+        "never": tiny(folder, 0, "never", *words),
+        "no_cache": tiny(folder, 0, "no_cache", *words, "--no-cache"),
+    }
     found["one_epoch"] = tiny(folder, 0, "one_epoch", *words, "--cached-epochs", "1")
     for name, prepare in MOMENTS.items():
         run = folder / name
@@ -746,7 +850,11 @@ def in_turn(folder: Path) -> dict:
             second = Group(1, killed_again, folder / f"{name}-second")
             codes, errors = [*codes, *second.wait()], errors + second.errors()
         again = _continue(folder / f"{name}-again", run, 0)
-        found[name] = {"codes": [*codes, *again["codes"]], "errors": errors + again["errors"], "run": str(run)}
+        found[name] = {
+            "codes": [*codes, *again["codes"]],
+            "errors": errors + again["errors"],
+            "run": str(run),
+        }
     run = folder / "damaged"
     with open(run / "cache" / "module001" / "epoch0002.bin", "r+b") as file:
         file.seek(70_000)

@@ -1,6 +1,7 @@
-"""The build: what the compiled objects demand of a machine, what a wheel contains, and how nvcc is found or missed.
+"""The build: what the objects demand of a machine, what a wheel contains, how nvcc is found or missed.
 
-The objects tested first are those of this installation. The wheel tests build a copy of the project around kernels of one line.
+The first tests look at the objects of this installation. The wheel tests build a copy of the project around
+kernels of one line.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ PACKAGE = os.path.dirname(os.path.abspath(infopro_fast.__file__))
 
 
 def run(*command, **options) -> str:
-    """stdout of a command that must succeed."""
+    """Return the stdout of a command that must succeed."""
     done = subprocess.run(command, capture_output=True, text=True, **options)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The objects of this installation
 
 
@@ -51,19 +52,21 @@ def built(request, cpu) -> str:
 
 
 def assert_portable(path):
-    """Any torch from 2.10 on, any Python, no relocation of code, no executable stack, no library beside torch's and the C++ runtime's."""
+    """Assert any torch from 2.10 on, any Python, no relocated code, no executable stack, no further library."""
     verdict = inspect_extension(path)
     assert verdict.error is None
     assert verdict.torch.uses_torch and verdict.torch.stable, verdict.torch.unstable_symbols
     assert verdict.torch.unknown_shim_symbols == ()
-    assert tuple(int(n) for n in verdict.torch.min_torch_version.split(".")[:2]) <= (2, 10), verdict.torch.version_defining_symbols
+    oldest = tuple(int(n) for n in verdict.torch.min_torch_version.split(".")[:2])
+    assert oldest <= (2, 10), verdict.torch.version_defining_symbols
     undefined = run("nm", "-D", "--undefined-only", path)
     assert re.findall(r"_ZN?K?(?:2at|3c10|5torch)\S*", undefined) == []
     assert re.findall(r" _?Py\w+", undefined) == []
     dynamic = run("readelf", "-dW", path)
     assert "TEXTREL" not in dynamic
     needed = set(re.findall(r"\(NEEDED\).*\[(.+?)\.so", dynamic))
-    allowed = {"libtorch_cpu", "libtorch_cuda", "libstdc++", "libgcc_s", "libm", "libc", "ld-linux-x86-64", "libasan", "libubsan"}
+    allowed = {"libtorch_cpu", "libtorch_cuda", "libstdc++", "libgcc_s", "libm", "libc", "ld-linux-x86-64"}
+    allowed |= {"libasan", "libubsan"}
     assert needed <= allowed, needed - allowed
     stack = re.search(r"GNU_STACK.* (R\w*) +0x", run("readelf", "-lW", path))
     assert stack and "E" not in stack[1]
@@ -74,11 +77,15 @@ def test_objects_are_portable(built):
 
 
 def test_wide_instructions_only_in_the_code_of_their_isa(cpu):
-    """A function that every processor runs must hold no AVX instruction: not even an inline one of the standard library, of which
-    the linker keeps one copy, possibly that of the file compiled for AVX-512."""
+    """A function that every processor runs must hold no AVX instruction.
+
+    That includes inline functions of the standard library: the linker keeps one copy, possibly from the file
+    compiled for AVX-512.
+    """
     registers = {}  # function -> widest vector register it names, in bits
     function = None
-    for line in run("objdump", "-d", "--no-show-raw-insn", "-C", os.path.join(PACKAGE, "_cpu.abi3.so")).splitlines():
+    command = ("objdump", "-d", "--no-show-raw-insn", "-C", os.path.join(PACKAGE, "_cpu.abi3.so"))
+    for line in run(*command).splitlines():
         if header := re.match(r"[0-9a-f]+ <(.+)>:$", line):
             function = header[1]
         elif wide := re.search(r"%([yz])mm|\tv[a-z]\S*\s.*%(x)mm", line):
@@ -107,14 +114,14 @@ def test_isa_in_force_is_the_processors(cpu):
         torch.ops.infopro_fast._isa(before)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # A wheel, of a copy of the project around kernels of one line
 
 CPU_SOURCE = """
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include "level.h"
+#include "../level.h"
 
 int64_t level(const torch::stable::Tensor& x) { return LEVEL + x.numel(); }
 
@@ -152,22 +159,25 @@ def project(tmp_path) -> str:
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE"):
         shutil.copy(os.path.join(ROOT, name), copy)
     (copy / "README.md").write_text("The text on the package's page.\n")
-    (copy / "csrc").mkdir()
+    (copy / "csrc" / "cpu").mkdir(parents=True)
+    (copy / "csrc" / "cuda").mkdir()
     (copy / "csrc" / "level.h").write_text("#define LEVEL 40\n")
-    (copy / "csrc" / "registration.cpp").write_text(CPU_SOURCE)
+    (copy / "csrc" / "cpu" / "registration.cpp").write_text(CPU_SOURCE)
     return str(copy)
 
 
 def build_environment(**variables) -> dict:
-    ours = ("INFOPRO_SANITIZE", "INFOPRO_NO_CUDA", "FORCE_CUDA", "CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST", "LD_PRELOAD")
+    ours = ("INFOPRO_SANITIZE", "INFOPRO_NO_CUDA", "FORCE_CUDA", "CUDA_HOME", "CUDA_PATH")
+    ours += ("TORCH_CUDA_ARCH_LIST", "LD_PRELOAD")
     return {**{name: value for name, value in os.environ.items() if name not in ours}, **variables}
 
 
 def build_wheel(project, **variables) -> tuple[zipfile.ZipFile, str]:
-    """The wheel of ``project``, opened, and the folder it is unpacked to."""
+    """Build the wheel of ``project``; return it opened, and the folder it is unpacked to."""
     out = os.path.join(project, "dist")
     environment = build_environment(**variables)
-    run(sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", out, project, env=environment)
+    options = ("--no-build-isolation", "--no-deps", "-w", out)
+    run(sys.executable, "-m", "pip", "wheel", *options, project, env=environment)
     (path,) = glob.glob(os.path.join(out, "*.whl"))
     assert os.path.basename(path) == f"infopro_fast-{infopro_fast.__version__}-cp310-abi3-linux_x86_64.whl"
     unpacked = os.path.join(project, "unpacked")
@@ -185,12 +195,15 @@ def test_wheel(project):
     wheel, unpacked = build_wheel(project, INFOPRO_NO_CUDA="1")
 
     names = {name for name in wheel.namelist() if ".dist-info/" not in name}
-    sources = {os.path.relpath(p, ROOT) for p in glob.glob(os.path.join(ROOT, "infopro_fast", "**", "*.py"), recursive=True)}
+    files = glob.glob(os.path.join(ROOT, "infopro_fast", "**", "*.py*"), recursive=True)
+    sources = {os.path.relpath(p, ROOT) for p in files if p.endswith((".py", ".pyi", "py.typed"))}
+    assert {"infopro_fast/py.typed", "infopro_fast/__init__.pyi"} <= sources
     data = {os.path.relpath(p, ROOT) for p in glob.glob(os.path.join(ROOT, "infopro_fast", "data", "embedded", "*"))}
     assert data
     assert names == sources | data | {"infopro_fast/_cpu.abi3.so", "infopro_fast/_build.json"}
 
-    (metadata,) = (wheel.read(name).decode() for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
+    (metadata,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
+    metadata = wheel.read(metadata).decode()
     assert f"\nVersion: {infopro_fast.__version__}\n" in metadata
     assert "\nRequires-Python: >=3.10\n" in metadata
     assert "\nRequires-Dist: torch>=2.10\n" in metadata
@@ -203,17 +216,21 @@ def test_wheel(project):
 
     path = os.path.join(unpacked, "infopro_fast", "_cpu.abi3.so")
     assert_portable(path)
-    script = f"import torch; torch.ops.load_library({path!r}); print(torch.ops.infopro_wheel_test.level(torch.ones(2)))"
-    assert run(sys.executable, "-c", script).strip() == "42"
+    assert level_of(path) == "42"
+
+
+def level_of(path: str) -> str:
+    """Return what the one kernel of the copied project gives."""
+    level = "torch.ops.infopro_wheel_test.level(torch.ones(2))"
+    script = f"import torch; torch.ops.load_library({path!r}); print({level})"
+    return run(sys.executable, "-c", script).strip()
 
 
 def test_a_changed_header_is_compiled_again(project):
     def level() -> str:
         environment = build_environment(INFOPRO_NO_CUDA="1")
         run(sys.executable, "setup.py", "build_ext", "--inplace", cwd=project, env=environment)
-        path = os.path.join(project, "infopro_fast", "_cpu.abi3.so")
-        script = f"import torch; torch.ops.load_library({path!r}); print(torch.ops.infopro_wheel_test.level(torch.ones(2)))"
-        return run(sys.executable, "-c", script).strip()
+        return level_of(os.path.join(project, "infopro_fast", "_cpu.abi3.so"))
 
     assert level() == "42"
     with open(os.path.join(project, "csrc", "level.h"), "w") as file:
@@ -226,14 +243,15 @@ def test_wheel_with_cuda_kernels(project, backend):
         _, nvcc = backend.find_toolkit(torch.version.cuda)
     except backend.NoCuda as reason:
         pytest.skip(f"no CUDA compiler: {reason}")
-    with open(os.path.join(project, "csrc", "level_cuda.cu"), "w") as file:
+    with open(os.path.join(project, "csrc", "cuda", "level.cu"), "w") as file:
         file.write(CUDA_SOURCE)
     _, unpacked = build_wheel(project, FORCE_CUDA="1", TORCH_CUDA_ARCH_LIST="8.0 9.0+PTX")
     with open(os.path.join(unpacked, "infopro_fast", "_build.json")) as file:
         assert json.load(file)["cuda"] == {"built": True, "nvcc": nvcc, "architectures": ["8.0", "9.0+PTX"]}
     cpu, cuda = (os.path.join(unpacked, "infopro_fast", name) for name in ("_cpu.abi3.so", "_cuda.abi3.so"))
     assert_portable(cuda)
-    assert "libtorch_cuda" not in run("readelf", "-dW", cpu), "a torch without CUDA could not load the CPU kernels"
+    needed = run("readelf", "-dW", cpu)
+    assert "libtorch_cuda" not in needed, "a torch without CUDA could not load the CPU kernels"
     script = f"""
         import torch
         torch.ops.load_library({cpu!r})
@@ -247,7 +265,7 @@ def test_wheel_with_cuda_kernels(project, backend):
 
 
 def test_without_nvcc_the_package_builds_and_says_why(project):
-    with open(os.path.join(project, "csrc", "level_cuda.cu"), "w") as file:
+    with open(os.path.join(project, "csrc", "cuda", "level.cu"), "w") as file:
         file.write(CUDA_SOURCE)
     nowhere = os.path.join(project, "nowhere")
     command = (sys.executable, "setup.py", "build_ext", "--inplace")
@@ -255,17 +273,20 @@ def test_without_nvcc_the_package_builds_and_says_why(project):
     with open(os.path.join(project, "infopro_fast", "_build.json")) as file:
         record = json.load(file)["cuda"]
     assert record["built"] is False
-    expected = "the torch it was built with has no CUDA" if torch.version.cuda is None else f"{nowhere} has no working bin/nvcc"
+    expected = f"{nowhere} has no working bin/nvcc"
+    if torch.version.cuda is None:
+        expected = "the torch it was built with has no CUDA"
     assert expected in record["reason"]
     assert f"infopro_fast: CUDA kernels left out: {record['reason']}" in log
     assert os.path.exists(os.path.join(project, "infopro_fast", "_cpu.abi3.so"))
 
-    forced = subprocess.run(command, cwd=project, env=build_environment(CUDA_HOME=nowhere, FORCE_CUDA="1"), capture_output=True, text=True)
+    environment = build_environment(CUDA_HOME=nowhere, FORCE_CUDA="1")
+    forced = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
     assert forced.returncode != 0
     assert f"FORCE_CUDA is set, but the CUDA kernels cannot be built: {record['reason']}" in forced.stderr
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # How nvcc is found
 
 
@@ -313,12 +334,12 @@ def test_nvcc_from_pypi(bare, tmp_path):
 
 
 def test_pypi_packages_spread_over_two_folders_are_one_toolkit(bare, tmp_path, monkeypatch):
-    """pip puts what a hook asks for into another folder of the build environment than torch and its requirements, whose runtime counts."""
+    """torch's runtime comes first: pip puts what a hook asks for into a folder of its own."""
     first, second = (tmp_path / name / "nvidia" / "cu13" for name in ("site-packages", "other"))
     make_nvcc(second / "bin" / "nvcc", "13.0", top="unused")
     for folder in (first / "include", first / "lib", second / "include"):
         folder.mkdir(parents=True)
-    monkeypatch.setattr(sys, "path", [str(tmp_path / "other"), str(tmp_path / "site-packages"), str(tmp_path / "other")])
+    monkeypatch.setattr(sys, "path", [str(tmp_path / name) for name in ("other", "site-packages", "other")])
     home, _ = bare.find_toolkit("13.0")
     assert home == str(second)
     assert bare.toolkit_folders(home, "include") == [str(first / "include"), str(second / "include")]
@@ -339,7 +360,8 @@ def test_cuda_home_is_taken_at_its_word(bare, tmp_path, monkeypatch):
 def test_toolkit_of_another_major_version_is_passed_over(bare, tmp_path, monkeypatch):
     make_nvcc(tmp_path / "old" / "bin" / "nvcc", "12.4", top=f"{tmp_path}/old")
     monkeypatch.setenv("PATH", str(tmp_path / "old" / "bin"))
-    with pytest.raises(bare.NoCuda, match=re.escape(f"expected nvcc 13.x, like the CUDA 13.0 of torch, but {tmp_path}/old has nvcc 12.4")):
+    message = f"expected nvcc 13.x, like the CUDA 13.0 of torch, but {tmp_path}/old has nvcc 12.4"
+    with pytest.raises(bare.NoCuda, match=re.escape(message)):
         bare.find_toolkit("13.0")
     make_nvcc(tmp_path / "site-packages" / "nvidia" / "cu13" / "bin" / "nvcc", "13.0", top="unused")
     assert bare.find_toolkit("13.0")[1] == "13.0"
@@ -361,7 +383,7 @@ def test_requirements_of_a_build(bare, monkeypatch):
     hooks = (bare.get_requires_for_build_wheel, bare.get_requires_for_build_editable)
     monkeypatch.setattr(bare, "cuda_sources", list)
     assert [hook() for hook in hooks] == [[], []]
-    monkeypatch.setattr(bare, "cuda_sources", lambda: ["csrc/x_cuda.cu"])
+    monkeypatch.setattr(bare, "cuda_sources", lambda: ["csrc/cuda/x.cu"])
     for hook in hooks:
         assert "nvidia-cuda-nvcc==13.0.*" in hook()
     monkeypatch.setenv("INFOPRO_NO_CUDA", "1")

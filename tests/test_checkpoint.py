@@ -17,8 +17,16 @@ from infopro_fast.trainer.checkpoint import list_checkpoints, load, load_latest,
 def state_of(seed=0):
     g = torch.Generator().manual_seed(seed)
     return {
-        "net": {"a.weight": torch.randn(3, 4, 2, 2, generator=g), "a.bias": torch.randn(3, generator=g, dtype=torch.float64)},
-        "optimizers": [{"state": {0: {"momentum_buffer": torch.randn(3, generator=g)}, 1: {"momentum_buffer": None}}, "lr": 0.1 + 0.2}],
+        "net": {
+            "a.weight": torch.randn(3, 4, 2, 2, generator=g),
+            "a.bias": torch.randn(3, generator=g, dtype=torch.float64),
+        },
+        "optimizers": [
+            {
+                "state": {0: {"momentum_buffer": torch.randn(3, generator=g)}, 1: {"momentum_buffer": None}},
+                "lr": 0.1 + 0.2,
+            }
+        ],
         "half": torch.randn(5, generator=g).bfloat16(),
         "count": torch.tensor(7),
         "rng": torch.random.get_rng_state(),
@@ -52,7 +60,12 @@ def test_round_trip_to_the_bit(tmp_path):
 def test_layouts_and_views(tmp_path):
     """Non-contiguous and shared tensors are stored by value; channels_last comes back as channels_last."""
     base = torch.arange(96.0).view(2, 3, 4, 4)
-    state = {"last": base.contiguous(memory_format=torch.channels_last), "view": base[:, 1:2, ::2], "again": base, "same": base}
+    state = {
+        "last": base.contiguous(memory_format=torch.channels_last),
+        "view": base[:, 1:2, ::2],
+        "again": base,
+        "same": base,
+    }
     got = load(save(tmp_path, name_of(0, 0), state))
     assert_same(got, {k: v.clone(memory_format=torch.contiguous_format) for k, v in state.items()})
     assert got["last"].stride() == state["last"].stride() and not got["last"].is_contiguous()
@@ -89,7 +102,9 @@ def test_keeps_the_last_two(tmp_path):
     assert_same(state, state_of(13))
 
 
-@pytest.mark.parametrize("places", [((9999, 0), (10000, 0), (10001, 0)), ((3, 999_999), (3, 1_000_000), (3, 1_000_001))])
+@pytest.mark.parametrize(
+    "places", [((9999, 0), (10000, 0), (10001, 0)), ((3, 999_999), (3, 1_000_000), (3, 1_000_001))]
+)
 def test_numbers_of_any_length_are_in_order(tmp_path, places):
     """Where a number gets one more digit, the checkpoint just written is the last one, and stays."""
     for seed, place in enumerate(places):
@@ -108,7 +123,9 @@ def test_folders_of_other_names_are_left_alone(tmp_path):
 
 def test_checksums_are_those_of_coreutils(tmp_path):
     path = save(tmp_path, name_of(0, 0), state_of())
-    subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=path, check=True, capture_output=True)
+    subprocess.run(
+        ["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=path, check=True, capture_output=True
+    )
 
 
 @pytest.mark.parametrize("file", ["tensors.safetensors", "state.json", "SHA256SUMS"])
@@ -137,7 +154,9 @@ def test_damage_is_refused_by_name(tmp_path, file, damage):
     used, state = load_latest(tmp_path, previous=True)
     assert used.name == name_of(1, 0)
     assert_same(state, state_of(1))
-    assert [p.name for p in list_checkpoints(tmp_path)] == [name_of(1, 0)] and (tmp_path / f"unused-{path.name}").is_dir()
+    assert [p.name for p in list_checkpoints(tmp_path)] == [name_of(1, 0)] and (
+        tmp_path / f"unused-{path.name}"
+    ).is_dir()
     assert_same(load_latest(tmp_path)[1], state_of(1))
 
 
@@ -165,15 +184,30 @@ class Killed(BaseException):
     pass
 
 
-STEPS = ["mkdir", "tensors.safetensors", "state.json", "SHA256SUMS", "sync", "rename", "renamed", "retire", "retired"]
+STEPS = [
+    "mkdir",
+    "tensors.safetensors",
+    "state.json",
+    "SHA256SUMS",
+    "sync",
+    "rename",
+    "renamed",
+    "retire",
+    "retired",
+]
 
 
 @pytest.mark.parametrize("step", STEPS)
 def test_cut_short_at_any_step(tmp_path, monkeypatch, step):
-    """A write that stops at any step, with no clean-up at all: the last two whole checkpoints are there to load."""
+    """A write that stops at any step, without clean-up, leaves the last two whole checkpoints to load."""
     save(tmp_path, name_of(1, 0), state_of(1))
     save(tmp_path, name_of(2, 0), state_of(2))
-    write, rename, sync, remove = whole_files.write_file, os.rename, whole_files.sync_folder, checkpoint._remove
+    write, rename, sync, remove = (
+        whole_files.write_file,
+        os.rename,
+        whole_files.sync_folder,
+        whole_files.remove,
+    )
 
     def cut(*args, **kwargs):
         raise Killed
@@ -194,14 +228,14 @@ def test_cut_short_at_any_step(tmp_path, monkeypatch, step):
     with monkeypatch.context() as patch:
         patch.setattr(whole_files, "write_file", write_half)
         patch.setattr(checkpoint.os, "rename", rename_cut)
-        patch.setattr(checkpoint, "_remove", lambda path: None)  # a killed process cleans nothing up
+        patch.setattr(whole_files, "remove", lambda path: None)  # a killed process cleans nothing up
         if step == "mkdir":
-            patch.setattr(checkpoint, "_serialize", cut)
+            patch.setattr(checkpoint, "serialize", cut)
         if step == "sync":
             patch.setattr(whole_files, "sync_folder", cut)
         with pytest.raises(Killed):
             save(tmp_path, name_of(3, 0), state_of(3))
-    assert (whole_files.sync_folder, checkpoint._remove) == (sync, remove)
+    assert (whole_files.sync_folder, whole_files.remove) == (sync, remove)
 
     arrived = step in ("renamed", "retire", "retired")
     path, state = load_latest(tmp_path)
@@ -247,10 +281,17 @@ def test_files_hold_no_pickle(tmp_path):
     path = save(tmp_path, name_of(0, 0), state_of())
     assert sorted(p.name for p in path.iterdir()) == ["SHA256SUMS", "state.json", "tensors.safetensors"]
     json.loads((path / "state.json").read_text())
-    assert set(safetensors.torch.load_file(path / "tensors.safetensors")) >= {"net.a.weight", "optimizers.0.state.0.momentum_buffer", "rng"}
+    assert set(safetensors.torch.load_file(path / "tensors.safetensors")) >= {
+        "net.a.weight",
+        "optimizers.0.state.0.momentum_buffer",
+        "rng",
+    }
 
 
 def test_not_finite_names_the_tensor():
-    state = {"net": {"w": torch.tensor([1.0, float("inf")]), "n": torch.tensor([1])}, "opt": [{"m": torch.tensor(float("nan"))}]}
+    state = {
+        "net": {"w": torch.tensor([1.0, float("inf")]), "n": torch.tensor([1])},
+        "opt": [{"m": torch.tensor(float("nan"))}],
+    }
     assert list(checkpoint.not_finite(state)) == ["net.w", "opt.0.m"]
     assert list(checkpoint.not_finite(state_of())) == []

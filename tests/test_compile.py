@@ -1,4 +1,5 @@
-"""Every op under torch.compile(fullgraph=True): the same values and gradients as eager, rows ignored or not, any batch size."""
+"""Every op under torch.compile(fullgraph=True): the same values and gradients as eager, rows ignored or not,
+any batch size."""
 
 from __future__ import annotations
 
@@ -22,17 +23,25 @@ def _fresh_compiler():
 
 
 def network(op: str):
-    """A module with a layer in front of the op, as in use, and a function that makes its inputs for a batch of n."""
+    """A module with a layer in front of the op, as in use, and a function that makes its inputs for a batch
+    of n."""
     torch.manual_seed(0)
     first = torch.nn.Linear(6, 5 if op in ("supcon_loss", "linear_cross_entropy") else 30)
     if op.startswith("reconstruction_loss"):
         up = torch.nn.Upsample((7, 8), mode="bilinear", align_corners=True)
         stages = ((None, 1, 4), (op_cases.doubled("nearest"), 3, 6))
-        decoder = (op_cases.make_chain(5, stages, up) if "chain" in op else op_cases.make_decoder(5, 7)).float()
+        decoder = (
+            op_cases.make_chain(5, stages, up) if "chain" in op else op_cases.make_decoder(5, 7)
+        ).float()
 
         def loss(x, y, impl):
             h = first(x).view(-1, 5, 2, 3)
-            return ops.reconstruction_loss(h, y, decoder, image_mean=(0.4, 0.5, 0.6), image_std=(0.3, 0.2, 0.1), impl=impl) * 2
+            return (
+                ops.reconstruction_loss(
+                    h, y, decoder, image_mean=(0.4, 0.5, 0.6), image_std=(0.3, 0.2, 0.1), impl=impl
+                )
+                * 2
+            )
 
         def inputs(n):
             return torch.randn(n, 6), torch.randn(n, 3, 7, 8)
@@ -51,7 +60,12 @@ def network(op: str):
         last = torch.nn.Conv2d(5, 4, 3)
 
         def loss(x, y, impl):
-            return (ops.upsample_conv3x3(first(x).view(-1, 5, 2, 3), last.weight, last.bias, y.shape[-2:], impl=impl) * y).mean()
+            return (
+                ops.upsample_conv3x3(
+                    first(x).view(-1, 5, 2, 3), last.weight, last.bias, y.shape[-2:], impl=impl
+                )
+                * y
+            ).mean()
 
         def inputs(n):
             return torch.randn(n, 6), torch.randn(n, 4, 5, 7)
@@ -71,7 +85,9 @@ def network(op: str):
 
         def loss(x, y, impl):
             logits = first(x).view(-1, 5, 2, 3)
-            value, confusion = ops.upsample_cross_entropy(logits, y, ignore_index=255, return_confusion=True, impl=impl)
+            value, confusion = ops.upsample_cross_entropy(
+                logits, y, ignore_index=255, return_confusion=True, impl=impl
+            )
             return value + 0.1 * confusion.diag().sum()
 
         def inputs(n):
@@ -98,7 +114,10 @@ def network(op: str):
     return modules, loss, inputs
 
 
-ZERO = {"1.0.bias": "0", "1.4.bias": "4"}  # biases in front of a batch norm: the layer they are of, in the decoder
+ZERO = {
+    "1.0.bias": "0",
+    "1.4.bias": "4",
+}  # biases in front of a batch norm: the layer they are of, in the decoder
 
 
 def run(modules, loss, x, y, impl):
@@ -121,22 +140,28 @@ def assert_compiled_is_eager(op, impl, backend, sizes, **options):
         eager, found = run(modules, loss, x, y, impl), run(modules, compiled, x, y, impl)
         assert found.keys() == eager.keys()
         for name, t in found.items():
-            # The gradient of the bias in front of a batch norm is 0: rounding, on the scale of the weight's beside it.
+            # The gradient of the bias in front of a batch norm is 0: rounding, on the scale of the weight's
+            # beside it.
             scale = eager[f"1.{place}.weight"].abs().max().item() if (place := ZERO.get(name)) else None
             if t.is_floating_point():
-                compare.assert_close(t, eager[name].double(), scale=scale, what=f"{op} {impl} {backend} batch {n}: {name}")
+                compare.assert_close(
+                    t, eager[name].double(), scale=scale, what=f"{op} {impl} {backend} batch {n}: {name}"
+                )
             else:
                 compare.assert_same(t, eager[name], name)
 
 
 @pytest.mark.parametrize("op", op_cases.FORMS)
 def test_captured_in_one_graph(op, impl):
-    assert_compiled_is_eager(op, impl, "aot_eager", sizes=(6, 9, 13))  # the second makes the compiler take the batch as a symbol
+    assert_compiled_is_eager(
+        op, impl, "aot_eager", sizes=(6, 9, 13)
+    )  # the second makes the compiler take the batch as a symbol
 
 
 @pytest.mark.parametrize("op", op_cases.FORMS)
 def test_compiled_by_inductor(op, cpu):
-    """A graph of any batch from the start; captured, the reference is torch's own operators, whose code inductor answers for."""
+    """A graph of any batch from the start; captured, the reference is torch's own operators, whose code
+    inductor answers for."""
     assert_compiled_is_eager(op, cpu, "inductor", sizes=(6, 13), dynamic=True)
 
 

@@ -10,7 +10,7 @@ import torch.distributed.checkpoint as dcp
 from infopro_fast import cli
 from infopro_fast.data import fashion_mnist
 from infopro_fast.errors import ConfigError
-from infopro_fast.trainer import checkpoint, fit, loop, resume, run_folder
+from infopro_fast.trainer import checkpoint, fit, loop, resume, run_folder, schedule
 from infopro_fast.trainer.settings.config import TrainConfig
 from infopro_fast.trainer.settings.continuing import changed
 from tests import tiny_run
@@ -199,9 +199,9 @@ def test_a_longer_run(few, tmp_path, capsys):
     before, longer = (tiny_run.config(None, epochs=n, **settings).resolved() for n in (3, 5))
     with pytest.raises(SystemExit) as stop:
         cli.main(["train", "--resume", str(run), "--epochs", "5", "--threads", "2", "--log-every", "2"])
-    said, expected = capsys.readouterr().out, [loop.learning_rate(longer, epoch, 0, 4) for epoch in (2, 3, 4)]
+    said, expected = capsys.readouterr().out, [schedule.learning_rate(longer, epoch, 0, 4) for epoch in (2, 3, 4)]
     assert stop.value.code == 0 and rates(run)[8:] == [rate for rate in expected for _ in range(2)]
-    old = loop.learning_rate(before, 2, 0, 4)
+    old = schedule.learning_rate(before, 2, 0, 4)
     assert f"5 epochs in place of 3: the cosine schedule goes over all of them, so the learning rate is {expected[0]:.4g} in " in said
     assert f"in place of {old:.4g} in the next step" in said
     kept = run_folder.read_config(run)

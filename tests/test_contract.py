@@ -1,4 +1,5 @@
-"""What every op promises, whatever implementation runs it. Each clause is a test over all ops and all implementations."""
+"""What every op promises, whatever implementation runs it. Each clause is a test over all ops and all
+implementations."""
 
 from __future__ import annotations
 
@@ -14,7 +15,11 @@ from tests import compare, op_cases
 from tests.op_cases import FORMS, SMALL, Case, Tensors, gradients, upstream
 
 # Ops of four-dimensional inputs.
-MAPS = ("reconstruction_loss", "reconstruction_loss, chain", "norm_relu_pool", "upsample_cross_entropy", "upsample_conv3x3")
+MAPS = (
+    "reconstruction_loss", "reconstruction_loss, chain", "norm_relu_pool", "upsample_cross_entropy",
+    "upsample_conv3x3",
+)  # fmt: skip
+OTHERS = [(op, layout) for op in FORMS for layout in op_cases.LAYOUTS if layout != "channels_last"]
 CHANNELS_LAST = [(op, "channels_last") for op in MAPS]
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -42,7 +47,7 @@ def test_every_op_has_a_case():
     assert set(SMALL) == set(ops.OPS)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Values and gradients
 
 
@@ -54,12 +59,20 @@ def test_loss_and_gradients(case, impl, dtype):
 LONG = {
     "reconstruction_loss": lambda: op_cases.reconstruction(N=24, C=64, h=8, w=8, H=32, W=32, K=12),
     "supcon_loss": lambda: op_cases.supcon(N=2048, D=128, views=None, classes=10, reduction="mean"),
-    "linear_cross_entropy": lambda: op_cases.linear_ce(N=2048, D=128, C=1000, ignored=0, class_weight=False, reduction="mean"),
+    "linear_cross_entropy": lambda: op_cases.linear_ce(
+        N=2048, D=128, C=1000, ignored=0, class_weight=False, reduction="mean"
+    ),
     "norm_relu_pool": lambda: op_cases.norm_pool(N=128, C=32, h=16, w=16),
-    "reconstruction_loss, chain": lambda: op_cases.chain(N=8, C=96, h=14, w=14, stages=((None, 1, 64), (op_cases.doubled(), 3, 24))),
+    "reconstruction_loss, chain": lambda: op_cases.chain(
+        N=8, C=96, h=14, w=14, stages=((None, 1, 64), (op_cases.doubled(), 3, 24))
+    ),
     "upsample_conv3x3": lambda: op_cases.up_conv(N=8, C=64, h=16, w=16, H=32, W=32, K=32),
-    "upsample_cross_entropy": lambda: op_cases.upsample_ce(N=2, C=19, h=32, w=64, H=256, W=512, class_weight=False, reduction="mean"),
-    "linear_cross_entropy, many classes": lambda: op_cases.linear_ce(N=200, D=128, C=10000, ignored=0, reduction="mean"),
+    "upsample_cross_entropy": lambda: op_cases.upsample_ce(
+        N=2, C=19, h=32, w=64, H=256, W=512, class_weight=False, reduction="mean"
+    ),
+    "linear_cross_entropy, many classes": lambda: op_cases.linear_ce(
+        N=200, D=128, C=10000, ignored=0, reduction="mean"
+    ),
 }
 
 
@@ -88,7 +101,9 @@ TWICE = op_cases.doubled()
 # A call for every number of the inputs and of the result: as few of them as a case of its kind can have.
 TINY = {
     "reconstruction_loss": lambda: op_cases.reconstruction(N=2, C=2, h=2, w=3, H=3, W=4, K=2),
-    "reconstruction_loss, chain": lambda: op_cases.chain(N=2, C=2, h=2, w=2, stages=((None, 1, 2), (TWICE, 3, 2)), size=(4, 4)),
+    "reconstruction_loss, chain": lambda: op_cases.chain(
+        N=2, C=2, h=2, w=2, stages=((None, 1, 2), (TWICE, 3, 2)), size=(4, 4)
+    ),
     "supcon_loss": lambda: op_cases.supcon(N=4, D=3, classes=2),
     "linear_cross_entropy": lambda: op_cases.linear_ce(N=5, D=3, C=4, ignored=1),
     "norm_relu_pool": lambda: op_cases.norm_pool(N=2, C=2, h=2, w=3),
@@ -100,7 +115,9 @@ TINY = {
 @pytest.mark.parametrize("op", FORMS)
 def test_gradcheck(op, impl):
     """The reference is differentiated by torch: along random directions."""
-    assert torch.autograd.gradcheck(*leaves(TINY[op](), impl), atol=1e-6, rtol=1e-5, fast_mode=impl == "reference")
+    assert torch.autograd.gradcheck(
+        *leaves(TINY[op](), impl), atol=1e-6, rtol=1e-5, fast_mode=impl == "reference"
+    )
 
 
 def test_second_derivative_is_right_or_refused(case, impl):
@@ -109,15 +126,21 @@ def test_second_derivative_is_right_or_refused(case, impl):
     else:
         inputs = case.inputs()
         first = gradients(case.function(impl)(inputs), inputs, create_graph=True)
-        penalty = sum(g.square().sum() for g in first.values()) + sum(inputs[k].sum() for k in case.differentiable)
-        with pytest.raises(RuntimeError, match=f"^{case.op}: the kernels have no second derivative; impl='reference' has"):
+        penalty = sum(g.square().sum() for g in first.values()) + sum(
+            inputs[k].sum() for k in case.differentiable
+        )
+        with pytest.raises(
+            RuntimeError, match=f"^{case.op}: the kernels have no second derivative; impl='reference' has"
+        ):
             penalty.backward()
 
 
 def test_gradient_is_linear_in_the_upstream_gradient(case, impl):
     inputs = case.inputs()
     loss = case.function(impl)(inputs)
-    assert all(not g.any() for g in gradients(loss, inputs, torch.zeros_like(loss), retain_graph=True).values())
+    assert all(
+        not g.any() for g in gradients(loss, inputs, torch.zeros_like(loss), retain_graph=True).values()
+    )
     once = gradients(loss, inputs, retain_graph=True)
     thrice = gradients(loss, inputs, -3 * upstream(loss))
     assert_all_close(thrice, {k: -3 * g for k, g in once.items()}, case)
@@ -127,12 +150,18 @@ def test_gradient_is_linear_in_the_upstream_gradient(case, impl):
 def test_strided_upstream_gradient(case, impl, stride):
     inputs = case.inputs()
     loss = case.function(impl)(inputs)
-    grad = loss.new_tensor(0.7).expand(loss.shape) if stride == 0 else op_cases.relayout(upstream(loss), "step")[0].detach()
+    grad = (
+        loss.new_tensor(0.7).expand(loss.shape)
+        if stride == 0
+        else op_cases.relayout(upstream(loss), "step")[0].detach()
+    )
     assert loss.dim() == 0 or not grad.is_contiguous()
     dense = gradients(loss, inputs, grad.contiguous(), retain_graph=True)
     for name, g in gradients(loss, inputs, grad).items():
         if impl == "reference":  # torch's own convolution adds in another order
-            compare.assert_close(g, dense[name], scale=dense[case.zero.get(name, name)].abs().max().item(), what=name)
+            compare.assert_close(
+                g, dense[name], scale=dense[case.zero.get(name, name)].abs().max().item(), what=name
+            )
         else:
             compare.assert_same(g, dense[name], name)
 
@@ -155,14 +184,18 @@ def test_gradients_accumulate(case, impl):
     for _ in range(2):
         loss = f(inputs)
         loss.backward(upstream(loss))
-    assert_all_close({k: inputs[k].grad for k in case.differentiable}, {k: 2 * g for k, g in single.items()}, case)
+    assert_all_close(
+        {k: inputs[k].grad for k in case.differentiable}, {k: 2 * g for k, g in single.items()}, case
+    )
 
 
 def test_each_subset_of_inputs_requiring_grad(case, impl):
     """Of the reference, for which autograd sees to it, one alone and all but one."""
     everything, number = results(case, impl), len(case.differentiable)
     for n in range(1, number + 1):
-        if number > 8 and 2 < n < number - 1 or impl == "reference" and 1 < n < number - 1:  # thousands of them: near none and near all
+        if (
+            number > 8 and 2 < n < number - 1 or impl == "reference" and 1 < n < number - 1
+        ):  # thousands of them: near none and near all
             continue
         for subset in itertools.combinations(case.differentiable, n):
             found = results(case, impl, case.inputs(grad=subset))
@@ -186,7 +219,7 @@ def test_auto_is_one_of_them(case, request):
     assert any(all(torch.equal(found[k], t) for k, t in results(case, name).items()) for name in names)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Precision
 
 
@@ -228,11 +261,11 @@ def test_float64_among_float32_is_computed_in_float64(case, impl):
     assert_all_close({"loss": found["loss"], first: found[first]}, results(case, impl, exact), case)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Memory: layouts in, nothing written, nothing shared
 
 
-@pytest.mark.parametrize("op, layout", [(op, k) for op in FORMS for k in op_cases.LAYOUTS if k != "channels_last"] + CHANNELS_LAST)
+@pytest.mark.parametrize("op, layout", OTHERS + CHANNELS_LAST)
 def test_strided_inputs(op, impl, layout):
     case = FORMS[op]()
     expected = results(case, impl)
@@ -308,7 +341,7 @@ def test_changing_an_input_before_backward_is_noticed(case, cpu):
         loss.sum().backward()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Edges
 
 
@@ -362,7 +395,7 @@ def test_a_non_finite_input_is_not_hidden(case, impl, bad):
     assert not torch.isfinite(case.function(impl)(inputs)).all()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Determinism and threads
 
 
@@ -374,7 +407,9 @@ def test_same_bits_twice(case, impl):
 
 LARGE = {
     "reconstruction_loss": lambda: op_cases.reconstruction(N=19, C=16, h=8, w=8, H=32, W=32, K=12),
-    "reconstruction_loss, chain": lambda: op_cases.chain(N=5, C=16, h=17, w=9, stages=((None, 1, 24), (op_cases.doubled(), 3, 12))),
+    "reconstruction_loss, chain": lambda: op_cases.chain(
+        N=5, C=16, h=17, w=9, stages=((None, 1, 24), (op_cases.doubled(), 3, 12))
+    ),
     "upsample_conv3x3": lambda: op_cases.up_conv(N=5, C=16, h=17, w=9, H=41, W=18, K=12),
     "supcon_loss": lambda: op_cases.supcon(N=333, D=65, views=None, classes=10),
     "linear_cross_entropy": lambda: op_cases.linear_ce(N=333, D=65, C=301, ignored=33),
@@ -418,11 +453,14 @@ def test_calls_from_several_python_threads(op, impl):
 
 
 class _Items(TorchDispatchMode):
-    """Counts the calls that would wait for a device: reading a value back, or a shape that depends on values."""
+    """Counts the calls that would wait for a device: reading a value back, or a shape that depends on
+    values."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
-        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "unique", "item"), f"{name} synchronises with the host"
+        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "unique", "item"), (
+            f"{name} synchronises with the host"
+        )
         return func(*args, **(kwargs or {}))
 
 
@@ -433,7 +471,7 @@ def test_no_value_is_read_back_to_the_host(case, impl):
         gradients(loss, inputs)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # torch.library
 
 
@@ -444,7 +482,9 @@ def raw_calls(op: str, dtype: torch.dtype, impl: str = "cpu"):
     class Record(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             if func.namespace == "infopro_fast":
-                calls.append((func, tuple(a.detach().clone() if isinstance(a, torch.Tensor) else a for a in args)))
+                calls.append(
+                    (func, tuple(a.detach().clone() if isinstance(a, torch.Tensor) else a for a in args))
+                )
             return func(*args, **(kwargs or {}))
 
     case = FORMS[op]()
@@ -454,7 +494,9 @@ def raw_calls(op: str, dtype: torch.dtype, impl: str = "cpu"):
     return calls
 
 
-STAGES = ["chain_stage_forward"] * 2 + ["chain_loss_forward", "chain_loss_backward"] + ["chain_stage_backward"] * 2
+STAGES = (
+    ["chain_stage_forward"] * 2 + ["chain_loss_forward", "chain_loss_backward"] + ["chain_stage_backward"] * 2
+)
 OPAQUE = {"reconstruction_loss, chain": STAGES}  # the ops behind a form, where they are not one a direction
 
 
@@ -462,7 +504,9 @@ OPAQUE = {"reconstruction_loss, chain": STAGES}  # the ops behind a form, where 
 @pytest.mark.parametrize("op", FORMS)
 def test_opcheck(op, cpu, dtype):
     calls = raw_calls(op, dtype)
-    assert [f.overloadpacket.__name__ for f, _ in calls] == OPAQUE.get(op, [f"{op}_forward", f"{op}_backward"])
+    assert [f.overloadpacket.__name__ for f, _ in calls] == OPAQUE.get(
+        op, [f"{op}_forward", f"{op}_backward"]
+    )
     for overload, args in calls:
         torch.library.opcheck(overload, args)
 
@@ -473,11 +517,13 @@ def test_raw_results_are_nobody_elses(op, cpu):
     for overload, args in raw_calls(op, torch.float32):
         out = overload(*args)
         out = (out,) if isinstance(out, torch.Tensor) else out
-        storages = [t.untyped_storage().data_ptr() for t in (*args, *out) if isinstance(t, torch.Tensor) and t.numel()]
+        storages = [
+            t.untyped_storage().data_ptr() for t in (*args, *out) if isinstance(t, torch.Tensor) and t.numel()
+        ]
         assert len(set(storages)) == len(storages), overload
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Choosing an implementation
 
 
@@ -518,14 +564,19 @@ def test_a_batch_norm_with_a_weight_alone(impl):
     """nn.BatchNorm2d(bias=False): as with a bias of 0."""
     x, image = torch.rand(3, 4, 5, 5, dtype=torch.float64), torch.rand(3, 3, 5, 5, dtype=torch.float64)
     calls = {
-        "decoder": (op_cases.make_decoder(4, 6), 1), "chain": (op_cases.make_chain(4, ((None, 1, 6),), torch.nn.Upsample((5, 5))), 1),
+        "decoder": (op_cases.make_decoder(4, 6), 1),
+        "chain": (op_cases.make_chain(4, ((None, 1, 6),), torch.nn.Upsample((5, 5))), 1),
         "pool": (torch.nn.BatchNorm2d(4).double(), None),
     }  # fmt: skip
     for name, (layers, place) in calls.items():
         norm, found = layers if place is None else layers[place], []
         for bias in (torch.nn.Parameter(torch.zeros_like(norm.weight)), None):
             norm.bias = bias
-            out = ops.norm_relu_pool(x, norm, impl=impl).sum() if place is None else ops.reconstruction_loss(x, image, layers, impl=impl)
+            out = (
+                ops.norm_relu_pool(x, norm, impl=impl).sum()
+                if place is None
+                else ops.reconstruction_loss(x, image, layers, impl=impl)
+            )
             found.append((out, *torch.autograd.grad(out, [p for p in layers.parameters() if p is not bias])))
         for a, b in zip(*found, strict=True):
             compare.assert_same(a, b, name)

@@ -1,4 +1,5 @@
-"""On a GPU: every op by every kernel that can run it, and the trainer. Skipped where there is none; benchmarks/gpu.sh runs it there.
+"""On a GPU: every op by every kernel that can run it, and the trainer. Skipped where there is none;
+benchmarks/gpu.sh runs it there.
 
 Needs nothing but pytest beside the package: the machine may have no more.
 """
@@ -25,27 +26,53 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch see
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 IN_USE = {
     "reconstruction_loss": lambda: op_cases.reconstruction(N=24, C=64, h=8, w=8, H=32, W=32, K=12),
-    "reconstruction_loss, no resize": lambda: op_cases.reconstruction(N=8, C=16, h=32, w=32, H=32, W=32, K=12),
-    "reconstruction_loss, odd": lambda: op_cases.reconstruction(N=3, C=19, h=7, w=9, H=31, W=23, K=24, loss="mse"),
-    "reconstruction_loss, chain": lambda: op_cases.chain(
-        N=4, C=64, h=14, w=14, stages=((None, 1, 128), (op_cases.doubled(), 3, 32), (op_cases.doubled(), 3, 12))
+    "reconstruction_loss, no resize": lambda: op_cases.reconstruction(
+        N=8, C=16, h=32, w=32, H=32, W=32, K=12
     ),
-    "reconstruction_loss, chain, many tiles": lambda: op_cases.chain(N=8, C=16, h=61, w=47, stages=((None, 1, 12),)),
+    "reconstruction_loss, odd": lambda: op_cases.reconstruction(
+        N=3, C=19, h=7, w=9, H=31, W=23, K=24, loss="mse"
+    ),
+    "reconstruction_loss, chain": lambda: op_cases.chain(
+        N=4,
+        C=64,
+        h=14,
+        w=14,
+        stages=((None, 1, 128), (op_cases.doubled(), 3, 32), (op_cases.doubled(), 3, 12)),
+    ),
+    "reconstruction_loss, chain, many tiles": lambda: op_cases.chain(
+        N=8, C=16, h=61, w=47, stages=((None, 1, 12),)
+    ),
     "reconstruction_loss, chain, stages of CUDA C++ alone": lambda: op_cases.chain(
         N=5, C=24, h=29, w=37, stages=((op_cases.doubled(), 3, 16), (op_cases.doubled("nearest"), 3, 13))
     ),
     "reconstruction_loss, chain, channels and 16 times": lambda: op_cases.chain(
-        N=3, C=9, h=7, w=5, stages=((None, 1, 64),), last=torch.nn.Upsample((112, 80), mode="bilinear", align_corners=False), loss="mse"
+        N=3,
+        C=9,
+        h=7,
+        w=5,
+        stages=((None, 1, 64),),
+        last=torch.nn.Upsample((112, 80), mode="bilinear", align_corners=False),
+        loss="mse",
     ),
-    "reconstruction_loss, chain, the last stage alone": lambda: op_cases.chain(N=6, C=24, h=33, w=40, stages=(), loss="l1"),
+    "reconstruction_loss, chain, the last stage alone": lambda: op_cases.chain(
+        N=6, C=24, h=33, w=40, stages=(), loss="l1"
+    ),
     "supcon_loss": lambda: op_cases.supcon(N=1000, D=128, views=None, classes=10, reduction="mean"),
     "linear_cross_entropy": lambda: op_cases.linear_ce(N=1000, D=128, C=10, ignored=3, reduction="mean"),
-    "linear_cross_entropy, many classes": lambda: op_cases.linear_ce(N=200, D=128, C=10000, ignored=0, reduction="mean"),
+    "linear_cross_entropy, many classes": lambda: op_cases.linear_ce(
+        N=200, D=128, C=10000, ignored=0, reduction="mean"
+    ),
     "norm_relu_pool": lambda: op_cases.norm_pool(N=128, C=32, h=16, w=16),
-    "upsample_cross_entropy": lambda: op_cases.upsample_ce(N=2, C=19, h=16, w=32, H=128, W=256, reduction="mean"),
+    "upsample_cross_entropy": lambda: op_cases.upsample_ce(
+        N=2, C=19, h=16, w=32, H=128, W=256, reduction="mean"
+    ),
     "upsample_conv3x3": lambda: op_cases.up_conv(N=8, C=64, h=16, w=16, H=32, W=32, K=32),
-    "upsample_conv3x3, odd": lambda: op_cases.up_conv(N=3, C=33, h=13, w=29, H=31, W=47, K=19, mode="nearest"),
-    "upsample_conv3x3, smaller": lambda: op_cases.up_conv(N=4, C=24, h=32, w=30, H=17, W=16, K=40, align_corners=True),
+    "upsample_conv3x3, odd": lambda: op_cases.up_conv(
+        N=3, C=33, h=13, w=29, H=31, W=47, K=19, mode="nearest"
+    ),
+    "upsample_conv3x3, smaller": lambda: op_cases.up_conv(
+        N=4, C=24, h=32, w=30, H=17, W=16, K=40, align_corners=True
+    ),
 }
 
 
@@ -70,7 +97,9 @@ def case(request, kernel) -> Case:
 @pytest.fixture(autouse=True)
 def full_precision():
     """Products in float32, as torch's own default is for matrices."""
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # `flags` turns cuDNN off where it is not told
+    with torch.backends.cudnn.flags(
+        enabled=True, allow_tf32=False
+    ):  # `flags` turns cuDNN off where it is not told
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")
         yield
@@ -82,7 +111,7 @@ def results(case: Case, impl: str, inputs) -> dict[str, torch.Tensor]:
     return {"loss": loss.detach()} | gradients(loss, inputs)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Ops
 
 
@@ -103,7 +132,9 @@ def test_tf32_is_used_when_asked_for_and_only_then(kernel):
     """Errors of a product with long sums: in float32 about 1e-7, in TF32 about 1e-4."""
     if kernel == "cuda":
         pytest.skip("the CUDA C++ kernels compute in float32")
-    case = op_cases.linear_ce(N=256, D=512, C=512, ignored=0, label_smoothing=0.0, class_weight=False, reduction="mean", size=8.0)
+    case = op_cases.linear_ce(
+        N=256, D=512, C=512, ignored=0, label_smoothing=0.0, class_weight=False, reduction="mean", size=8.0
+    )
     inputs = case.inputs(torch.float32, device="cuda")
     exact = results(case, "reference", op_cases.widened(inputs))["input"]
     errors = {}
@@ -157,7 +188,10 @@ def test_compiled_equals_eager(case, kernel):
     function = torch.compile(case.function(kernel), fullgraph=True)
     loss = function(inputs)
     for name, t in ({"loss": loss.detach()} | gradients(loss, inputs)).items():
-        compare.assert_close(t, expected[name].double(), what=name, scale=expected[case.zero.get(name, name)].abs().max().item())
+        compare.assert_close(
+            t, expected[name].double(), what=name,
+            scale=expected[case.zero.get(name, name)].abs().max().item(),
+        )  # fmt: skip
 
 
 def test_compiled_layer(kernel):
@@ -193,7 +227,7 @@ def test_auto_is_a_kernel_and_float64_the_reference_with_a_warning(op):
     op_cases.check(case, "auto", torch.float64, case.inputs(device="cuda"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Memory
 
 
@@ -214,16 +248,21 @@ SMALL_TENSORS = 2**18  # bytes: weights' gradients and copies, sums, and what th
 
 @pytest.mark.parametrize("C, h", [(16, 32), (32, 16), (64, 8)])
 def test_decoder_peak(kernel, C, h):
-    """Beyond the gradient returned. CUDA C++: under a quarter of the resized map; Triton: what its programs take by their plan.
+    """Beyond the gradient returned. CUDA C++: under a quarter of the resized map; Triton: what its programs
+    take by their plan.
 
-    (tests/test_cuda_host.py has the former of the plans for these shapes, tests/test_triton_memory.py the latter of the launchers.)
+    (tests/test_cuda_host.py has the former of the plans for these shapes, tests/test_triton_memory.py the
+    latter of the launchers.)
     """
     need("reconstruction_loss", kernel)
     N = 1024
     case = op_cases.reconstruction(N=N, C=C, h=h, w=h, H=32, W=32, K=12)
     inputs = case.inputs(torch.float32, device="cuda")
     transient = peak(lambda: results(case, kernel, inputs)) - 4 * N * C * h * h
-    assert transient <= (triton_workspace(N, C, h) if kernel == "triton" else 4 * N * C * 32 * 32 / 4) + SMALL_TENSORS, transient
+    assert (
+        transient
+        <= (triton_workspace(N, C, h) if kernel == "triton" else 4 * N * C * 32 * 32 / 4) + SMALL_TENSORS
+    ), transient
 
 
 def triton_workspace(N: int, C: int, h: int) -> int:
@@ -232,24 +271,34 @@ def triton_workspace(N: int, C: int, h: int) -> int:
 
     major, minor = torch.cuda.get_device_capability()
     shape, cc = plans.Shape(N, C, h, h, 32, 32, 12, False), 10 * major + minor
-    places = choose_tiles(cc, shape, choose_precision(cc, False)).per_sm * torch.cuda.get_device_properties(0).multi_processor_count
+    places = (
+        choose_tiles(cc, shape, choose_precision(cc, False)).per_sm
+        * torch.cuda.get_device_properties(0).multi_processor_count
+    )
     return max(plans.workspace(shape, sweep, places) for sweep in ("statistics", "loss", "backward"))
 
 
 @pytest.mark.parametrize("stages", ((), ((op_cases.doubled(), 3, 12),)), ids=("last", "two"))
 def test_chain_decoder_peak(stages):
-    """CUDA C++ kernels, forward and backward, beyond z, its gradient and that of the features: a sixteenth of the logits.
+    """CUDA C++ kernels, forward and backward, beyond z, its gradient and that of the features: a sixteenth of
+    the logits.
 
-    And the partial sums of the blocks, which are as many for every N; tests/test_cuda_host_chain.py has the plans' bytes.
+    And the partial sums of the blocks, which are as many for every N; tests/test_cuda_host_chain.py has the
+    plans' bytes.
     """
     need("reconstruction_loss", "cuda")
     N, C, h = 64, 32 if stages else 12, 56 if stages else 112
-    case = op_cases.chain(N=N, C=C, h=h, w=h, stages=stages, magnified=1.0)  # not looked for: no values are compared
+    case = op_cases.chain(
+        N=N, C=C, h=h, w=h, stages=stages, magnified=1.0
+    )  # not looked for: no values are compared
     inputs = case.inputs(torch.float32, device="cuda")
     kept = 4 * N * C * h * h + (2 * 4 * N * 12 * 112**2 if stages else 0)
     transient = peak(lambda: results(case, "cuda", inputs)) - kept
     processors = torch.cuda.get_device_properties(0).multi_processor_count
-    sums = max(op_cases.chain_block_sums(processors, C, 12 if stages else 3), op_cases.chain_block_sums(processors, 12, 3))
+    sums = max(
+        op_cases.chain_block_sums(processors, C, 12 if stages else 3),
+        op_cases.chain_block_sums(processors, 12, 3),
+    )
     assert transient <= 4 * N * 3 * 224**2 / 16 + sums + SMALL_TENSORS, transient
 
 
@@ -262,20 +311,24 @@ def test_supcon_peak():
     assert held <= 8 * 4 * N * D, f"{held} bytes; one N x N map has {4 * N * N}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Trainer
 
 
 def trainer(device: str = "cuda", **options):
     torch.manual_seed(0)
-    net = infopro_fast.build("resnet20", 3, "contrast", cuts=[(1, 1), (2, 1)], lambdas=(5, 0.5, 0.5, 1)).to(device)
+    net = infopro_fast.build("resnet20", 3, "contrast", cuts=[(1, 1), (2, 1)], lambdas=(5, 0.5, 0.5, 1)).to(
+        device
+    )
     return infopro_fast.LocalTrainer(net, released_sgd(lr=0.02), **options)
 
 
 def batches(count: int, N: int = 16):
     generator = torch.Generator().manual_seed(5)
     return [
-        (torch.randn(N, 3, 32, 32, generator=generator).cuda(), torch.randint(10, (N,), generator=generator).cuda()) for _ in range(count)
+        (torch.randn(N, 3, 32, 32, generator=generator).cuda(),
+         torch.randint(10, (N,), generator=generator).cuda())
+        for _ in range(count)
     ]  # fmt: skip
 
 
@@ -292,7 +345,9 @@ def test_graph_makes_the_steps_that_python_makes(amp):
         expected, found = plain.step(image, label), graphed.step(image, label)
         assert list(expected) == list(found)
         for name, value in expected.items():
-            compare.assert_close(found[name].double(), value.double(), dtype=torch.float32, what=f"step {i}: {name}")
+            compare.assert_close(
+                found[name].double(), value.double(), dtype=torch.float32, what=f"step {i}: {name}"
+            )
     assert graphed._graphed._graph is not None, "no step was captured"
     for (name, p), q in zip(plain.net.state_dict().items(), graphed.net.state_dict().values()):
         if p.is_floating_point():
@@ -327,7 +382,9 @@ def test_a_graph_on_a_device_that_is_not_the_current_one():
         compare.assert_close(found, expected.double(), what="loss")
 
 
-@pytest.mark.parametrize("options", ({}, {"amp": torch.bfloat16}, {"amp": torch.float16}, {"cuda_graph": True}))
+@pytest.mark.parametrize(
+    "options", ({}, {"amp": torch.bfloat16}, {"amp": torch.float16}, {"cuda_graph": True})
+)
 def test_steps_do_not_wait_for_the_device(options):
     t = trainer(**options)
     given = batches(8)
@@ -357,9 +414,12 @@ def test_a_moving_average_does_not_wait_for_the_device():
 
 @pytest.mark.parametrize("resident", (True, False))
 def test_batches_do_not_wait_for_the_device(resident):
-    """From the second one on: an epoch begins with copies of its order, and a run with those of mean and deviation."""
+    """From the second one on: an epoch begins with copies of its order, and a run with those of mean and
+    deviation."""
     generator = torch.Generator().manual_seed(0)
-    split = Split(torch.randint(256, (64, 3, 32, 32), dtype=torch.uint8, generator=generator), torch.arange(64) % 10)
+    split = Split(
+        torch.randint(256, (64, 3, 32, 32), dtype=torch.uint8, generator=generator), torch.arange(64) % 10
+    )
     images = ImageSet("images", split, split, 10, (0.5,) * 3, (0.25,) * 3, Augmentation(4, "reflect", True))
     images = images.to("cuda") if resident else images
     batches = images.train_epoch(8, seed=0, epoch=0, device="cuda")
@@ -380,7 +440,9 @@ def test_float16_trains():
 
 
 def test_prefetched_batches_are_the_batches():
-    made = [(torch.randint(256, (64, 3, 32, 32), dtype=torch.uint8), torch.randint(10, (64,))) for _ in range(20)]
+    made = [
+        (torch.randint(256, (64, 3, 32, 32), dtype=torch.uint8), torch.randint(10, (64,))) for _ in range(20)
+    ]
     got = []
     for image, label in prefetch(made, "cuda"):
         torch.cuda._sleep(1_000_000)  # the copies of later batches run ahead of this

@@ -20,8 +20,8 @@ PACKAGE = os.path.dirname(os.path.abspath(infopro_fast.__file__))
 
 # Everything that the launchers launch, without torch's headers: these take nvcc longer than the kernels do.
 SOURCE = """
-#include "chain_launch.cuh"
-#include "decoder_launch.cuh"
+#include "cuda/chain_stage_launch.cuh"
+#include "cuda/reconstruction_loss_launch.cuh"
 auto forward = &infopro::gpu::Forward::run;
 auto backward = &infopro::gpu::Backward::run;
 auto loss_forward = &infopro::gpu::chain::LossForward::run;

@@ -6,7 +6,6 @@ source that lack a barrier, or are off by one, are caught.
 
 from __future__ import annotations
 
-import importlib
 import os
 import shutil
 import subprocess
@@ -16,11 +15,10 @@ import pytest
 import torch
 
 from infopro_fast.ops import dispatch
+from infopro_fast.ops import reconstruction_loss_layers as layers
 from tests import compare, op_cases
 from tests.cuda_host import binding
 from tests.op_cases import reconstruction
-
-reconstruction_loss = importlib.import_module("infopro_fast.ops.reconstruction_loss")  # the module; the package's is the function
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
@@ -186,7 +184,7 @@ def test_too_many_hidden_channels(library, on_host, monkeypatch):
     assert kernels.plan(N=1, C=1, h=2, w=2, H=4, W=4, K=3000).shared == 0
     with pytest.raises(ValueError, match="impl='cuda' cannot run this call: 3000 hidden channels of maps of .* do not fit"):
         results(reconstruction(C=1, K=3000))
-    monkeypatch.setattr(reconstruction_loss, "SHARED_MEMORY", 2**31)
+    monkeypatch.setattr(layers, "SHARED_MEMORY", 2**31)
     with pytest.raises(RuntimeError, match="no plan fits"):
         results(reconstruction(C=1, K=3000))
 
@@ -197,10 +195,10 @@ def test_what_fits_every_gpu_is_known_from_the_shapes(shape, mode, library, on_h
     """No plan is missing for what is taken, and little is refused that there is a plan for, on the GPU of the least shared memory."""
     s = dict(N=3, C=5, h=4, w=3, H=9, W=7) | SHAPES[shape]
     kernels = on_host(library, binding.RTX4090)
-    assert kernels.device.shared_per_block == reconstruction_loss.SHARED_MEMORY
+    assert kernels.device.shared_per_block == layers.SHARED_MEMORY
     there_is_a_plan = [kernels.plan(**s | {"K": K}, nearest=mode == "nearest").shared > 0 for K in range(1, 161)]
     sizes = [s[name] for name in ("h", "w", "H", "W")]
-    taken = [reconstruction_loss.least_shared_memory(*sizes, K) <= reconstruction_loss.SHARED_MEMORY for K in range(1, 161)]
+    taken = [layers.least_shared_memory(*sizes, K) <= layers.SHARED_MEMORY for K in range(1, 161)]
     assert not there_is_a_plan[-1] and all(planned for planned, it in zip(there_is_a_plan, taken, strict=True) if it)
     assert sum(taken) >= 0.95 * sum(there_is_a_plan), (sum(taken), sum(there_is_a_plan))
 
@@ -271,7 +269,7 @@ BREAKS = {
 @pytest.mark.parametrize("case", BREAKS)
 def test_a_broken_copy_is_caught(case, library, on_host, tmp_path):
     """By the very comparison that the tests above make, for some order of the warps."""
-    path = binding.build(str(tmp_path / "broken.so"), csrc=broken(tmp_path, "decoder_taps.cuh", *BREAKS[case]))
+    path = binding.build(str(tmp_path / "broken.so"), csrc=broken(tmp_path, "cuda/reconstruction_loss_taps.cuh", *BREAKS[case]))
     caught = []
     for seed in (0, 1, 2, 3):
         on_host(path, seed=seed)
@@ -285,7 +283,7 @@ def test_a_broken_copy_is_caught(case, library, on_host, tmp_path):
 
 
 def test_a_divergent_barrier_is_a_deadlock(on_host, library, tmp_path):
-    where = ("decoder_taps.cuh", "__syncthreads();  // T is whole", "if (threadIdx.x < 40) __syncthreads();  // T is whole")
+    where = ("cuda/reconstruction_loss_taps.cuh", "__syncthreads();  // T is whole", "if (threadIdx.x < 40) __syncthreads();  // T is whole")
     on_host(binding.build(str(tmp_path / "broken.so"), csrc=broken(tmp_path, *where)))
     with pytest.raises(RuntimeError, match=r"deadlock: threads .*at __syncthreads"):
         op_cases.check(reconstruction(**SHAPES["primes"]), "cuda", torch.float32)
@@ -312,7 +310,7 @@ def test_sanitizers_find_nothing(library, tmp_path):
 
 
 def test_sanitizers_find_an_overrun_of_shared_memory(library, tmp_path):
-    where = ("decoder_kernels.cuh", "i < WARPS * row; i += THREADS) s.sums[i] = 0.0f", "i <= WARPS * row; i += THREADS) s.sums[i] = 0.0f")
+    where = ("cuda/reconstruction_loss_kernels.cuh", "i < WARPS * row; i += THREADS) s.sums[i] = 0.0f", "i <= WARPS * row; i += THREADS) s.sums[i] = 0.0f")
     done = sanitized(binding.build(str(tmp_path / "kernels.so"), *binding.SANITIZERS, csrc=broken(tmp_path, *where)))
     assert done.returncode != 0
     assert "heap-buffer-overflow" in done.stderr and "decoder_loss_kernel" in done.stderr, done.stderr[-5000:]

@@ -9,12 +9,13 @@ import torch
 from torch import nn
 
 from benchmarks import floors
-from infopro_fast.ops import dispatch, reconstruction_loss, reconstruction_loss_chain
+from infopro_fast.ops import dispatch, reconstruction_loss, reconstruction_loss_layers
 from tests import compare, op_cases, test_chain_decoder, test_contract, test_cuda_host
 from tests.cuda_host import binding
 from tests.op_cases import chain, doubled
 from tests.test_chain_decoder import FORMS, GOLDEN, resized, scaled
 from tests.test_cuda_host import MEAN, STD, broken, results
+from tests.test_resize import SIZES, by_stage, by_torch
 
 SMALL = binding.Device(2, 24 * 1024, 24 * 1024)  # images of several tiles, of which a block takes several
 MIDDLE = binding.Device(2, 32 * 1024, 32 * 1024)  # of which stages in front of the last need more
@@ -64,7 +65,7 @@ def test_released_values(case, library, on_host):
 def test_forms(form, library, on_host):
     kernels = on_host(library)
     op_cases.check(chain(**FORMS[form]), "cuda", torch.float32)
-    own = sum(side == 3 and channels <= reconstruction_loss_chain.MOST_OUTPUTS for _, side, channels in FORMS[form].get("stages", STAGES))
+    own = sum(side == 3 and channels <= reconstruction_loss_layers.MOST_OUTPUTS for _, side, channels in FORMS[form].get("stages", STAGES))
     assert kernels.calls == ["stage_forward"] * own + ["loss_forward", "loss_backward"] + ["stage_backward"] * own
 
 
@@ -101,6 +102,15 @@ def test_resizes_of_a_stage(name, device, library, on_host):
     last, h, w = LAST[name]
     on_host(library, device, seed=2)
     op_cases.check(chain(N=2, C=3, h=h, w=w, stages=((last, 3, 4),), last=scaled(1.0, 1.0)), "cuda", torch.float32)
+
+
+@pytest.mark.parametrize("mode", range(3))
+def test_a_resize_samples_where_torch_does(mode, library, on_host):
+    on_host(library)
+    stage = torch.ops.infopro_fast.chain_stage_forward_cuda.default
+    for n_in, n_out in (size for size in SIZES if size[0] <= size[1] <= 16 * size[0]):
+        wanted = by_torch(n_in, n_out, mode)
+        compare.assert_close(by_stage(stage, n_in, n_out, mode), wanted, what=f"{n_in} to {n_out}")
 
 
 @pytest.mark.parametrize("C, K", ((1, 1), (5, 2), (12, 3), (13, 12), (64, 7), (3, 16)))
@@ -283,10 +293,10 @@ def test_without_triton_stages_with_kernels_of_their_own_run(library, on_host, m
 
 def test_limits_are_those_of_the_kernels():
     """Written down twice: a call is refused before anything runs, and checked where it runs."""
-    with open(f"{binding.CSRC}/chain_plan.cuh") as source:
+    with open(f"{binding.CSRC}/cuda/chain_stage_plan.cuh") as source:
         text = source.read()
-    assert f"MOST_CHANNELS = {reconstruction_loss_chain.MOST_CHANNELS}, MOST_OUTPUTS = {reconstruction_loss_chain.MOST_OUTPUTS};" in text
-    assert f"MOST_ENLARGED = {reconstruction_loss_chain.MOST_ENLARGED};" in text
+    assert f"MOST_CHANNELS = {reconstruction_loss_layers.MOST_CHANNELS}, MOST_OUTPUTS = {reconstruction_loss_layers.MOST_OUTPUTS};" in text
+    assert f"MOST_ENLARGED = {reconstruction_loss_layers.MOST_ENLARGED};" in text
 
 
 @pytest.mark.parametrize("backward", (False, True))
@@ -295,7 +305,7 @@ def test_limits_are_those_of_the_kernels():
 def test_every_call_that_is_taken_has_a_plan(mode, last, backward, library, on_host):
     """On the device with the least shared memory, at the most channels."""
     kernels = on_host(library, binding.RTX4090)
-    most = dict(C=reconstruction_loss_chain.MOST_CHANNELS, K=3 if last else reconstruction_loss_chain.MOST_OUTPUTS, mode=mode)
+    most = dict(C=reconstruction_loss_layers.MOST_CHANNELS, K=3 if last else reconstruction_loss_layers.MOST_OUTPUTS, mode=mode)
     for h in (1, 2, 3, 5, 9, 40):
         for H in sorted({h, h + 1, 2 * h, 7 * h, 16 * h}):
             for w, W in ((1, 16), (3, 48), (4, 4), (33, 100)):
@@ -337,11 +347,11 @@ def test_plans_of_the_papers_shapes(shape, device, library, on_host):
 # ---------------------------------------------------------------------------------------------------------------------
 # The net holds
 
-KERNELS, OF_STAGES = "chain_loss_kernels.cuh", "chain_stage_kernels.cuh"
+KERNELS, OF_STAGES = "cuda/chain_stage_loss.cuh", "cuda/chain_stage_kernels.cuh"
 BREAKS = {
     "a barrier that is not there": (KERNELS, "  mix(d, s, t);\n  __syncthreads();", "  mix(d, s, t);"),
     "a barrier that is not there, backward": (KERNELS, "    collect(d, s, t);\n    __syncthreads();", "    collect(d, s, t);"),
-    "an index off by one": ("chain_block.cuh", "const Cell c = s.columns[x + dx];", "const Cell c = s.columns[x + (dx + 1) % 3];"),
+    "an index off by one": ("cuda/chain_stage_block.cuh", "const Cell c = s.columns[x + dx];", "const Cell c = s.columns[x + (dx + 1) % 3];"),
     "a barrier of a stage that is not there": (OF_STAGES, "      __syncthreads();\n      tile_moments", "      tile_moments"),
     "a barrier of a stage that is not there, backward": (OF_STAGES, "        __syncthreads();\n        add_weights", "        add_weights"),
     "a channel of a stage too far": (OF_STAGES, "k = channel + o;\n    float g", "k = channel + (o + 1) % 3;\n    float g"),

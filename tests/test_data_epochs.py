@@ -150,5 +150,5 @@ def test_held_out_images_are_trained_on_no_more():
     rest = images.held_out(1000)
     assert torch.equal(torch.cat([rest.train.images, rest.test.images]), images.train.images)
     assert torch.equal(torch.cat([rest.train.labels, rest.test.labels]), images.train.labels) and len(rest.test) == 1000
-    with pytest.raises(DataError, match="hold_out: expected 1 to 7999 of the training images, got 8000"):
+    with pytest.raises(DataError, match="hold_out: expected 1 to 7999 training images, got 8000"):
         images.held_out(8000)

@@ -296,7 +296,7 @@ def test_download_only_when_asked_and_errors_named(cifar, monkeypatch):
     """The fetch runs only with download=True and a file that is missing or damaged; a failure names the data set."""
     root, _, md5 = cifar
     calls = []
-    monkeypatch.setattr(cifar10, "_download", lambda at: calls.append(at))
+    monkeypatch.setattr(cifar10, "fetch_archive", lambda url, at, md5: calls.append(at))
     cifar10.load(root, download=True, md5=md5)
     assert calls == []
     path = root / cifar10.FOLDER / "data_batch_4"
@@ -307,14 +307,14 @@ def test_download_only_when_asked_and_errors_named(cifar, monkeypatch):
     assert calls == []
     with pytest.raises(DataError, match="after the download: .*data_batch_4 is damaged"):
         cifar10.load(root, download=True, md5=md5)
-    monkeypatch.setattr(cifar10, "_download", lambda at: path.write_bytes(whole))
+    monkeypatch.setattr(cifar10, "fetch_archive", lambda *_: path.write_bytes(whole))
     assert len(cifar10.load(root, download=True, md5=md5).train) == 100
 
-    def fail(at):
+    def fail(*_):
         raise OSError("no route to host")
 
     path.unlink()
-    monkeypatch.setattr(cifar10, "_download", fail)
+    monkeypatch.setattr(cifar10, "fetch_archive", fail)
     with pytest.raises(DataError, match="cifar10: download into .* failed: no route to host"):
         cifar10.load(root, download=True, md5=md5)
 

@@ -1,4 +1,4 @@
-"""The documents: their commands parse, what they show is there, the tables that are written from measurements are those of these."""
+"""The documents: their commands parse, their figures exist, their tables are those of the measurements."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import torch
 from benchmarks import report, step_figure
 from infopro_fast import cli
 from infopro_fast.memory import make_plan
-from infopro_fast.studies import known, summary, tables
+from infopro_fast.studies import known, results, summary, tables
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -26,13 +26,13 @@ BEGINNINGS = ("infopro-fast ", "python -m benchmarks.", "torchrun ")
 
 
 def commands(document: Path) -> list[str]:
-    """The commands of the indented blocks."""
+    """Return the commands of the indented blocks."""
     lines = (line.strip() for line in document.read_text().splitlines() if line.startswith("    "))
     return [line for line in lines if line.startswith(BEGINNINGS)]
 
 
 def check(command: str) -> None:
-    """Parse a command as it will be, up to where it would begin to work. SystemExit where its parser refuses it."""
+    """Parse a command without running it. Raises SystemExit where its parser refuses it."""
     words = shlex.split(command, comments=True)
     if words[:2] == ["python", "-m"]:
         _check_benchmark(words[2], words[3:])
@@ -47,7 +47,7 @@ class _Parsed(Exception):
 
 
 def _check_benchmark(name: str, arguments: list[str]) -> None:
-    """Its main, stopped behind the parser."""
+    """Run its main, stopped behind the parser."""
     module = importlib.import_module(name)
     assert hasattr(module, "argparse"), f"{name} takes no arguments and would run"
     with pytest.MonkeyPatch.context() as patch:
@@ -63,7 +63,10 @@ def _check_benchmark(name: str, arguments: list[str]) -> None:
             module.main()
 
 
-ALL = [pytest.param(command, id=f"{document.name}-{i}") for document in DOCUMENTS for i, command in enumerate(commands(document))]
+ALL = [
+    pytest.param(command, id=f"{document.name}-{i}")
+    for document in DOCUMENTS for i, command in enumerate(commands(document))
+]
 
 
 @pytest.mark.parametrize("command", ALL)
@@ -76,18 +79,20 @@ def test_commands_parse(command, tmp_path, monkeypatch):
 
 
 def test_every_section_of_results_has_its_command():
-    """Of docs/results.md, so that the test above cannot pass by finding nothing."""
+    """Sections of docs/results.md have commands, so that the test above cannot pass by finding nothing."""
     sections = re.split(r"(?m)^##+ .*$", (ROOT / "docs/results.md").read_text())[1:]
     assert len(sections) >= 10
     for section in sections:
-        assert any(line[4:].startswith(BEGINNINGS) for line in section.splitlines() if line.startswith("    ")), section[:200]
+        indented = [line[4:] for line in section.splitlines() if line.startswith("    ")]
+        assert any(line.startswith(BEGINNINGS) for line in indented), section[:200]
 
 
 @pytest.mark.parametrize(
     "command",
     [
-        "infopro-fast reproduce table2 --job 2 2", "infopro-fast reproduce table4", "infopro-fast reproduce table2 --seeds 0",
-        "infopro-fast train --recipe table4/resnet7", "python -m benchmarks.report --plot-all", "python -m benchmarks.floors write",
+        "infopro-fast reproduce table2 --job 2 2", "infopro-fast reproduce table4",
+        "infopro-fast reproduce table2 --seeds 0", "infopro-fast train --recipe table4/resnet7",
+        "python -m benchmarks.report --plot-all", "python -m benchmarks.floors write",
     ],
 )  # fmt: skip
 def test_wrong_commands_do_not(command):
@@ -99,73 +104,85 @@ def test_wrong_commands_do_not(command):
 def test_what_documents_show_is_there(document):
     prose = re.sub(r"(?s)```.*?```|`[^`\n]*`", "code", document.read_text())
     targets = re.findall(r"\]\(([^)#\s]+)\)", prose)
-    missing = [target for target in targets if "://" not in target and not (document.parent / target).exists()]
-    assert not missing
+    local = [target for target in targets if "://" not in target]
+    assert not [target for target in local if not (document.parent / target).exists()]
 
 
-@pytest.mark.parametrize("folder", ["modules", "trainer", "memory", "studies"])
-def test_the_layout_names_every_file(folder):
-    layout = (ROOT / "README.md").read_text().partition("\n## Layout\n")[2]
-    (own,) = re.findall(rf"(?m)^      {folder}/ (?:.*\n)(?:       .*\n)*", layout)
-    assert not {path.name for path in (ROOT / "infopro_fast" / folder).glob("*.py")} - {"__init__.py"} - set(re.findall(r"\w+\.py", own))
+def test_what_the_layout_names_is_there():
+    layout = (ROOT / "README.md").read_text().partition("\n## Layout\n")[2].partition("\n\nMIT")[0]
+    named = {*re.findall(r"[\w/]+\.(?:py|sh|h)\b", layout), *re.findall(r"(?m)^ +(\w+)/ ", layout)}
+    there = {path.name for path in ROOT.rglob("*")}
+    assert len(named) > 50 and not {name for name in named if Path(name).name not in there}
 
 
 def test_a_source_distribution_has_what_documents_and_tests_read(monkeypatch):
-    """By MANIFEST.in, which setuptools follows: the documents, what they show, and whatever the repository has beside the code."""
+    """MANIFEST.in, which setuptools follows, has the documents, their figures and all beside the code."""
     monkeypatch.chdir(ROOT)
     files = setuptools.command.egg_info.FileList()
     for line in Path("MANIFEST.in").read_text().splitlines():
         files.process_template_line(line)
     folders = ("docs", "benchmarks", "tests", "csrc")
-    there = {str(path) for folder in folders for path in Path(folder).rglob("*") if path.is_file() and path.suffix not in (".pyc", ".so")}
+    there = {path for folder in folders for path in Path(folder).rglob("*") if path.is_file()}
+    there = {str(path) for path in there if path.suffix not in (".pyc", ".so")}
     assert len(there) > 150 and not there - set(files.files)
 
 
-STUDIES = [command for command in commands(ROOT / "docs/results.md") if command.startswith("infopro-fast reproduce ")]
+REPRODUCE = "infopro-fast reproduce "
+STUDIES = [command for command in commands(ROOT / "docs/results.md") if command.startswith(REPRODUCE)]
 
 
 @pytest.mark.parametrize("command", STUDIES, ids=range(len(STUDIES)))
 def test_tables_are_those_of_their_runs(command, tmp_path):
-    """The Markdown that the command in front of a table writes of the runs in the table's JSON is the one beside it."""
+    """The command in front of a table writes the Markdown beside the table's JSON from its runs."""
     study = cli.parse(shlex.split(command)[1:])
     folder = ROOT / "docs/results" / ("" if study.out == Path("reproduction") else study.out)
     table = folder / f"{study.table}.json"
     study = dataclasses.replace(study, known=(table,), out=tmp_path, train=False, measure=False)
-    found = summary.collect(study, known.read(study))
+    found = results.collect(study, known.read(study))
     assert len(found) == len(json.loads(table.read_text())["cells"])
     assert table.with_suffix(".md").read_text() == summary.markdown(study, found)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # A training step
 
 
 def test_the_step_table_is_that_of_the_measurements():
     rows = step_figure.read(step_figure.RESULTS / "results.jsonl")
-    assert (step_figure.RESULTS / "train_step.md").read_text() == step_figure.markdown(rows), "run python -m benchmarks.step_figure"
+    written = (step_figure.RESULTS / "train_step.md").read_text()
+    assert written == step_figure.markdown(rows), "run python -m benchmarks.step_figure"
 
 
 def row(method: str, K: int, seconds: float, mib: int) -> step_figure.Row:
     where = dict(device="a machine", threads=2, isa="avx2", torch="2", commit="c")
-    return step_figure.Row("train_step", f"resnet32 N128 K{K}", method, "step", seconds, peak_bytes=mib * 2**20, **where)
+    name, peak = f"resnet32 N128 K{K}", mib * 2**20
+    return step_figure.Row("train_step", name, method, "step", seconds, peak_bytes=peak, **where)
 
 
 def test_step_table_and_figure(tmp_path):
     """K where it was measured, whatever the order of the rows; ratios are against ours with the same K."""
-    rows = [row("released", 1, 0.2, 300), row("ours", 1, 0.1, 290), row("released", 16, 0.9, 100), row("ours", 16, 0.3, 50)]
+    rows = [row("released", 1, 0.2, 300), row("ours", 1, 0.1, 290)]
+    rows += [row("released", 16, 0.9, 100), row("ours", 16, 0.3, 50)]
     table, figure = step_figure.write(rows, tmp_path)
     text = table.read_text()
     assert "A training step of resnet32, batch 128; a machine, 2 threads, avx2, torch 2, c." in text
-    assert "| released formulation, eager | 200 (2.0) | 900 (3.0) |" in text and "| here | 100 | 300 |" in text
+    assert "| released formulation, eager | 200 (2.0) | 900 (3.0) |" in text
+    assert "| here | 100 | 300 |" in text
     assert "| released formulation, eager | 300 | 100 |" in text and "| here | 290 | 50 |" in text
-    assert figure.read_bytes()[:4] == b"\x89PNG" and {path.name for path in tmp_path.iterdir()} == {"train_step.md", "train_step.png"}
+    assert figure.read_bytes()[:4] == b"\x89PNG"
+    assert {path.name for path in tmp_path.iterdir()} == {"train_step.md", "train_step.png"}
 
 
 def test_peaks_are_of_as_many_threads_as_times(monkeypatch):
     """As --threads says, for an op and for a step."""
     asked = []
-    monkeypatch.setattr(report.memory, "peak_bytes", lambda target, threads=2, **_: asked.append(threads) or {"peak": 2, "returned": 1})
-    monkeypatch.setattr(report, "alone", lambda call, threads, *arguments: dict.fromkeys(report.shapes.TRAIN_STEP, 0.1))
+
+    def peak_bytes(target, threads=2, **_):
+        asked.append(threads)
+        return {"peak": 2, "returned": 1}
+
+    monkeypatch.setattr(report.memory, "peak_bytes", peak_bytes)
+    monkeypatch.setattr(report, "alone", lambda *_: dict.fromkeys(report.shapes.TRAIN_STEP, 0.1))
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # as `alone` does in the process that measures an op
     try:
@@ -178,5 +195,6 @@ def test_peaks_are_of_as_many_threads_as_times(monkeypatch):
 
 def test_no_rows_of_a_step_is_an_error(tmp_path):
     (tmp_path / "results.jsonl").write_text('{"op": "supcon_loss"}\n')
-    with pytest.raises(ValueError, match="results.jsonl: expected rows of train_step, got none: run python -m benchmarks.report"):
+    message = "results.jsonl: expected rows of train_step, got none: run python -m benchmarks.report"
+    with pytest.raises(ValueError, match=message):
         step_figure.read(tmp_path / "results.jsonl")

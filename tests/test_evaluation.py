@@ -22,7 +22,9 @@ def segmenter():
 def scenes(N=6, H=16, W=20, classes=5):
     generator = torch.Generator().manual_seed(1)
     image = torch.randn(N, 3, H, W, generator=generator, dtype=torch.float64)
-    label = torch.randint(classes - 1, (N, H, W), generator=generator, dtype=torch.uint8)  # the last class never occurs
+    label = torch.randint(
+        classes - 1, (N, H, W), generator=generator, dtype=torch.uint8
+    )  # the last class never occurs
     label[:, :3] = IGNORE
     return image, label
 
@@ -37,10 +39,15 @@ def plain_miou(prediction: np.ndarray, label: np.ndarray, classes: int) -> tuple
     return float(np.mean([v for v in each if v is not None])), each
 
 
-@pytest.mark.parametrize("scales, flip", [((1.0,), False), ((1.0,), True), ((0.5, 0.75, 1.0, 1.25, 1.5, 1.75), False), ((0.5, 1.5), True)])
+@pytest.mark.parametrize(
+    "scales, flip",
+    [((1.0,), False), ((1.0,), True), ((0.5, 0.75, 1.0, 1.25, 1.5, 1.75), False), ((0.5, 1.5), True)],
+)
 def test_miou(segmenter, scales, flip):
     image, label = scenes()
-    found = evaluation.evaluate(segmenter, [(image[:4], label[:4]), (image[4:], label[4:])], scales=scales, flip=flip)
+    found = evaluation.evaluate(
+        segmenter, [(image[:4], label[:4]), (image[4:], label[4:])], scales=scales, flip=flip
+    )
     net = segmenter.eval()
     total = torch.zeros(6, 5, 16, 20, dtype=torch.float64)
     with torch.no_grad():
@@ -53,9 +60,13 @@ def test_miou(segmenter, scales, flip):
     miou, each = plain_miou(prediction.numpy(), label.numpy(), 5)
     assert found["miou"] == pytest.approx(miou, abs=1e-12) and found["count"] == 6
     assert [v is None for v in found["iou"]] == [v is None for v in each]
-    assert [v for v in found["iou"] if v is not None] == pytest.approx([v for v in each if v is not None], abs=1e-12)
+    assert [v for v in found["iou"] if v is not None] == pytest.approx(
+        [v for v in each if v is not None], abs=1e-12
+    )
     valid = label != IGNORE
-    assert found["accuracy"] == pytest.approx((prediction[valid] == label[valid]).double().mean().item(), abs=1e-12)
+    assert found["accuracy"] == pytest.approx(
+        (prediction[valid] == label[valid]).double().mean().item(), abs=1e-12
+    )
     mean = total / total.sum(1, keepdim=True)
     loss = F.nll_loss(mean.log().permute(0, 2, 3, 1)[valid], label[valid].long()).item()
     assert found["loss"] == pytest.approx(loss, rel=1e-5)
@@ -63,7 +74,9 @@ def test_miou(segmenter, scales, flip):
 
 
 def test_confusion_counts():
-    counts = evaluation.confusion(torch.tensor([[[0, 1, 1, 2]]]), torch.tensor([[[0, 0, 1, IGNORE]]], dtype=torch.uint8), 3)
+    counts = evaluation.confusion(
+        torch.tensor([[[0, 1, 1, 2]]]), torch.tensor([[[0, 0, 1, IGNORE]]], dtype=torch.uint8), 3
+    )
     assert counts.tolist() == [[1, 1, 0], [0, 1, 0], [0, 0, 0]]
     iou = evaluation.intersection_over_union(counts)
     assert iou[:2].tolist() == [0.5, 0.5] and iou[2].isnan()

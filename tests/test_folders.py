@@ -216,7 +216,7 @@ def test_what_is_missing_is_named(imagenet_root, cityscapes_root, tmp_path):
         data.load("imagenet", tmp_path)
     for folder in ("train/cat", "val/dog"):
         Image.new("RGB", (40, 40)).save(tmp_path / folder / "1.png")
-    with pytest.raises(DataError, match="train and val have other classes: cat, dog"):
+    with pytest.raises(DataError, match="train and val have different classes: cat, dog"):
         data.load("imagenet", tmp_path)
 
 
@@ -305,7 +305,7 @@ def test_masks_are_augmented_like_their_images():
     part = data.Split(images.test.labels[:8, None].repeat(1, 3, 1, 1), images.test.labels[:8])  # images that show their labels
     images = replace(images, train=part, test=part, augmentation=Augmentation(padding=5, mode="zeros", flip=True))
     flipped = 0
-    for image, label in images._augmented(4, 0, 0, 0, False, True, (0, 1)):
+    for image, label in images.uint8_batches(4, 0, 0, 0, False, True, (0, 1)):
         padded = (label == 255) & (image[:, 0] == 0)
         assert torch.equal(torch.where(padded, 255, image[:, 0]), label)
         flipped += sum(not torch.equal(one, two) for one, two in zip(label, images.train.labels))

@@ -12,27 +12,30 @@ import sys
 import pytest
 import torch
 
-from benchmarks import cuda_smoke, gpu, gpu_claims, gpu_files, shapes, train_step, workloads
-from benchmarks.gpu_meter import Budget, Meter, Result
+from benchmarks import cuda_smoke, shapes, train_step, workloads
+from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu import claims, files
+from benchmarks.gpu.meter import Budget, Meter
+from benchmarks.table import Row
 from tests.conftest import need_cpu_kernels
 
 COMPILED_METHODS = ("compile", "compile channels_last", "compile max-autotune", "released compile", "released compile max-autotune")
 
 
-def rows_of_the_claims() -> list[Result]:
+def rows_of_the_claims() -> list[Row]:
     """What the parts of the claims would measure, every method taking a second and a byte."""
     found = []
     for i, (op, shape) in enumerate(gpu.claimed_ops(small=False)):
         methods = [m for m in gpu.METHODS[op] if "compile" not in m or i == 0]  # as `parts` has it
-        of_it = dict(part=op, shape=workloads.label(shape), seconds=1.0, multiple=1.0, peak_bytes=1)
-        found += [Result(method=m, **of_it) for m in methods]
+        of_it = dict(op=op, shape=workloads.label(shape), seconds=1.0, multiple=1.0, peak_bytes=1)
+        found += [Row(method=m, **of_it) for m in methods]
     for case in gpu.claimed_steps(small=False) + gpu.claimed_compiled_steps(small=False):
-        found += [Result("step", case.label, m, "step", seconds=1.0, peak_bytes=1) for m in case.methods]
+        found += [Row("step", case.label, m, "step", seconds=1.0, peak_bytes=1) for m in case.methods]
     return found
 
 
-def values(results: list[Result]) -> list[float | None]:
-    return [c.value for c in gpu_claims.claims(results)]
+def values(results: list[Row]) -> list[float | None]:
+    return [c.value for c in claims.claims(results)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -51,28 +54,28 @@ def test_the_first_parts_measure_all_that_the_claims_need():
     ("resnet32", 1, 1024, "ours"), ("resnet32", 16, 128, "released channels_last"), ("resnet32", 16, 128, train_step.GRAPH),
 ])  # fmt: skip
 def test_no_claim_of_a_step_holds_against_what_is_missing(arch, K, N, method):
-    label = gpu_claims.step_label(arch, K, N)
+    label = claims.step_label(arch, K, N)
     rest = [r for r in rows_of_the_claims() if (r.shape, r.method) != (label, method)]
-    lost = [c for c in gpu_claims.claims(rest) if c.value is None]
-    assert lost and all(f"N {N}" in c.what and "not measured" == c.holds() for c in lost)
+    lost = [c for c in claims.claims(rest) if c.value is None]
+    assert lost and all(f"N {N}" in c.what and c.holds() is None for c in lost)
     assert len(rest) == len(rows_of_the_claims()) - 1
 
 
-@pytest.mark.parametrize("method", gpu_claims.DECODER_BASELINES)
+@pytest.mark.parametrize("method", claims.DECODER_BASELINES)
 def test_no_claim_of_the_decoder_holds_against_what_is_missing(method):
-    rest = [r for r in rows_of_the_claims() if (r.part, r.method) != ("reconstruction_loss", method)]
-    lost = [c for c in gpu_claims.claims(rest) if c.value is None]
+    rest = [r for r in rows_of_the_claims() if (r.op, r.method) != ("reconstruction_loss", method)]
+    lost = [c for c in claims.claims(rest) if c.value is None]
     assert [c.what for c in lost] == ["same, faster than the best of torch.compile and channels_last"]
 
 
 def test_a_method_that_failed_is_not_a_baseline():
     rows = rows_of_the_claims()
-    failed = next(r for r in rows if (r.part, r.method) == ("reconstruction_loss", "compile"))
+    failed = next(r for r in rows if (r.op, r.method) == ("reconstruction_loss", "compile"))
     failed.seconds, failed.note = None, "out of memory"
     assert values(rows)[1] is None
 
 
-def set_seconds(rows: list[Result], seconds: dict[tuple[str, str], float]) -> list[Result]:
+def set_seconds(rows: list[Row], seconds: dict[tuple[str, str], float]) -> list[Row]:
     for (shape, method), s in seconds.items():
         (row,) = [r for r in rows if (r.shape, r.method) == (shape, method)]
         row.seconds = s
@@ -80,21 +83,21 @@ def set_seconds(rows: list[Result], seconds: dict[tuple[str, str], float]) -> li
 
 
 def test_the_step_is_compared_with_the_best_end_to_end_and_graph_with_graph():
-    sixteen, one = gpu_claims.step_label("resnet32", 16, 1024), gpu_claims.step_label("resnet32", 1, 1024)
+    sixteen, one = claims.step_label("resnet32", 16, 1024), claims.step_label("resnet32", 1, 1024)
     rows = set_seconds(rows_of_the_claims(), {(sixteen, "ours"): 9.0, (sixteen, train_step.GRAPH): 6.0, (one, train_step.GRAPH): 5.0,
                                               (one, "ours"): 8.0, (one, "compile"): 4.0, (one, "released"): 9.0,
                                               (one, "released channels_last"): 9.0})  # fmt: skip
-    graphs, best = gpu_claims.claims(rows)[5:7]
-    assert graphs.value == 6.0 / 5.0 and graphs.holds() == "yes"
-    assert best.value == 6.0 / 4.0 and best.against == "compile" and best.holds() == "**no**"
+    graphs, best = claims.claims(rows)[5:7]
+    assert graphs.value == 6.0 / 5.0 and graphs.holds() is True
+    assert best.value == 6.0 / 4.0 and best.against == "compile" and best.holds() is False
 
 
 def test_max_autotune_counts_where_it_is_measured():
-    label = workloads.label(gpu_claims.DECODER)
+    label = workloads.label(claims.DECODER)
     rows = set_seconds(rows_of_the_claims(), {(label, workloads.TUNED): 0.5})
-    assert gpu_claims.claims(rows)[1].value == 0.5 and gpu_claims.claims(rows)[1].against == workloads.TUNED
+    assert claims.claims(rows)[1].value == 0.5 and claims.claims(rows)[1].against == workloads.TUNED
     without = [r for r in rows if r.method != workloads.TUNED]
-    assert gpu_claims.claims(without)[1].value == 1.0
+    assert claims.claims(without)[1].value == 1.0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -175,7 +178,7 @@ def test_a_peer_with_another_loss_is_measured_and_says_so(tmp_path, monkeypatch)
     importlib.invalidate_caches()
     (found,) = gpu.measure_op(Meter("cpu"), "supcon_loss", shapes.SupConShape(16), "float32", ("memeff",), Budget(60), ("both",))
     assert found.seconds > 0 and found.error is None and found.note == workloads.OTHER_LOSS["memeff"]
-    assert found.note in gpu_files.line(found) and " ms" in gpu_files.line(found)
+    assert found.note in files.line(found) and " ms" in files.line(found)
     del sys.modules["memeff"]  # monkeypatch would put it back
 
 
@@ -185,11 +188,11 @@ def test_batch_sizes_go_on_until_memory_runs_out(most, expected, monkeypatch):
 
     def measure(meter, op, shape, dtype, methods, budget, directions, with_error):
         seconds = None if shape.N > most else 1.0
-        return [Result(op, workloads.label(shape), methods[0], seconds=seconds, note="" if seconds else "out of memory")]
+        return [Row(op, workloads.label(shape), methods[0], seconds=seconds, note="" if seconds else "out of memory")]
 
     monkeypatch.setattr(gpu, "measure_op", measure)
     found = [r for rows in gpu.measure_sizes(Meter("cpu"), Budget(60), small=True) for r in rows if r.method == workloads.OURS]
-    assert [int(r.shape.split()[0][1:]) for r in found] == expected and {r.part for r in found} == {"batch size"}
+    assert [int(r.shape.split()[0][1:]) for r in found] == expected and {r.op for r in found} == {"batch size"}
     most *= 1000
     large = [r for rows in gpu.measure_sizes(Meter("cpu"), Budget(60), small=False) for r in rows if r.method == "eager"]
     sizes = [int(r.shape.split()[0][1:]) for r in large]
@@ -225,10 +228,10 @@ def report(request, tmp_path_factory) -> tuple[list[dict], pathlib.Path]:
 
 def test_rows_of_the_claims_come_first(report):
     rows, _ = report
-    parts = list(dict.fromkeys(r["part"] for r in rows))
+    parts = list(dict.fromkeys(r["op"] for r in rows))
     assert parts[:3] == ["reconstruction_loss", "supcon_loss", "step"] and set(parts) == {*gpu.OPS, "step", "batch size"}
     assert next(r for r in rows if r["seconds"])["method"] == workloads.OURS
-    steps = [(r["shape"], r["method"]) for r in rows if r["part"] == "step"]
+    steps = [(r["shape"], r["method"]) for r in rows if r["op"] == "step"]
     assert steps[:2] == [("resnet32 K16 N8", "ours"), ("resnet32 K16 N8", "released")]
     first_compiled = next(i for i, r in enumerate(rows) if "compile" in r["method"])
     assert first_compiled > max(i for i, r in enumerate(rows) if (r["shape"], r["method"]) in steps[:3])
@@ -239,7 +242,7 @@ def test_what_runs_on_a_cpu_was_measured(report):
     for r in rows:
         left_out = "compile" in r["method"] or r["method"] in (*workloads.PEERS, workloads.TRITON, workloads.CUDA)
         assert (r["seconds"] is not None) == (not left_out), r
-        if r["part"] in gpu.OPS and r["direction"] == "both" and r["dtype"] == "float32" and not left_out:
+        if r["op"] in gpu.OPS and r["direction"] == "both" and r["dtype"] == "float32" and not left_out:
             assert r["error"] < 1e-4, r
 
 
@@ -247,7 +250,7 @@ def test_files_are_written_and_claim_nothing_of_small_shapes(report):
     _, folder = report
     assert {p.name for p in folder.iterdir()} == {"results.jsonl", "results.md", "bars.md", "batch_size.png"}
     bars = (folder / "bars.md").read_text()
-    assert bars.count("not measured") == len(gpu_claims.claims([])) and "| yes |" not in bars
+    assert bars.count("not measured") == len(claims.claims([])) and "| yes |" not in bars
     assert "host, us" in (folder / "results.md").read_text()
 
 
@@ -256,8 +259,8 @@ def test_an_interrupt_loses_one_shape_at_most(tmp_path, monkeypatch):
 
     def interrupted(meter, small):
         def measure(budget):
-            yield [Result("step", "first", "ours", "step", seconds=1.0)]
-            yield [Result("step", "second", "ours", "step", seconds=2.0)]
+            yield [Row("step", "first", "ours", "step", seconds=1.0)]
+            yield [Row("step", "second", "ours", "step", seconds=2.0)]
             raise KeyboardInterrupt
 
         return [gpu.Part("steps", 1.0, measure)]
@@ -308,7 +311,7 @@ def test_the_one_command_fails_only_where_neither_build_works(pip, build, status
     calls = tmp_path / "calls"
     own = dict(CALLS=str(calls), PIP=str(pip), BUILD=str(build), PYTHON=str(tmp_path / "python"), SECONDS_IN_ALL="100")
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
-    script = pathlib.Path(gpu.__file__).parent / "gpu.sh"
+    script = pathlib.Path(gpu.__file__).parents[1] / "gpu.sh"
     done = subprocess.run(["bash", script], env=os.environ | own | {"PATH": path}, capture_output=True, text=True, timeout=60)
     assert done.returncode == status, done.stdout + done.stderr
     called = calls.read_text().splitlines()

@@ -1,4 +1,4 @@
-"""infopro_fast.info: what it says of an installation, and of what is missing there."""
+"""infopro_fast.info: what it says about an installation and about what is missing there."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def test_collect_is_json_and_true():
     assert facts["versions"]["infopro_fast"] == infopro_fast.__version__
     assert facts["versions"]["python"] == platform.python_version()
     assert facts["versions"]["torch"] == torch.__version__
-    assert facts["versions"]["commit"] is None or re.fullmatch(r"[0-9a-f]{7,}\+?", facts["versions"]["commit"])
+    commit = facts["versions"]["commit"]
+    assert commit is None or re.fullmatch(r"[0-9a-f]{7,}\+?", commit)
     assert facts["cpu"]["threads"] == torch.get_num_threads()
     assert facts["cpu"]["isa"] == ops.cpu_isa()
     assert (facts["cuda"]["device"] is None) == (not torch.cuda.is_available())
@@ -42,7 +43,7 @@ def test_every_implementation_of_every_op_is_listed():
 
 
 def test_kernels_that_do_not_load_are_named_with_the_reason(monkeypatch):
-    monkeypatch.setattr(dispatch, "load_cpu_kernels", lambda: "the object is damaged")
+    monkeypatch.setitem(dispatch.UNAVAILABLE, "cpu", "the object is damaged")
     facts = info.collect()
     assert facts["cpu"]["isa"] is None
     assert all(devices["cpu"]["cpu"] == "the object is damaged" for devices in facts["ops"].values())
@@ -57,8 +58,15 @@ RECORD = {"torch": "2.12.0", "torch_target": "2.10", "compiler": "c++ 12.2.0", "
 @pytest.mark.parametrize(
     ("cuda", "expected"),
     [
-        ({"built": False, "reason": "INFOPRO_NO_CUDA was set"}, "CUDA kernels    not built: INFOPRO_NO_CUDA was set"),
-        ({"built": True, "nvcc": "13.0", "architectures": ["9.0", "12.0+PTX"]}, "CUDA kernels    nvcc 13.0, 9.0 12.0+PTX"),
+        
+        (
+            {"built": False, "reason": "INFOPRO_NO_CUDA was set"},
+            "CUDA kernels    not built: INFOPRO_NO_CUDA was set",
+        ),
+        (
+            {"built": True, "nvcc": "13.0", "architectures": ["9.0", "12.0+PTX"]},
+            "CUDA kernels    nvcc 13.0, 9.0 12.0+PTX",
+        ),
     ],
 )
 def test_build_record_is_told(tmp_path, monkeypatch, cuda, expected):
@@ -77,12 +85,38 @@ def test_missing_build_record_is_told(tmp_path, monkeypatch):
     assert f"no _build.json in {tmp_path}: nothing was built there" in info.report()
 
 
+def test_the_tested_versions_are_told():
+    (line,) = [line for line in info.report().splitlines() if line.startswith("tested ")]
+    pairs = line.removeprefix("tested").strip().split(", ")
+    assert pairs == [f"torch {torch} with triton {triton}" for torch, triton in info.TESTED]
+
+
+@pytest.mark.parametrize(
+    ("version", "newer"),
+    [
+        ("2.10.0", False), ("2.14.1+cpu", False), ("2.15.0+cu130", False), ("2.15.3", False),
+        ("2.16.0", True), ("2.16.0.dev20261130+cpu", True), ("2.100.0", True), ("3.0.0", True),
+        ("2.9.1", False),
+    ],
+)  # fmt: skip
+def test_an_untested_newer_torch_is_named_and_not_refused(monkeypatch, version, newer):
+    monkeypatch.setattr(torch, "__version__", version)
+    (line,) = [line for line in info.report().splitlines() if line.startswith("torch ")]
+    assert line == f"torch           {version}" + (" (not tested yet; please report)" if newer else "")
+
+
+def test_an_untested_newer_triton_is_named(monkeypatch):
+    monkeypatch.setattr(info.importlib.metadata, "version", {"triton": "3.10.0"}.__getitem__)
+    assert "triton          3.10.0 (not tested yet; please report)" in info.report().splitlines()
+
+
 def test_the_commit_is_of_the_package_own_checkout(tmp_path, monkeypatch):
-    """Hash, + for what differs from it, nothing for a package that merely lies inside another project's checkout."""
+    """Hash, + for what differs from it; None for a package inside another project's checkout."""
 
     def git(*args):
         who = ("-c", "user.name=a", "-c", "user.email=a@b")
-        return subprocess.run(["git", *who, *args], cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
+        ran = subprocess.run(["git", *who, *args], cwd=tmp_path, check=True, capture_output=True, text=True)
+        return ran.stdout.strip()
 
     package = tmp_path / "infopro_fast"
     package.mkdir()

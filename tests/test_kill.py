@@ -23,7 +23,9 @@ KILLED = [moment for moment in MOMENTS if moment != "never"]
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("killed")
     command = [sys.executable, "-m", "tests.kill_driver", str(folder), *MOMENTS]
-    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(
+        command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=500
+    )
     assert done.returncode == 0, done.stderr
     return folder, json.loads(done.stdout.splitlines()[-1]), done.stderr
 
@@ -31,7 +33,10 @@ def runs(tmp_path_factory):
 def lines(run):
     """The metrics without what depends on the clock and the machine."""
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in r.items() if k not in ("seconds", "images_per_second", "peak_memory_bytes")} for r in records]
+    return [
+        {k: v for k, v in r.items() if k not in ("seconds", "images_per_second", "peak_memory_bytes")}
+        for r in records
+    ]
 
 
 def final_state(run):
@@ -44,7 +49,9 @@ def final_state(run):
 def test_continues_to_the_same_bits(runs, moment):
     folder, codes, errors = runs
     assert codes["never"] == [0] and codes[moment] == [-signal.SIGKILL, 0], errors
-    expected, got = (safetensors.torch.load_file(folder / run / "weights.safetensors") for run in ("never", moment))
+    expected, got = (
+        safetensors.torch.load_file(folder / run / "weights.safetensors") for run in ("never", moment)
+    )
     assert list(expected) == list(got)
     for name, tensor in expected.items():
         assert torch.equal(got[name], tensor), name
@@ -52,7 +59,9 @@ def test_continues_to_the_same_bits(runs, moment):
     for part in ("net", "trainer", "meters", "rng", "best", "test", "epoch", "batch"):
         assert same(got[part], expected[part]), part
     assert lines(folder / moment) == lines(folder / "never")
-    leftovers = [path.name for path in (folder / moment).rglob("*") if path.name.startswith(whole_files.ASIDE)]
+    leftovers = [
+        path.name for path in (folder / moment).rglob("*") if path.name.startswith(whole_files.ASIDE)
+    ]
     assert leftovers == []
     assert len(checkpoint.list_checkpoints(folder / moment / "checkpoints")) == 2
 
@@ -68,10 +77,12 @@ def same(a, b):
 
 
 def test_the_run_left_alone_trained(runs):
-    """Or the comparison above would say nothing: weights moved in every epoch, and three epochs were logged."""
+    """Otherwise the comparison above would say nothing: weights moved in each of the three epochs."""
     folder, _, _ = runs
     records = lines(folder / "never")
     epochs = [r for r in records if r["kind"] == "epoch"]
     assert [r["epoch"] for r in epochs] == [1, 2, 3]
     assert len({r["train"]["module2/contrast"] for r in epochs}) == 3
-    assert [(r["epoch"], r["batch"]) for r in records if r["kind"] == "step"] == [(e, b) for e in (1, 2, 3) for b in (3, 4)]
+    assert [(r["epoch"], r["batch"]) for r in records if r["kind"] == "step"] == [
+        (e, b) for e in (1, 2, 3) for b in (3, 4)
+    ]

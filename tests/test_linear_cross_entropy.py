@@ -1,4 +1,5 @@
-"""`linear_cross_entropy`: every option against F.cross_entropy(F.linear(...)), gradients included; edges; messages."""
+"""`linear_cross_entropy`: every option against F.cross_entropy(F.linear(...)), gradients included; edges;
+messages."""
 
 from __future__ import annotations
 
@@ -17,20 +18,33 @@ from tests.op_cases import check, gradients, linear_ce
 
 FLOATS = (torch.float64, torch.float32)
 
-OPTIONS = list(itertools.product((0.0, 0.1, 1.0), (False, True), (False, True), (0, 5), ("mean", "sum", "none")))
+OPTIONS = list(
+    itertools.product((0.0, 0.1, 1.0), (False, True), (False, True), (0, 5), ("mean", "sum", "none"))
+)
 
 
 @pytest.mark.parametrize("label_smoothing, class_weight, bias, ignored, reduction", OPTIONS)
 def test_options(label_smoothing, class_weight, bias, ignored, reduction, impl):
-    options = dict(label_smoothing=label_smoothing, class_weight=class_weight, bias=bias, ignored=ignored, reduction=reduction)
+    options = dict(
+        label_smoothing=label_smoothing, class_weight=class_weight, bias=bias, ignored=ignored,
+        reduction=reduction,
+    )  # fmt: skip
     for dtype in FLOATS:
         check(linear_ce(N=23, D=11, C=13, **options), impl, dtype)
 
 
-@pytest.mark.parametrize("label_smoothing, class_weight, bias", list(itertools.product((0.0, 0.1), (False, True), (False, True))))
+@pytest.mark.parametrize(
+    "label_smoothing, class_weight, bias", list(itertools.product((0.0, 0.1), (False, True), (False, True)))
+)
 def test_options_on_every_instruction_set(label_smoothing, class_weight, bias, isa):
     for dtype in FLOATS:
-        check(linear_ce(N=67, D=70, C=35, label_smoothing=label_smoothing, class_weight=class_weight, bias=bias), "cpu", dtype)
+        check(
+            linear_ce(
+                N=67, D=70, C=35, label_smoothing=label_smoothing, class_weight=class_weight, bias=bias
+            ),
+            "cpu",
+            dtype,
+        )
 
 
 SIZES = [(N, 9, 10) for N in (1, 2, 3, 15, 16, 17, 63, 64, 65, 127, 129, 257, 1025)]
@@ -53,7 +67,9 @@ def test_one_class(impl):
         loss = case.function(impl)(inputs)
         compare.assert_close(loss, torch.zeros(33, dtype=torch.float64), scale=case.condition, what="loss")
         for name, grad in gradients(loss, inputs).items():
-            compare.assert_close(grad, torch.zeros_like(grad, dtype=torch.float64), scale=case.condition, what=name)
+            compare.assert_close(
+                grad, torch.zeros_like(grad, dtype=torch.float64), scale=case.condition, what=name
+            )
 
 
 @pytest.mark.parametrize("size", (1e-3, 30.0, 1e4))
@@ -66,7 +82,8 @@ def test_size_of_the_logits(size, label_smoothing, impl):
 
 @pytest.mark.parametrize("C", (7, 300, 1600))
 def test_a_class_masked_by_its_bias(C, impl):
-    """A bias of -inf takes a class out; of 1600 the whole first chunk, which leaves nothing to take the maximum of."""
+    """A bias of -inf takes a class out; of 1600 the whole first chunk, which leaves nothing to take the
+    maximum of."""
     case = linear_ce(N=20, D=5, C=C, class_weight=False, label_smoothing=0.0)
     case.tensors["bias"][: 2 * C // 3] = -torch.inf
     case.tensors["target"].copy_(C - 1 - torch.arange(20) % (C // 3))
@@ -103,14 +120,18 @@ def test_no_label_is_mistaken_for_a_negative_ignore_index(reduction, impl):
     inputs, exact = case.inputs(), case.inputs()
     inputs["target"] = inputs["target"].to(torch.uint8)
     compare.assert_close(case.function(impl)(inputs), case.plain(exact), what="loss")
-    _, correct = linear_cross_entropy(inputs["input"], inputs["weight"], inputs["target"], return_correct=True, impl=impl)
+    _, correct = linear_cross_entropy(
+        inputs["input"], inputs["weight"], inputs["target"], return_correct=True, impl=impl
+    )
     assert correct == ((inputs["input"] @ inputs["weight"].T).argmax(1) == case.tensors["target"]).sum()
 
 
 def test_class_weight_gets_no_gradient(impl):
     case = linear_ce()
     inputs = case.inputs(grad=("input", "class_weight"))
-    with pytest.raises(ValueError, match="linear_cross_entropy: class_weight: expected a tensor that does not require grad"):
+    with pytest.raises(
+        ValueError, match="linear_cross_entropy: class_weight: expected a tensor that does not require grad"
+    ):
         case.function(impl)(inputs)
 
 
@@ -124,7 +145,7 @@ def test_a_label_out_of_range_raises(bad, target_dtype, impl):
         linear_cross_entropy(inputs["input"], inputs["weight"], inputs["target"], impl=impl)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Rows that do not count
 
 
@@ -134,7 +155,9 @@ def test_a_label_out_of_range_raises(bad, target_dtype, impl):
 @pytest.mark.parametrize("dtype", (*FLOATS, torch.bfloat16))
 def test_all_rows_ignored(class_weight, label_smoothing, reduction, dtype, impl):
     """0 with zero gradients, where torch's mean is nan with nan gradients."""
-    case = linear_ce(N=9, ignored=9, class_weight=class_weight, label_smoothing=label_smoothing, reduction=reduction)
+    case = linear_ce(
+        N=9, ignored=9, class_weight=class_weight, label_smoothing=label_smoothing, reduction=reduction
+    )
     inputs = case.inputs(dtype)
     loss = case.function(impl)(inputs)
     assert loss.shape == ((9,) if reduction == "none" else ()) and not loss.detach().any()
@@ -165,7 +188,7 @@ def test_an_ignored_row_may_be_huge(impl):
         compare.assert_close(grad, expected[name], what=name)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # How many are right
 
 
@@ -176,7 +199,9 @@ def correct(inputs, impl, **options) -> torch.Tensor:
     return count
 
 
-@pytest.mark.parametrize("N, D, C, ignored", ((1, 3, 4, 0), (500, 20, 10, 100), (300, 8, 1031, 7), (64, 16, 2, 64)))
+@pytest.mark.parametrize(
+    "N, D, C, ignored", ((1, 3, 4, 0), (500, 20, 10, 100), (300, 8, 1031, 7), (64, 16, 2, 64))
+)
 def test_correct(N, D, C, ignored, impl):
     inputs = linear_ce(N, D, C, ignored=ignored).inputs()
     with torch.no_grad():  # so that many are right
@@ -196,7 +221,9 @@ def test_the_first_of_equal_logits_counts(C, impl):
     target = torch.randint(C, (200,), generator=generator)
     first = int(weight[:, 0].argmax())
     target[::3] = first
-    inputs = {"input": torch.ones(200, 4, requires_grad=True), "weight": weight.requires_grad_(), "target": target}
+    inputs = {
+        "input": torch.ones(200, 4, requires_grad=True), "weight": weight.requires_grad_(), "target": target
+    }
     assert correct(inputs, impl) == (target == first).sum() > 60
     equal = inputs | {"weight": torch.ones(C, 4, requires_grad=True), "target": torch.arange(200) % C}
     assert correct(equal, impl) == (torch.arange(200) % C == 0).sum()
@@ -204,17 +231,23 @@ def test_the_first_of_equal_logits_counts(C, impl):
 
 def test_asking_for_correct_changes_nothing(impl):
     inputs = linear_ce().inputs()
-    with_count, _ = linear_cross_entropy(inputs["input"], inputs["weight"], inputs["target"], return_correct=True, impl=impl)
-    compare.assert_same(with_count, linear_cross_entropy(inputs["input"], inputs["weight"], inputs["target"], impl=impl))
+    with_count, _ = linear_cross_entropy(
+        inputs["input"], inputs["weight"], inputs["target"], return_correct=True, impl=impl
+    )
+    compare.assert_same(
+        with_count, linear_cross_entropy(inputs["input"], inputs["weight"], inputs["target"], impl=impl)
+    )
 
 
 def test_correct_without_grad_and_without_rows(impl):
     inputs = linear_ce(N=0, ignored=0).inputs(grad=())
-    loss, count = linear_cross_entropy(inputs["input"], inputs["weight"], inputs["target"], return_correct=True, impl=impl)
+    loss, count = linear_cross_entropy(
+        inputs["input"], inputs["weight"], inputs["target"], return_correct=True, impl=impl
+    )
     assert loss == 0 and count == 0 and count.dtype == torch.int64
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Any shape, any layout, any dtype
 
 
@@ -222,8 +255,9 @@ def test_correct_without_grad_and_without_rows(impl):
 def any_case(draw):
     N, D, C = draw(st.integers(1, 80)), draw(st.integers(1, 40)), draw(st.integers(1, 90))
     options = dict(
-        bias=draw(st.booleans()), class_weight=draw(st.booleans()), ignored=draw(st.integers(0, N - 1)), size=draw(st.floats(0.01, 20)),
-        label_smoothing=draw(st.sampled_from((0.0, 0.1, 0.5))), reduction=draw(st.sampled_from(("mean", "sum", "none"))),
+        bias=draw(st.booleans()), class_weight=draw(st.booleans()), ignored=draw(st.integers(0, N - 1)),
+        size=draw(st.floats(0.01, 20)), label_smoothing=draw(st.sampled_from((0.0, 0.1, 0.5))),
+        reduction=draw(st.sampled_from(("mean", "sum", "none"))),
     )  # fmt: skip
     case = linear_ce(N, D, C, **options)
     layouts = {k: draw(st.sampled_from(("contiguous", "transposed", "slice", "step"))) for k in case.tensors}
@@ -239,12 +273,13 @@ def test_any_case(impl, drawn):
     compare.assert_close(loss, exact, scale=max(exact.abs().max().item(), case.condition), what="loss")
     ours, expected = gradients(loss, inputs), gradients(exact, exact_inputs)
     for name, grad in ours.items():
-        # A probability that rounds to 1 leaves a gradient of rounding alone: relative to what one row can give.
+        # A probability that rounds to 1 leaves a gradient of rounding alone: relative to what one row can
+        # give.
         scale = max(expected[name].abs().max().item(), 1e-3) * case.condition
         compare.assert_close(grad, expected[name], scale=scale, what=name)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Messages
 
 x, w, t = torch.zeros(4, 8), torch.zeros(5, 8), torch.zeros(4, dtype=torch.long)
@@ -253,7 +288,11 @@ MESSAGES = [
     (dict(input=x.long()), TypeError, "input: expected a floating-point tensor, got torch.int64"),
     (dict(weight=w.int()), TypeError, "weight: expected a floating-point tensor, got torch.int32"),
     (dict(weight=None), TypeError, "weight: expected a floating-point tensor, got NoneType"),
-    (dict(bias=torch.zeros(5, dtype=torch.long)), TypeError, "bias: expected a floating-point tensor, got torch.int64"),
+    (
+        dict(bias=torch.zeros(5, dtype=torch.long)),
+        TypeError,
+        "bias: expected a floating-point tensor, got torch.int64",
+    ),
     (dict(class_weight=[1.0] * 5), TypeError, "class_weight: expected a floating-point tensor, got list"),
     (dict(target=t.float()), TypeError, "target: expected an integer tensor, got torch.float32"),
     (dict(target=t.bool()), TypeError, "target: expected an integer tensor, got torch.bool"),
@@ -267,10 +306,18 @@ MESSAGES = [
     (dict(target=t[:, None]), ValueError, "target: expected (4,), got (4, 1)"),
     (dict(bias=x[0]), ValueError, "bias: expected (5,), got (8,)"),
     (dict(class_weight=x[0]), ValueError, "class_weight: expected (5,), got (8,)"),
-    (dict(reduction="batchmean"), ValueError, "reduction: expected one of ('mean', 'sum', 'none'), got 'batchmean'"),
+    (
+        dict(reduction="batchmean"),
+        ValueError,
+        "reduction: expected one of ('mean', 'sum', 'none'), got 'batchmean'",
+    ),
     (dict(label_smoothing=1.5), ValueError, "label_smoothing: expected in [0, 1], got 1.5"),
     (dict(label_smoothing=-0.1), ValueError, "label_smoothing: expected in [0, 1], got -0.1"),
-    (dict(impl="liger"), ValueError, "impl: expected one of ('auto', 'reference', 'cpu', 'triton', 'cuda'), got 'liger'"),
+    (
+        dict(impl="liger"),
+        ValueError,
+        "impl: expected one of ('auto', 'reference', 'cpu', 'triton', 'cuda'), got 'liger'",
+    ),
 ]
 
 

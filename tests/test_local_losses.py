@@ -21,7 +21,6 @@ from infopro_fast.modules.auglocal import aux_depths, sampled_blocks
 from infopro_fast.modules.heads import GlobalAveragePool
 from infopro_fast.published import INFOPRO_L_LAMBDAS, WEIGHTED
 from infopro_fast.trainer import fit, run_folder
-from infopro_fast.trainer.processes.reduction import ParallelTrainer, modules_of
 from infopro_fast.trainer.settings.config import TrainConfig
 from infopro_fast.trainer.step import local_step
 from tests import compare, tiny_run
@@ -116,12 +115,14 @@ def test_a_part_of_the_modules_trains_to_the_same_bits(name):
     """The pipeline's layout: modules 2 and 3 are given the features of module 1, and for infopro_l need no image."""
     net, whole = build(name), build(name)
     trainer = infopro_fast.LocalTrainer(whole, sgd)
-    first = ParallelTrainer(modules_of(net, range(0, 1)), sgd, modules=3)
-    rest = ParallelTrainer(modules_of(net, range(1, 3)), sgd, first=1, modules=3)
+    first = infopro_fast.LocalTrainer(net.part(range(0, 1)), sgd, modules=3)
+    rest = infopro_fast.LocalTrainer(net.part(range(1, 3)), sgd, first=1, modules=3)
     for step in range(2):
         expected = trainer.step(IMAGE, LABEL)
-        found = first.step(IMAGE, LABEL)
-        found |= rest.step(torch.full_like(IMAGE, torch.nan) if name == "infopro_l" else IMAGE, LABEL, features=first.outgoing)
+        features, found = first.step_from(IMAGE, IMAGE, LABEL)
+        ended, others = rest.step_from(features, None if name == "infopro_l" else IMAGE, LABEL)
+        found |= others
+        assert ended is None
         assert found.keys() == expected.keys() and all(torch.equal(found[n], expected[n]) for n in found), step
     assert all(torch.equal(t, whole.state_dict()[n]) for n, t in net.state_dict().items())
 
@@ -357,7 +358,7 @@ def test_settings_of_auglocal():
 
 
 def test_the_example_of_the_documentation_trains():
-    (code,) = re.findall(r"```python\n(.*?)```", DOC.read_text(), re.DOTALL)
+    code, _ = re.findall(r"```python\n(.*?)```", DOC.read_text(), re.DOTALL)
     scope = {}
     exec(compile(code, str(DOC), "exec"), scope)
     metrics, net = scope["metrics"], scope["net"]
@@ -365,6 +366,18 @@ def test_the_example_of_the_documentation_trains():
                             "module2/sparsity", "loss", "correct"}  # fmt: skip
     assert metrics["module1/task"] < scope["before"]["module1/task"]
     assert sum(name.startswith("sparse_head_") for name in net.released_state_dict()) == 4
+
+
+@pytest.mark.compile
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torchao's, of caches
+def test_an_optimizer_with_state_of_8_bits():
+    pytest.importorskip("torchao.optim")
+    _, code = re.findall(r"```python\n(.*?)```", DOC.read_text(), re.DOTALL)
+    scope = {"net": build("contrast", 2), "infopro_fast": infopro_fast}
+    exec(compile(code, str(DOC), "exec"), scope)
+    losses = [scope["trainer"].step(IMAGE, LABEL)["loss"].item() for _ in range(5)]
+    kept = [type(t).__name__ for o in scope["trainer"].optimizers for state in o.state.values() for t in state.values()]
+    assert losses[-1] < losses[0] and "OptimState8bit" in kept
 
 
 def test_places():

@@ -25,14 +25,20 @@ def moved(net: nn.Module) -> None:
 def test_it_is_that_of_torch_to_the_bit():
     """After every update; and each continues from the other's state."""
     net = network()
-    ours, theirs = MovingAverage(net, 0.9), AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+    ours, theirs = (
+        MovingAverage(net, 0.9),
+        AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True),
+    )
     for step in range(5):
         moved(net)
         for average in (ours, theirs):
             average.update_parameters(net)
         found, expected = ours.state_dict(), theirs.state_dict()
         assert list(found) == list(expected) and found["n_averaged"] == step + 1
-        assert all(found[name].dtype == tensor.dtype and torch.equal(found[name], tensor) for name, tensor in expected.items())
+        assert all(
+            found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
+            for name, tensor in expected.items()
+        )
         if step == 2:
             expected = {name: tensor.clone() for name, tensor in expected.items()}
             theirs.load_state_dict({name: tensor.clone() for name, tensor in found.items()})

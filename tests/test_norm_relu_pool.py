@@ -1,4 +1,5 @@
-"""norm_relu_pool beyond the contract of every op: shapes, layers' options, running statistics, what it keeps, what it says."""
+"""norm_relu_pool beyond the contract of every op: shapes, layers' options, running statistics, what it keeps,
+what it says."""
 
 from __future__ import annotations
 
@@ -17,7 +18,10 @@ from infopro_fast.modules.heads import GlobalAveragePool, run_head
 from tests import compare, op_cases
 from tests.op_cases import norm_pool
 
-SHAPES = [(128, 32, 16, 16), (2, 1, 1, 1), (1, 7, 1, 2), (3, 17, 5, 3), (2, 64, 8, 8), (5, 100, 1, 1), (2, 3, 7, 31)]
+SHAPES = [
+    (128, 32, 16, 16), (2, 1, 1, 1), (1, 7, 1, 2), (3, 17, 5, 3), (2, 64, 8, 8), (5, 100, 1, 1),
+    (2, 3, 7, 31),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32))
@@ -38,7 +42,8 @@ def test_every_instruction_set(isa, layout):
 
 
 @pytest.mark.parametrize(
-    "options", [{"training": False}, {"affine": False}, {"track_running_stats": False}, {"training": False, "track_running_stats": False},
+    "options", [{"training": False}, {"affine": False}, {"track_running_stats": False},
+    {"training": False, "track_running_stats": False},
                 {"momentum": None}, {"eps": 0.3}], ids=str
 )  # fmt: skip
 def test_layer_options(impl, options):
@@ -50,7 +55,10 @@ def test_running_statistics_move_as_in_the_layer(impl, momentum):
     theirs = nn.BatchNorm2d(5, momentum=momentum).double()
     ours = copy.deepcopy(theirs)
     for seed in range(3):
-        x = torch.randn(4, 5, 3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * 2 + 1
+        x = (
+            torch.randn(4, 5, 3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * 2
+            + 1
+        )
         theirs(x)
         ops.norm_relu_pool(x, ours, impl=impl)
     assert ours.num_batches_tracked == 3
@@ -101,13 +109,21 @@ def test_gradient_has_the_strides_of_the_input(cpu):
 def test_messages():
     bn = nn.BatchNorm2d(3)
     for arguments, kind, message in [
-        ((torch.zeros(2, 3, 4, 4, dtype=torch.int64), bn), TypeError, "x: expected a floating-point tensor, got torch.int64"),
+        (
+            (torch.zeros(2, 3, 4, 4, dtype=torch.int64), bn),
+            TypeError,
+            "x: expected a floating-point tensor, got torch.int64",
+        ),
         (([1.0], bn), TypeError, "x: expected a floating-point tensor, got list"),
         ((torch.zeros(2, 3, 4, 4), nn.ReLU()), TypeError, "bn: expected a BatchNorm2d, got ReLU"),
         ((torch.zeros(2, 4, 4, 4), bn), ValueError, r"x: expected \(N, 3, h, w\) .* got \(2, 4, 4, 4\)"),
         ((torch.zeros(2, 3, 4), bn), ValueError, r"x: expected \(N, 3, h, w\) .* got \(2, 3, 4\)"),
         ((torch.zeros(2, 3, 0, 4), bn), ValueError, "x: expected .* maps of at least 1x1"),
-        ((torch.zeros(1, 3, 1, 1), bn), ValueError, "x: expected more than 1 value per channel when training"),
+        (
+            (torch.zeros(1, 3, 1, 1), bn),
+            ValueError,
+            "x: expected more than 1 value per channel when training",
+        ),
     ]:
         with pytest.raises(kind, match=f"norm_relu_pool: {message}"):
             ops.norm_relu_pool(*arguments)
@@ -115,7 +131,7 @@ def test_messages():
         ops.norm_relu_pool(torch.zeros(2, 3, 4, 4, device="meta"), bn.to("meta"), impl="cpu")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # With a convolution before it
 
 
@@ -126,7 +142,7 @@ NAMES = ("x", "conv.weight", "bn.weight", "bn.bias")
 @pytest.fixture
 def fused(monkeypatch, cpu):
     """Channels that the kernels would leave to oneDNN go through them, too."""
-    monkeypatch.setattr(MODULE, "_pays", lambda shape, conv: True)
+    monkeypatch.setattr(MODULE, "pays", lambda shape, conv: True)
     return cpu
 
 
@@ -146,7 +162,11 @@ def pooled_and_gradients(call, x, conv, bn, upstream=None):
     conv, bn, x = copy.deepcopy(conv), copy.deepcopy(bn), x.detach().clone().requires_grad_()
     pooled = call(x, conv, bn)
     generator = torch.Generator().manual_seed(1)
-    grad = torch.randn(pooled.shape, generator=generator, dtype=torch.float64).to(pooled.dtype) if upstream is None else upstream
+    grad = (
+        torch.randn(pooled.shape, generator=generator, dtype=torch.float64).to(pooled.dtype)
+        if upstream is None
+        else upstream
+    )
     leaves = [t for t in (x, conv.weight, bn.weight, bn.bias) if t is not None and t.requires_grad]
     found = torch.autograd.grad(pooled, leaves, grad)
     return [pooled.detach(), *found, bn.running_mean, bn.running_var]
@@ -174,7 +194,8 @@ def assert_conv(x, conv, bn, impl):
 
 
 CONVOLUTIONS = [  # N, C, K, h, w, stride
-    (128, 16, 32, 32, 32, 2), (16, 64, 64, 8, 8, 1), (3, 5, 7, 9, 11, 2), (2, 17, 35, 8, 6, 1), (5, 3, 4, 1, 1, 2), (3, 20, 13, 7, 5, 1),
+    (128, 16, 32, 32, 32, 2), (16, 64, 64, 8, 8, 1), (3, 5, 7, 9, 11, 2), (2, 17, 35, 8, 6, 1),
+    (5, 3, 4, 1, 1, 2), (3, 20, 13, 7, 5, 1),
     (3, 3, 4, 2, 3, 2), (7, 1, 1, 33, 31, 2), (8, 6, 9, 1, 9, 1),
 ]  # fmt: skip
 
@@ -191,10 +212,15 @@ def test_convolution(fused, isa, shape, dtype):
     assert_conv(x, conv, bn, fused)
 
 
-shapes = st.tuples(st.integers(1, 4), st.integers(1, 20), st.integers(1, 20), st.integers(2, 9), st.integers(2, 9))
+shapes = st.tuples(
+    st.integers(1, 4), st.integers(1, 20), st.integers(1, 20), st.integers(2, 9), st.integers(2, 9)
+)
 
 
-@given(size=shapes, stride=st.sampled_from((1, 2)), training=st.booleans(), layout=st.sampled_from(op_cases.LAYOUTS))
+@given(
+    size=shapes, stride=st.sampled_from((1, 2)), training=st.booleans(),
+    layout=st.sampled_from(op_cases.LAYOUTS),
+)  # fmt: skip
 def test_convolution_of_any_shape_and_layout(size, stride, training, layout):
     N, C, K, h, w = size
     if N * -(-h // stride) * -(-w // stride) <= 2:
@@ -203,7 +229,7 @@ def test_convolution_of_any_shape_and_layout(size, stride, training, layout):
     x = torch.randn(N, C, h, w, dtype=torch.float64)
     expected = pooled_and_gradients(plain, x, conv, bn)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MODULE, "_pays", lambda shape, conv: True)
+        patch.setattr(MODULE, "pays", lambda shape, conv: True)
         stored, _ = op_cases.relayout(x, layout)
         leaf = stored.detach().requires_grad_()
         pooled = ops.norm_relu_pool(leaf, bn, conv=conv, impl="cpu")
@@ -221,7 +247,9 @@ def test_convolution_gradcheck(fused, stride, training, affine):
     conv, bn = head(2, 3, stride, training=training, affine=affine)
     x = torch.randn(2, 2, 4, 5, dtype=torch.float64, requires_grad=True)
     parameters = [conv.weight, *bn.parameters()]
-    assert torch.autograd.gradcheck(lambda x, *_: ops.norm_relu_pool(x, bn, conv=conv, impl=fused), (x, *parameters), atol=1e-6, rtol=1e-5)
+    assert torch.autograd.gradcheck(
+        lambda x, *_: ops.norm_relu_pool(x, bn, conv=conv, impl=fused), (x, *parameters), atol=1e-6, rtol=1e-5
+    )
     g = torch.autograd.grad(ops.norm_relu_pool(x, bn, conv=conv, impl=fused).sum(), x, create_graph=True)[0]
     with pytest.raises(RuntimeError, match="norm_relu_pool: the kernels have no second derivative"):
         g.square().sum().backward()
@@ -232,7 +260,9 @@ def test_convolution_each_subset_of_gradients(fused, stride):
     conv, bn = head(5, 6, stride)
     x = torch.randn(3, 5, 6, 7, dtype=torch.float64)
     leaves = {"x": x.requires_grad_(), "conv": conv.weight, "bn": bn.weight}
-    everything = torch.autograd.grad(ops.norm_relu_pool(x, bn, conv=conv, impl=fused).square().sum(), list(leaves.values()))
+    everything = torch.autograd.grad(
+        ops.norm_relu_pool(x, bn, conv=conv, impl=fused).square().sum(), list(leaves.values())
+    )
     for chosen in ({"x"}, {"conv"}, {"bn"}, {"x", "bn"}, {"conv", "bn"}):
         for name, t in leaves.items():
             t.requires_grad_(name in chosen)
@@ -244,7 +274,8 @@ def test_convolution_each_subset_of_gradients(fused, stride):
 
 @pytest.mark.parametrize("stride", (1, 2))
 def test_convolution_contract(fused, threads, stride):
-    """Empty batches; nan is not hidden; nothing is written; the same bits twice, whatever the threads, to rounding."""
+    """Empty batches; nan is not hidden; nothing is written; the same bits twice, whatever the threads, to
+    rounding."""
     conv, bn = head(5, 6, stride)
     x = torch.randn(7, 5, 9, 8, dtype=torch.float64)
     empty = x[:0].clone().requires_grad_()
@@ -270,14 +301,23 @@ def test_convolution_contract(fused, threads, stride):
 def test_convolution_opcheck(fused, stride, dtype):
     conv, bn = head(4, 5, stride, dtype=dtype)
     x = torch.randn(2, 4, 6, 5, dtype=dtype).to(memory_format=torch.channels_last)
-    forward, backward = torch.ops.infopro_fast.conv_norm_relu_pool_forward, torch.ops.infopro_fast.conv_norm_relu_pool_backward
+    forward, backward = (
+        torch.ops.infopro_fast.conv_norm_relu_pool_forward,
+        torch.ops.infopro_fast.conv_norm_relu_pool_backward,
+    )
     arguments = (x, conv.weight.detach(), stride, bn.weight.detach(), bn.bias.detach(), None, None, 1e-5)
     torch.library.opcheck(forward.default, arguments)
     pooled, z, saved = forward(*arguments)
-    torch.library.opcheck(backward.default, (pooled, *arguments[:3], z, *arguments[3:5], saved, True, 1e-5, True, True))
-    torch.library.opcheck(backward.default, (pooled, *arguments[:3], z, *arguments[3:5], saved, True, 1e-5, False, False))
+    torch.library.opcheck(
+        backward.default, (pooled, *arguments[:3], z, *arguments[3:5], saved, True, 1e-5, True, True)
+    )
+    torch.library.opcheck(
+        backward.default, (pooled, *arguments[:3], z, *arguments[3:5], saved, True, 1e-5, False, False)
+    )
     for wrong in (z[:1], z.permute(0, 2, 1, 3), z[..., :4], z.half()):
-        with pytest.raises(RuntimeError, match="norm_relu_pool: expected the convolution's output as forward gave it"):
+        with pytest.raises(
+            RuntimeError, match="norm_relu_pool: expected the convolution's output as forward gave it"
+        ):
             backward(pooled, *arguments[:3], wrong, *arguments[3:5], saved, True, 1e-5, True, True)
 
 
@@ -287,7 +327,10 @@ def test_convolution_compiles(fused, stride):
     conv, bn = head(4, 5, stride)
     x = torch.randn(3, 4, 6, 5, dtype=torch.float64)
     compiled = torch.compile(ours(fused), fullgraph=True)
-    for a, b in zip(pooled_and_gradients(compiled, x, conv, bn), pooled_and_gradients(ours(fused), x, conv, bn), strict=True):
+    for a, b in zip(
+        pooled_and_gradients(compiled, x, conv, bn), pooled_and_gradients(ours(fused), x, conv, bn),
+        strict=True,
+    ):  # fmt: skip
         compare.assert_close(a, b, what="compiled")
 
 
@@ -297,7 +340,9 @@ def test_convolution_with_kept_tensors_stored_anew(fused, stride):
     conv, bn = head(5, 6, stride)
     x = torch.randn(3, 5, 6, 7, dtype=torch.float64)
     expected = pooled_and_gradients(ours(fused), x, conv, bn)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.mT.contiguous().mT if t.dim() > 1 else t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: t.mT.contiguous().mT if t.dim() > 1 else t, lambda t: t
+    ):
         found = pooled_and_gradients(ours(fused), x, conv, bn)
     for name, a, b in zip(("pooled", *NAMES), found, expected):
         compare.assert_close(a, b, what=name)
@@ -332,7 +377,8 @@ class Standardised(nn.Conv2d):
 
 
 def test_what_else_a_layer_does_is_done(fused):
-    """Hooks, pruning, norms of weights, parametrisations and subclasses: the layer's own call, in the op and in a head."""
+    """Hooks, pruning, norms of weights, parametrisations and subclasses: the layer's own call, in the op and
+    in a head."""
     x, bn, calls = torch.randn(4, 16, 8, 8), nn.BatchNorm2d(32), []
     conv = lambda kind=nn.Conv2d: kind(16, 32, 3, stride=2, padding=1, bias=False)  # noqa: E731
     hooked, pruned, normed, parametrised, standardised = conv(), conv(), conv(), conv(), conv(Standardised)
@@ -344,7 +390,9 @@ def test_what_else_a_layer_does_is_done(fused):
     for layer in (hooked, pruned, normed, parametrised, standardised):
         expected = ops.norm_relu_pool(layer(x), bn, impl=fused)
         compare.assert_same(ops.norm_relu_pool(x, bn, conv=layer, impl=fused), expected, str(layer))
-        compare.assert_same(run_head([layer, bn, nn.ReLU(), GlobalAveragePool()], x, fused), expected, str(layer))
+        compare.assert_same(
+            run_head([layer, bn, nn.ReLU(), GlobalAveragePool()], x, fused), expected, str(layer)
+        )
     assert len(calls) == 3
     plain_layer = conv()
     assert MODULE.fuses(x, plain_layer)
@@ -357,25 +405,34 @@ def test_what_else_a_layer_does_is_done(fused):
 
 def test_large_maps_are_left_to_the_library():
     conv = nn.Conv2d(16, 32, 3, stride=2, padding=1, bias=False)
-    assert MODULE.fuses(torch.empty(1, 16, 32, 32), conv) and not MODULE.fuses(torch.empty(1, 16, 224, 224), conv)
+    assert MODULE.fuses(torch.empty(1, 16, 32, 32), conv) and not MODULE.fuses(
+        torch.empty(1, 16, 224, 224), conv
+    )
 
 
 def test_other_convolutions_are_the_layers_own(cpu, impl):
     """What the kernels do not take, and what they leave to oneDNN: the layer, then the op."""
     x = torch.randn(2, 4, 6, 5)
     for conv in (
-        nn.Conv2d(4, 20, 3, padding=1), nn.Conv2d(4, 20, 1, bias=False), nn.Conv2d(4, 20, 3, 2, 1, groups=2, bias=False),
-        nn.Conv2d(4, 5, 3, padding=1, bias=False), nn.Conv2d(4, 20, 3, padding=1, padding_mode="reflect", bias=False),
+        nn.Conv2d(4, 20, 3, padding=1), nn.Conv2d(4, 20, 1, bias=False),
+        nn.Conv2d(4, 20, 3, 2, 1, groups=2, bias=False), nn.Conv2d(4, 5, 3, padding=1, bias=False),
+        nn.Conv2d(4, 20, 3, padding=1, padding_mode="reflect", bias=False),
     ):  # fmt: skip
         bn = nn.BatchNorm2d(conv.out_channels)
         assert not MODULE.fuses(x, conv)
-        compare.assert_same(ops.norm_relu_pool(x, bn, conv=conv, impl=impl), ops.norm_relu_pool(conv(x), bn, impl=impl), str(conv))
+        compare.assert_same(
+            ops.norm_relu_pool(x, bn, conv=conv, impl=impl), ops.norm_relu_pool(conv(x), bn, impl=impl),
+            str(conv),
+        )  # fmt: skip
     conv, bn = nn.Conv2d(4, 20, 3, padding=1, bias=False), nn.BatchNorm2d(20)
     assert MODULE.fuses(x, conv) and not MODULE.fuses(x.bfloat16(), conv.bfloat16())
     conv.float()
     with torch.autocast("cpu", torch.bfloat16):
         assert not MODULE.fuses(x, conv)
-        compare.assert_same(ops.norm_relu_pool(x, bn, conv=conv, impl=impl), ops.norm_relu_pool(conv(x), bn, impl=impl), "autocast")
+        compare.assert_same(
+            ops.norm_relu_pool(x, bn, conv=conv, impl=impl), ops.norm_relu_pool(conv(x), bn, impl=impl),
+            "autocast",
+        )  # fmt: skip
 
 
 def test_convolution_messages():
@@ -388,5 +445,8 @@ def test_convolution_messages():
         with pytest.raises(kind, match=f"norm_relu_pool: {message}"):
             ops.norm_relu_pool(x, bn, conv=conv)
     one = nn.Conv2d(3, 16, 3, 2, 1, bias=False)
-    with pytest.raises(ValueError, match="norm_relu_pool: x: expected more than 1 value per channel behind conv when training"):
+    with pytest.raises(
+        ValueError,
+        match="norm_relu_pool: x: expected more than 1 value per channel behind conv when training",
+    ):
         ops.norm_relu_pool(x[:1, :, :2, :2], nn.BatchNorm2d(16), conv=one)

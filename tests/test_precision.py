@@ -59,7 +59,7 @@ def _parameters(trainer) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in trainer.net.parameters()]).clone()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------
 # Networks with ChainDecoder, StridedHead, DenseHead and Tap
 
 
@@ -80,14 +80,16 @@ def _classifier():
     """torchvision's ResNet with one block a stage."""
     models = pytest.importorskip("torchvision.models")
     net = models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=5)
-    return infopro_fast.build(net, cuts=["layer1", "layer3"], local_loss="softmax", lambdas=(1, 1, 1, 1), image_size=64)
+    return infopro_fast.build(
+        net, cuts=["layer1", "layer3"], local_loss="softmax", lambdas=(1, 1, 1, 1), image_size=64
+    )
 
 
 NETS = {"segmenter": _segmenter, "tap": _segmenter_with_tap, "classifier": _classifier}
 
 
 def _without_dropout(name):
-    """The network of this name, its weights those of the seed; dropout would draw other numbers in another dtype."""
+    """Return a network with the seed's weights, without dropout, whose numbers depend on the dtype."""
     torch.manual_seed(0)
     net = NETS[name]()
     for module in net.modules():
@@ -106,8 +108,10 @@ def _batch_for(net, N=8):
 @pytest.mark.parametrize("amp", AMP)
 @pytest.mark.parametrize("name", NETS)
 def test_autocast_of_larger_networks(name, amp):
-    """Losses and updates of every module are those of float32 but for rounding; outputs are rounded, losses and weights are not."""
-    plain, rounded = (infopro_fast.LocalTrainer(_without_dropout(name), released_sgd(lr=0.02), amp=a) for a in (None, amp))
+    """Losses and updates equal float32's to rounding; outputs are rounded, losses and weights are not."""
+    plain, rounded = (
+        infopro_fast.LocalTrainer(_without_dropout(name), released_sgd(lr=0.02), amp=a) for a in (None, amp)
+    )
     image, label = _batch_for(plain.net)
     seen = []
     for stage in rounded.net.stages:
@@ -123,33 +127,43 @@ def test_autocast_of_larger_networks(name, amp):
             assert compare.relative_error(found[term], value) < compare.AMP_LOSS * eps, term
     for k, start in enumerate(before):
         off = compare.relative_error(_parameters_of(rounded, k) - start, _parameters_of(plain, k) - start)
-        assert 0.1 * eps < off < compare.AMP_UPDATE * math.sqrt(eps), f"module {k + 1}: off by {off / math.sqrt(eps)} roots of epsilon"
+        assert 0.1 * eps < off < compare.AMP_UPDATE * math.sqrt(eps), (
+            f"module {k + 1}: off by {off / math.sqrt(eps)} roots of epsilon"
+        )
 
 
 def _parameters_of(trainer, module: int) -> torch.Tensor:
-    return torch.cat([p.detach().flatten() for group in trainer.optimizers[module].param_groups for p in group["params"]]).clone()
+    return torch.cat(
+        [p.detach().flatten() for group in trainer.optimizers[module].param_groups for p in group["params"]]
+    ).clone()
 
 
 @pytest.mark.parametrize("name", NETS)
 def test_weights_are_channels_last_and_the_numbers_those_of_contiguous_ones(name):
-    """In float64, where another order of the same sums stays below the tolerance; after a step they still are."""
+    """In float64, where the order of sums matters less than the tolerance; after a step, too."""
     net, other = (_without_dropout(name).double() for _ in range(2))
     other.to(memory_format=torch.contiguous_format)
     trainers = [infopro_fast.LocalTrainer(n, released_sgd(lr=0.02)) for n in (net, other)]
     image, label = _batch_for(net, N=4)
     expected, found = (trainer.step(image.double(), label) for trainer in reversed(trainers))
     for n, memory_format in ((net, torch.channels_last), (other, torch.contiguous_format)):
-        weights = [m.weight for m in n.modules() if isinstance(m, nn.Conv2d) and m.weight.shape[1] > 1 and m.kernel_size != (1, 1)]
+        weights = [
+            m.weight
+            for m in n.modules()
+            if isinstance(m, nn.Conv2d) and m.weight.shape[1] > 1 and m.kernel_size != (1, 1)
+        ]
         assert len(weights) > 10
         for weight in weights:
-            assert weight.is_contiguous(memory_format=memory_format) and weight.is_contiguous() == (n is other)
+            assert weight.is_contiguous(memory_format=memory_format) and weight.is_contiguous() == (
+                n is other
+            )
     for term, value in expected.items():
         compare.assert_close(found[term].double(), value.double(), what=term)
     for (key, p), q in zip(net.state_dict().items(), other.state_dict().values()):
         compare.assert_close(p.double(), q.double(), scale=max(1.0, q.abs().max().item()), what=key)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------
 
 
 def test_autocast_is_off_outside_the_forwards():
@@ -164,7 +178,9 @@ def test_autocast_is_off_outside_the_forwards():
     trainer.optimizers = [Watching(o.param_groups[0]["params"], lr=0.01) for o in trainer.optimizers]
     image, label = _batch()
     label_hook = []
-    next(iter(trainer.net.stages[0].parameters())).register_hook(lambda g: label_hook.append(torch.is_autocast_enabled("cpu")))
+    next(iter(trainer.net.stages[0].parameters())).register_hook(
+        lambda g: label_hook.append(torch.is_autocast_enabled("cpu"))
+    )
     trainer.step(image, label)
     assert inside == [False] * 3 and label_hook == [False]
 
@@ -180,7 +196,10 @@ def test_float16_gradients_that_overflow_leave_their_own_module_alone():
     trainer.step(image, label)
     hook.remove()
     after = dict(trainer.net.named_parameters())
-    changed = [any(not torch.equal(before[n], p) for n, p in after.items() if n.startswith(f"stages.{k}.")) for k in range(3)]
+    changed = [
+        any(not torch.equal(before[n], p) for n, p in after.items() if n.startswith(f"stages.{k}."))
+        for k in range(3)
+    ]
     assert changed == [True, False, True]
     assert [scaler.get_scale() for scaler in trainer.scalers] == [scales[0], scales[1] / 2, scales[2]]
 
@@ -260,7 +279,7 @@ def test_prefetch_on_the_cpu_hands_batches_through():
 
 
 def test_a_graph_is_captured_on_the_device_of_its_batch(monkeypatch):
-    """Which is not the current one in a run with --device cuda:1. Of torch.cuda all but the current device and stream is left out."""
+    """Not on the current device, in a run with --device cuda:1. All but that is left out of torch.cuda."""
     current, steps, captures = [0], [], []
 
     @contextlib.contextmanager
@@ -279,8 +298,9 @@ def test_a_graph_is_captured_on_the_device_of_its_batch(monkeypatch):
         return SimpleNamespace(device=torch.device(device), wait_stream=lambda other: None)
 
     fakes = {
-        "device": on, "stream": lambda stream: on(stream.device), "Stream": make_stream, "current_stream": make_stream,
-        "graph": capture, "CUDAGraph": lambda: SimpleNamespace(replay=lambda: None),
+        "device": on, "stream": lambda stream: on(stream.device), "Stream": make_stream,
+        "current_stream": make_stream, "graph": capture,
+        "CUDAGraph": lambda: SimpleNamespace(replay=lambda: None),
     }  # fmt: skip
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
@@ -308,4 +328,6 @@ def test_learning_rate_as_a_tensor_is_the_same_rate():
             trainer.step(image, label)
     for p, q in zip(plain.net.parameters(), other.net.parameters()):
         compare.assert_close(q.detach(), p.detach().double(), what="a parameter")
-    assert all(type(g["lr"]) is float for state in other.state_dict()["optimizers"] for g in state["param_groups"])
+    assert all(
+        type(g["lr"]) is float for state in other.state_dict()["optimizers"] for g in state["param_groups"]
+    )

@@ -21,8 +21,9 @@ from infopro_fast.modules import IGNORE, AuxClassifier
 from infopro_fast.modules.heads import CONFIGS
 from infopro_fast.trainer import evaluation, fit, loop, resume, run_folder, schedule, setup
 from infopro_fast.trainer import run as runs
-from infopro_fast.trainer.processes import layout as processes
-from infopro_fast.trainer.processes.layout import Processes, layout
+from infopro_fast.trainer.processes import connect as processes
+from infopro_fast.trainer.processes.connect import Processes
+from infopro_fast.trainer.processes.layout import place_of
 from infopro_fast.trainer.settings import recipes
 from infopro_fast.trainer.settings.config import TrainConfig
 from infopro_fast.trainer.step import LocalTrainer
@@ -233,7 +234,7 @@ def one_of_two(monkeypatch):
 
     @contextlib.contextmanager
     def connected(config):
-        found = Processes(layout(config, 0, 2), object())  # a group that nothing is sent to
+        found = Processes(place_of(config, 0, 2), object())  # a group that nothing is sent to
         found.watch = types.SimpleNamespace(at=lambda *_, **__: None, waiting=contextlib.nullcontext)
         yield found
 
@@ -489,7 +490,6 @@ def test_schedules():
         (dict(ema=1.0), "ema: expected a number in"),
         (dict(accumulate=0), "accumulate: expected an integer of at least 1"),
         (dict(schedule="poly", warmup=1), "schedule poly has no warm-up"),
-        (dict(optimizer_state="bfloat16", nesterov=False), "optimizer_state bfloat16 and no-nesterov"),
     ],
 )
 def test_settings_that_are_refused(settings, message):

@@ -1,4 +1,5 @@
-"""`reconstruction_loss`: released values, every option against the decoder run layer by layer, statistics, messages."""
+"""`reconstruction_loss`: released values, every option against the decoder run layer by layer, statistics,
+messages."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from tests.op_cases import check, make_decoder, plain_reconstruction, reconstruc
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The released code
 
 
@@ -37,14 +38,20 @@ def released_gradients(case, features, image) -> dict[str, torch.Tensor]:
 
 def assert_released(case, impl, dtype):
     decoder = released_decoder(case, dtype)
-    features = golden.features(case["batch"], case["channels"], case["h_size"], case["h_size"]).to(dtype).requires_grad_()
+    features = (
+        golden.features(case["batch"], case["channels"], case["h_size"], case["h_size"])
+        .to(dtype)
+        .requires_grad_()
+    )
     image = golden.image(case["batch"], case["image_size"], case["image_size"]).to(dtype)
     loss = reconstruction_loss(features, image, decoder, interpolate_mode=case["mode"], impl=impl)
     loss.backward()
     compare.assert_golden("loss", loss, case["loss"], dtype)
     plain = released_gradients(case, features, image) if dtype == torch.float32 else {}
     compare.assert_golden("h", features.grad, case["grad_h"], dtype, plain=plain.get("h"))
-    parameters, buffers = dict(decoder.named_parameters(prefix="decoder")), dict(decoder.named_buffers(prefix="decoder"))
+    parameters, buffers = (
+        dict(decoder.named_parameters(prefix="decoder")), dict(decoder.named_buffers(prefix="decoder"))
+    )
     assert parameters.keys() == case["grads"].keys()
     for name, expected in case["grads"].items():
         compare.assert_golden(name, parameters[name].grad, expected, dtype, plain=plain.get(name))
@@ -69,7 +76,7 @@ def test_released_values_on_every_instruction_set(case, isa, dtype):
     assert_released(case, "cpu", dtype)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Shapes and options
 
 SHAPES = {
@@ -145,11 +152,14 @@ def test_batch_norms(norm, training, bias, impl):
 @pytest.mark.parametrize("bias", ((True, False), (False, True)))
 def test_one_bias_of_two(bias, impl):
     decoder = make_decoder(5, 7)
-    decoder[0].bias, decoder[3].bias = (layer.bias if b else None for layer, b in zip((decoder[0], decoder[3]), bias, strict=True))
+    decoder[0].bias, decoder[3].bias = (
+        layer.bias if b else None for layer, b in zip((decoder[0], decoder[3]), bias, strict=True)
+    )
     case = reconstruction()
     plain = copy.deepcopy(decoder)
-    for found, d in ((reconstruction_loss(case.tensors["features"], case.tensors["image"], decoder, impl=impl), decoder),
-                     (plain_reconstruction(case.tensors["features"], case.tensors["image"], plain), plain)):  # fmt: skip
+    features, image = case.tensors["features"], case.tensors["image"]
+    ours = reconstruction_loss(features, image, decoder, impl=impl)
+    for found, d in ((ours, decoder), (plain_reconstruction(features, image, plain), plain)):
         found.backward()
         assert all(p.grad is not None for p in d.parameters())
     for (name, p), q in zip(decoder.named_parameters(), plain.parameters(), strict=True):
@@ -163,13 +173,18 @@ def test_a_normalised_image_is_restored_and_clamped(impl):
     decoder, features = make_decoder(5, 7), case.tensors["features"]
     mean, std = (torch.tensor(v, dtype=torch.float64).view(1, 3, 1, 1) for v in (MEAN, STD))
     wild = 2 * case.tensors["image"] - 0.5
-    loss = reconstruction_loss(features, (wild - mean) / std, decoder, image_mean=MEAN, image_std=STD, impl=impl)
-    compare.assert_close(loss, reconstruction_loss(features, wild.clamp(0, 1), decoder, impl="reference"), what="loss")
+    loss = reconstruction_loss(
+        features, (wild - mean) / std, decoder, image_mean=MEAN, image_std=STD, impl=impl
+    )
+    compare.assert_close(
+        loss, reconstruction_loss(features, wild.clamp(0, 1), decoder, impl="reference"), what="loss"
+    )
 
 
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32))
 def test_large_logits(impl, dtype):
-    """Cross entropy comes from the logits: exact where a sigmoid has rounded to 0 or 1 (there nn.BCELoss stops at 100)."""
+    """Cross entropy comes from the logits: exact where a sigmoid has rounded to 0 or 1 (there nn.BCELoss
+    stops at 100)."""
     case = reconstruction(N=4, C=16, h=8, w=8, H=16, W=16, K=12)
     tensors = case.inputs(dtype)
     with torch.no_grad():
@@ -210,7 +225,9 @@ def test_dead_relu(impl):
     check(case, impl, torch.float64)
     inputs = case.inputs(torch.float32)
     found = op_cases.gradients(case.function(impl)(inputs), inputs)
-    assert not found["features"].any() and not found["decoder.3.weight"].any() and found["decoder.3.bias"].any()
+    assert (
+        not found["features"].any() and not found["decoder.3.weight"].any() and found["decoder.3.bias"].any()
+    )
 
 
 def test_image_in_another_dtype(impl):
@@ -226,7 +243,9 @@ def test_gradient_of_the_image_comes_from_the_reference_alone(impl):
     case = reconstruction()
     inputs = case.inputs(grad=("image", "features"))
     if impl == "cpu":
-        with pytest.raises(ValueError, match="reconstruction_loss: impl='cpu' cannot run this call: image requires grad"):
+        with pytest.raises(
+            ValueError, match="reconstruction_loss: impl='cpu' cannot run this call: image requires grad"
+        ):
             case.function(impl)(inputs)
         impl = "auto"
     exact = case.inputs(grad=("image", "features"))
@@ -235,7 +254,7 @@ def test_gradient_of_the_image_comes_from_the_reference_alone(impl):
         compare.assert_close(grad, expected[name], what=name)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Running statistics
 
 
@@ -303,7 +322,7 @@ def test_statistics_kept_in_float32_beside_low_precision_weights(impl):
         compare.assert_close(statistics(decoder)[name], statistics(exact)[name], what=name)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Any shape, any layout, any dtype
 
 
@@ -313,9 +332,14 @@ def any_case(draw):
     N, C, K = draw(st.integers(1, 4)), draw(st.integers(1, 18)), draw(st.integers(1, 18))
     h, w, H, W = draw(size), draw(size), draw(st.integers(1, 20)), draw(st.integers(1, 20))
     training = draw(st.booleans()) and N * H * W > 1
-    options = dict(interpolate_mode=draw(st.sampled_from(("bilinear", "nearest"))), loss=draw(st.sampled_from(("bce", "mse", "l1"))))
+    options = dict(
+        interpolate_mode=draw(st.sampled_from(("bilinear", "nearest"))),
+        loss=draw(st.sampled_from(("bce", "mse", "l1"))),
+    )
     restore = dict(image_mean=MEAN, image_std=STD) if draw(st.booleans()) else {}
-    case = reconstruction(N, C, h, w, H, W, K, bias=draw(st.booleans()), training=training, **options, **restore)
+    case = reconstruction(
+        N, C, h, w, H, W, K, bias=draw(st.booleans()), training=training, **options, **restore
+    )
     layouts = {k: draw(st.sampled_from(("contiguous", *op_cases.LAYOUTS))) for k in case.tensors}
     return case, layouts, draw(st.sampled_from((torch.float64, torch.float32)))
 
@@ -326,46 +350,60 @@ def test_any_case(impl, drawn):
     check(case, impl, dtype, {k: op_cases.relayout(t, layouts[k])[0] for k, t in case.inputs(dtype).items()})
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Messages
 
 
 def sequential(**swap) -> nn.Sequential:
     """Conv2d 5 to 7, BatchNorm2d, ReLU, Conv2d 7 to 3, Sigmoid, with the layers of ``swap`` instead."""
     conv1, conv2 = nn.Conv2d(5, 7, 3, padding=1), nn.Conv2d(7, 3, 3, padding=1)
-    return nn.Sequential(*(dict(conv1=conv1, norm=nn.BatchNorm2d(7), relu=nn.ReLU(), conv2=conv2, out=nn.Sigmoid()) | swap).values())
+    return nn.Sequential(
+        *(
+            dict(conv1=conv1, norm=nn.BatchNorm2d(7), relu=nn.ReLU(), conv2=conv2, out=nn.Sigmoid()) | swap
+        ).values()
+    )
 
 
 features, image = torch.zeros(2, 5, 4, 4), torch.zeros(2, 3, 8, 8)
-CONV1 = "decoder[0]: expected a 1x1 or 3x3 convolution, stride 1, with the zero padding that keeps the size, got Conv2d(5, "
+KEEPS = "expected a 1x1 or 3x3 convolution, stride 1, with the zero padding that keeps the size"
+CONV1 = f"decoder[0]: {KEEPS}, got Conv2d(5, "
 CONV2 = "decoder[3]: expected a 3x3 convolution to 3 channels, stride 1, zero padding 1, got Conv2d(7, 3"
-grouped = dict(conv1=nn.Conv2d(5, 5, 3, padding=1, groups=5), norm=nn.BatchNorm2d(5), conv2=nn.Conv2d(5, 3, 3, padding=1))
+grouped = dict(
+    conv1=nn.Conv2d(5, 5, 3, padding=1, groups=5), norm=nn.BatchNorm2d(5), conv2=nn.Conv2d(5, 3, 3, padding=1)
+)
 MESSAGES = [
     (dict(features=[1.0]), TypeError, "features: expected a floating-point tensor, got list"),
-    (dict(features=features.long()), TypeError, "features: expected a floating-point tensor, got torch.int64"),
+    (dict(features=features.long()), TypeError,
+     "features: expected a floating-point tensor, got torch.int64"),
     (dict(image=image.byte()), TypeError, "image: expected a floating-point tensor, got torch.uint8"),
     (dict(features=features[:, :4]), ValueError, "features: expected (N, 5, h, w), got (2, 4, 4, 4)"),
     (dict(features=features[0]), ValueError, "features: expected (N, 5, h, w), got (5, 4, 4)"),
     (dict(image=image[:, :1]), ValueError, "image: expected (2, 3, H, W), got (2, 1, 8, 8)"),
     (dict(image=image[:1]), ValueError, "image: expected (2, 3, H, W), got (1, 3, 8, 8)"),
-    (dict(features=features[..., :0]), ValueError, "expected maps of at least 1x1, got features (2, 5, 4, 0), image (2, 3, 8, 8)"),
-    (dict(interpolate_mode="bicubic"), ValueError, "interpolate_mode: expected one of ('bilinear', 'nearest'), got 'bicubic'"),
+    (dict(features=features[..., :0]), ValueError,
+     "expected maps of at least 1x1, got features (2, 5, 4, 0), image (2, 3, 8, 8)"),
+    (dict(interpolate_mode="bicubic"), ValueError,
+     "interpolate_mode: expected one of ('bilinear', 'nearest'), got 'bicubic'"),
     (dict(loss="huber"), ValueError, "loss: expected one of ('bce', 'mse', 'l1'), got 'huber'"),
     (dict(image_mean=MEAN), ValueError, f"image_mean, image_std: expected both or neither, got {MEAN}, None"),
     (dict(image_mean=MEAN, image_std=STD[:2]), ValueError, "image_std: expected 3 numbers, got (0.25, 0.24)"),
-    (dict(decoder=nn.Conv2d(5, 3, 3)), ValueError, "decoder: expected nn.Sequential of any number of (Conv2d 1x1 or 3x3, BatchNorm2d or "
-     "SyncBatchNorm, ReLU, and an Upsample or none), then Conv2d 3x3 to 3 channels, Sigmoid, got Conv2d"),
+    (dict(decoder=nn.Conv2d(5, 3, 3)), ValueError,
+     "decoder: expected nn.Sequential of any number of (Conv2d 1x1 or 3x3, BatchNorm2d or SyncBatchNorm, "
+     "ReLU, and an Upsample or none), then Conv2d 3x3 to 3 channels, Sigmoid, got Conv2d"),
     (dict(decoder=sequential(relu=nn.GELU())), ValueError, "decoder[2]: expected ReLU, got GELU("),
     (dict(decoder=sequential(conv1=nn.Conv2d(5, 7, 3, 2, 1))), ValueError, CONV1),
     (dict(decoder=sequential(conv1=nn.Conv2d(5, 7, 3, padding=1, dilation=2))), ValueError, CONV1),
     (dict(decoder=sequential(**grouped)), ValueError, CONV1),
     (dict(decoder=sequential(conv2=nn.Conv2d(7, 3, 3))), ValueError, CONV2),
-    (dict(decoder=sequential(conv2=nn.Conv2d(7, 3, 3, padding=1, padding_mode="reflect"))), ValueError, CONV2),
+    (dict(decoder=sequential(conv2=nn.Conv2d(7, 3, 3, padding=1, padding_mode="reflect"))), ValueError,
+     CONV2),
     (dict(decoder=sequential(norm=nn.BatchNorm2d(6))), ValueError,
      "decoder[1]: expected 7 features, as decoder[0] gives, got BatchNorm2d(6"),
     (dict(features=features[:1], image=image[:1, :, :1, :1]), ValueError,
-     "image: expected more than 1 value per channel when training, got (1, 7, 1, 1) in front of BatchNorm2d(7"),
-    (dict(impl="liger"), ValueError, "impl: expected one of ('auto', 'reference', 'cpu', 'triton', 'cuda'), got 'liger'"),
+     "image: expected more than 1 value per channel when training, got (1, 7, 1, 1) in front of "
+     "BatchNorm2d(7"),
+    (dict(impl="liger"), ValueError,
+     "impl: expected one of ('auto', 'reference', 'cpu', 'triton', 'cuda'), got 'liger'"),
 ]  # fmt: skip
 
 
@@ -376,14 +414,23 @@ def test_messages(wrong, kind, words):
 
 
 def test_a_named_impl_runs_or_raises(impl):
-    decoder, features, image = sequential().to("meta"), torch.zeros(2, 5, 4, 4, device="meta"), torch.zeros(2, 3, 8, 8, device="meta")
+    decoder, features, image = (
+        sequential().to("meta"), torch.zeros(2, 5, 4, 4, device="meta"),
+        torch.zeros(2, 3, 8, 8, device="meta"),
+    )  # fmt: skip
     if impl == "cpu":
-        with pytest.raises(ValueError, match="reconstruction_loss: impl='cpu' cannot run this call: features is on meta"):
+        with pytest.raises(
+            ValueError, match="reconstruction_loss: impl='cpu' cannot run this call: features is on meta"
+        ):
             reconstruction_loss(features, image, decoder, impl="cpu")
     assert reconstruction_loss(features, image, decoder, impl="reference").shape == ()
-    with pytest.raises(ValueError, match="reconstruction_loss: image: expected on meta like features, got cpu"):
+    with pytest.raises(
+        ValueError, match="reconstruction_loss: image: expected on meta like features, got cpu"
+    ):
         reconstruction_loss(features, image.new_zeros(image.shape, device="cpu"), decoder, impl=impl)
-    with pytest.raises(ValueError, match="reconstruction_loss: decoder.0.weight: expected on meta like features, got cpu"):
+    with pytest.raises(
+        ValueError, match="reconstruction_loss: decoder.0.weight: expected on meta like features, got cpu"
+    ):
         reconstruction_loss(features, image, sequential(), impl=impl)
 
 
@@ -399,7 +446,8 @@ def test_same_padding_and_subclasses_are_taken(impl):
 
 
 def test_layers_that_would_not_run_are_refused(impl):
-    """The op takes a layer's parameters and runs its own arithmetic: a forward or a hook of the user's would be left out."""
+    """The op takes a layer's parameters and runs its own arithmetic: a forward or a hook of the user's would
+    be left out."""
 
     class Doubled(torch.nn.Conv2d):
         def forward(self, x):
@@ -408,9 +456,14 @@ def test_layers_that_would_not_run_are_refused(impl):
     h, image = torch.randn(2, 4, 4, 4), torch.rand(2, 3, 8, 8)
     decoder = make_decoder(4, 5).float()
     decoder[1].register_forward_hook(lambda *_: None)
-    with pytest.raises(ValueError, match=r"reconstruction_loss: decoder\[1\]: expected BatchNorm2d's own forward without hooks"):
+    with pytest.raises(
+        ValueError,
+        match=r"reconstruction_loss: decoder\[1\]: expected BatchNorm2d's own forward without hooks",
+    ):
         reconstruction_loss(h, image, decoder, impl=impl)
     decoder = make_decoder(4, 5).float()
     decoder[0] = Doubled(4, 5, 3, padding=1)
-    with pytest.raises(ValueError, match=r"reconstruction_loss: decoder\[0\]: expected Conv2d's own forward without hooks"):
+    with pytest.raises(
+        ValueError, match=r"reconstruction_loss: decoder\[0\]: expected Conv2d's own forward without hooks"
+    ):
         reconstruction_loss(h, image, decoder, impl=impl)

@@ -15,7 +15,11 @@ def test_cosine_is_the_released_one(epoch, expected):
 
 def test_cosine_warms_up_then_only_falls():
     rates = [schedule.cosine(e, 160, 0.8) for e in range(1, 161)]
-    assert rates[:10] == sorted(rates[:10]) and rates[10:] == sorted(rates[10:], reverse=True) and max(rates) < 0.8
+    assert (
+        rates[:10] == sorted(rates[:10])
+        and rates[10:] == sorted(rates[10:], reverse=True)
+        and max(rates) < 0.8
+    )
 
 
 def test_last_epoch_can_train():
@@ -29,7 +33,9 @@ def test_no_warmup():
 
 
 def test_step_schedule():
-    assert [schedule.step(e, 160, 0.8) for e in (1, 79, 80, 119, 120, 160)] == pytest.approx([0.8, 0.8, 0.08, 0.08, 0.008, 0.008])
+    assert [schedule.step(e, 160, 0.8) for e in (1, 79, 80, 119, 120, 160)] == pytest.approx(
+        [0.8, 0.8, 0.08, 0.08, 0.008, 0.008]
+    )
 
 
 @pytest.mark.parametrize("epoch", [0, 161])

@@ -1,4 +1,4 @@
-"""Training one module after the other: the same bits from a cache and without one, after kill -9 at any moment, one module in memory."""
+"""Sequential training: the same bits with and without a cache and after kill -9; one module in memory."""
 
 import gc
 import json
@@ -17,7 +17,6 @@ from infopro_fast.memory import LiveBytes, measure_step
 from infopro_fast.memory.live import OPTIMIZER
 from infopro_fast.trainer import LocalTrainer, evaluate_run, feature_cache, fit, run_folder, schedule
 from infopro_fast.trainer.feature_cache import CacheFile, Features
-from infopro_fast.trainer.processes.reduction import ParallelTrainer
 from infopro_fast.trainer.settings.config import TrainConfig
 from tests import tiny_run
 from tests.process_tasks import AGAIN_KILLED, MOMENTS
@@ -45,7 +44,9 @@ def test_each_module_is_trained_in_turn(runs):
         ["module1/reconstruction"], ["module2/contrast", "module2/reconstruction"], ["accuracy", "loss"],
     ]  # fmt: skip
     assert (run / run_folder.CURVE).is_file() and not (run / "cache").exists()
-    assert "the cache of 3 epochs takes up to 16.5 MiB in " in (run.parent / "never-output" / "out0").read_text()
+    assert (
+        "the cache of 3 epochs takes up to 16.5 MiB in " in (run.parent / "never-output" / "out0").read_text()
+    )
 
 
 def test_weights_are_of_the_whole_network(runs, monkeypatch):
@@ -55,12 +56,14 @@ def test_weights_are_of_the_whole_network(runs, monkeypatch):
 
 
 def test_the_cache_changes_no_bit(runs):
-    """Every epoch cached, against the trained modules run again for every batch. One cached epoch is other training."""
+    """A cache of all epochs changes no bit; a cache of one epoch is another training."""
     assert runs["no_cache"]["codes"] == runs["one_epoch"]["codes"] == [0]
     assert same(weights(runs["no_cache"]), weights(runs["never"]))
     assert lines(Path(runs["no_cache"]["run"])) == lines(Path(runs["never"]["run"]))
     one, never = weights(runs["one_epoch"]), weights(runs["never"])
-    assert torch.equal(one["conv1.weight"], never["conv1.weight"]) and not torch.equal(one["fc.weight"], never["fc.weight"])
+    assert torch.equal(one["conv1.weight"], never["conv1.weight"]) and not torch.equal(
+        one["fc.weight"], never["fc.weight"]
+    )
 
 
 @pytest.mark.parametrize("moment", [*MOMENTS, "made_anew"])
@@ -83,17 +86,20 @@ def test_a_damaged_cache_is_found(runs):
 def test_one_module_is_in_memory(tmp_path, monkeypatch):
     """In every step there are the parameters of the module in training, and no other."""
     monkeypatch.setattr(fashion_mnist, "load", tiny_run.load)
-    step, found = ParallelTrainer.step, []
+    step, found = LocalTrainer.step_from, []
 
-    def patched(self, *args, **options):
+    def patched(self, *batch):
         if not found or found[-1][0] != self.first:
             own = {id(p) for p in self.net.parameters()}
-            found.append((self.first, {id(p) for p in gc.get_objects() if type(p) is nn.Parameter} - before, own))
-        return step(self, *args, **options)
+            found.append(
+                (self.first, {id(p) for p in gc.get_objects() if type(p) is nn.Parameter} - before, own)
+            )
+        return step(self, *batch)
 
-    # The first training of a process imports modules of torch's as it goes, and frames from then, in a cycle, hold on to their parameters.
+    # The first training of a process imports modules of torch's as it goes, and frames from then, in a cycle,
+    # hold on to their parameters.
     fit(tiny_run.config(tmp_path / "first", epochs=1, warmup=0))
-    monkeypatch.setattr(ParallelTrainer, "step", patched)
+    monkeypatch.setattr(LocalTrainer, "step_from", patched)
     gc.collect()
     gc.disable()  # what goes, goes by itself
     try:
@@ -109,22 +115,24 @@ def test_one_module_is_in_memory(tmp_path, monkeypatch):
 def test_the_peak_of_a_step_is_that_of_the_largest_module(tmp_path, monkeypatch):
     """Bytes alive in a step of each module: what it takes among the others, and nothing of theirs."""
     monkeypatch.setattr(fashion_mnist, "load", tiny_run.load)
-    step, found = ParallelTrainer.step, {}
+    step, found = LocalTrainer.step_from, {}
 
-    def patched(self, image, label, total, *, features):
+    def patched(self, h, image, label, total):
         if self.first:
-            features = features.clone()  # of the file's mapping, which is of all batches, what this one has
+            h = h.clone()  # what this batch has of the file's mapping, which is of all batches
         live = LiveBytes([*self.net.parameters(), *self.net.buffers(), image, label])
-        state = [t for optimizer in self.optimizers for entry in optimizer.state.values() for t in entry.values()]
+        state = [
+            t for optimizer in self.optimizers for entry in optimizer.state.values() for t in entry.values()
+        ]
         live.hold(OPTIMIZER, state)
         with live, live.watch_gradients(self.net.parameters()):
-            metrics = step(self, image, label, total, features=features)
+            done = step(self, h, image, label, total)
         if state:  # a step that makes it is higher
             found[self.first], given[self.first] = live.peak._replace(optimizer=0), (image, label)
-        return metrics
+        return done
 
     given = {}
-    monkeypatch.setattr(ParallelTrainer, "step", patched)
+    monkeypatch.setattr(LocalTrainer, "step_from", patched)
     config = tiny_run.config(tmp_path / "run", order="sequential", epochs=1, warmup=0)
     fit(config)
     net = build("resnet20", 3, lambdas=config.lambdas, image_size=32)
@@ -132,14 +140,19 @@ def test_the_peak_of_a_step_is_that_of_the_largest_module(tmp_path, monkeypatch)
     assert found.keys() == {0, 1, 2}
     for k, module in enumerate(among_others.modules):
         less = module.peak.transient - found[k].transient
-        assert found[k] == module.peak._replace(transient=found[k].transient) and 0 <= less <= 8 * k, k  # the others' losses
+        assert found[k] == module.peak._replace(transient=found[k].transient) and 0 <= less <= 8 * k, (
+            k
+        )  # the others' losses
 
 
 def test_disk_without_room(tmp_path, monkeypatch):
     monkeypatch.setattr(fashion_mnist, "load", tiny_run.load)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda path: usage._replace(free=10_000_000))
-    with pytest.raises(RunError, match=r"the cache of 3 epochs takes 16\.5 MiB, the disk has 9\.5 MiB free: cache fewer epochs"):
+    with pytest.raises(
+        RunError,
+        match=r"the cache of 3 epochs takes 16\.5 MiB, the disk has 9\.5 MiB free: cache fewer epochs",
+    ):
         fit(tiny_run.config(tmp_path / "run", order="sequential"))
     assert not (tmp_path / "run").exists()
 

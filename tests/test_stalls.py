@@ -1,16 +1,20 @@
-"""Processes that stand still outside the modules' steps are found as soon as those in one; slow ones that move are left alone."""
+"""Processes that stall outside the modules' steps are found as soon as others; slow ones are left alone."""
 
 import os
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from infopro_fast import whole_files
-from infopro_fast.trainer import checkpoint, loop, run_folder
-from infopro_fast.trainer.processes import watch
+from infopro_fast.trainer import loop, run_folder, setup
+from infopro_fast.trainer.processes import linux, watch
+from infopro_fast.trainer.processes.connect import Processes
+from infopro_fast.trainer.processes.layout import Layout
+from infopro_fast.trainer.processes.wire import Packet
+from infopro_fast.trainer.share import Share
+from tests import tiny_run
 from tests.process_tasks import DEFAULT_PATIENCE, STALLS
 from tests.test_distributed import drive
 
@@ -40,7 +44,9 @@ def test_all_stop_and_say_where(stalls, name):
     """Within 30 s of the stall with the default patience; one message, and nothing is left running."""
     found = stalls[name]
     assert set(found["codes"]) == {1}, found
-    (said,) = [line for text in found["errors"] for line in text.splitlines() if line.startswith("infopro-fast:")]
+    (said,) = [
+        line for text in found["errors"] for line in text.splitlines() if line.startswith("infopro-fast:")
+    ]
     least, most = (20, 27) if name == DEFAULT_PATIENCE else (4, 11)
     seconds = re.search(rf"infopro-fast: error: {PLACES[name]}: stalled \(no progress for (\d+) s\); ", said)
     assert seconds and least <= int(seconds[1]) <= most, said
@@ -64,7 +70,10 @@ def test_slow_work_is_left_alone(stalls):
     assert (Path(found["run"]) / run_folder.WEIGHTS).is_file()
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/schedstat"), reason="this system does not count how long threads wait for a CPU")
+@pytest.mark.skipif(
+    not os.path.exists("/proc/self/schedstat"),
+    reason="this system does not count how long threads wait for a CPU",
+)
 def test_a_process_that_gets_no_cpu_does_not_stand_still(tmp_path):
     """Eight times its patience; one that does nothing does."""
     found = drive(tmp_path, "starved")["starved"]
@@ -86,11 +95,13 @@ def test_a_process_that_gets_no_cpu_does_not_stand_still(tmp_path):
 )
 def test_whether_a_thread_is_starved(monkeypatch, ran, waited, wants, expected):
     """From what the system says of it, a second apart."""
-    looks = iter([watch._Thread(5.0, 3.0, wants == "yes"), watch._Thread(5.0 + ran, 3.0 + waited, wants != "no")])
+    looks = iter(
+        [linux.Thread(5.0, 3.0, wants == "yes"), linux.Thread(5.0 + ran, 3.0 + waited, wants != "no")]
+    )
     times = iter([100.0, 101.0])
-    monkeypatch.setattr(watch, "_threads", lambda: {"7": next(looks)})
-    monkeypatch.setattr(watch.time, "monotonic", lambda: next(times))
-    starved = watch._Starved()
+    monkeypatch.setattr(linux, "threads", lambda: {"7": next(looks)})
+    monkeypatch.setattr(linux.time, "monotonic", lambda: next(times))
+    starved = linux.Starved()
     found = starved()
     monkeypatch.undo()
     assert found is expected
@@ -98,7 +109,7 @@ def test_whether_a_thread_is_starved(monkeypatch, ran, waited, wants, expected):
 
 def test_large_files_are_written_in_pieces(tmp_path, monkeypatch):
     """Each of which is on the disk before the next, and told."""
-    monkeypatch.setattr(checkpoint, "PIECE", 10)
+    monkeypatch.setattr(whole_files, "PIECE", 10)
     fsync, sizes, moves = os.fsync, [], []
     monkeypatch.setattr(os, "fsync", lambda file: (sizes.append(os.fstat(file).st_size), fsync(file)))
     content = bytes(range(34))
@@ -113,19 +124,17 @@ def test_a_pulse_is_a_move(monkeypatch):
     one.at("reading images", pulse=lambda: pulse[0])
     for tick in range(20):
         pulse[0] += 1
-        one._tell(tick)
-        assert one._look(tick) is None
+        assert one.look(tick) is None
     one.at("in a step")
     found = []
     for tick in range(20, 26):
         pulse[0] += 1
-        one._tell(tick)
-        found.append(one._look(tick))
+        found.append(one.look(tick))
     assert found[:4] == [None] * 4 and found[4].startswith("rank 0, in a step: stalled (no progress for 4 s)")
 
 
-def test_the_first_step_of_a_shape_is_given_longer_on_a_gpu():
-    """It compiles kernels: a whole batch's, the last one's of an epoch, that of an evaluation; of modules, each part of a batch."""
+def test_the_first_step_of_a_shape_is_given_longer_on_a_gpu(tmp_path):
+    """It compiles kernels: for each shape of batch and of part of a batch, in a step and in an evaluation."""
 
     class Seen(watch.Unwatched):
         def __init__(self):
@@ -135,13 +144,16 @@ def test_the_first_step_of_a_shape_is_given_longer_on_a_gpu():
             self.places.append((place.partition(",")[0], slow))
 
     def seen(device: str) -> list[tuple[str, bool]]:
-        training = object.__new__(loop.Training)
-        training.device, training.watch, training.images = torch.device(device), Seen(), SimpleNamespace(images_read=lambda: 0)
-        training.epoch, training.batch, training.batches, training.steps = 0, 0, 3, 6
-        training._begun = set()
-        for working, counts in (("in a step", (8, 8, 3)), ("in evaluation", (8, 3)), ("in a step", (8, 8, 3))):
-            for image, _ in training.told(iter([(torch.empty(n, 3, 4, 4), torch.empty(n)) for n in counts]), "reading", working):
-                for part in image.chunk(2):
+        config, images = tiny_run.config(tmp_path).resolved(), tiny_run.load()
+        net, here = setup.build(config, images), Processes(Layout.alone(config))
+        training = loop.Training(config, tmp_path, images, Share(config, images, net, here))
+        training.device, training.watch = torch.device(device), Seen()
+        step = "in a step", (8, 8, 3)
+        for working, counts in (step, ("in evaluation", (8, 3)), step):
+            batches = [(torch.empty(n, 3, 4, 4), torch.empty(n)) for n in counts]
+            packets = [Packet(image, image, label) for image, label in batches]
+            for packet in training.told(iter(packets), "reading", working):
+                for part in packet.image.chunk(2):
                     training.at("in module 1", len(part))
         return [(place, slow) for place, slow in training.watch.places if place != "reading"]
 

@@ -18,7 +18,10 @@ from infopro_fast.modules import CIFAR10_MEAN, CIFAR10_STD, InfoPro, LocalLoss, 
 from infopro_fast.trainer import check_finite, released_sgd
 from tests import compare, golden
 
-IMAGE, LABEL = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(3)), torch.tensor([0, 1, 2, 0, 1, 1])
+IMAGE, LABEL = (
+    torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(3)),
+    torch.tensor([0, 1, 2, 0, 1, 1]),
+)
 
 
 class Recorder(torch.optim.Optimizer):
@@ -44,22 +47,31 @@ def _sgd(params):
     return torch.optim.SGD(params, lr=0.05, momentum=0.9)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------
 # Against the released code
 
 
-@pytest.mark.parametrize("case", golden.cases("train_step"), ids=lambda c: f"{c['arch']}-{c['modules']}-{c['loss_mode']}")
+@pytest.mark.parametrize(
+    "case", golden.cases("train_step"), ids=lambda c: f"{c['arch']}-{c['modules']}-{c['loss_mode']}"
+)
 def test_golden(case, impl):
     loss = "contrast" if case["loss_mode"] == "contrast" else "softmax"
     net = infopro_fast.build(
-        case["arch"], case["modules"], loss, case["lambdas"], case["balanced"], image_size=case["image_size"], impl=impl
+        case["arch"],
+        case["modules"],
+        loss,
+        case["lambdas"],
+        case["balanced"],
+        image_size=case["image_size"],
+        impl=impl,
     ).double()
     golden.fill_parameters(net.released_state_dict())
     mean, std = (torch.tensor(v, dtype=torch.float64).view(1, 3, 1, 1) for v in (CIFAR10_MEAN, CIFAR10_STD))
     image = (golden.image(case["batch"], case["image_size"], case["image_size"]) - mean) / std
     label = golden.labels(case["batch"], 10)
 
-    # The released code runs nets of weight 0 too. Here they do not run in a step, so their values are asked of a copy.
+    # The released code runs nets of weight 0 too. Here they do not run in a step, so their values are asked
+    # of a copy.
     expected = dict(case["local_losses"])
     idle = _run_idle_nets(copy.deepcopy(net), image, label)
     logits = copy.deepcopy(net)(image)
@@ -70,10 +82,15 @@ def test_golden(case, impl):
     compare.assert_golden("loss", metrics["loss"], case["loss"])
     for k, (cut, local_loss) in enumerate(zip(net.cuts, net.local_losses), 1):
         suffix = f"{cut[0]}_{cut[1]}"
-        for name, term in ((f"decoder_{suffix}", "reconstruction"), (f"aux_classifier_{suffix}", local_loss.task)):
+        for name, term in (
+            (f"decoder_{suffix}", "reconstruction"),
+            (f"aux_classifier_{suffix}", local_loss.task),
+        ):
             found = idle["losses"].get(name)
             assert (f"module{k}/{term}" in metrics) == (found is None)
-            compare.assert_golden(name, metrics[f"module{k}/{term}"] if found is None else found, expected[name])
+            compare.assert_golden(
+                name, metrics[f"module{k}/{term}"] if found is None else found, expected[name]
+            )
 
     gradients, seen = _recorded(trainer), 0
     for prefix, module in net.released_modules():
@@ -84,7 +101,9 @@ def test_golden(case, impl):
                 compare.assert_golden(prefix + name, gradient, digest)
                 seen += 1
             else:
-                assert prefix.startswith(("decoder", "aux_classifier")) and prefix.rstrip(".") in idle["losses"]
+                assert (
+                    prefix.startswith(("decoder", "aux_classifier")) and prefix.rstrip(".") in idle["losses"]
+                )
                 assert digest == [0, 0]
     assert seen == len(gradients) and all(p.grad is None for p in net.parameters())
     buffers = {name: tensor for name, tensor in net.released_state_dict().items()} | idle["buffers"]
@@ -100,7 +119,10 @@ def _run_idle_nets(net, image, label) -> dict[str, dict[str, torch.Tensor]]:
         h = stage(h)
         nets = local_loss.released_nets(*cut)
         for (prefix, module), weight, target in zip(
-            nets.items(), (local_loss.reconstruction_weight, local_loss.task_weight), (image, label), strict=True
+            nets.items(),
+            (local_loss.reconstruction_weight, local_loss.task_weight),
+            (image, label),
+            strict=True,
         ):
             if weight == 0:
                 losses[prefix.rstrip(".")] = module(h, target)
@@ -141,16 +163,20 @@ def test_loss_and_count_are_the_networks_own():
     assert metrics["correct"].item() == (logits.argmax(1) == LABEL).sum().item()
 
 
-@pytest.mark.parametrize("recompute, chosen", [("none", "auto"), ("none", "reference"), ("norm", "auto"), ("block", "auto")])
+@pytest.mark.parametrize(
+    "recompute, chosen", [("none", "auto"), ("none", "reference"), ("norm", "auto"), ("block", "auto")]
+)
 def test_the_lean_step_is_the_plain_one_bit_for_bit(recompute, chosen):
-    """The plain one: one loss a module, one backward through it and the module, one optimizer over everything when all are done."""
+    """The plain step: one loss and one backward a module, one optimizer over everything at the end."""
     torch.manual_seed(0)
     net = infopro_fast.build("resnet20", 4, lambdas=(2, 0.5, 1, 1), impl=chosen)
     plain = copy.deepcopy(net)
     lean = infopro_fast.LocalTrainer(copy.deepcopy(net), _sgd)
     for stage in lean.net.stages:
         stage.recompute = recompute
-    optimizer = _sgd([*plain.stages.parameters(), *(p for loss in plain.local_losses for p in loss.trained_parameters())])
+    optimizer = _sgd(
+        [*plain.stages.parameters(), *(p for loss in plain.local_losses for p in loss.trained_parameters())]
+    )
     for _ in range(2):
         metrics, h = lean.step(IMAGE, LABEL), IMAGE
         for stage, local_loss in zip(plain.stages, plain.local_losses):
@@ -165,7 +191,7 @@ def test_the_lean_step_is_the_plain_one_bit_for_bit(recompute, chosen):
         assert torch.equal(tensor, lean.net.state_dict()[name]), name
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------
 # Isolation
 
 
@@ -175,7 +201,7 @@ def _infopro(local_loss) -> InfoPro:
 
 
 def test_no_gradient_crosses_a_boundary():
-    """What a later module is trained on moves no earlier one: its weights, its weight in the loss, its labels' effect."""
+    """A later module's weights, loss weight and labels have no effect on an earlier module."""
     recorded = []
     for scale in (1, 7):
         torch.manual_seed(0)
@@ -188,7 +214,9 @@ def test_no_gradient_crosses_a_boundary():
         trainer.step(IMAGE.double(), LABEL)
         gradients = _recorded(trainer)
         first = [*net.stages[0].parameters(), *net.local_losses[0].parameters()]
-        recorded.append(([gradients[p][0] for p in first], [gradients[p][0] for p in net.stages[1].parameters()]))
+        recorded.append(
+            ([gradients[p][0] for p in first], [gradients[p][0] for p in net.stages[1].parameters()])
+        )
     assert all(torch.equal(a, b) for a, b in zip(recorded[0][0], recorded[1][0]))
     assert not any(torch.equal(a, b) for a, b in zip(recorded[0][1], recorded[1][1]))
 
@@ -210,22 +238,33 @@ def test_statistics_move_once_a_step():
     assert {m.num_batches_tracked.item() for m in net.modules() if isinstance(m, nn.BatchNorm2d)} == {3}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------
 # What is not run, and what is not kept
 
 
 def test_terms_of_weight_zero_are_not_run(monkeypatch):
     calls = []
     for name, op in (("reconstruction_loss", ops.reconstruction_loss), ("supcon_loss", ops.supcon_loss)):
-        monkeypatch.setattr(ops, name, lambda *args, _op=op, _name=name, **kw: (calls.append(_name), _op(*args, **kw))[1])
+        monkeypatch.setattr(
+            ops, name, lambda *args, _op=op, _name=name, **kw: (calls.append(_name), _op(*args, **kw))[1]
+        )
     net = infopro_fast.build("resnet32", 4, lambdas=(6, 0, 0, 2))
     idle = [net.local_losses[0].aux_classifier, net.local_losses[2].decoder]
     before = [copy.deepcopy(module.state_dict()) for module in idle]
     made = []
-    trainer = infopro_fast.LocalTrainer(net, lambda params: made.append(params) or torch.optim.SGD(params, lr=0.1, weight_decay=0.1))
+    trainer = infopro_fast.LocalTrainer(
+        net, lambda params: made.append(params) or torch.optim.SGD(params, lr=0.1, weight_decay=0.1)
+    )
     metrics = trainer.step(IMAGE, LABEL)
     assert calls == ["reconstruction_loss", "reconstruction_loss", "supcon_loss", "supcon_loss"]
-    assert list(metrics) == ["module1/reconstruction", "module2/reconstruction", "module2/contrast", "module3/contrast", "loss", "correct"]
+    assert list(metrics) == [
+        "module1/reconstruction",
+        "module2/reconstruction",
+        "module2/contrast",
+        "module3/contrast",
+        "loss",
+        "correct",
+    ]
     given = {id(p) for params in made for p in params}
     assert len(made) == 4 and not given & {id(p) for module in idle for p in module.parameters()}
     for module, state in zip(idle, before):
@@ -233,7 +272,7 @@ def test_terms_of_weight_zero_are_not_run(monkeypatch):
 
 
 def test_each_graph_is_gone_before_the_next_is_built(monkeypatch):
-    """Tensors kept for backward: none when a module starts; when an auxiliary net starts, those of the module's blocks alone."""
+    """When a module starts, nothing is kept for backward; when its auxiliary net does, its blocks are."""
     live = weakref.WeakSet()
     counts = []
 
@@ -251,7 +290,11 @@ def test_each_graph_is_gone_before_the_next_is_built(monkeypatch):
         stage.register_forward_hook(lambda *_: count("stage done"))
         for aux in local_loss.children():
             aux.register_forward_pre_hook(lambda *_: count("auxiliary net"))
-    monkeypatch.setattr(net.local_losses[0].aux_classifier, "loss_and_correct", _counting(net.local_losses[0].aux_classifier, count))
+    monkeypatch.setattr(
+        net.local_losses[0].aux_classifier,
+        "loss_and_correct",
+        _counting(net.local_losses[0].aux_classifier, count),
+    )
     trainer = infopro_fast.LocalTrainer(net, _sgd)
     with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
         trainer.step(IMAGE, LABEL)
@@ -283,7 +326,10 @@ def test_gradients_are_freed_module_by_module():
 
     class Counting(torch.optim.SGD):
         def step(self, closure=None):
-            alive.append({id(p) for p in net.parameters() if p.grad is not None} == {id(p) for p in self.param_groups[0]["params"]})
+            alive.append(
+                {id(p) for p in net.parameters() if p.grad is not None}
+                == {id(p) for p in self.param_groups[0]["params"]}
+            )
             return super().step(closure)
 
     infopro_fast.LocalTrainer(net, lambda params: Counting(params, lr=0.1)).step(IMAGE, LABEL)
@@ -302,7 +348,9 @@ def test_the_outputs_gradient_is_gone_when_the_first_operation_has_taken_it():
 
         @staticmethod
         def backward(ctx, grad):
-            found = torch.ones(ctx.shape).contiguous(memory_format=torch.channels_last)  # as the output: taken as it is, not copied
+            found = torch.ones(ctx.shape).contiguous(
+                memory_format=torch.channels_last
+            )  # as the output: taken as it is, not copied
             made.append(weakref.ref(found.untyped_storage()))
             return found
 
@@ -329,13 +377,15 @@ def test_the_step_never_waits_for_the_device():
     for local_loss in ("contrast", "softmax", "greedy", "dgl", "infopro_l", "auglocal"):
         net = infopro_fast.build("resnet20", 4, local_loss, impl="reference").to("meta")
         trainer = infopro_fast.LocalTrainer(net, _sgd)
-        metrics = trainer.step(torch.zeros(4, 3, 32, 32, device="meta"), torch.zeros(4, dtype=torch.long, device="meta"))
+        metrics = trainer.step(
+            torch.zeros(4, 3, 32, 32, device="meta"), torch.zeros(4, dtype=torch.long, device="meta")
+        )
         assert all(value.dim() == 0 and not value.requires_grad for value in metrics.values())
         with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
             check_finite(metrics)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------
 # The trainer
 
 
@@ -416,7 +466,7 @@ def test_state_resumes_bit_for_bit():
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_state_in_another_memory_format_is_laid_out_like_its_parameter(fused):
-    """A checkpoint holds plain contiguous tensors; fused optimizers walk a parameter and its state side by side in memory."""
+    """A checkpoint holds contiguous tensors; fused optimizers need a state with its parameter's strides."""
 
     def make(params):
         return torch.optim.SGD(params, lr=0.05, momentum=0.9, fused=fused)
@@ -436,11 +486,13 @@ def test_state_in_another_memory_format_is_laid_out_like_its_parameter(fused):
             assert entry["momentum_buffer"].stride() == p.stride()
     for each in (trainer, resumed):
         each.step(IMAGE, LABEL)
-    assert all(torch.equal(tensor, nets[1].state_dict()[name]) for name, tensor in nets[0].state_dict().items())
+    assert all(
+        torch.equal(tensor, nets[1].state_dict()[name]) for name, tensor in nets[0].state_dict().items()
+    )
 
 
 def test_fused_sgd_is_plain_sgd():
-    """The released optimizer's fused pass, over weights in channels_last, against torch's loop over parameters."""
+    """The authors' optimizer as a fused pass over channels_last weights, against torch's loop."""
     nets = []
     for fused in (True, False):
         torch.manual_seed(0)
@@ -450,7 +502,12 @@ def test_fused_sgd_is_plain_sgd():
         for _ in range(3):
             trainer.step(IMAGE.double(), LABEL)
     for name, tensor in nets[0].state_dict().items():
-        compare.assert_close(tensor.double(), nets[1].state_dict()[name].double(), scale=max(1.0, tensor.abs().max().item()), what=name)
+        compare.assert_close(
+            tensor.double(),
+            nets[1].state_dict()[name].double(),
+            scale=max(1.0, tensor.abs().max().item()),
+            what=name,
+        )
 
 
 def test_learning_rate():
@@ -469,7 +526,10 @@ def _poison_classifier(net):
 
 @pytest.mark.parametrize(
     "poison, message",
-    [(_poison_decoder, "module 2, reconstruction loss: nan"), (_poison_classifier, "last module, cross-entropy loss: nan")],
+    [
+        (_poison_decoder, "module 2, reconstruction loss: nan"),
+        (_poison_classifier, "last module, cross-entropy loss: nan"),
+    ],
 )
 def test_a_loss_that_is_not_finite_is_named(poison, message):
     net = infopro_fast.build("resnet20", 3, lambdas=(1, 1, 1, 1))

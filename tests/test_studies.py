@@ -22,7 +22,8 @@ from infopro_fast import errors
 from infopro_fast.errors import ConfigError
 from infopro_fast.modules import split
 from infopro_fast.studies import costs, figures, known, runner, summary, tables
-from infopro_fast.studies.reproduce import reproduce
+from infopro_fast.studies import results as results_module
+from infopro_fast.studies.reproduce import reproduce, write
 from infopro_fast.trainer import checkpoint, run_folder
 from infopro_fast.trainer.settings.config import TrainConfig
 
@@ -33,7 +34,7 @@ SMALL = dict(scale="tiny", arch="resnet20", methods=("e2e", "greedy"), modules=(
 
 def result(method, K, errors, cost=None, weights=None):
     curves = tuple((error + 5, error) for error in errors)
-    return summary.Result(tables.Cell(method, K, weights), tuple(range(len(errors))), tuple(errors), tuple(errors), curves, cost, None)
+    return results_module.Result(tables.Cell(method, K, weights), tuple(range(len(errors))), tuple(errors), tuple(errors), curves, cost, None)
 
 
 def test_cells_of_the_tables():
@@ -215,7 +216,7 @@ def test_comparison():
         result("e2e", 1, (10, 11, 12), cost), result("greedy", 8, (20, 21, 22), cost), result("softmax", 8, (15, 16, 17), cost),
         result("contrast", 8, (14, 15, 16), cost),
     ]  # fmt: skip
-    (row,) = summary.compare(results)
+    (row,) = results_module.compare(results)
     assert row["which"] == "contrast" and row["margin"] == pytest.approx(6) and row["gap_to_e2e"] == pytest.approx(4)
     assert row["standard_error"] == pytest.approx(math.sqrt(2 / 3)) and row["in_standard_errors"] == pytest.approx(6 / math.sqrt(2 / 3))
     text = summary.markdown(tables.Study("table2"), results)
@@ -226,10 +227,10 @@ def test_comparison():
 def test_single_runs_have_no_standard_error(tmp_path):
     """Neither in the text nor in the JSON, which has no word for what is not a number."""
     results = [result("e2e", 1, (10,)), result("greedy", 8, (20,)), result("contrast", 8, (14,))]
-    (row,) = summary.compare(results)
+    (row,) = results_module.compare(results)
     assert (row["margin"], row["standard_error"], row["in_standard_errors"]) == (6, None, None)
     study = tables.Study("table2", out=tmp_path)
-    text, numbers, *_ = summary.write(study, results, known.Known({}, {}, []))
+    text, numbers, *_ = write(study, results, known.Known({}, {}, []))
     assert "InfoPro, contrast 14.00 %: 6.00 points lower; +4.00 points from end to end." in text.read_text()
     assert "nan" not in text.read_text()
     json.loads(numbers.read_text(), parse_constant=pytest.fail)
@@ -241,7 +242,7 @@ def test_every_method_against_greedy():
         result("e2e", 1, (10, 11)), result("greedy", 8, (20, 21, 22)), result("dgl", 8, (22, 23, 24)), result("contrast", 8, (14, 15, 16)),
         result("contrast", 4, (1, 3)), result("greedy", 2, (7,)), result("softmax", 2, (5,)),
     ]  # fmt: skip
-    found = {cell.name: difference for cell, difference in summary.below_greedy(results).items()}
+    found = {cell.name: difference for cell, difference in results_module.below_greedy(results).items()}
     assert set(found) == {"dgl-k8", "contrast-k8", "softmax-k2"}
     assert found["dgl-k8"] == pytest.approx((-2, math.sqrt(2 / 3))) and found["contrast-k8"] == pytest.approx((6, math.sqrt(2 / 3)))
     assert found["softmax-k2"][0] == 2 and math.isnan(found["softmax-k2"][1])
@@ -250,9 +251,9 @@ def test_every_method_against_greedy():
     for line in ("| DGL |  | -2.00 (-2.4) |", "| InfoPro, contrast |  | 6.00 (7.3) |", "| InfoPro, softmax | 2.00 |  |"):
         assert line in text
     # Squares about the means: 0.5, 2, 2, 2, 2 of cells with 1, 2, 2, 2, 1 degrees of freedom; single runs have none.
-    assert summary.pooled_deviation(results) == pytest.approx(math.sqrt(8.5 / 8))
+    assert results_module.pooled_deviation(results) == pytest.approx(math.sqrt(8.5 / 8))
     assert "Pooled over all cells it is 1.03 points" in text and "means of 3 runs then has a standard error of 0.84" in text
-    assert math.isnan(summary.pooled_deviation(results[-2:])) and "Pooled" not in summary.markdown(tables.Study("table2"), results[-2:])
+    assert math.isnan(results_module.pooled_deviation(results[-2:])) and "Pooled" not in summary.markdown(tables.Study("table2"), results[-2:])
     assert summary.AGAINST_GREEDY not in summary.markdown(tables.Study("table2"), results[:1])
 
 
@@ -329,7 +330,7 @@ def test_what_a_killed_run_has_to_go_on_from(tmp_path, there):
     (run / run_folder.CONFIG).touch()
     if there:
         (run / there.format(name=checkpoint.name_of(0, 0))).mkdir(exist_ok=True)
-    runner._remove_if_nothing_ran(run)
+    runner.remove_unbegun(run)
     assert run.is_dir() == bool(there)
 
 
@@ -337,9 +338,9 @@ def test_modules_trained_in_turn(tmp_path, monkeypatch):
     """An asynchronous cell, in a terminal: stopped between its two modules it goes on; its curve is that of the last module's epochs."""
     study = tables.Study("table2", out=tmp_path, **{**SMALL, "methods": ("async",)})
     (job,) = tables.jobs(study)
-    statuses, real = [], runner._status
-    monkeypatch.setattr(runner, "_status", lambda job: statuses.append(real(job)) or statuses[-1])
-    monkeypatch.setattr(runner, "_progress", _bars_without_a_terminal)
+    statuses, real = [], runner.status
+    monkeypatch.setattr(runner, "status", lambda job: statuses.append(real(job)) or statuses[-1])
+    monkeypatch.setattr(runner, "progress", _bars_without_a_terminal)
     monkeypatch.setattr(runner, "POLL_SECONDS", 0.02)
     runs = runner.subprocess.Popen
     started = []
@@ -375,11 +376,11 @@ def _bars_without_a_terminal(total: int, done: int):
     from rich.console import Console
     from rich.progress import Progress
 
-    class Bars(runner._Bars):
+    class Bars(runner.Bars):
         def update(self, job):
             super().update(job)
             if run_folder.read_metrics(job.folder, "epoch"):
-                _Watched.seen(runner._status(job))
+                _Watched.seen(runner.status(job))
 
     with Progress(console=Console(file=io.StringIO(), force_terminal=True)) as bars:
         yield Bars(total, done, bars)
@@ -393,7 +394,7 @@ def test_known_runs_are_not_trained_again(study, tmp_path, monkeypatch):
     """A table from elsewhere has end to end; only greedy is trained here; the joined table has both and says where they came from."""
     elsewhere = dataclasses.replace(study, methods=("e2e",), train=False)
     nothing = known.Known({}, {}, [])
-    _, path, *_ = summary.write(dataclasses.replace(elsewhere, out=tmp_path / "there"), summary.collect(elsewhere, nothing), nothing)
+    _, path, *_ = write(dataclasses.replace(elsewhere, out=tmp_path / "there"), results_module.collect(elsewhere, nothing), nothing)
     asked = []
     monkeypatch.setattr(runner, "run_all", lambda jobs, at_a_time: asked.extend(job.cell.name for job in jobs))
     joined = dataclasses.replace(study, known=(path,), out=tmp_path / "here")
@@ -427,9 +428,9 @@ def test_known_seeds_join_new_ones(study, tmp_path, monkeypatch):
     """Seed 0 is known, seed 1 has just been trained: one cell of both."""
     two = dataclasses.replace(study, seeds=2, methods=("e2e",), known=(study.out / "table2.json",), out=tmp_path)
     monkeypatch.setattr(runner, "run_all", lambda jobs, at_a_time: None)
-    monkeypatch.setattr(summary, "finished", lambda job: True)
+    monkeypatch.setattr(results_module, "finished", lambda job: True)
     epochs = [{"epoch": 1, "test": {"accuracy": 0.5, "loss": 1.25}}]
-    monkeypatch.setattr(summary, "tested_epochs", lambda job: epochs if job.seed == 1 else pytest.fail(job.folder.name))
+    monkeypatch.setattr(results_module, "tested_epochs", lambda job: epochs if job.seed == 1 else pytest.fail(job.folder.name))
     reproduce(two)
     (cell,) = json.loads((tmp_path / "table2.json").read_text())["cells"]
     assert cell["seeds"] == [0, 1] and cell["errors"][1] == 50 and cell["cross_entropies"][1] == 1.25

@@ -1,4 +1,5 @@
-"""`supcon_loss`: released values, sizes around every tile, the edge cases and what they are defined to be, messages."""
+"""`supcon_loss`: released values, sizes around every tile, the edge cases and what they are defined to be,
+messages."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from tests.op_cases import Case, check, gradients, supcon
 FLOATS = (torch.float64, torch.float32)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The released code
 
 
@@ -25,12 +26,17 @@ def assert_released(case, impl, dtype):
     features = golden.wave((case["batch"], case["views"], case["dim"]), 21).to(dtype).requires_grad_()
     labels = torch.tensor(case["labels"])
     # The released class multiplies by temperature / base_temperature, and its base_temperature is 0.07.
-    loss = supcon_loss(features, labels, temperature=case["temperature"], impl=impl) * (case["temperature"] / 0.07)
+    loss = supcon_loss(features, labels, temperature=case["temperature"], impl=impl) * (
+        case["temperature"] / 0.07
+    )
     loss.backward()
     compare.assert_golden("loss", loss, case["loss"], dtype)
     compare.assert_golden("features", features.grad, case["grad"], dtype)
     if case["views"] == 1:
-        both = (supcon_loss(x, labels, temperature=case["temperature"], impl=impl) for x in (features, features.squeeze(1)))
+        both = (
+            supcon_loss(x, labels, temperature=case["temperature"], impl=impl)
+            for x in (features, features.squeeze(1))
+        )
         compare.assert_same(*both, "(N, D) and (N, 1, D)")
 
 
@@ -50,11 +56,15 @@ def test_released_values_on_every_instruction_set(case, isa, dtype):
     assert_released(case, "cpu", dtype)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Sizes and options
 
-SIZES = [(N, D, 10) for N in (2, 3, 7, 15, 16, 17, 31, 33, 63, 64, 65, 127, 128, 129, 191, 257) for D in (2, 8, 37)]
-SIZES += [(65, D, 4) for D in (3, 5, 15, 16, 17, 63, 64, 65, 100, 127, 128, 129, 255, 300)] + [(500, 128, 10), (130, 128, 100)]
+SIZES = [
+    (N, D, 10) for N in (2, 3, 7, 15, 16, 17, 31, 33, 63, 64, 65, 127, 128, 129, 191, 257) for D in (2, 8, 37)
+]
+SIZES += [(65, D, 4) for D in (3, 5, 15, 16, 17, 63, 64, 65, 100, 127, 128, 129, 255, 300)] + [
+    (500, 128, 10), (130, 128, 100)
+]
 
 
 @pytest.mark.parametrize("N, D, classes", SIZES)
@@ -72,7 +82,9 @@ def test_one_dimension(impl):
         compare.assert_close(loss, case.plain(case.inputs()), scale=case.condition, what="loss")
         grad = gradients(loss, inputs)["features"]
         size = 1 / inputs["features"].detach().abs().min().item()
-        compare.assert_close(grad, torch.zeros_like(grad, dtype=torch.float64), scale=case.condition * size, what="gradient")
+        compare.assert_close(
+            grad, torch.zeros_like(grad, dtype=torch.float64), scale=case.condition * size, what="gradient"
+        )
 
 
 @pytest.mark.parametrize("N, D", ((33, 128), (257, 37), (500, 128)))
@@ -86,7 +98,13 @@ def test_sizes_on_every_instruction_set(N, D, isa):
 @pytest.mark.parametrize("views", (None, 1, 2, 3))
 def test_options(views, normalize, reduction, impl):
     for dtype in FLOATS:
-        check(supcon(N=21, D=9, views=views, classes=5, normalize=normalize, reduction=reduction, temperature=0.3), impl, dtype)
+        check(
+            supcon(
+                N=21, D=9, views=views, classes=5, normalize=normalize, reduction=reduction, temperature=0.3
+            ),
+            impl,
+            dtype,
+        )
 
 
 @pytest.mark.parametrize("temperature", (0.005, 0.07, 1.0, 100.0))
@@ -102,7 +120,8 @@ def test_rows_of_any_length_are_normalised(size, impl):
 
 
 def test_large_logits(impl):
-    """Logits up to 1e4 that nothing normalises: exponentials overflow unless the row's own maximum is taken out."""
+    """Logits up to 1e4 that nothing normalises: exponentials overflow unless the row's own maximum is taken
+    out."""
     case = supcon(N=40, D=16, views=None, classes=4, temperature=1.0, normalize=False, size=25.0)
     assert 1e4 < case.condition < 1e5
     for dtype in FLOATS:
@@ -124,7 +143,7 @@ def test_far_negative_logits(impl):
     compare.assert_close(features.grad, exact.grad, what="gradient")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Edges: defined, and finite
 
 
@@ -221,7 +240,7 @@ def test_strided_labels(impl):
     compare.assert_same(supcon_loss(x, same, impl=impl), supcon_loss(x, same.contiguous(), impl=impl))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Properties, over any shape, layout and dtype
 
 
@@ -231,12 +250,16 @@ def any_case(draw) -> tuple[Case, str, torch.dtype]:
     reduction = draw(st.sampled_from(("mean", "sum", "none")))
     options = dict(temperature=draw(st.floats(0.05, 2)), normalize=draw(st.booleans()), reduction=reduction)
     case = supcon(N, D, views, draw(st.integers(1, 12)), **options)
-    return case, draw(st.sampled_from(("contiguous", "transposed", "slice", "step"))), draw(st.sampled_from(FLOATS))
+    return (
+        case, draw(st.sampled_from(("contiguous", "transposed", "slice", "step"))),
+        draw(st.sampled_from(FLOATS)),
+    )  # fmt: skip
 
 
 @given(any_case())
 def test_any_case(impl, drawn):
-    """Without the unnormalised maxima of tiny cases, where the loss itself is smaller than the rounding of a logit."""
+    """Without the unnormalised maxima of tiny cases, where the loss itself is smaller than the rounding of a
+    logit."""
     case, layout, dtype = drawn
     inputs = {k: op_cases.relayout(t, layout)[0] for k, t in case.inputs(dtype).items()}
     loss = case.function(impl)(inputs)
@@ -255,7 +278,9 @@ def test_order_of_the_batch_does_not_matter(impl, N, D, classes, random):
     x, labels = case.tensors["features"], case.tensors["labels"]
     order = torch.tensor(random.sample(range(N), N))
     rows = supcon_loss(x, labels, reduction="none", impl=impl)
-    compare.assert_close(supcon_loss(x[order], labels[order], reduction="none", impl=impl), rows[order], scale=1 / 0.07)
+    compare.assert_close(
+        supcon_loss(x[order], labels[order], reduction="none", impl=impl), rows[order], scale=1 / 0.07
+    )
 
 
 @given(st.integers(2, 40), st.integers(2, 30), st.floats(1e-3, 1e3))
@@ -268,7 +293,7 @@ def test_lengths_do_not_matter_and_the_gradient_is_tangential(impl, N, D, size):
     compare.assert_close((grad * x).sum(1), torch.zeros(N, dtype=torch.float64), scale=1 / 0.07)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Messages
 
 x, y = torch.zeros(4, 8), torch.zeros(4, dtype=torch.long)
@@ -276,7 +301,11 @@ MESSAGES = [
     (dict(features=[1.0]), TypeError, "features: expected a floating-point tensor, got list"),
     (dict(features=x.long()), TypeError, "features: expected a floating-point tensor, got torch.int64"),
     (dict(features=x[0]), ValueError, "features: expected (N, D) or (N, views, D), D > 0, got (8,)"),
-    (dict(features=x[:, :, None, None]), ValueError, "features: expected (N, D) or (N, views, D), D > 0, got (4, 8, 1, 1)"),
+    (
+        dict(features=x[:, :, None, None]),
+        ValueError,
+        "features: expected (N, D) or (N, views, D), D > 0, got (4, 8, 1, 1)",
+    ),
     (dict(features=x[:, :0]), ValueError, "features: expected (N, D) or (N, views, D), D > 0, got (4, 0)"),
     (dict(labels=[0, 1, 2, 3]), TypeError, "labels: expected an integer tensor, got list"),
     (dict(labels=y.float()), TypeError, "labels: expected an integer tensor, got torch.float32"),
@@ -285,8 +314,16 @@ MESSAGES = [
     (dict(temperature=0.0), ValueError, "temperature: expected a positive finite number, got 0.0"),
     (dict(temperature=-1.0), ValueError, "temperature: expected a positive finite number, got -1.0"),
     (dict(temperature=float("nan")), ValueError, "temperature: expected a positive finite number, got nan"),
-    (dict(reduction="average"), ValueError, "reduction: expected one of ('mean', 'sum', 'none'), got 'average'"),
-    (dict(impl="liger"), ValueError, "impl: expected one of ('auto', 'reference', 'cpu', 'triton', 'cuda'), got 'liger'"),
+    (
+        dict(reduction="average"),
+        ValueError,
+        "reduction: expected one of ('mean', 'sum', 'none'), got 'average'",
+    ),
+    (
+        dict(impl="liger"),
+        ValueError,
+        "impl: expected one of ('auto', 'reference', 'cpu', 'triton', 'cuda'), got 'liger'",
+    ),
 ]
 
 
@@ -299,7 +336,9 @@ def test_messages(wrong, kind, words):
 def test_a_positive_infinitely_far_away_is_a_loss_of_infinity(impl):
     """Not taken for the pair of a row with itself, which does not count."""
     features = torch.tensor([[1e200, 0.0], [-1e200, 0.0], [0.0, 1.0]], dtype=torch.float64)
-    loss = supcon_loss(features, torch.tensor([0, 0, 1]), normalize=False, temperature=1.0, reduction="none", impl=impl)
+    loss = supcon_loss(
+        features, torch.tensor([0, 0, 1]), normalize=False, temperature=1.0, reduction="none", impl=impl
+    )
     assert loss[0] == torch.inf and loss[1] == torch.inf and loss[2] == 0
 
 

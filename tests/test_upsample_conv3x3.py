@@ -16,9 +16,10 @@ from tests.op_cases import check, up_conv
 
 MODES = {"corners": dict(align_corners=True), "centers": {}, "nearest": dict(mode="nearest")}
 SIZES = {
-    "doubled": dict(h=6, w=5, H=12, W=10), "odd": dict(h=5, w=7, H=17, W=12), "same size": dict(h=5, w=7, H=5, W=7),
-    "smaller": dict(h=11, w=9, H=4, W=5), "mixed": dict(h=11, w=3, H=4, W=35), "one pixel": dict(h=1, w=1, H=5, W=3),
-    "to one": dict(H=1, W=1), "wide": dict(h=3, w=37, H=6, W=74), "channels": dict(C=70, K=45, h=4, w=4, H=8, W=8),
+    "doubled": dict(h=6, w=5, H=12, W=10), "odd": dict(h=5, w=7, H=17, W=12),
+    "same size": dict(h=5, w=7, H=5, W=7), "smaller": dict(h=11, w=9, H=4, W=5),
+    "mixed": dict(h=11, w=3, H=4, W=35), "one pixel": dict(h=1, w=1, H=5, W=3), "to one": dict(H=1, W=1),
+    "wide": dict(h=3, w=37, H=6, W=74), "channels": dict(C=70, K=45, h=4, w=4, H=8, W=8),
     "one channel": dict(C=1, K=1),
 }  # fmt: skip
 
@@ -40,8 +41,9 @@ def test_sizes_on_every_instruction_set(size, isa):
 def any_case(draw):
     size = st.integers(1, 23)
     case = up_conv(
-        N=draw(st.integers(1, 3)), C=draw(st.integers(1, 20)), K=draw(st.integers(1, 20)), h=draw(size), w=draw(size), H=draw(size),
-        W=draw(size), bias=draw(st.booleans()), **MODES[draw(st.sampled_from(sorted(MODES)))],
+        N=draw(st.integers(1, 3)), C=draw(st.integers(1, 20)), K=draw(st.integers(1, 20)), h=draw(size),
+        w=draw(size), H=draw(size), W=draw(size), bias=draw(st.booleans()),
+        **MODES[draw(st.sampled_from(sorted(MODES)))],
     )  # fmt: skip
     return case, {k: draw(st.sampled_from(("contiguous", *op_cases.LAYOUTS))) for k in case.tensors}
 
@@ -72,8 +74,16 @@ MESSAGES = [
     (dict(size=(8, 0)), ValueError, "size: expected one or two positive integers, got (8, 0)"),
     (dict(size=8.0), ValueError, "size: expected one or two positive integers, got 8.0"),
     (dict(mode="bicubic"), ValueError, "mode: expected one of ('bilinear', 'nearest'), got 'bicubic'"),
-    (dict(mode="nearest", align_corners=True), ValueError, "align_corners: expected False with mode 'nearest'"),
-    (dict(impl="triton"), ValueError, "impl='triton' cannot run this call: x is on cpu: runs on CUDA tensors; on CPU tensors in"),
+    (
+        dict(mode="nearest", align_corners=True),
+        ValueError,
+        "align_corners: expected False with mode 'nearest'",
+    ),
+    (
+        dict(impl="triton"),
+        ValueError,
+        "impl='triton' cannot run this call: x is on cpu: runs on CUDA tensors; on CPU tensors in",
+    ),
 ]
 
 

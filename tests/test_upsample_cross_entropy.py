@@ -1,4 +1,5 @@
-"""`upsample_cross_entropy`: every option against F.cross_entropy(F.interpolate(...)), gradients too; labels, counts, edges, messages."""
+"""`upsample_cross_entropy`: every option against F.cross_entropy(F.interpolate(...)), gradients too; labels,
+counts, edges, messages."""
 
 from __future__ import annotations
 
@@ -19,12 +20,14 @@ FLOATS = (torch.float64, torch.float32)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Values and gradients
 
 
 def name(case: dict) -> str:
-    return f"{case['classes']} classes {case['h_size']} to {case['size']} align_corners {case['align_corners']}"
+    return (
+        f"{case['classes']} classes {case['h_size']} to {case['size']} align_corners {case['align_corners']}"
+    )
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -36,7 +39,9 @@ def test_golden(case, dtype, impl):
     target[:: case["ignore_every"]] = 255
     for target_dtype in (torch.int64, torch.uint8):
         target_of_dtype = target.view(N, H, W).to(target_dtype)
-        loss = upsample_cross_entropy(logits, target_of_dtype, align_corners=case["align_corners"], ignore_index=255, impl=impl)
+        loss = upsample_cross_entropy(
+            logits, target_of_dtype, align_corners=case["align_corners"], ignore_index=255, impl=impl
+        )
         compare.assert_golden("loss", loss.detach(), case["loss"])
         (grad,) = torch.autograd.grad(loss, logits)
         compare.assert_golden("logits", grad, case["grad"])
@@ -47,21 +52,32 @@ OPTIONS = list(itertools.product((False, True), (0.0, 0.1, 1.0), (False, True), 
 
 @pytest.mark.parametrize("align_corners, label_smoothing, class_weight, reduction", OPTIONS)
 def test_options(align_corners, label_smoothing, class_weight, reduction, impl):
-    options = dict(align_corners=align_corners, label_smoothing=label_smoothing, class_weight=class_weight, reduction=reduction)
+    options = dict(
+        align_corners=align_corners, label_smoothing=label_smoothing, class_weight=class_weight,
+        reduction=reduction,
+    )  # fmt: skip
     for dtype, ignored in zip(FLOATS, (0.3, 0.0)):
         check(upsample_ce(N=2, C=7, h=4, w=5, H=17, W=37, ignored=ignored, **options), impl, dtype)
 
 
 @pytest.mark.parametrize("reduction", ("mean", "none"))
-@pytest.mark.parametrize("label_smoothing, class_weight", [(0.0, False), (0.0, True), (0.1, False), (0.1, True)])
+@pytest.mark.parametrize("label_smoothing, class_weight", itertools.product((0.0, 0.1), (False, True)))
 def test_options_on_every_instruction_set(label_smoothing, class_weight, reduction, isa):
     for dtype in (*FLOATS, torch.bfloat16, torch.float16):
-        check(upsample_ce(H=23, W=41, label_smoothing=label_smoothing, class_weight=class_weight, reduction=reduction), "cpu", dtype)
+        check(
+            upsample_ce(
+                H=23, W=41, label_smoothing=label_smoothing, class_weight=class_weight, reduction=reduction
+            ),
+            "cpu",
+            dtype,
+        )
 
 
-# (h, w, H, W): up by whole and by broken factors, the same size, down (source rows and columns that no pixel touches), one row or column.
+# (h, w, H, W): up by whole and by broken factors, the same size, down (source rows and columns that no pixel
+# touches), one row or column.
 SIZES = [
-    (8, 16, 64, 128), (3, 5, 24, 40), (7, 3, 20, 33), (9, 9, 9, 9), (5, 40, 5, 40), (33, 70, 12, 17), (4, 200, 9, 7), (50, 2, 3, 31),
+    (8, 16, 64, 128), (3, 5, 24, 40), (7, 3, 20, 33), (9, 9, 9, 9), (5, 40, 5, 40), (33, 70, 12, 17),
+    (4, 200, 9, 7), (50, 2, 3, 31),
     (1, 1, 1, 1), (1, 1, 9, 17), (6, 1, 13, 1), (1, 6, 1, 13), (2, 2, 2, 65), (3, 4, 1, 1), (17, 16, 34, 31),
 ]  # fmt: skip
 
@@ -73,7 +89,9 @@ def test_sizes(h, w, H, W, align_corners, impl):
         check(upsample_ce(2, 5, h, w, H, W, align_corners=align_corners, reduction=reduction), impl, dtype)
 
 
-@pytest.mark.parametrize("h, w, H, W", [(3, 5, 24, 40), (33, 70, 12, 17), (9, 9, 9, 9), (4, 200, 9, 7), (2, 2, 2, 65)])
+@pytest.mark.parametrize(
+    "h, w, H, W", [(3, 5, 24, 40), (33, 70, 12, 17), (9, 9, 9, 9), (4, 200, 9, 7), (2, 2, 2, 65)]
+)
 def test_sizes_on_every_instruction_set(h, w, H, W, isa):
     for dtype, align_corners in itertools.product(FLOATS, (False, True)):
         check(upsample_ce(2, 5, h, w, H, W, align_corners=align_corners), "cpu", dtype)
@@ -91,9 +109,13 @@ def test_one_class(impl):
     for dtype in FLOATS:
         inputs = case.inputs(dtype)
         loss = case.function(impl)(inputs)
-        compare.assert_close(loss, torch.zeros(loss.shape, dtype=torch.float64), scale=case.condition, what="loss")
+        compare.assert_close(
+            loss, torch.zeros(loss.shape, dtype=torch.float64), scale=case.condition, what="loss"
+        )
         grad = gradients(loss, inputs)["logits"]
-        compare.assert_close(grad, torch.zeros(grad.shape, dtype=torch.float64), scale=case.condition, what="gradient")
+        compare.assert_close(
+            grad, torch.zeros(grad.shape, dtype=torch.float64), scale=case.condition, what="gradient"
+        )
 
 
 @pytest.mark.parametrize("size", (1e-3, 30.0, 1e4))
@@ -118,11 +140,13 @@ def test_second_derivatives_raise(cpu):
         case = upsample_ce(reduction=reduction)
         inputs = case.inputs()
         (grad,) = torch.autograd.grad(case.function(cpu)(inputs).sum(), inputs["logits"], create_graph=True)
-        with pytest.raises(RuntimeError, match="upsample_cross_entropy: the kernels have no second derivative"):
+        with pytest.raises(
+            RuntimeError, match="upsample_cross_entropy: the kernels have no second derivative"
+        ):
             grad.sum().backward()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Labels
 
 
@@ -137,10 +161,17 @@ def test_targets(ignore_index, target_dtype, impl):
     inputs, exact = case.inputs(), case.inputs()
     wanted = case.plain(exact)
     for layout in ("contiguous", "transposed", "step"):
-        narrow = inputs | {"target": op_cases.relayout(inputs["target"], layout)[0].to(target_dtype, memory_format=torch.preserve_format)}
+        narrow = inputs | {
+            "target": op_cases.relayout(inputs["target"], layout)[0].to(
+                target_dtype, memory_format=torch.preserve_format
+            )
+        }
         found = case.function(impl)(narrow)
         compare.assert_close(found, wanted, what="loss")
-        compare.assert_close(gradients(found, narrow)["logits"], gradients(wanted, exact, retain_graph=True)["logits"], what=layout)
+        compare.assert_close(
+            gradients(found, narrow)["logits"], gradients(wanted, exact, retain_graph=True)["logits"],
+            what=layout,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("reduction", ("mean", "sum", "none"))
@@ -169,10 +200,13 @@ def test_a_label_out_of_range_raises(bad, target_dtype, reduction, impl):
 
 
 def test_labels_are_read_as_they_are(cpu):
-    """No copy of them in another dtype: less than a tenth of what one in int64 would take is allocated. (The reference makes one.)"""
+    """No copy of them in another dtype: less than a tenth of what one in int64 would take is allocated. (The
+    reference makes one.)"""
 
     def allocated(impl: str, dtype: torch.dtype) -> int:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        with torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+        ) as profile:
             upsample_cross_entropy(torch.zeros(1, 3, 4, 4), torch.zeros(1, 512, 512, dtype=dtype), impl=impl)
         created = 512 * 512 * dtype.itemsize
         return sum(max(0, e.self_cpu_memory_usage) for e in profile.key_averages()) - created
@@ -184,20 +218,24 @@ def test_labels_are_read_as_they_are(cpu):
 
 def test_class_weight_gets_no_gradient(impl):
     case = upsample_ce()
-    with pytest.raises(ValueError, match="upsample_cross_entropy: class_weight: expected a tensor that does not require grad"):
+    with pytest.raises(
+        ValueError, match="upsample_cross_entropy: class_weight: expected a tensor that does not require grad"
+    ):
         case.function(impl)(case.inputs(grad=("logits", "class_weight")))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Pixels that do not count
 
 
 @pytest.mark.parametrize("reduction", ("mean", "sum", "none"))
-@pytest.mark.parametrize("label_smoothing, class_weight", [(0.0, False), (0.0, True), (0.1, False), (0.1, True)])
+@pytest.mark.parametrize("label_smoothing, class_weight", itertools.product((0.0, 0.1), (False, True)))
 @pytest.mark.parametrize("dtype", (*FLOATS, torch.bfloat16))
 def test_all_pixels_ignored(class_weight, label_smoothing, reduction, dtype, impl):
     """0 with zero gradients, where torch's mean is nan with nan gradients."""
-    case = upsample_ce(ignored=1, class_weight=class_weight, label_smoothing=label_smoothing, reduction=reduction)
+    case = upsample_ce(
+        ignored=1, class_weight=class_weight, label_smoothing=label_smoothing, reduction=reduction
+    )
     inputs = case.inputs(dtype)
     loss = case.function(impl)(inputs)
     assert loss.shape == ((2, 10, 19) if reduction == "none" else ()) and not loss.detach().any()
@@ -223,7 +261,8 @@ def test_some_class_weights_zero(impl):
 
 @pytest.mark.parametrize("fill", (1e30, torch.inf, torch.nan))
 def test_what_is_ignored_may_be_anything(fill, cpu):
-    """Padding does not reach the loss or the gradient of pixels that count: the columns right of 8 of the source are seen by no such."""
+    """Padding does not reach the loss or the gradient of pixels that count: the columns right of 8 of the
+    source are seen by no such."""
     case = upsample_ce(N=1, C=4, h=4, w=16, H=32, W=128, ignored=0, reduction="mean")
     inputs, clean = case.inputs(), case.inputs()
     for t in (inputs, clean):
@@ -233,17 +272,26 @@ def test_what_is_ignored_may_be_anything(fill, cpu):
         clean["logits"][..., 9:] = 0
     loss, wanted = case.function(cpu)(inputs), case.plain(clean)
     compare.assert_close(loss, wanted, what="loss")
-    compare.assert_close(gradients(loss, inputs)["logits"], gradients(wanted, clean)["logits"], what="gradient")
+    compare.assert_close(
+        gradients(loss, inputs)["logits"], gradients(wanted, clean)["logits"], what="gradient"
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The confusion matrix
 
 
 def confusion(inputs, impl, **options) -> torch.Tensor:
-    loss, counts = upsample_cross_entropy(inputs["logits"], inputs["target"], return_confusion=True, impl=impl, **options)
+    loss, counts = upsample_cross_entropy(
+        inputs["logits"], inputs["target"], return_confusion=True, impl=impl, **options
+    )
     C = inputs["logits"].shape[1]
-    assert counts.dtype == torch.int64 and counts.shape == (C, C) and not counts.requires_grad and loss.requires_grad
+    assert (
+        counts.dtype == torch.int64
+        and counts.shape == (C, C)
+        and not counts.requires_grad
+        and loss.requires_grad
+    )
     return counts
 
 
@@ -259,12 +307,17 @@ def test_confusion(N, C, ignored, align_corners, threads, impl):
     for n in (1, 3):
         threads(n)
         for reduction in ("mean", "none"):
-            found = confusion(inputs, impl, align_corners=align_corners, label_smoothing=0.1, reduction=reduction)
+            found = confusion(
+                inputs, impl, align_corners=align_corners, label_smoothing=0.1, reduction=reduction
+            )
             compare.assert_same(found, expected)
 
 
 def test_the_first_of_equal_logits_counts(isa):
-    inputs = {"logits": torch.ones(1, 6, 4, 4, requires_grad=True), "target": torch.arange(6 * 18).view(1, 6, 18) % 6}
+    inputs = {
+        "logits": torch.ones(1, 6, 4, 4, requires_grad=True),
+        "target": torch.arange(6 * 18).view(1, 6, 18) % 6,
+    }
     for impl in ("cpu", "reference"):
         assert (confusion(inputs, impl)[:, 0] == 18).all()
     raised = torch.ones(1, 6, 4, 4)
@@ -275,7 +328,9 @@ def test_the_first_of_equal_logits_counts(isa):
 
 def test_asking_for_confusion_changes_nothing(impl):
     inputs = upsample_ce().inputs()
-    with_counts, _ = upsample_cross_entropy(inputs["logits"], inputs["target"], return_confusion=True, impl=impl)
+    with_counts, _ = upsample_cross_entropy(
+        inputs["logits"], inputs["target"], return_confusion=True, impl=impl
+    )
     compare.assert_same(with_counts, upsample_cross_entropy(inputs["logits"], inputs["target"], impl=impl))
 
 
@@ -284,11 +339,13 @@ def test_confusion_without_pixels(impl):
     assert not confusion(inputs, impl).any()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Two ways to the gradient: kept by forward, or found in backward
 
 ONE_LOSS = pytest.mark.parametrize("reduction", ("mean", "sum"))
-SOURCES = pytest.mark.parametrize("h, w", ((3, 4), (6, 8)), ids=("kept", "found"))  # C h w is below, or above H W
+SOURCES = pytest.mark.parametrize(
+    "h, w", ((3, 4), (6, 8)), ids=("kept", "found")
+)  # C h w is below, or above H W
 
 
 @ONE_LOSS
@@ -348,20 +405,26 @@ def test_the_same_bits_whatever_the_number_of_threads(h, w, H, W, reduction, thr
             compare.assert_same(t, found[0][key], key)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Any shape, any layout, any dtype
 
 
 @st.composite
 def any_case(draw):
-    N, C, sizes = draw(st.integers(1, 3)), draw(st.integers(1, 24)), [draw(st.integers(1, m)) for m in (9, 12, 30, 45)]
+    N, C, sizes = (
+        draw(st.integers(1, 3)), draw(st.integers(1, 24)), [draw(st.integers(1, m)) for m in (9, 12, 30, 45)]
+    )
     options = dict(
-        align_corners=draw(st.booleans()), class_weight=draw(st.booleans()), ignored=draw(st.sampled_from((0.0, 0.2, 0.9))),
+        align_corners=draw(st.booleans()), class_weight=draw(st.booleans()),
+        ignored=draw(st.sampled_from((0.0, 0.2, 0.9))),
         size=draw(st.floats(0.01, 20)), label_smoothing=draw(st.sampled_from((0.0, 0.1, 0.5))),
         reduction=draw(st.sampled_from(("mean", "sum", "none"))),
     )  # fmt: skip
     case = upsample_ce(N, C, *sizes, **options)
-    layouts = {k: draw(st.sampled_from(("contiguous", "transposed", "slice", "step", "channels_last"))) for k in case.tensors}
+    layouts = {
+        k: draw(st.sampled_from(("contiguous", "transposed", "slice", "step", "channels_last")))
+        for k in case.tensors
+    }
     return case, layouts, draw(st.sampled_from(FLOATS))
 
 
@@ -374,10 +437,12 @@ def test_any_case(impl, drawn):
     compare.assert_close(loss, exact, scale=max(exact.abs().max().item(), case.condition), what="loss")
     found, expected = gradients(loss, inputs)["logits"], gradients(exact, exact_inputs)["logits"]
     # A probability that rounds to 1 leaves a gradient of rounding alone: relative to what one pixel can give.
-    compare.assert_close(found, expected, scale=max(expected.abs().max().item(), 1e-3) * case.condition, what="gradient")
+    compare.assert_close(
+        found, expected, scale=max(expected.abs().max().item(), 1e-3) * case.condition, what="gradient"
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Messages
 
 x, t, w = torch.zeros(2, 5, 3, 4), torch.zeros(2, 6, 8, dtype=torch.long), torch.ones(5)
@@ -385,8 +450,16 @@ MESSAGES = [
     (dict(logits=[1.0]), TypeError, "logits: expected a floating-point tensor, got list"),
     (dict(logits=x.long()), TypeError, "logits: expected a floating-point tensor, got torch.int64"),
     (dict(class_weight=[1.0] * 5), TypeError, "class_weight: expected a floating-point tensor, got list"),
-    (dict(target=t.float()), TypeError, "target: expected a tensor of uint8, int8, int16, int32, int64, got torch.float32"),
-    (dict(target=t.bool()), TypeError, "target: expected a tensor of uint8, int8, int16, int32, int64, got torch.bool"),
+    (
+        dict(target=t.float()),
+        TypeError,
+        "target: expected a tensor of uint8, int8, int16, int32, int64, got torch.float32",
+    ),
+    (
+        dict(target=t.bool()),
+        TypeError,
+        "target: expected a tensor of uint8, int8, int16, int32, int64, got torch.bool",
+    ),
     (dict(target=[0]), TypeError, "target: expected a tensor of uint8, int8, int16, int32, int64, got list"),
     (dict(logits=x[0]), ValueError, "logits: expected (N, C, h, w), C, h, w > 0, got (5, 3, 4)"),
     (dict(logits=x[:, :0]), ValueError, "logits: expected (N, C, h, w), C, h, w > 0, got (2, 0, 3, 4)"),
@@ -395,9 +468,17 @@ MESSAGES = [
     (dict(target=t[:, None]), ValueError, "target: expected (2, H, W), H, W > 0, got (2, 1, 6, 8)"),
     (dict(target=t[..., :0]), ValueError, "target: expected (2, H, W), H, W > 0, got (2, 6, 0)"),
     (dict(class_weight=w[:4]), ValueError, "class_weight: expected (5,), got (4,)"),
-    (dict(reduction="batchmean"), ValueError, "reduction: expected one of ('mean', 'sum', 'none'), got 'batchmean'"),
+    (
+        dict(reduction="batchmean"),
+        ValueError,
+        "reduction: expected one of ('mean', 'sum', 'none'), got 'batchmean'",
+    ),
     (dict(label_smoothing=1.5), ValueError, "label_smoothing: expected in [0, 1], got 1.5"),
-    (dict(impl="liger"), ValueError, "impl: expected one of ('auto', 'reference', 'cpu', 'triton', 'cuda'), got 'liger'"),
+    (
+        dict(impl="liger"),
+        ValueError,
+        "impl: expected one of ('auto', 'reference', 'cpu', 'triton', 'cuda'), got 'liger'",
+    ),
 ]
 
 

@@ -1,22 +1,35 @@
-"""Compiles Triton kernels for GPUs that need not be there, and reads what the assembler made of them."""
+"""Compile Triton kernels for GPUs that need not be there, and read what the assembler made of them.
+
+    python -m tests.triton_aot [--processes N] [MODULE ...]
+
+writes what the installed version of Triton makes of every kernel, or of those of the modules named, into
+``triton_statistics.json``, beside this file: registers a thread, and bytes of spills where there are any, the
+most over a kernel's configurations, for each of CAPABILITIES in order. It takes minutes.
+"""
 
 from __future__ import annotations
 
+import argparse
+import collections
 import concurrent.futures
 import contextlib
 import dataclasses
 import importlib
+import importlib.metadata
 import io
+import json
 import multiprocessing
 import os
 import re
 import subprocess
 import tempfile
+from pathlib import Path
 
 CAPABILITIES = (80, 90, 100, 120)
+TABLE = Path(__file__).with_name("triton_statistics.json")
 
 # Shared memory that one block may have, in bytes.
-SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 
 # Instructions of the tensor cores in PTX and in SASS, on whatever architecture.
 PTX_TENSOR_CORES = re.compile(r"\b(wmma|mma|wgmma|tcgen05)\.")
@@ -25,9 +38,10 @@ TENSOR_CORES = re.compile(r"\b(HMMA|HGMMA|QGMMA|UTCHMMA|UTCQMMA|IMMA|DMMA)\b")
 
 @dataclasses.dataclass(frozen=True)
 class Statistics:
-    """What became of a kernel: registers a thread, bytes of spills and of stack, bytes of shared memory a block."""
+    """What became of a kernel: registers a thread; bytes of spills and stack, and of shared memory."""
 
-    name: str
+    kernel: str
+    name: str  # with its configuration
     registers: int
     spilled: int
     shared: int
@@ -35,22 +49,52 @@ class Statistics:
     meant_for_tensor_cores: bool
 
 
-def processes() -> concurrent.futures.ProcessPoolExecutor:
-    """Processes to compile in: fresh ones, since Triton does not compile where it interprets. With `pytest -n N` one of them each."""
-    count = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
+def modules() -> list[str]:
+    """Names of the modules of kernels that say how they are compiled."""
+    from infopro_fast.ops import triton_kernels
+
+    files = sorted(Path(triton_kernels.__file__).parent.glob("*.py"))
+    found = [file.stem for file in files if "def configurations(" in file.read_text()]
+    return [name for name in found if name != "resize"]  # compiled with `upsample_conv3x3`
+
+
+def processes(count: int = 2) -> concurrent.futures.ProcessPoolExecutor:
+    """Processes to compile in: new ones, since Triton does not compile where it interprets."""
+    count = 1 if "PYTEST_XDIST_WORKER" in os.environ else count
     return concurrent.futures.ProcessPoolExecutor(count, multiprocessing.get_context("spawn"))
 
 
 def compile_all(module: str, cc: int, pool: concurrent.futures.Executor) -> list[Statistics]:
-    """Every kernel at every configuration that ``infopro_fast.ops.triton_kernels.<module>`` ships for compute capability ``cc``.
+    """Compile every configuration that ``infopro_fast.ops.triton_kernels.<module>`` ships for compute
+    capability ``cc``.
 
-    The module has `configurations(cc)`, which yields `target.Compilation`s. pool: `processes`, each takes one at a time.
+    The module has `configurations(cc)`, which yields `target.Compilation`s. pool: `processes`, each takes one
+    at a time.
     """
-    count = len(_configurations(module, cc))
+    count = len(configurations_of(module, cc))
     return list(pool.map(_compile_one, [module] * count, [cc] * count, range(count)))
 
 
-def _configurations(module: str, cc: int) -> list:
+def triton_version() -> str:
+    """Major and minor version of the installed Triton: the key in TABLE."""
+    return ".".join(importlib.metadata.version("triton").split(".")[:2])
+
+
+def table() -> dict[str, dict[str, dict[str, list[int]]]]:
+    """TABLE by version and ``module.kernel``: "registers" and "spilled" (unless all 0) by CAPABILITIES."""
+    return json.loads(TABLE.read_text()) if TABLE.exists() else {}
+
+
+def most(module: str, compiled: list[Statistics]) -> dict[str, tuple[int, int]]:
+    """(registers, bytes spilled) of each ``module.kernel``, the most over its configurations."""
+    found: dict[str, tuple[int, int]] = collections.defaultdict(lambda: (0, 0))
+    for k in compiled:
+        name = f"{module}.{k.kernel}"
+        found[name] = max(found[name][0], k.registers), max(found[name][1], k.spilled)
+    return dict(found)
+
+
+def configurations_of(module: str, cc: int) -> list:
     return list(importlib.import_module(f"infopro_fast.ops.triton_kernels.{module}").configurations(cc))
 
 
@@ -59,29 +103,32 @@ def _compile_one(module: str, cc: int, index: int) -> Statistics:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    c = _configurations(module, cc)[index]
-    names = list(c.signature)
-    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in c.aligned}
+    c = configurations_of(module, cc)[index]
+    attributes = {(c.kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in c.aligned}
     source = ASTSource(fn=c.kernel, signature=c.signature, constexprs=c.constexprs, attrs=attributes)
-    options = {"num_warps": c.num_warps, "num_stages": c.num_stages}
+    options = {"num_warps": c.num_warps, "num_stages": c.num_stages, **c.kernel.run.keywords}
     log = io.StringIO()
     with triton.knobs.nvidia.scope(), triton.knobs.compilation.scope(), contextlib.redirect_stdout(log):
         triton.knobs.nvidia.dump_ptxas_log = True
-        triton.knobs.compilation.always_compile = True  # what comes from the cache has no log
+        triton.knobs.compilation.always_compile = True  # a kernel from the cache has no log
         compiled = triton.compile(source, target=GPUTarget("cuda", cc, 32), options=options)
     types = " ".join(t for t in c.signature.values() if t != "constexpr")
     values = ", ".join(f"{k}={v}" for k, v in c.constexprs.items())
-    name = f"sm_{cc} {c.kernel.__name__}[{types}]({values}, num_warps={c.num_warps}, num_stages={c.num_stages})"
-    return _statistics(name, compiled, log.getvalue(), c.tensor_cores)
+    kernel = c.kernel.__name__
+    name = f"sm_{cc} {kernel}[{types}]({values}, num_warps={c.num_warps}, num_stages={c.num_stages})"
+    return _statistics(kernel, name, compiled, log.getvalue(), c.tensor_cores)
 
 
-def _statistics(name: str, compiled, log: str, meant: bool) -> Statistics:
+def _statistics(kernel: str, name: str, compiled, log: str, meant: bool) -> Statistics:
     """log: what ptxas said; the object alone does not tell spills from other local memory."""
-    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)  # of each function
+    # a function each
+    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
     registers = int(re.search(r"Used (\d+) registers", log)[1])
-    # What PTX does not ask for is not in SASS either, and to disassemble takes as long as to compile.
-    uses = bool(PTX_TENSOR_CORES.search(compiled.asm["ptx"])) and bool(TENSOR_CORES.search(_disassembled(compiled.asm["cubin"])))
-    return Statistics(name, registers, sum(int(n) for function in spills for n in function), compiled.metadata.shared, uses, meant)
+    # An instruction missing from PTX is missing from SASS too, and disassembling takes as long as compiling.
+    in_ptx = PTX_TENSOR_CORES.search(compiled.asm["ptx"])
+    uses = bool(in_ptx) and bool(TENSOR_CORES.search(_disassembled(compiled.asm["cubin"])))
+    spilled = sum(int(n) for function in spills for n in function)
+    return Statistics(kernel, name, registers, spilled, compiled.metadata.shared, uses, meant)
 
 
 def _disassembled(cubin: bytes) -> str:
@@ -91,4 +138,37 @@ def _disassembled(cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        return subprocess.run([tool, "-c", "-ndf", file.name], capture_output=True, text=True, check=True).stdout
+        command = [tool, "-c", "-ndf", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _write_table(names: list[str], count: int) -> None:
+    found: dict[str, dict[str, list[int]]] = {}
+    with processes(count) as pool:
+        for module in names:
+            for cc in CAPABILITIES:
+                for name, numbers in most(module, compile_all(module, cc, pool)).items():
+                    row = found.setdefault(name, {"registers": [], "spilled": []})
+                    for column, number in zip(row.values(), numbers):
+                        column.append(number)
+                print(f"{module} sm_{cc}", flush=True)
+    for row in found.values():
+        if not any(row["spilled"]):
+            del row["spilled"]
+    others = table().get(triton_version(), {})
+    found |= {name: row for name, row in others.items() if name.partition(".")[0] not in names}
+    blocks = []
+    versions = table() | {triton_version(): dict(sorted(found.items()))}
+    for version, rows in sorted(versions.items(), key=lambda item: [int(n) for n in item[0].split(".")]):
+        lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items())
+        blocks.append(f'  "{version}": {{\n{lines}\n  }}')
+    TABLE.write_text("{\n" + ",\n".join(blocks) + "\n}\n")
+
+
+if __name__ == "__main__":
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("modules", nargs="*", metavar="MODULE", default=modules())
+    parser.add_argument("--processes", type=int, default=2)
+    arguments = parser.parse_args()
+    _write_table(arguments.modules, arguments.processes)

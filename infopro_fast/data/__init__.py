@@ -1,4 +1,4 @@
-"""Data sets: `load(name)` gives an `ImageSet` (uint8 tensors on the device) or a `FolderSet` (image files), both with `train_epoch`."""
+"""Data sets: `load(name)` returns an `ImageSet` (uint8 tensors in memory) or a `FolderSet` (image files)."""
 
 from __future__ import annotations
 
@@ -13,39 +13,30 @@ from .image_set import ImageSet, Split, part_of
 from .segmentation_set import SegmentationSet
 
 __all__ = [
-    "Augmentation",
-    "DataError",
-    "FolderSet",
-    "ImageSet",
-    "SegmentationSet",
-    "Split",
-    "augment",
-    "draw",
-    "load",
-    "normalize",
-    "part_of",
-]
+    "Augmentation", "DataError", "FolderSet", "ImageSet", "SegmentationSet", "Split", "augment", "draw",
+    "load", "normalize", "part_of",
+]  # fmt: skip
 
 
 def load(
-    name: str,
-    root: str | Path | None = None,
-    download: bool = False,
-    *,
-    crop: tuple[int, int] | None = None,
+    name: str, root: str | Path | None = None, download: bool = False, *, crop: tuple[int, int] | None = None,
     workers: int = 0,
 ) -> ImageSet | FolderSet:
-    """name: "fashion_mnist" or "shapes_seg" (embedded; take no root); "fashion_mnist_full", "cifar10", "svhn", "stl10", "imagenet" or
-    "cityscapes", whose original files lie under ``root``.
+    """Return a data set. Raises DataError saying what is wrong.
 
-    download: fetch missing files into ``root`` (the first four); nothing is fetched otherwise. crop, workers: of the last two, see
-    there. Raises DataError saying what is wrong.
+    name: "fashion_mnist" or "shapes_seg" (embedded in the package, need no root); "fashion_mnist_full",
+        "cifar10", "svhn", "stl10", "imagenet" or "cityscapes".
+    root: folder with the original files. download: fetch missing files into ``root`` (not for the last two).
+    crop, workers: for "imagenet" and "cityscapes" (`imagenet.load`, `cityscapes.load`).
     """
     embedded = {"fashion_mnist": fashion_mnist.load, "shapes_seg": shapes_seg.load}
     if name in embedded:
         return embedded[name]()
     folders = {"imagenet": imagenet.load, "cityscapes": cityscapes.load}
-    readers = {"fashion_mnist_full": fashion_mnist_full.load, "cifar10": cifar10.load, "svhn": svhn.load, "stl10": stl10.load}
+    readers = {
+        "fashion_mnist_full": fashion_mnist_full.load, "cifar10": cifar10.load, "svhn": svhn.load,
+        "stl10": stl10.load,
+    }  # fmt: skip
     if name not in {**readers, **folders}:
         raise DataError(f"load: name: expected one of {(*embedded, *readers, *folders)}, got {name!r}")
     if root is None:

@@ -1,7 +1,8 @@
-"""CIFAR-10 (Krizhevsky 2009) from its original Python files, `cifar-10-batches-py`, where torchvision keeps them.
+"""CIFAR-10 (Krizhevsky 2009) from its original Python files in `cifar-10-batches-py`.
 
-A file is a pickle of {"data": (10000, 3072) uint8, rows of R, G and B planes; "labels": list of int}. Unpickling can run
-any code, so this reader builds arrays, strings, numbers, lists and dictionaries, and refuses whatever else a file asks for.
+A file is a pickle of {"data": (10000, 3072) uint8, rows of R, G and B planes; "labels": list of int}.
+Unpickling can run any code. So this reader builds arrays, strings, numbers, lists and dictionaries, and
+refuses anything else.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from infopro_fast.errors import DataError
 
 from .augment import Augmentation
-from .files import require
+from .files import fetch_archive, require
 from .image_set import ImageSet, Split
 
 FOLDER = "cifar-10-batches-py"
@@ -37,16 +38,10 @@ AUGMENTATION = Augmentation(padding=4, mode="reflect", flip=True)
 
 
 def load(root: str | Path, download: bool = False, md5: dict[str, str] = MD5) -> ImageSet:
-    """root: the folder that holds `cifar-10-batches-py`. md5: the sums its files must have."""
+    """Return CIFAR-10. root: the folder that holds `cifar-10-batches-py`. md5: the sums of its files."""
     folder = Path(root) / FOLDER
-    require("cifar10", folder, md5, (lambda: _download(root)) if download else None)
+    require("cifar10", folder, md5, (lambda: fetch_archive(URL, root, ARCHIVE_MD5)) if download else None)
     return ImageSet("cifar10", _read(folder, TRAIN), _read(folder, TEST), 10, MEAN, STD, AUGMENTATION)
-
-
-def _download(root):
-    from torchvision.datasets.utils import download_and_extract_archive
-
-    download_and_extract_archive(URL, str(root), filename="cifar-10-python.tar.gz", md5=ARCHIVE_MD5)
 
 
 def _read(folder: Path, names: tuple[str, ...]) -> Split:
@@ -56,17 +51,18 @@ def _read(folder: Path, names: tuple[str, ...]) -> Split:
         try:
             with open(path, "rb") as file:
                 entry = _ArrayUnpickler(file, encoding="latin1").load()
-            images.append(torch.from_numpy(np.ascontiguousarray(entry["data"], dtype=np.uint8)).view(-1, 3, 32, 32))
+            pixels = np.ascontiguousarray(entry["data"], dtype=np.uint8)
+            images.append(torch.from_numpy(pixels).view(-1, 3, 32, 32))
             labels.append(torch.tensor(entry["labels"], dtype=torch.int64))
         except DataError:
             raise
         except Exception as error:  # a pickle that is no CIFAR batch can fail in any way
-            raise DataError(f"cifar10: {path} is not a CIFAR-10 batch: {type(error).__name__}: {error}") from error
+            raise DataError(f"cifar10: {path} is not a CIFAR-10 batch: {error!r}") from error
     return Split(torch.cat(images), torch.cat(labels))
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Only what pickled numpy arrays are made of. numpy 1 and 2 call the same function by different modules."""
+    """Unpickles numpy arrays alone."""
 
     def find_class(self, module, name):
         if (module, name) == ("numpy", "ndarray"):
@@ -76,8 +72,8 @@ class _ArrayUnpickler(pickle.Unpickler):
         if (module, name) == ("_codecs", "encode"):  # how Python 3 writes bytes in protocol 2
             return _latin1
         if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
-            return _reconstruct
-        raise DataError(f"cifar10: the file asks for {module}.{name}, which no CIFAR-10 batch contains: refused")
+            return _reconstruct  # the first module is numpy 1's, the second numpy 2's
+        raise DataError(f"cifar10: a file needs {module}.{name}, which no CIFAR-10 batch contains: refused")
 
 
 def _latin1(text: str, encoding: str) -> bytes:

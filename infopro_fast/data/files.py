@@ -1,4 +1,4 @@
-"""Original files of a data set: checked against their published MD5 sums, fetched only when asked."""
+"""Original files of a data set: checked against their published MD5 sums, downloaded only when asked."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from infopro_fast.errors import DataError
 
 
 def require(name: str, folder: Path, md5: dict[str, str], fetch: Callable[[], None] | None) -> None:
-    """Make sure that ``folder`` holds the files named in ``md5``, whole. ``fetch`` downloads them, or is None: not allowed.
+    """Make sure that ``folder`` holds the files named in ``md5``. fetch: downloads them; None forbids it.
 
-    Raises DataError naming the file that is missing or damaged.
+    Raises DataError naming a file that is missing or damaged.
     """
     found = _first_problem(folder, md5)
     if found is None:
@@ -24,8 +24,8 @@ def require(name: str, folder: Path, md5: dict[str, str], fetch: Callable[[], No
     try:
         fetch()
     except ImportError as error:
-        raise DataError(f"{name}: downloading needs torchvision ({error}): pip install torchvision") from error
-    except (OSError, RuntimeError) as error:  # URLError is an OSError; torchvision says RuntimeError for a wrong checksum
+        raise DataError(f"{name}: a download needs torchvision ({error}): pip install torchvision") from error
+    except (OSError, RuntimeError) as error:  # torchvision raises RuntimeError for a wrong checksum
         raise DataError(f"{name}: download into {folder} failed: {error}") from error
     found = _first_problem(folder, md5)
     if found is not None:
@@ -36,16 +36,24 @@ def _first_problem(folder: Path, md5: dict[str, str]) -> str | None:
     return next(filter(None, (problem(folder / name, expected) for name, expected in md5.items())), None)
 
 
+def fetch_archive(url: str, root: str | Path, md5: str) -> None:
+    """Download and unpack an archive into ``root``."""
+    from torchvision.datasets.utils import download_and_extract_archive
+
+    download_and_extract_archive(url, str(root), filename=url.rpartition("/")[2], md5=md5)
+
+
 def problem(path: Path, expected: str) -> str | None:
-    """What is wrong with a file of this MD5 sum, or None."""
+    """Return what is wrong with the file, or None. expected: its MD5 sum."""
     if not path.is_file():
         return f"{path} not found"
     got = _md5(path)
-    return None if got == expected else f"{path} is damaged or another version: MD5 expected {expected}, got {got}"
+    wrong = f"{path} is damaged or another version: MD5 expected {expected}, got {got}"
+    return None if got == expected else wrong
 
 
 def _md5(path: Path) -> str:
-    """Of what a .gz file holds: the same images are packed in more than one way."""
+    """Return the MD5 sum of a file, for .gz of its content: mirrors compress the same images differently."""
     digest = hashlib.md5(usedforsecurity=False)
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:

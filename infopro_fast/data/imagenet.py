@@ -1,8 +1,9 @@
-"""ImageNet (ILSVRC 2012), or any set of images in folders by class, as torchvision's ImageFolder reads it.
+"""ImageNet (ILSVRC 2012), or any images in folders by class, as torchvision's ImageFolder reads them.
 
     root/train/<class>/*.JPEG    root/val/<class>/*.JPEG
 
-Augmentation and crops of the released code: RandomResizedCrop to 224 and a flip; for the test the shorter side to 256, centre 224.
+The crops are the authors': RandomResizedCrop to 224 and a flip for training; the test image is scaled to a
+shorter side of 256, and its centre of 224 is taken.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ STD = (0.229, 0.224, 0.225)
 
 
 def load(root: str | Path, *, crop: tuple[int, int] = (224, 224), workers: int = 0) -> FolderSet:
-    """root: holds `train` and `val`. crop: size of the images; the test image is scaled as 256 is to 224. workers: processes that read.
+    """Return the set. Raises DataError for a missing or empty folder, or parts with different classes.
 
-    Raises DataError for a folder that is missing, has no images, or whose two parts have other classes.
+    root: holds `train` and `val`. crop: (H, W) of the images; 256 scales with it. workers: reading processes.
     """
     v2, datasets = torchvision_parts("imagenet")
     parts = []
     for part in ("train", "val"):
         folder = Path(root) / part
         if not folder.is_dir():
-            raise DataError(f"imagenet: {folder} not found: expected {root}/train and {root}/val, a folder of images a class in each")
+            raise DataError(f"imagenet: {folder} not found: expected a folder of images for each class in it")
         try:
             parts.append(datasets.ImageFolder(folder))
         except FileNotFoundError as error:
@@ -37,7 +38,8 @@ def load(root: str | Path, *, crop: tuple[int, int] = (224, 224), workers: int =
     train, test = parts
     if train.classes != test.classes:
         differing = sorted(set(train.classes) ^ set(test.classes))
-        raise DataError(f"imagenet: {root}: train and val have other classes: {', '.join(differing[:5])}{', ...' * (len(differing) > 5)}")
+        names = ", ".join(differing[:5]) + ", ..." * (len(differing) > 5)
+        raise DataError(f"imagenet: {root}: train and val have different classes: {names}")
     shorter = round(min(crop) * 256 / 224)
     return FolderSet(
         "imagenet", train, test,
@@ -48,7 +50,7 @@ def load(root: str | Path, *, crop: tuple[int, int] = (224, 224), workers: int =
 
 
 class Images:
-    """A transform of images alone; the label stays."""
+    """A transform of images; the label stays the same."""
 
     def __init__(self, transform):
         self.transform = transform
@@ -58,10 +60,10 @@ class Images:
 
 
 def torchvision_parts(name: str):
-    """torchvision.transforms.v2 and torchvision.datasets; DataError says what is missing."""
+    """Return torchvision.transforms.v2 and torchvision.datasets. Raises DataError where they are missing."""
     try:
         from torchvision import datasets
         from torchvision.transforms import v2
     except ImportError as error:
-        raise DataError(f"{name}: its images are read and augmented by torchvision ({error}): pip install torchvision") from error
+        raise DataError(f"{name}: its images need torchvision ({error}): pip install torchvision") from error
     return v2, datasets

@@ -1,8 +1,9 @@
-"""The embedded segmentation set: scenes of 2 or 3 items of the embedded Fashion-MNIST images, 48x48, 11 classes with the background.
+"""The embedded segmentation set: scenes of 2 or 3 Fashion-MNIST items, 48x48, 11 classes with the background.
 
-An item is pasted in its silhouette, tinted, at a random place, later ones over earlier ones; the background is a dim colour with noise.
-A pixel's label is the class of the item that it shows (1 to 10, Fashion-MNIST's order) or 0; the outline of every item is ignored, as
-in PASCAL VOC. Training scenes are made of training images, test scenes of test images, the same ones every time. Augmentation: flips.
+Each item is cut out, tinted and pasted at a random place, over earlier items. The background is a dim colour
+with noise. A pixel's label is the class of its item (1 to 10, in Fashion-MNIST's order) or 0. Outlines are
+ignored, as in PASCAL VOC. Training scenes consist of training images, test scenes of test images; every load
+gives the same scenes. Augmentation: flips.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ AUGMENTATION = Augmentation(padding=0, mode="zeros", flip=True)
 
 @functools.cache
 def load() -> SegmentationSet:
-    """Needs no file beside the package."""
+    """Return the set; needs no file beside the package."""
     items = fashion_mnist.load()
-    train, test = (_scenes(split, SCENES[part], seed) for part, split, seed in (("train", items.train, 0), ("test", items.test, 1)))
+    train, test = _scenes(items.train, SCENES["train"], seed=0), _scenes(items.test, SCENES["test"], seed=1)
     return SegmentationSet("shapes_seg", train, test, CLASSES, MEAN, STD, AUGMENTATION)
 
 
@@ -42,8 +43,9 @@ def _scenes(items: Split, count: int, seed: int) -> Split:
     which = torch.randint(len(grey), (count, most), generator=g)
     place = torch.randint(SIDE - ITEM + 1, (count, most, 2), generator=g)
     tint = 0.5 + 0.5 * torch.rand(count, most, 3, 1, 1, generator=g)
-    background = 60 * torch.rand(count, 3, 1, 1, generator=g) + 30 * torch.rand(count, 3, SIDE, SIDE, generator=g)
-    images, labels = background, torch.zeros(count, SIDE, SIDE, dtype=torch.uint8)
+    colour = 60 * torch.rand(count, 3, 1, 1, generator=g)
+    images = colour + 30 * torch.rand(count, 3, SIDE, SIDE, generator=g)
+    labels = torch.zeros(count, SIDE, SIDE, dtype=torch.uint8)
     shapes = silhouettes(grey)
     for scene in range(count):
         for i in range(number[scene]):
@@ -59,7 +61,7 @@ def _scenes(items: Split, count: int, seed: int) -> Split:
 
 
 def silhouettes(grey: torch.Tensor) -> torch.Tensor:
-    """(N, h, w) uint8 on black to bool: pixels with something lit on all four sides of them, or lit themselves."""
+    """Return bool (N, h, w): the pixels that are lit, or have a lit pixel on all four sides."""
     lit = grey > 24
     before = [lit.cummax(axis).values for axis in (1, 2)]
     behind = [lit.flip(axis).cummax(axis).values.flip(axis) for axis in (1, 2)]
@@ -67,7 +69,7 @@ def silhouettes(grey: torch.Tensor) -> torch.Tensor:
 
 
 def outline(inside: torch.Tensor) -> torch.Tensor:
-    """(h, w) bool: pixels on either side of the silhouette's border, within the window."""
+    """Return bool (h, w): the pixels on either side of a silhouette's border."""
     mask = inside[None, None].float()
     grown = F.max_pool2d(mask, 3, 1, 1)
     kept = 1 - F.max_pool2d(1 - mask, 3, 1, 1)

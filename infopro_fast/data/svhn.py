@@ -1,6 +1,7 @@
-"""SVHN (Netzer et al. 2011), cropped digits, from the original `train_32x32.mat` and `test_32x32.mat`. "extra" is not used.
+"""SVHN (Netzer et al. 2011), cropped digits, from the original `train_32x32.mat` and `test_32x32.mat`.
 
-A file holds X (32, 32, 3, N) uint8 and y (N, 1), where the digit 0 is labelled 10.
+A file holds X (32, 32, 3, N) uint8 and y (N, 1), where the digit 0 is labelled 10. The "extra" images are not
+used.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ AUGMENTATION = Augmentation(padding=2, mode="zeros", flip=False)
 
 
 def load(root: str | Path, download: bool = False, md5: dict[str, str] = MD5) -> ImageSet:
-    """root: the folder that holds the two .mat files. md5: the sums they must have. Needs scipy, which reads the format."""
+    """Return SVHN. root: the folder that holds the .mat files. md5: their sums. Needs scipy."""
     try:
         from scipy.io import loadmat
     except ImportError as error:
-        raise DataError("svhn: its .mat files are read by scipy, which is not installed: pip install scipy") from error
+        raise DataError("svhn: .mat files need scipy, which is not installed: pip install scipy") from error
     folder = Path(root)
     require("svhn", folder, md5, (lambda: _download(root)) if download else None)
     train, test = (_read(folder / name, loadmat) for name in MD5)
@@ -47,8 +48,8 @@ def _download(root):
 def _read(path: Path, loadmat) -> Split:
     try:
         content = loadmat(path)
-        images = torch.from_numpy(np.ascontiguousarray(content["X"].transpose(3, 2, 0, 1)))  # (32, 32, 3, N) to (N, 3, 32, 32)
+        images = torch.from_numpy(np.ascontiguousarray(content["X"].transpose(3, 2, 0, 1)))
         labels = torch.from_numpy(content["y"].astype(np.int64).reshape(-1))
     except Exception as error:  # scipy raises several kinds for files that are not MATLAB's
-        raise DataError(f"svhn: {path} is not an SVHN file: {type(error).__name__}: {error}") from error
+        raise DataError(f"svhn: {path} is not an SVHN file: {error!r}") from error
     return Split(images, torch.where(labels == 10, 0, labels))

@@ -1,7 +1,8 @@
 """Memory of training in local modules: measured, planned, compared.
 
-- `measure_step`: bytes of every module in a step of a `LocalTrainer`, on a device or under `FakeTensorMode`;
-- `LiveBytes`: bytes alive at any point of any program, by what they are for;
+- `measure_step`: bytes of every module in a step of a `LocalTrainer`, on any device; under `FakeTensorMode`
+  nothing runs;
+- `LiveBytes`: bytes alive at any point of any program, by purpose;
 - `make_plan`, `largest_batch`, `largest_image`: where to cut a network, and what fits into a budget;
 - `compare`: ways to train the same network side by side.
 """

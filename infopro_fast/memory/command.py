@@ -22,7 +22,7 @@ class MakePlan:
     """
 
     arch: Literal[CifarResNet, Bottleneck, "resnext101_32x8d", "deeplabv3_resnet101"] = "resnet110"
-    """Network. For those of ImageNet and Cityscapes, the plan counts the authors' losses."""
+    """Network."""
     batch_size: Annotated[int | None, SAID] = None
     """Images in a step. Default: 128; with budget and modules, the largest that fits."""
     image_size: Annotated[tuple[int, ...] | None, SAID] = None
@@ -35,9 +35,8 @@ class MakePlan:
     """With budget and modules: find the largest batch or image. Default: batch, unless its size is given."""
     recompute: Literal["none", "norm", "block"] = "none"
     """Recompute in backward: norm = each convolution's normalised input; block = each residual block."""
-    losses: Annotated[Literal["ours", "released"] | None, SAID] = None
-    """Count the bytes of our kernels (ours), or of the authors' code in plain PyTorch (released).
-    Default: ours where there is a choice."""
+    losses: Literal["ours", "released"] = "ours"
+    """Count the bytes of our kernels (ours), or of the authors' code in plain PyTorch (released)."""
     objective: Literal["peak", "saved", "time"] = "peak"
     """What to minimise in the largest module: peak bytes, bytes saved for backward, or measured seconds."""
     out: Path = Path("plan.json")
@@ -46,18 +45,16 @@ class MakePlan:
     def run(self) -> None:
         from infopro_fast.plan import parse_bytes
 
-        from . import chains, figures
+        from . import figures
         from .planner import largest_batch, largest_image, make_plan
 
         self._check()
         size = self.image_size
         size = size[0] if size is not None and len(size) == 1 else size
         budget = None if self.budget is None else parse_bytes(self.budget)
-        ours = self.arch not in (*chains.IMAGENET, *chains.CITYSCAPES)
-        losses = self.losses or ("ours" if ours else "released")
         how = dict(
             modules=self.modules, budget=budget,
-            recompute=self.recompute, losses=losses, objective=self.objective,
+            recompute=self.recompute, losses=self.losses, objective=self.objective,
         )  # fmt: skip
         batch_size = 128 if self.batch_size is None else self.batch_size
         grow = self.grow or ("batch" if budget and self.modules and self.batch_size is None else None)

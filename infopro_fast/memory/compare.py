@@ -1,8 +1,8 @@
-"""Ways to train the same network, side by side: bytes by what they are for, the peak the system sees, and time.
+"""Ways to train the same network, side by side: bytes by purpose, the system's peak, and time.
 
-Each way is measured on the CPU or a GPU, in two processes of its own: one for bytes, whose peak the system sees because nothing that is
-freed stays in the heap, and one for times, where all of it does. There its steps alternate with end-to-end ones: a machine's speed
-drifts by more than ways differ.
+Each way is measured on the CPU or a GPU, in two new processes. In the one for bytes the heap keeps nothing
+that is freed, so that the system sees the peak; in the one for times it keeps all. There steps alternate with
+end-to-end ones, because a machine's speed drifts by more than the ways differ.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,75 +30,32 @@ from .planner import make_plan
 from .released import ReleasedTrainer, with_released_losses
 from .resident import KEEPING, in_a_process, peak_above
 from .step import measure_step
-
-
-@dataclass(frozen=True)
-class Way:
-    """A way to train. modules: K, 1 end to end. losses: "ours" or "released". planned: cuts by `make_plan`, not the published ones.
-
-    budget: torch.compile of the blocks with this activation_memory_budget (0 recompute all, 1 keep what is fast), or None.
-    """
-
-    modules: int = 1
-    recompute: str = "none"
-    losses: str = "ours"
-    planned: bool = True
-    budget: float | None = None
-
-    @property
-    def name(self) -> str:
-        if self.modules > 1:
-            who = "released" if self.losses == "released" else "ours"
-            again = {"none": "", "norm": " + norms rebuilt", "block": " + recompute", "sqrt": " + recompute sqrt"}[self.recompute]
-            return f"{who} K={self.modules}{again}"
-        if self.budget is not None:
-            return f"E2E compiled, budget {self.budget:g}"
-        return {"none": "E2E", "norm": "E2E + norms rebuilt", "block": "E2E checkpoint/block", "sqrt": "E2E checkpoint/sqrt"}[
-            self.recompute
-        ]
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What a way takes. peak: `Bytes` at the step's highest point, or None where compiled code hides it; saved: most kept by autograd.
-
-    resident: peak beyond the loaded model, its optimizer's state and the batch, as the system (or a GPU's allocator) sees it.
-    parameters, optimizer: there all the time. seconds: a step, median; end_to_end: of steps end to end between those.
-    """
-
-    way: Way
-    parameters: int
-    optimizer: int
-    saved: int
-    peak: Bytes | None
-    resident: int
-    seconds: float
-    end_to_end: float
-    device: str = "cpu"
-    threads: int = 0
+from .ways import Measured, Way
 
 
 def ways(modules: list[int], budgets: list[float]) -> list[Way]:
-    """End to end, plain, checkpointed and compiled; then for each K the released losses, ours, and ours with norms or blocks run again."""
-    found = [Way(), Way(recompute="norm"), Way(recompute="block"), Way(recompute="sqrt"), *(Way(budget=b) for b in budgets)]
+    """Return the ways: end to end, then for each K the authors' losses and ours, with recomputation too."""
+    found = [Way(recompute=how) for how in ("none", "norm", "block", "sqrt")]
+    found += [Way(budget=budget) for budget in budgets]
     for K in modules:
         found += [Way(K, losses="released", planned=False), Way(K), Way(K, "norm"), Way(K, "block")]
     return found
 
 
 def check(
-    arch: str, batch_size: int, image_size: int, modules: Sequence[int], budgets: Sequence[float], *, rounds: int, device: str,
-    threads: int | None,
+    arch: str, batch_size: int, image_size: int, modules: Sequence[int], budgets: Sequence[float], *,
+    rounds: int, device: str, threads: int | None,
 ) -> None:  # fmt: skip
-    """Raises PlanError naming what cannot be measured, before anything is."""
-    least = {"batch_size": (batch_size, 1), "image_size": (image_size, 4), "rounds": (rounds, 1), "threads": (threads, 1)}
-    for name, (value, smallest) in least.items():
+    """Check all arguments before anything is measured. Raises PlanError."""
+    least = {"batch_size": 1, "image_size": 4, "rounds": 1, "threads": 1}
+    for (name, smallest), value in zip(least.items(), (batch_size, image_size, rounds, threads)):
         if value is not None and value < smallest:
             raise PlanError(f"{name}: expected at least {smallest}, got {value}")
     blocks = len(backbones.units(arch))
     for K in modules:
         if not 2 <= K <= blocks:
-            raise PlanError(f"modules: expected 2 to {blocks} for {arch} (stem and {blocks - 1} blocks), got {K}")
+            known = f"{arch} (stem and {blocks - 1} blocks)"
+            raise PlanError(f"modules: expected 2 to {blocks} for {known}, got {K}")
     for budget in budgets:
         if not 0 <= budget <= 1:
             raise PlanError(f"budgets: expected numbers in [0, 1], got {budget}")
@@ -109,48 +66,51 @@ def check(
         raise PlanError(f"device: {device}: torch sees {torch.cuda.device_count()} GPUs")
 
 
-def measure(way: Way, arch: str, batch_size: int, image_size: int, *, rounds: int = 5, device: str = "cpu", threads: int | None = None):
-    """`Measured`. rounds: timed steps of this way and of end to end."""
-    threads = threads or torch.get_num_threads()
-    case = dict(way=asdict(way), arch=arch, batch_size=batch_size, image_size=image_size, device=device, threads=threads)
+def measure(
+    way: Way, arch: str, batch_size: int, image_size: int, *, rounds: int = 5, device: str = "cpu",
+    threads: int | None = None,
+) -> Measured:  # fmt: skip
+    """Measure a way. rounds: timed steps of it, and as many end to end."""
+    case = dict(way=asdict(way), arch=arch, batch_size=batch_size, image_size=image_size, device=device)
+    case["threads"] = threads = threads or torch.get_num_threads()
     found = in_a_process("infopro_fast.memory.compare:_bytes_here", **case)
     times = in_a_process("infopro_fast.memory.compare:_seconds_here", malloc=KEEPING, rounds=rounds, **case)
     found["seconds"], found["end_to_end"] = times
-    return Measured(way, **{**found, "peak": Bytes(*found["peak"]) if found["peak"] else None}, device=device, threads=threads)
+    found["peak"] = Bytes(*found["peak"]) if found["peak"] else None
+    return Measured(way, **found, device=device, threads=threads)
 
 
 def write(found: list[Measured], arch: str, batch_size: int, image_size: int, folder: Path) -> list[Path]:
-    """memory.md, memory.json and memory.png in ``folder``, each whole or not at all."""
+    """Write memory.md, memory.json and memory.png into ``folder``, each whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     facts = info.collect()
     device = facts["cuda"]["device"] if found[0].device != "cpu" else facts["cpu"]["model"]
-    where = f"{device}, {found[0].threads} threads, torch {facts['versions']['torch']}, infopro_fast {_version(facts)}"
+    versions, threads = facts["versions"], found[0].threads
+    commit = "" if versions["commit"] is None else f" ({versions['commit']})"
+    version = f"torch {versions['torch']}, infopro_fast {versions['infopro_fast']}{commit}"
+    where = f"{device}, {threads} threads, {version}"
     title = f"{arch}, images {image_size}x{image_size}, batch {batch_size}, float32: {where}"
-    note = "Saved: the most autograd keeps at any time of a step. Gradients and transient: beside it, at the step's highest point."
+    note = (
+        "Saved: the most autograd keeps at any time of a step. "
+        "Gradients and transient: beside it, at the step's highest point."
+    )
     rows = [{**asdict(m), "name": m.way.name, "peak": m.peak and m.peak._asdict()} for m in found]
+    content = {"where": where, "arch": arch, "batch_size": batch_size, "rows": rows}
     paths = [folder / f"memory.{kind}" for kind in ("md", "json", "png")]
     replace_file(paths[0], f"{title}\n\n{figures.comparison_markdown(found)}\n\n{note}\n".encode())
-    replace_file(paths[1], (json.dumps({"where": where, "arch": arch, "batch_size": batch_size, "rows": rows}, indent=1) + "\n").encode())
+    replace_file(paths[1], (json.dumps(content, indent=1) + "\n").encode())
     figures.draw_comparison(found, title, paths[2])
     return paths
 
 
-def _version(facts: dict[str, Any]) -> str:
-    version, commit = facts["versions"]["infopro_fast"], facts["versions"]["commit"]
-    return version if commit is None else f"{version} ({commit})"
-
-
 def trainer_of(way: Way, arch: str, batch_size: int, image_size: int, device: str = "cpu") -> LocalTrainer:
-    """The network and its trainer; an equal or published split where there is no plan."""
-    make_optimizer = released_sgd(lr=0.01)
+    """Return a trainer of the way's network, planned, or in an equal or published split."""
+    make_optimizer, options = released_sgd(lr=0.01), dict(image_size=image_size, recompute=way.recompute)
     if way.modules == 1:
-        net = build(arch, 1, "none", image_size=image_size, recompute=way.recompute)
-    else:
-        cuts = None
-        if way.planned:
-            cuts = make_plan(arch, batch_size, image_size, modules=way.modules, recompute=way.recompute).cuts
-        net = build(arch, way.modules, cuts=cuts, image_size=image_size, recompute=way.recompute)
-    net = net.to(device)
+        options |= dict(local_loss="none")
+    elif way.planned:
+        options |= dict(cuts=make_plan(arch, batch_size, modules=way.modules, **options).cuts)
+    net = build(arch, way.modules, **options).to(device)
     if way.losses == "released":
         return ReleasedTrainer(with_released_losses(net), make_optimizer)
     if way.budget is not None:
@@ -159,7 +119,7 @@ def trainer_of(way: Way, arch: str, batch_size: int, image_size: int, device: st
 
 
 def _compile(net: LocalNetwork, budget: float) -> None:
-    import torch._functorch.config as partitioner  # not there until imported; the budget has no other home
+    import torch._functorch.config as partitioner  # has to be imported, and holds the budget
 
     partitioner.activation_memory_budget = budget
     for stage in net.stages:
@@ -167,6 +127,7 @@ def _compile(net: LocalNetwork, budget: float) -> None:
 
 
 def batch(batch_size: int, image_size: int, device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
+    """Return random images, normalised as CIFAR-10's, and labels."""
     generator = torch.Generator().manual_seed(0)
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (CIFAR10_MEAN, CIFAR10_STD))
     image = (torch.rand(batch_size, 3, image_size, image_size, generator=generator) - mean) / std
@@ -174,7 +135,7 @@ def batch(batch_size: int, image_size: int, device: str = "cpu") -> tuple[torch.
 
 
 def _start(way: dict, arch: str, batch_size: int, image_size: int, device: str, threads: int) -> tuple:
-    """The trainer, a batch, and its step, which has run once."""
+    """Return a trainer, a batch, and its step, which has run once."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     trainer = trainer_of(Way(**way), arch, batch_size, image_size, device)
@@ -188,10 +149,10 @@ def _start(way: dict, arch: str, batch_size: int, image_size: int, device: str, 
 
 
 def _seconds_here(way: dict, rounds: int, device: str, **case) -> list[float]:
-    """Of a step this way and of one end to end."""
+    """Return the seconds of a step this way and of one end to end, medians."""
     steps = [_start(each, device=device, **case)[-1] for each in (way, asdict(Way()))]
     for step in steps:
-        _seconds(step, torch.device(device))  # the heap has grown by now
+        _seconds(step, torch.device(device))  # so that the heap has grown
     taken = [[_seconds(step, torch.device(device)) for step in steps] for _ in range(rounds)]
     return [statistics.median(times) for times in zip(*taken)]
 
@@ -201,16 +162,14 @@ def _bytes_here(way: dict, device: str, **case) -> dict[str, Any]:
     resident = _peak(step, torch.device(device))
     if way["budget"] is None:
         memory = measure_step(trainer, image, label)
-        return {
-            "parameters": memory.parameters, "optimizer": memory.optimizer, "saved": memory.saved, "peak": memory.largest.peak,
-            "resident": resident,
-        }  # fmt: skip
-    state = [t for o in trainer.optimizers for entry in o.state.values() for t in entry.values() if isinstance(t, torch.Tensor)]
+        found = {"parameters": memory.parameters, "optimizer": memory.optimizer, "saved": memory.saved}
+        return found | {"peak": memory.largest.peak, "resident": resident}
+    entries = [entry for optimizer in trainer.optimizers for entry in optimizer.state.values()]
+    state = [t for entry in entries for t in entry.values() if isinstance(t, torch.Tensor)]
     loaded = [*trainer.net.parameters(), *trainer.net.buffers()]
-    return {
-        "parameters": nbytes(loaded), "optimizer": nbytes(state), "saved": _saved_by_compiled(step, [*loaded, image, label]),
-        "peak": None, "resident": resident,
-    }  # fmt: skip
+    saved = _saved_by_compiled(step, [*loaded, image, label])
+    found = {"parameters": nbytes(loaded), "optimizer": nbytes(state), "saved": saved}
+    return found | {"peak": None, "resident": resident}
 
 
 def _peak(step: Callable[[], None], device: torch.device) -> int:
@@ -232,7 +191,7 @@ def _seconds(step: Callable[[], None], device: torch.device) -> float:
 
 
 def _saved_by_compiled(step: Callable[[], None], loaded: list[torch.Tensor]) -> int:
-    """Bytes that compiled code hands to autograd to keep, each storage once. (A dispatch mode would run it uncompiled.)"""
+    """Return the bytes that compiled code gives autograd to keep; `LiveBytes` would run it uncompiled."""
     there = {t.untyped_storage()._cdata for t in loaded}
     kept: dict[int, int] = {}
 

@@ -1,7 +1,7 @@
-"""What a local module from one block to another would take, for every pair, from measuring each block once.
+"""Bytes and seconds of a local module from any block to any other, added up from measurements of each block.
 
-A step's memory rises and falls block by block, so a module's highest point is found by adding up what its blocks were measured to
-keep and to need for a moment. A block or auxiliary net that occurs again at the same shape is measured once.
+A step's memory rises and falls block by block, so sums of what blocks keep and need for a moment give a
+module's highest point. Equal blocks or auxiliary networks at the same shape are measured once.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from infopro_fast.modules import LocalLoss, LocalNetwork, Stage
-from infopro_fast.trainer.step import _GradientOf, local_step
+from infopro_fast.modules import LocalLoss, LocalNetwork, Stage, Tap
+from infopro_fast.trainer.step import GradientOf, local_step
 
 from .live import LiveBytes, nbytes
 
 
 class BlockCost(typing.NamedTuple):
-    """Bytes of one block, its input not counted; seconds of forward and backward, or 0 where nothing ran.
+    """Bytes of one block without its input; seconds of forward and backward, or 0 where nothing ran.
 
-    inner: kept for backward, neither input nor output. output: of its output map. forward: highest point of its forward.
-    backward: how far its backward rises above what is alive when it starts (inner, output, the gradient of the output).
+    inner: kept for backward beside input and output. output: its map. forward: highest point of forward.
+    backward: rise of backward above what is alive at its start: inner, output and the output's gradient.
     backward_last: the same where the output stays alive until the end, as a module's own output does.
-    parameters: of its parameters, and of their gradients.
+    parameters: its parameters; their gradients take as much.
     """
 
     inner: int
@@ -38,22 +38,28 @@ class BlockCost(typing.NamedTuple):
 
 
 class LossCost(typing.NamedTuple):
-    """Bytes of a local loss at a module's end, the features not counted: kept at most, highest point, parameters; seconds."""
+    """Bytes of a local loss without the features: kept at most, highest point, parameters; seconds.
+
+    left: stays until the module's backward beside the gradient of its output: the gradient at a `Tap`.
+    """
 
     saved: int
     peak: int
     parameters: int
     seconds: float = 0.0
+    left: int = 0
 
 
 class ChainCosts:
-    """Costs of all contiguous modules of a network whose every block is a module of its own.
+    """Costs of all contiguous modules of a network.
 
-    blocks: in order. losses: of a module that ends with each block, the last being the network's own; None where none can end.
-    image: bytes of the network's input. recompute: "block", or "none" for costs as they were measured ("norm" among them).
+    blocks: in order. losses: of a module that ends with the block of this number; None: none can end there.
+    image: bytes of the input. recompute: "block", or "none", also where "norm" is in what was measured.
     """
 
-    def __init__(self, blocks: Sequence[BlockCost], losses: Sequence[LossCost | None], image: int, recompute: str = "none"):
+    def __init__(
+        self, blocks: Sequence[BlockCost], losses: Sequence[LossCost | None], image: int, recompute="none"
+    ):
         self.blocks, self.losses, self.image, self.recompute = tuple(blocks), tuple(losses), image, recompute
 
     def __len__(self) -> int:
@@ -63,28 +69,31 @@ class ChainCosts:
         return self.losses[end] is not None
 
     def saved(self, start: int, end: int, count_image: bool = False) -> int:
-        """Most bytes kept for backward by a module of the blocks ``start`` to ``end``, both included, with its loss."""
+        """Return the most bytes kept by a module of the blocks ``start`` to ``end``, both included."""
         given = self._given(start) if start or count_image else 0
         blocks = self.blocks[start : end + 1]
         outputs = sum(block.output for block in blocks)
         if self.recompute == "none":
             return given + outputs + sum(block.inner for block in blocks) + self.losses[end].saved
-        found, before = given + outputs + self.losses[end].saved - blocks[-1].output * (self.losses[end].saved == 0), 0
-        for block in blocks:  # while it is run again: the inputs up to it, its own maps
+        loss, before = self.losses[end].saved, 0
+        found = given + outputs + loss - blocks[-1].output * (loss == 0)
+        for block in blocks:  # while it is recomputed: the inputs up to it, and its own maps
             found = max(found, given + before + block.inner + block.output)
             before += block.output
         return found
 
     def peak(self, start: int, end: int) -> int:
-        """Highest point of such a module's step, above parameters, optimizer state and the batch; its gradients included."""
-        given, blocks, loss = self._given(start) if start else 0, self.blocks[start : end + 1], self.losses[end]
+        """Return the highest point of its step above parameters, optimizer state and the batch."""
+        blocks, loss = self.blocks[start : end + 1], self.losses[end]
+        given = self._given(start) if start else 0
         kept = [block.output + (block.inner if self.recompute == "none" else 0) for block in blocks]
         found, before = 0, given
         for block, own in zip(blocks, kept):
             found = max(found, before + block.forward)
             before += own
         found = max(found, before + loss.peak)
-        gradients, result = loss.parameters, blocks[-1].output  # the module's output outlives its backward
+        gradients = loss.parameters + loss.left
+        result = blocks[-1].output  # the module's output outlives its backward
         for i in range(len(blocks) - 1, -1, -1):
             block, last = blocks[i], i == len(blocks) - 1
             before -= kept[i]
@@ -106,32 +115,34 @@ class ChainCosts:
 
 
 def measure_chain(
-    net: LocalNetwork, image: torch.Tensor, label: torch.Tensor, *, recompute: str = "none", timed: bool = False
+    net: LocalNetwork, image: torch.Tensor, label: torch.Tensor, *, recompute="none", timed=False
 ) -> ChainCosts:
-    """Costs of ``net``, which has every block as a module of its own (`chains.chain`), on a batch; see `ChainCosts`.
+    """Measure every block and loss of ``net``, a `chains.Chain`; under a `FakeTensorMode` nothing runs.
 
-    Inside a `FakeTensorMode` nothing runs. timed: with real tensors, also measure seconds (forward and backward, the best of 3).
+    timed: also measure seconds of forward and backward, the best of 3; needs real tensors.
     """
     net.train()
     blocks: list[BlockCost] = []
     losses: list[LossCost | None] = []
     known: dict[object, object] = {}
-    h, batch = image, (image, label)
+    h, batch, tapped = image, (image, label), None
     for stage, local_loss in zip(net.stages, net.local_losses):
         key = (repr(stage), h.shape, len(blocks) > 0)
         if key not in known:
             known[key] = _measure_block(stage, h, first=not blocks, timed=timed)
         cost, h = known[key]
         blocks.append(cost)
+        tapped = next(((block, h) for block in stage if isinstance(block, Tap)), tapped)
         key = (repr(local_loss), h.shape)
         if key not in known:
-            known[key] = None if isinstance(local_loss, NoCut) else _measure_loss(local_loss, h, *batch, timed=timed)
+            cut = not isinstance(local_loss, NoCut)
+            known[key] = _measure_loss(local_loss, h, *batch, tapped, timed) if cut else None
         losses.append(known[key])
     return ChainCosts(blocks, losses, nbytes([image]), "block" if recompute == "block" else "none")
 
 
 class NoCut(LocalLoss):
-    """In the place of the loss of a block after which no module can end."""
+    """Stands for a loss where no module can end."""
 
 
 def _measure_block(stage: Stage, x: torch.Tensor, first: bool, timed: bool) -> tuple[BlockCost, torch.Tensor]:
@@ -141,13 +152,17 @@ def _measure_block(stage: Stage, x: torch.Tensor, first: bool, timed: bool) -> t
     *_, backward_last, _ = _block_bytes(stage, x, parameters, outlived=True)
     output = result.untyped_storage().nbytes()
     seconds = _seconds(lambda: _run_block(stage, x, result, parameters)) if timed else 0.0
-    return BlockCost(kept - output, output, forward, backward, backward_last, nbytes(parameters), seconds), result
+    size = nbytes(parameters)
+    return BlockCost(kept - output, output, forward, backward, backward_last, size, seconds), result
 
 
 def _block_bytes(
     stage: Stage, x: torch.Tensor, parameters: Sequence[torch.Tensor], outlived: bool
 ) -> tuple[int, int, int, torch.Tensor]:  # fmt: skip
-    """Kept with the output, highest in forward, rise in backward; a tensor like the output, which stays alive if ``outlived``."""
+    """Return bytes kept with the output, at forward's highest point, of backward's rise; a like output.
+
+    outlived: the output stays alive until the end of backward.
+    """
     live = LiveBytes([*stage.parameters(), *stage.buffers(), x])
     with live:
         out = stage(x)
@@ -155,7 +170,7 @@ def _block_bytes(
         kept = live.now.total - result.untyped_storage().nbytes()
         live.hold("loaded", [result])
         grad = [torch.empty_like(result)]
-        target = _GradientOf.apply(out, grad)
+        target = GradientOf.apply(out, grad)
         alive = out.detach() if outlived else None
         del out
         before = live.now.total
@@ -167,21 +182,31 @@ def _block_bytes(
 
 
 def _run_block(stage, x, grad, parameters):
-    torch.autograd.grad(_GradientOf.apply(stage(x), [grad]), [*parameters, *([x] if x.requires_grad else [])])
+    torch.autograd.grad(GradientOf.apply(stage(x), [grad]), [*parameters, *([x] if x.requires_grad else [])])
 
 
-def _measure_loss(local_loss: LocalLoss, h: torch.Tensor, image: torch.Tensor, label: torch.Tensor, timed: bool) -> LossCost:
+def _measure_loss(
+    local_loss: LocalLoss, h: torch.Tensor, image: torch.Tensor, label: torch.Tensor,
+    tapped: tuple[Tap, torch.Tensor] | None, timed: bool,
+) -> LossCost:  # fmt: skip
+    """Measure a step of a loss alone. tapped: the last tap before it, which a head may read, and its map."""
     h = h.detach().requires_grad_()
     parameters = local_loss.trained_parameters()
 
     def run() -> None:
+        if tapped is not None:
+            tap, at = tapped
+            tap(at)
         local_step(nn.Identity(), local_loss, _NoOptimizer(parameters), h, image, label)
         h.grad = None
 
-    live = LiveBytes([*local_loss.parameters(), *local_loss.buffers(), h, image, label])
+    loaded = [*local_loss.parameters(), *local_loss.buffers(), h, image, label, *(tapped or ())[1:]]
+    live = LiveBytes(loaded)
     with live:
         run()
-    return LossCost(live.most_saved, live.peak.total, nbytes(parameters), _seconds(run) if timed else 0.0)
+        left = live.now.total
+    seconds = _seconds(run) if timed else 0.0
+    return LossCost(live.most_saved, live.peak.total, nbytes(parameters), seconds, left)
 
 
 class _NoOptimizer:

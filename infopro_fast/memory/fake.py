@@ -1,6 +1,7 @@
-"""Networks whose tensors have shapes and no values, so that a training step of any size can be gone through in no memory.
+"""Networks whose tensors have shapes and no values, so that a training step of any size needs no memory.
 
-Fake tensors rather than the meta device: they say that they are on the CPU, so the ops choose what they would choose there.
+Unlike tensors on the meta device, fake tensors report the CPU as theirs, so the ops choose what they would
+choose there.
 """
 
 from __future__ import annotations
@@ -15,24 +16,27 @@ __all__ = ["FakeTensorMode", "build_fake", "fake", "fake_batch"]
 
 
 def build_fake(build: Callable[[], nn.Module]) -> nn.Module:
-    """What ``build()`` makes, with fake parameters and buffers; to be called, and used, inside a `FakeTensorMode`."""
+    """Return what ``build()`` makes, with fake parameters and buffers, for use inside a `FakeTensorMode`."""
     with torch._subclasses.fake_tensor.unset_fake_temporarily(), torch.device("meta"):
         net = build()
     return fake(net)
 
 
 def fake(net: nn.Module) -> nn.Module:
-    """The same module, its parameters and buffers replaced by fake ones on the CPU, of the same shape, strides and dtype."""
+    """Replace parameters and buffers by fake CPU tensors of the same shapes, strides and dtypes."""
     for module in net.modules():
         for tensors in (module._parameters, module._buffers):
             for name, t in tensors.items():
                 if t is not None:
                     like = torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device="cpu")
-                    tensors[name] = nn.Parameter(like, t.requires_grad) if isinstance(t, nn.Parameter) else like
+                    is_parameter = isinstance(t, nn.Parameter)
+                    tensors[name] = nn.Parameter(like, t.requires_grad) if is_parameter else like
     return net
 
 
-def fake_batch(batch_size: int, image_size: int | tuple[int, int], labels: tuple[int, ...] = ()) -> tuple[torch.Tensor, torch.Tensor]:
-    """(N, 3, H, W) and labels (N, *labels) inside a `FakeTensorMode`."""
+def fake_batch(
+    batch_size: int, image_size: int | tuple[int, int], labels: tuple[int, ...] = ()
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return images (N, 3, H, W) and labels (N, *labels). Call it inside a `FakeTensorMode`."""
     H, W = (image_size, image_size) if isinstance(image_size, int) else image_size
     return torch.empty(batch_size, 3, H, W), torch.empty(batch_size, *labels, dtype=torch.long)

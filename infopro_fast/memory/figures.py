@@ -4,44 +4,45 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from infopro_fast.figure import aligned, new_figure, save
 from infopro_fast.plan import Plan, for_people
 
-if TYPE_CHECKING:
-    from .compare import Measured
+from .ways import Measured
 
 KINDS = (("parameters", "C7"), ("optimizer", "C4"), ("gradients", "C3"), ("saved", "C0"), ("transient", "C1"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # A plan
 
 
 def plan_table(plan: Plan) -> str:
-    """One line a module, then what is there all the time, the total, and the comparison with end-to-end training."""
+    """Return one line a module, then what is always there, the total, and the comparison with end to end."""
     size = "x".join(str(n) for n in plan.image_size)
     how = {"ours": "our losses", "released": "released losses"}[plan.losses]
-    head = f"{plan.arch}, images {size}, batch {plan.batch_size}, {how}, recompute {plan.recompute}; by {plan.objective}"
-    timed = plan.objective == "time"
-    columns = ["module", "ends with", "blocks", "saved", "peak", "peak / E2E", "parameters", *(["time"] if timed else [])]
+    what = f"{plan.arch}, images {size}, batch {plan.batch_size}"
+    head = f"{what}, {how}, recompute {plan.recompute}; by {plan.objective}"
+    timed = ["time"] * (plan.objective == "time")
+    columns = ["module", "ends with", "blocks", "saved", "peak", "peak / E2E", "parameters", *timed]
     rows = []
     for k, module in enumerate(plan.modules, 1):
         ratio = f"{100 * module.peak / plan.end_to_end['peak']:.1f} %"
-        row = [str(k), module.last, str(module.blocks), for_people(module.saved), for_people(module.peak), ratio]
-        rows.append([*row, for_people(module.parameters), *([f"{1e3 * module.seconds:.1f} ms"] if timed else [])])
-    there = f"parameters, optimizer state, batch: {for_people(plan.resident)}; with the peak {for_people(plan.total)}"
-    ratios = [
-        f"{name}: {for_people(plan.end_to_end[name])} end to end, {100 * value / plan.end_to_end[name]:.1f} % of it here"
-        for name, value in (("peak", plan.peak), ("saved", plan.saved))
-    ]
+        peak, time = for_people(module.peak), [f"{1e3 * module.seconds:.1f} ms"] if timed else []
+        row = [str(k), module.last, str(module.blocks), for_people(module.saved), peak, ratio]
+        rows.append([*row, for_people(module.parameters), *time])
+    resident, total = for_people(plan.resident), for_people(plan.total)
+    there = f"parameters, optimizer state, batch: {resident}; with the peak {total}"
+    ratios = []
+    for name, value in (("peak", plan.peak), ("saved", plan.saved)):
+        whole = plan.end_to_end[name]
+        ratios.append(f"{name}: {for_people(whole)} end to end, {100 * value / whole:.1f} % of it here")
     cuts = " ".join(f"{stage} {block}" for stage, block in plan.cuts)
     return "\n".join([head, aligned([columns, *rows]), there, *ratios, f"cuts: {cuts or 'none'}"])
 
 
 def draw_plan(plan: Plan, path: Path) -> None:
-    """A bar a module: what is saved, and what its peak has beside it."""
+    """Draw a bar a module: saved bytes, and the rest of its peak."""
     figure, axes = new_figure((1.8 + 0.55 * max(6, len(plan.modules)), 3.8))
     x = range(1, len(plan.modules) + 1)
     saved = [min(module.saved, module.peak) / 2**20 for module in plan.modules]
@@ -49,7 +50,8 @@ def draw_plan(plan: Plan, path: Path) -> None:
     axes.bar(x, saved, color="C0", label="saved for backward")
     axes.bar(x, rest, bottom=saved, color="C1", label="gradients and transient, at the peak")
     whole = plan.end_to_end["peak"] / 2**20
-    axes.axhline(whole / len(plan.modules), color="C7", linestyle=":", label=f"end to end ({whole:.0f} MiB) / {len(plan.modules)}")
+    label = f"end to end ({whole:.0f} MiB) / {len(plan.modules)}"
+    axes.axhline(whole / len(plan.modules), color="C7", linestyle=":", label=label)
     axes.set_xticks(x, [module.last for module in plan.modules], rotation=45 if len(plan.modules) > 8 else 0)
     axes.set(xlabel="last block (stage.block) of the module", ylabel="MiB")
     ratio = 100 * plan.peak / plan.end_to_end["peak"]
@@ -58,7 +60,7 @@ def draw_plan(plan: Plan, path: Path) -> None:
     save(figure, path)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # A comparison
 
 INSIDE = ("saved", "/ E2E", "gradients", "transient", "optimizer", "parameters")
@@ -66,16 +68,20 @@ COLUMNS = ("method", *INSIDE, "peak beyond the model", "/ E2E", "time", "/ E2E")
 
 
 def comparison_rows(found: Sequence[Measured]) -> list[list[str]]:
-    """Cells of COLUMNS; bytes against the first, end-to-end training, times against its steps beside them. Of compiled code only what
-    the system sees is known."""
-    base = found[0]
-    rows = []
+    """Return the cells of COLUMNS; ratios of bytes are to the first row, of seconds to end-to-end steps.
+
+    For compiled code only what the system sees is known.
+    """
+    base, rows = found[0], []
     for m in found:
-        inside = ["?", "?"] if m.peak is None else [for_people(m.peak.gradients), for_people(m.peak.transient)]
-        ratios = [f"{100 * m.saved / base.saved:.1f} %", f"{100 * m.resident / base.resident:.1f} %", f"{m.seconds / m.end_to_end:.2f}"]
+        inside = ["?", "?"]
+        if m.peak is not None:
+            inside = [for_people(m.peak.gradients), for_people(m.peak.transient)]
+        saved = [for_people(m.saved), f"{100 * m.saved / base.saved:.1f} %"]
         there = [for_people(m.optimizer), for_people(m.parameters)]
-        time = f"{1e3 * m.seconds:.0f} ms"
-        rows.append([m.way.name, for_people(m.saved), ratios[0], *inside, *there, for_people(m.resident), ratios[1], time, ratios[2]])
+        resident = [for_people(m.resident), f"{100 * m.resident / base.resident:.1f} %"]
+        time = [f"{1e3 * m.seconds:.0f} ms", f"{m.seconds / m.end_to_end:.2f}"]
+        rows.append([m.way.name, *saved, *inside, *there, *resident, *time])
     return rows
 
 
@@ -85,7 +91,7 @@ def comparison_markdown(found: Sequence[Measured]) -> str:
 
 
 def draw_comparison(found: Sequence[Measured], title: str, path: Path) -> None:
-    """Stacked bytes at the step's highest point, the peak the system saw as a mark, and time beside it."""
+    """Draw stacked bytes at the step's highest point, a mark at the peak that the system saw, and time."""
     figure, (memory, time) = new_figure((12, 1.2 + 0.42 * len(found)), columns=2, ratios=(3, 1))
     y, names = range(len(found)), [m.way.name for m in found]
     left = [0.0] * len(found)
@@ -110,10 +116,6 @@ def draw_comparison(found: Sequence[Measured], title: str, path: Path) -> None:
 def _part(m: Measured, kind: str) -> int:
     if kind in ("parameters", "optimizer"):
         return getattr(m, kind)
-    if m.peak is None:  # what is not saved is all the rest
+    if m.peak is None:  # all the rest counts as transient
         return {"saved": m.saved, "transient": max(0, m.resident - m.saved), "gradients": 0}[kind]
     return getattr(m.peak, kind)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-

@@ -1,8 +1,8 @@
-"""Bytes alive, by what they are for, at any point of a program: the measure that everything else here is made of.
+"""Bytes alive at any point of a program, by purpose: the measure under everything else here.
 
-A dispatch mode sees every storage a torch op returns, a finalizer its end; hooks see what autograd keeps. Nothing is computed that
-the program does not compute: under a `FakeTensorMode`, or on the meta device, nothing is computed at all.
-Not seen is what an op takes and gives back inside: convolution libraries' workspaces, a kernel's own scratch memory.
+A dispatch mode sees every storage that a torch op returns, a finalizer sees its end, and hooks see what
+autograd keeps. The program computes nothing more, and nothing at all under a `FakeTensorMode` or on the meta
+device. Workspaces that an op allocates and frees inside (convolution libraries, kernels) are not seen.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# Kinds of bytes. A storage is of the first that fits.
-LOADED = "loaded"  # there before: parameters, buffers, the batch
+# Kinds of bytes. A storage counts as the first that fits.
+LOADED = "loaded"  # parameters, buffers and the batch
 GRADIENTS = "gradients"  # of parameters
 OPTIMIZER = "optimizer"  # its state
 SAVED = "saved"  # kept by autograd for backward
@@ -27,7 +27,7 @@ KINDS = (GRADIENTS, OPTIMIZER, SAVED, TRANSIENT)
 
 
 class Bytes(typing.NamedTuple):
-    """Bytes alive at one time."""
+    """Bytes alive at one time, by kind."""
 
     gradients: int = 0
     optimizer: int = 0
@@ -42,15 +42,15 @@ class Bytes(typing.NamedTuple):
 class LiveBytes:
     """Context manager that follows every storage from its first op to its end.
 
-    loaded: tensors that are there anyway; their storages are never counted, whoever keeps them.
+    loaded: tensors whose storages are never counted, whoever keeps them.
 
-    now: `Bytes` alive at this time. peak: those at the time of the largest total since the last `reset`. most_saved: the most that
-    autograd kept at any time since then (each storage once).
+    now: `Bytes` alive at this time. peak: `Bytes` at the time of the largest total since the last `reset`.
+    most_saved: the most that autograd kept at any time since then, each storage once.
     """
 
     def __init__(self, loaded: Iterable[torch.Tensor] = ()):
         self._size: dict[int, int] = {}  # by address of the storage
-        self._kept: dict[int, int] = {}  # how many times autograd has it
+        self._kept: dict[int, int] = {}  # how many times autograd holds it
         self._owner: dict[int, str] = {}
         self._now = dict.fromkeys((*KINDS, LOADED), 0)
         self._made = 0  # storages so far, which numbers them
@@ -60,7 +60,8 @@ class LiveBytes:
 
     def __enter__(self) -> LiveBytes:
         self._context = contextlib.ExitStack()
-        self._context.enter_context(torch.autograd.graph.saved_tensors_hooks(self._pack, lambda kept: kept.tensor))
+        hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda kept: kept.tensor)
+        self._context.enter_context(hooks)
         self._context.enter_context(_Watch(self._add))
         return self
 
@@ -72,26 +73,30 @@ class LiveBytes:
         return Bytes(*(self._now[kind] for kind in KINDS))
 
     def reset(self) -> None:
-        """Forget the peak and begin again from what is alive now."""
+        """Start the peak again from what is alive now."""
         self.peak, self.most_saved = self.now, self._now[SAVED]
 
     def hold(self, kind: str, tensors: Iterable[torch.Tensor | None]) -> None:
-        """These tensors' storages are of this kind until they end."""
+        """Count these tensors' storages as this kind until they end."""
         for t in tensors:
             if t is not None:
                 key = self._add(t)
                 self._change(key, lambda key=key: self._owner.setdefault(key, kind))
 
     def watch_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> contextlib.AbstractContextManager:
-        """While the context lasts, what backward leaves in ``.grad`` of these parameters counts as gradients."""
+        """Return a context in which the ``.grad`` of these parameters counts as gradients."""
         stack = contextlib.ExitStack()
         for p in parameters:
-            stack.callback(p.register_post_accumulate_grad_hook(lambda p: self.hold(GRADIENTS, [p.grad])).remove)
+            hook = p.register_post_accumulate_grad_hook(lambda p: self.hold(GRADIENTS, [p.grad]))
+            stack.callback(hook.remove)
         return stack
 
     @contextlib.contextmanager
     def keeping(self) -> Iterator[None]:
-        """What is made inside and alive at the end counts as saved: checkpointing keeps its second forward's maps past all hooks."""
+        """Count storages that are made inside and alive at the end as saved.
+
+        Checkpointing keeps the maps of its second forward where no hook of autograd sees them.
+        """
         first = self._made
         try:
             yield
@@ -126,7 +131,7 @@ class LiveBytes:
             self._change(key, lambda: self._kept.update({key: self._kept[key] - 1}))
 
     def _change(self, key: int, change: typing.Callable[[], object]) -> None:
-        """A change of kind: nothing comes or goes, so only `most_saved` can move."""
+        """Change the kind of a storage. The total stays, so only `most_saved` can move."""
         self._now[self._kind(key)] -= self._size[key]
         change()
         self._now[self._kind(key)] += self._size[key]
@@ -142,7 +147,7 @@ class LiveBytes:
 
 
 class _Kept:
-    """What autograd keeps in place of a tensor; it ends when autograd lets go."""
+    """Stands for a tensor that autograd keeps; it ends when autograd lets go."""
 
     __slots__ = ("tensor", "__weakref__")
 
@@ -164,5 +169,6 @@ class _Watch(TorchDispatchMode):
 
 
 def nbytes(tensors: Iterable[torch.Tensor | None]) -> int:
-    """Bytes of the storages of these tensors, each once."""
-    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors if t is not None}.values())
+    """Return the bytes of these tensors' storages, each counted once."""
+    storages = [t.untyped_storage() for t in tensors if t is not None]
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())

@@ -1,4 +1,4 @@
-"""Where to cut: the split into K contiguous modules whose largest is smallest, by dynamic programming over measured costs."""
+"""Where to cut: the split whose largest module is smallest, by dynamic programming over measured costs."""
 
 from __future__ import annotations
 
@@ -15,19 +15,24 @@ from .live import nbytes
 Cost = Callable[[int, int], float]
 
 
-def best_cuts(cost: Cost, blocks: int, modules: int, allowed: Callable[[int], bool] = lambda end: True) -> tuple[int, ...]:
-    """Last block of every module but the last, for the split whose most expensive module is the cheapest possible.
+def best_cuts(
+    cost: Cost, blocks: int, modules: int, allowed: Callable[[int], bool] = lambda end: True
+) -> tuple[int, ...]:
+    """Return the last block of every module but the last; the most expensive module is as cheap as possible.
 
-    cost: of the module from block a to block b, both included (0 to blocks - 1). modules: K, 1 to blocks. allowed: whether a
-    module other than the last can end with a block. Of several such splits the one with the least sum of squared costs is taken,
-    so that what could be smaller is, and of equals the one with the earliest cuts.
+    cost: of the module from block a to block b, both included (0 to blocks - 1). modules: K, 1 to blocks.
+    allowed: whether a module other than the last can end with a block.
+
+    Among equal splits the sum of squared costs decides, so that the other modules are small too; then the
+    earliest cuts.
     Raises ValueError if there is no split into K modules. Takes O(K blocks^2) costs.
     """
     if not 1 <= modules <= blocks:
         raise ValueError(f"best_cuts: modules: expected 1 to {blocks} for {blocks} blocks, got {modules}")
     ends = [end for end in range(blocks - 1) if allowed(end)]
     if len(ends) < modules - 1:
-        raise ValueError(f"best_cuts: modules: expected at most {len(ends) + 1}: a module can end at {len(ends)} places, got {modules}")
+        places = f"a module can end at {len(ends)} places"
+        raise ValueError(f"best_cuts: modules: expected at most {len(ends) + 1}: {places}, got {modules}")
     known: dict[tuple[int, int], float] = {}
 
     def once(a: int, b: int) -> float:
@@ -39,9 +44,11 @@ def best_cuts(cost: Cost, blocks: int, modules: int, allowed: Callable[[int], bo
     return _search(once, blocks, modules, ends, lambda total, own: total + own * own, least)[1]
 
 
-def _search(cost: Cost, blocks: int, modules: int, ends: list[int], add: Callable[[float, float], float], most: float):
-    """(value, cuts) of the best split whose modules cost at most ``most``; values add up by ``add`` from 0."""
-    best: dict[int, tuple[float, tuple[int, ...]]] = {-1: (0.0, ())}  # by last block, of the modules so far
+def _search(
+    cost: Cost, blocks: int, modules: int, ends: list[int], add: Callable[[float, float], float], most: float
+) -> tuple[float, tuple[int, ...]]:
+    """Return value and cuts of the best split whose modules cost at most ``most``. add: cost to value."""
+    best: dict[int, tuple[float, tuple[int, ...]]] = {-1: (0.0, ())}  # by the last block so far
     for module in range(modules):
         last = module == modules - 1
         following: dict[int, tuple[float, tuple[int, ...]]] = {}
@@ -59,7 +66,7 @@ def _search(cost: Cost, blocks: int, modules: int, ends: list[int], add: Callabl
     return best[blocks - 1]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Plans
 
 OBJECTIVES = ("peak", "saved", "time")
@@ -78,16 +85,20 @@ def make_plan(
     losses: str = "ours",
     objective: str = "peak",
 ) -> Plan:
-    """The best split of ``arch`` into ``modules``, or into as few as fit into ``budget`` bytes. Nothing is run but for "time".
+    """Return the best split of ``arch`` into ``modules``, or into as few as fit into ``budget``.
 
-    arch: a network of `build`, or one of `published.ARCHS`. image_size: side, or (height, width); None: what it is published for.
-    modules: K. None: the smallest that fits, K = 1 being end to end. budget: bytes of everything: parameters, optimizer state (SGD
-        with momentum), the batch, gradients and the step's peak. With ``modules``, only whether it fits is checked.
-    recompute: "none", "norm" or "block", as in `build`. losses: "ours" or "released" (plain torch, for comparison).
-    objective: what the largest module is least in: "peak" (bytes alive), "saved" (bytes kept for backward, as the paper's
-        tables count, the image among them), or "time" (seconds of forward and backward, measured here, for a pipeline).
+    Only the objective "time" runs anything.
 
-    Raises PlanError if nothing fits, and for arguments that are none of these.
+    arch: one of `chains.ARCHS`. image_size: side, or (height, width); None: the published size.
+    modules: K. None: the smallest K that fits; K = 1 is end to end.
+    budget: bytes for parameters, optimizer state (SGD with momentum), the batch, gradients and the step's
+        peak. With ``modules`` it is only checked whether they fit.
+    recompute: "none", "norm" or "block", as in `build`. losses: "ours", or "released", the authors'.
+    objective: what the largest module needs least of: "peak" (bytes alive), "saved" (bytes kept for backward,
+        with the image, as the paper's tables count), or "time" (seconds of forward and backward, measured
+        here, for a pipeline).
+
+    Raises PlanError if nothing fits, and for arguments out of range.
     """
     _check(objective, losses, recompute, modules, budget, batch_size)
     size = _size(arch, image_size)
@@ -97,7 +108,7 @@ def make_plan(
         chain = _Chain(arch, batch_size, size, recompute, losses, objective == "time")
     except PlanError:
         raise
-    except ValueError as error:  # of batch norms that would have a single value
+    except (ValueError, ImportError) as error:  # of `build`, or of a batch norm with a single value
         raise PlanError(f"{arch}, batch {batch_size} of images {size[0]}x{size[1]}: {error}") from error
     for K in range(1, len(chain.costs) + 1) if modules is None else [modules]:
         try:
@@ -112,21 +123,30 @@ def make_plan(
     raise PlanError(f"{arch} at batch {batch_size} does not fit into {for_people(budget)}: it takes {least}")
 
 
-def largest_batch(arch: str, image_size: int | tuple[int, int] | None, *, modules: int, budget: int, **options: str) -> Plan:
-    """The plan of the largest batch whose step fits into ``budget`` bytes; other arguments as in `make_plan`."""
-    return _largest(lambda n: make_plan(arch, n, image_size, modules=modules, budget=budget, **options), f"{arch}: a batch", 1)
+def largest_batch(
+    arch: str, image_size: int | tuple[int, int] | None, *, modules: int, budget: int, **options: str
+) -> Plan:
+    """Return the plan of the largest batch that fits into ``budget`` bytes; options as in `make_plan`."""
+
+    def make(n: int) -> Plan:
+        return make_plan(arch, n, image_size, modules=modules, budget=budget, **options)
+
+    return _largest(make, f"{arch}: a batch", 1)
 
 
-def largest_image(arch: str, batch_size: int, *, modules: int, budget: int, step: int = 8, **options: str) -> Plan:
-    """The plan of the largest square image, its side a multiple of ``step`` pixels, whose step fits into ``budget`` bytes."""
-    plan = _largest(
-        lambda n: make_plan(arch, batch_size, step * n, modules=modules, budget=budget, **options), f"{arch}: images of {step}", step
-    )
-    return plan
+def largest_image(
+    arch: str, batch_size: int, *, modules: int, budget: int, step: int = 8, **options: str
+) -> Plan:
+    """Return the plan of the largest square image that fits, its side a multiple of ``step`` pixels."""
+
+    def make(n: int) -> Plan:
+        return make_plan(arch, batch_size, step * n, modules=modules, budget=budget, **options)
+
+    return _largest(make, f"{arch}: images of {step}", step)
 
 
 def _largest(make: Callable[[int], Plan], what: str, unit: int) -> Plan:
-    """The plan of the largest n for which there is one: doubling, then bisection."""
+    """Return the plan of the largest n that has one, by doubling and then bisection."""
     fits, plan = 0, None
     too_large = None
     n = 1
@@ -144,20 +164,25 @@ def _largest(make: Callable[[int], Plan], what: str, unit: int) -> Plan:
 class _Chain:
     """A network measured block by block for one batch."""
 
-    def __init__(self, arch: str, batch_size: int, size: tuple[int, int], recompute: str, losses: str, timed: bool):
-        self.arch, self.batch_size, self.size, self.recompute, self.losses = arch, batch_size, size, recompute, losses
+    def __init__(
+        self, arch: str, batch_size: int, size: tuple[int, int], recompute: str, losses: str, timed: bool
+    ):
+        self.arch, self.batch_size, self.size = arch, batch_size, size
+        self.recompute, self.losses = recompute, losses
         with fake.FakeTensorMode():
             image, label = chains.batch(arch, batch_size, size, real=False)
             self.net = fake.build_fake(lambda: chains.chain(arch, size, losses, recompute))
             self.costs = costs.measure_chain(self.net, image, label, recompute=recompute)
             self.plain = ChainCosts(self.costs.blocks, self.costs.losses, self.costs.image)
-            if recompute == "norm":  # then blocks were measured keeping less
-                self.plain = costs.measure_chain(fake.build_fake(lambda: chains.chain(arch, size, losses)), image, label)
+            if recompute == "norm":  # the blocks above keep less than end to end
+                plain = fake.build_fake(lambda: chains.chain(arch, size, losses))
+                self.plain = costs.measure_chain(plain, image, label)
             self.batch_bytes = nbytes([image, label])
         self.buffers = nbytes(self.net.buffers())
         if timed:
             net = chains.chain(arch, size, losses, recompute)
-            self.seconds = costs.measure_chain(net, *chains.batch(arch, batch_size, size, real=True), timed=True)
+            image, label = chains.batch(arch, batch_size, size, real=True)
+            self.seconds = costs.measure_chain(net, image, label, timed=True)
 
     @property
     def most_modules(self) -> int:
@@ -174,31 +199,33 @@ class _Chain:
         spans = list(zip([0, *(end + 1 for end in ends)], ends))
         found = []
         for a, b in spans:
-            parameters = sum(block.parameters for block in costs.blocks[a : b + 1]) + costs.losses[b].parameters
+            parts = (*costs.blocks[a : b + 1], costs.losses[b])
+            parameters = sum(part.parameters for part in parts)
             seconds = self.seconds.seconds(a, b) if objective == "time" else 0.0
             name = ".".join(str(i) for i in self.net.positions[b])
-            found.append(PlannedModule(name, b - a + 1, costs.saved(a, b), costs.peak(a, b), parameters, seconds))
+            saved, peak = costs.saved(a, b), costs.peak(a, b)
+            found.append(PlannedModule(name, b - a + 1, saved, peak, parameters, seconds))
         resident = 2 * sum(module.parameters for module in found) + self.buffers + self.batch_bytes
         end_to_end = {"peak": self.plain.peak(0, n - 1), "saved": self.plain.saved(0, n - 1)}
         cuts = tuple(self.net.positions[end] for end in ends[:-1])
-        return Plan(self.arch, self.size, self.batch_size, cuts, self.recompute, self.losses, objective, tuple(found), resident, end_to_end)
+        what = (self.arch, self.size, self.batch_size, cuts, self.recompute, self.losses, objective)
+        return Plan(*what, tuple(found), resident, end_to_end)
 
 
 def _size(arch: str, image_size: int | tuple[int, int] | None) -> tuple[int, int]:
     if image_size is None:
         return chains.published_size(arch)
     size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-    released = arch in (*chains.IMAGENET, *chains.CITYSCAPES)  # whose decoders give 8 pixels for one
-    if min(size) < 4 or (released and any(side % 8 for side in size)):
-        expected = f"multiples of 8 for {arch}" if released else "at least 4"
-        raise PlanError(f"plan: image_size: expected {expected}, got {size[0]}x{size[1]}")
+    if min(size) < 4:
+        raise PlanError(f"plan: image_size: expected at least 4, got {size[0]}x{size[1]}")
     return size
 
 
-def _check(objective: str, losses: str, recompute: str, modules: int | None, budget: int | None, batch_size: int) -> None:
-    for name, value, known in (
-        ("objective", objective, OBJECTIVES), ("losses", losses, LOSSES), ("recompute", recompute, RECOMPUTE),
-    ):  # fmt: skip
+def _check(
+    objective: str, losses: str, recompute: str, modules: int | None, budget: int | None, batch_size: int
+) -> None:
+    choices = {"objective": OBJECTIVES, "losses": LOSSES, "recompute": RECOMPUTE}
+    for (name, known), value in zip(choices.items(), (objective, losses, recompute)):
         if value not in known:
             raise PlanError(f"plan: {name}: expected one of {known}, got {value!r}")
     for name, value in (("modules", modules), ("budget", budget), ("batch_size", batch_size)):

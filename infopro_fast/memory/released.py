@@ -1,7 +1,7 @@
-"""The released losses and step in plain torch, written from their description: what the kernels and the lean step are compared with.
+"""The losses and the step of the authors' code in plain torch, written from its description, as a baseline.
 
-Both auxiliary nets of a module run whatever their weight, layer by layer; one backward goes through both; the image is restored at
-every boundary; all gradients stay until one optimizer has stepped.
+Both auxiliary networks of a module run layer by layer whatever their weight, and one backward goes through
+both. The image is restored at every boundary, and all gradients stay until one optimizer has stepped.
 """
 
 from __future__ import annotations
@@ -12,44 +12,43 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from infopro_fast.modules import Classifier, InfoPro, LocalLoss, LocalNetwork, Term
+from infopro_fast.modules import Decoder, InfoPro, LocalLoss, LocalNetwork, Term
 from infopro_fast.ops.reconstruction_loss import restore_image
 from infopro_fast.trainer.step import LocalTrainer
 
 
-class ReleasedLoss(LocalLoss):
-    """The loss of an `InfoPro` module, on its own nets, as the released code computes it (networks/util.py)."""
+class ReleasedDecoder(nn.Module):
+    """Binary cross entropy of a decoder's output; autograd keeps every map in between.
 
-    def __init__(self, loss: InfoPro):
+    decoder: layers that end in a sigmoid. size: features are resized to it first; None: the layers resize.
+    """
+
+    def __init__(self, decoder: nn.Sequential, size: int | None = None):
         super().__init__()
-        self.loss = loss
+        self.decoder, self.size = decoder, size
 
-    def terms(self, features, image, label):
-        decoder, head = self.loss.decoder, self.loss.aux_classifier
-        target = restore_image(image, decoder.options["image_mean"], decoder.options["image_std"])
-        resized = F.interpolate(features, [decoder.image_size] * 2, mode="bilinear", align_corners=True)
-        reconstruction = F.binary_cross_entropy(decoder.decoder(resized), target)
-        output = head.head(features)
-        task = released_supcon(output, label) if head.loss_mode == "contrast" else F.cross_entropy(output, label)
-        yield Term("local", 1.0, self.loss.reconstruction_weight * reconstruction + self.loss.task_weight * task, None)
-
-    def trained_parameters(self):
-        return list(self.loss.parameters())
-
-    def released_nets(self, stage, block):
-        return self.loss.released_nets(stage, block)
+    def forward(self, features: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+        if self.size is not None:
+            features = F.interpolate(features, [self.size] * 2, mode="bilinear", align_corners=True)
+        return F.binary_cross_entropy(self.decoder(features), image)
 
 
-class ReleasedClassifier(Classifier):
-    """The network's end with the logits formed."""
+class ReleasedHead(nn.Module):
+    """The contrastive loss or the cross entropy of a head's output. Logits of pixels are resized first."""
 
-    def terms(self, features, image, label):
-        logits = self(features)
-        yield Term("cross_entropy", 1.0, F.cross_entropy(logits, label), (logits.argmax(1) == label).sum())
+    def __init__(self, head: nn.Sequential, contrast: bool):
+        super().__init__()
+        self.head, self.contrast = head, contrast
+
+    def forward(self, features: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        output = self.head(features)
+        if self.contrast:
+            return released_supcon(output, label)
+        return (resized_cross_entropy if output.dim() == 4 else F.cross_entropy)(output, label)
 
 
 def released_supcon(features: torch.Tensor, labels: torch.Tensor, temperature: float = 0.07) -> torch.Tensor:
-    """One view, all anchors: a mask of equal labels, logits less the row's maximum, masks without the diagonal (class SupConLoss)."""
+    """Supervised contrastive loss with N x N masks and logits (the authors' class SupConLoss, one view)."""
     z = F.normalize(features, dim=1)
     labels = labels.view(-1, 1)
     mask = torch.eq(labels, labels.T).float()
@@ -63,27 +62,85 @@ def released_supcon(features: torch.Tensor, labels: torch.Tensor, temperature: f
     return -((mask * log_prob).sum(1) / positives).mean()
 
 
+def resized_cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Mean cross entropy of logits (N, C, h, w) resized to labels (N, H, W), those of 255 left out."""
+    resized = F.interpolate(logits, target.shape[-2:], mode="bilinear", align_corners=True)
+    return F.cross_entropy(resized, target, ignore_index=255)
+
+
+class ReleasedLoss(LocalLoss):
+    """The loss of an `InfoPro` module as the authors' code computes it, on the module's own layers."""
+
+    def __init__(self, loss: InfoPro):
+        super().__init__()
+        decoder, head = loss.decoder, loss.aux_classifier
+        self.loss = loss
+        size = decoder.image_size if isinstance(decoder, Decoder) else None
+        self.reconstruction = ReleasedDecoder(decoder.decoder, size)
+        self.task = ReleasedHead(head.head, head.loss_mode == "contrast")
+
+    def terms(self, features, image, label):
+        options = self.loss.decoder.options
+        target = restore_image(image, options["image_mean"], options["image_std"])
+        reconstruction = self.loss.reconstruction_weight * self.reconstruction(features, target)
+        yield Term("local", 1.0, reconstruction + self.loss.task_weight * self.task(features, label), None)
+
+    def trained_parameters(self):
+        return list(self.loss.parameters())
+
+    def released_nets(self, stage, block):
+        return self.loss.released_nets(stage, block)
+
+
+class ReleasedEnd(LocalLoss):
+    """The network's own loss with its logits formed; for segmentation all its terms in one graph."""
+
+    def __init__(self, end: LocalLoss):
+        super().__init__()
+        self.end, self.dense = end, end.dense
+        end.impl = "reference"
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.end(features)
+
+    def terms(self, features, image, label):
+        if self.dense:
+            terms = list(self.end.terms(features, image, label))
+            yield Term("cross_entropy", 1.0, sum(term.weight * term.loss for term in terms), terms[0].correct)
+        else:
+            logits = self.end(features)
+            loss, correct = F.cross_entropy(logits, label), (logits.argmax(1) == label).sum()
+            yield Term("cross_entropy", 1.0, loss, correct)
+
+    def trained_parameters(self):
+        return self.end.trained_parameters()
+
+    def released_nets(self, stage, block):
+        return self.end.released_nets(stage, block)
+
+
 def with_released_losses(net: LocalNetwork) -> LocalNetwork:
-    """``net`` itself, its InfoPro losses and classifier replaced by the released formulation on the same layers."""
-    for k, loss in enumerate(net.local_losses):
+    """Replace the losses of ``net`` by the authors' on the same layers, and return it."""
+    for k, loss in enumerate(net.local_losses[:-1]):
         if isinstance(loss, InfoPro):
             net.local_losses[k] = ReleasedLoss(loss)
-        elif isinstance(loss, Classifier):
-            loss.__class__ = ReleasedClassifier
+    net.local_losses[-1] = ReleasedEnd(net.classifier)
     return net
 
 
 class ReleasedTrainer(LocalTrainer):
     """One optimizer over everything, which steps when all modules have their gradients."""
 
-    def __init__(self, net: LocalNetwork, make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer]):
+    def __init__(
+        self, net: LocalNetwork, make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+    ):
         super().__init__(net, lambda parameters: _Later())
         losses = [p for local_loss in net.local_losses for p in local_loss.trained_parameters()]
         self.optimizers[-1] = make_optimizer([*net.stages.parameters(), *losses])
 
 
 class _Later:
-    """In place of a module's optimizer: gradients are kept for the one of the last module."""
+    """Stands for a module's optimizer, and leaves its gradients to the optimizer of the last module."""
 
     state: dict = {}
     param_groups: tuple = ()

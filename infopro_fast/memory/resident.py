@@ -1,7 +1,7 @@
-"""The peak of a call as the operating system sees it, in a process of its own (Linux).
+"""The peak of a call as the operating system sees it, in a new process (Linux).
 
-The high-water mark of the resident set, put back to the present value right before the call: it counts what no accounting inside
-torch can, the workspaces of convolution libraries and of kernels.
+It is the high-water mark of the resident set, reset right before the call. It includes what no accounting
+inside torch can see: the workspaces of convolution libraries and kernels.
 """
 
 from __future__ import annotations
@@ -16,22 +16,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# Blocks of 64 KiB and more come from mmap and go back when freed, so that nothing freed earlier hides in the heap.
+# Blocks of 64 KiB and more come from mmap and go back when freed, so no free memory in the heap hides a peak.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
 
-# For times instead: without these, a map's pages go back to the system after every use and are zeroed anew, a third of a step's time.
+# For times: without these a map's pages go back to the system after every use and are zeroed again, a third
+# of a step.
 KEEPING = {"MALLOC_TRIM_THRESHOLD_": str(1 << 32), "MALLOC_MMAP_THRESHOLD_": str(1 << 32)}
 
 
 def in_a_process(target: str, timeout: float = 1800, malloc: dict[str, str] = MALLOC, **kwargs: Any) -> Any:
-    """What the function ``target`` ("package.module:name") returns for ``kwargs``, all of it JSON, in a new process.
+    """Call the function ``target`` ("package.module:name") in a new process and return its result.
 
-    malloc: settings of glibc's: `MALLOC` for resident sets, `KEEPING` for times.
-    Raises RuntimeError with the end of its error output if it fails.
+    kwargs and the result: JSON. malloc: settings of glibc: `MALLOC` for resident sets, `KEEPING` for times.
+    Raises RuntimeError with the end of the process's error output if it fails.
     """
     command = [sys.executable, "-m", __spec__.name if __spec__ else __name__, target, json.dumps(kwargs)]
-    path = os.pathsep.join([str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = os.environ | malloc | {"PYTHONPATH": path}
+    paths = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH")]
+    environment = os.environ | malloc | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
     if done.returncode:
         raise RuntimeError(f"{target} {kwargs}: exit {done.returncode}\n{done.stderr[-4000:]}")
@@ -39,7 +40,7 @@ def in_a_process(target: str, timeout: float = 1800, malloc: dict[str, str] = MA
 
 
 def peak_above(call: Callable[[], object]) -> int:
-    """Bytes the resident set rises above its present size during ``call``. In a process that `in_a_process` started."""
+    """Return the bytes by which the resident set rises during ``call``; for a process of `in_a_process`."""
     ctypes.CDLL(None).malloc_trim(0)
     with open("/proc/self/clear_refs", "w") as reset:
         reset.write("5")  # VmHWM starts again from VmRSS

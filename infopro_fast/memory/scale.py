@@ -1,9 +1,10 @@
-"""Throughput on G GPUs, predicted from measured times of one: data parallelism, pipelines and both, against their end-to-end rivals.
+"""Throughput on G GPUs, predicted from times of one, for local modules and their end-to-end rivals.
 
-A model of compute and links, not of a machine: every GPU computes a block in its measured time, whatever the others do; a link carries
-one message at a time; copies and reductions go on beside compute. The timelines are those of `trainer.parallel` and `trainer.pipeline`,
-and for end-to-end training those of DistributedDataParallel (buckets, Li et al. 2020) and of pipelines with backward, GPipe (Huang et
-al. 2019) and 1F1B (Narayanan et al. 2019), whose bubble is the same, (P - 1) / m of a step with m micro-batches on P stages.
+The model has compute and links, and no machine: a GPU computes a block in its measured time whatever the
+others do, a link carries one message at a time, and copies and reductions overlap with compute. Local modules
+follow the timelines of `trainer.processes`. End to end they are those of DistributedDataParallel (buckets, Li
+et al. 2020) and of pipelines with backward, GPipe (Huang et al. 2019) and 1F1B (Narayanan et al. 2019). Both
+of these have the same bubble: (P - 1) / m of a step with m micro-batches on P stages.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from .costs import ChainCosts, measure_chain
 from .planner import best_cuts
 
 BUCKET = 25 * 2**20  # bytes of DistributedDataParallel's buckets
-FORWARD = 1 / 3  # of a block's forward and backward: the backward has two products for the forward's one
+FORWARD = 1 / 3  # share of the forward in a block's time: one product, and the backward has two
 
 
 @dataclass(frozen=True)
 class Link:
-    """bandwidth: bytes a second in each direction; latency: seconds of a message."""
+    """bandwidth: bytes a second in each direction. latency: seconds a message."""
 
     bandwidth: float
     latency: float
@@ -37,7 +38,7 @@ class Link:
         return count / self.bandwidth + self.latency
 
     def all_reduce(self, count: int, processes: int) -> float:
-        """Seconds of a ring: 2 (G - 1) messages of a G-th each."""
+        """Seconds of a ring's 2 (G - 1) messages, each a G-th of the bytes."""
         if processes == 1:
             return 0.0
         return 2 * (processes - 1) * (count / processes / self.bandwidth + self.latency)
@@ -45,20 +46,20 @@ class Link:
 
 @dataclass(frozen=True)
 class Cluster:
-    """Machines of ``machine`` GPUs, ``inside`` the links in one, ``between`` those from one to another."""
+    """Machines of ``machine`` GPUs. inside: links in a machine. between: links from one to another."""
 
     machine: int
     inside: Link
     between: Link
 
     def link(self, gpus: int) -> Link:
-        """The slowest on the way among so many neighbours."""
+        """Return the slowest link among so many neighbours."""
         return self.inside if gpus <= self.machine else self.between
 
 
 @dataclass(frozen=True)
 class Work:
-    """One module or block: seconds of its forward and backward for a batch, bytes of its gradients and of its output."""
+    """A module or block: seconds of forward and backward for a batch, bytes of gradients and output."""
 
     seconds: float
     gradients: int
@@ -67,10 +68,11 @@ class Work:
 
 @dataclass(frozen=True)
 class Network:
-    """Measured for a batch of ``batch_size``. local: its modules, auxiliary nets included; plain: its blocks, trained end to end.
+    """A network measured for a batch of ``batch_size``.
 
-    carried: bytes that a pipeline of local modules sends on beside features: image and label. cuts: where its modules end but the
-    last one, as `build` takes them.
+    local: its modules with their auxiliary networks. plain: its blocks, trained end to end.
+    carried: bytes of image and label, which a pipeline of local modules sends on with the features.
+    cuts: where the modules but the last end, as `build` takes them.
     """
 
     arch: str
@@ -82,24 +84,25 @@ class Network:
 
 
 def measure(arch: str, modules: int, batch_size: int, *, speedup: float = 1.0) -> Network:
-    """Times of this machine, divided by ``speedup``; cuts that make the slowest module fastest. Raises PlanError."""
+    """Measure times here, divided by ``speedup``, and cut to balance them. Raises PlanError."""
     size = chains.published_size(arch)
-    losses = "ours" if arch in chains.backbones.BLOCKS else "released"
     with fake.FakeTensorMode():
-        net = fake.build_fake(lambda: chains.chain(arch, size, losses))
+        net = fake.build_fake(lambda: chains.chain(arch, size, "ours"))
         bytes_of = measure_chain(net, *chains.batch(arch, batch_size, size, real=False))
     most = 1 + sum(bytes_of.cut_allowed(end) for end in range(len(bytes_of) - 1))
     if not 1 <= modules <= most:
         raise PlanError(f"modules: expected 1 to {most} for {arch}, got {modules}")
     image, label = chains.batch(arch, batch_size, size, real=True)
-    times = measure_chain(chains.chain(arch, size, losses), image, label, timed=True)
-    return _network(arch, modules, batch_size, times, bytes_of, image.nbytes + label.nbytes, net.positions, speedup)
+    times = measure_chain(chains.chain(arch, size, "ours"), image, label, timed=True)
+    carried = image.nbytes + label.nbytes
+    return _network(arch, modules, batch_size, times, bytes_of, carried, net.positions, speedup)
 
 
 def _network(
-    arch: str, modules: int, batch_size: int, times: ChainCosts, bytes_of: ChainCosts, carried: int, positions, speedup: float
-) -> Network:
-    """From the costs of a network's blocks (`measure_chain`), those that were timed and those whose bytes are exact."""
+    arch: str, modules: int, batch_size: int, times: ChainCosts, bytes_of: ChainCosts, carried: int,
+    positions, speedup: float,
+) -> Network:  # fmt: skip
+    """times: measured costs. bytes_of: costs of fake tensors, whose bytes are exact."""
     n = len(times)
     try:
         ends = (*best_cuts(times.seconds, n, modules, times.cut_allowed), n - 1)
@@ -108,25 +111,30 @@ def _network(
     starts = (0, *(end + 1 for end in ends))
 
     def gradients(a: int, b: int, loss: bool) -> int:
-        return sum(block.parameters for block in bytes_of.blocks[a : b + 1]) + (bytes_of.losses[b].parameters if loss else 0)
+        own = sum(block.parameters for block in bytes_of.blocks[a : b + 1])
+        return own + (bytes_of.losses[b].parameters if loss else 0)
 
-    local = tuple(Work(times.seconds(a, b) / speedup, gradients(a, b, True), bytes_of.blocks[b].output) for a, b in zip(starts, ends))
+    local = tuple(
+        Work(times.seconds(a, b) / speedup, gradients(a, b, True), bytes_of.blocks[b].output)
+        for a, b in zip(starts, ends)
+    )
     plain = []
     for i, block in enumerate(times.blocks):
         last = i == n - 1
         seconds = block.seconds + (times.losses[i].seconds if last else 0.0)
         plain.append(Work(seconds / speedup, gradients(i, i, last), bytes_of.blocks[i].output))
-    return Network(arch, batch_size, local, tuple(plain), carried, tuple(positions[end] for end in ends[:-1]))
+    cuts = tuple(positions[end] for end in ends[:-1])
+    return Network(arch, batch_size, local, tuple(plain), carried, cuts)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Seconds of a step of one batch a replica
 
 
 def local_step_seconds(modules: Sequence[Work], replicas: int, link: Link) -> float:
-    """Of `trainer.parallel`: a module's reduction goes on while the next one computes, and is waited for after that."""
+    """Data parallelism: a module's reduction overlaps with the next module's compute, and ends with it."""
     now = link_free = 0.0
-    before = 0.0  # when the reduction of the module before is done
+    before = 0.0  # when the previous module's reduction is done
     for module in modules:
         now += module.seconds
         link_free = max(link_free, now) + link.all_reduce(module.gradients, replicas)
@@ -135,7 +143,7 @@ def local_step_seconds(modules: Sequence[Work], replicas: int, link: Link) -> fl
 
 
 def ddp_seconds(blocks: Sequence[Work], replicas: int, link: Link) -> float:
-    """End to end: a forward, then a backward whose full buckets are reduced meanwhile."""
+    """End to end: a forward, then a backward during which full buckets are reduced."""
     now = FORWARD * sum(block.seconds for block in blocks)
     link_free, bucket = 0.0, 0
     for block in reversed(blocks):
@@ -148,42 +156,46 @@ def ddp_seconds(blocks: Sequence[Work], replicas: int, link: Link) -> float:
 
 
 def stages_of(works: Sequence[Work], stages: int) -> list[Sequence[Work]]:
-    """Contiguous runs whose slowest is fastest."""
-    ends = (*best_cuts(lambda a, b: sum(work.seconds for work in works[a : b + 1]), len(works), stages), len(works) - 1)
+    """Split into contiguous runs whose slowest is fastest."""
+    cuts = best_cuts(lambda a, b: sum(work.seconds for work in works[a : b + 1]), len(works), stages)
+    ends = (*cuts, len(works) - 1)
     starts = (0, *(end + 1 for end in ends))
     return [works[a : b + 1] for a, b in zip(starts, ends)]
 
 
 def local_pipeline_seconds(net: Network, stages: int, replicas: int, cluster: Cluster) -> float:
-    """Between two batches of a pipeline of local modules, cut where its slowest stage is fastest."""
+    """Seconds between two batches of a pipeline of local modules, cut where its slowest stage is fastest."""
     return pipeline_seconds(stages_of(net.local, stages), net.carried, replicas, cluster)
 
 
 def pipeline_seconds(runs: Sequence[Sequence[Work]], carried: int, replicas: int, cluster: Cluster) -> float:
-    """The same of the stages ``runs``: the slowest of them, or the slowest link between two, which carries features and ``carried``."""
+    """The same for the stages ``runs``: seconds of the slowest stage, or of the slowest link between two."""
     reduce = cluster.link(len(runs) * replicas)  # replicas are apart
     slowest = max(local_step_seconds(run, replicas, reduce) for run in runs)
     wires = [cluster.link(len(runs)).send(run[-1].output + carried) for run in runs[:-1]]
     return max([slowest, *wires])
 
 
-def plain_pipeline_seconds(net: Network, stages: int, replicas: int, cluster: Cluster, micro_batches: int) -> float:
-    """A step of GPipe or 1F1B on the same batch: m micro-batches through P stages and back, then the gradients' reduction."""
+def plain_pipeline_seconds(
+    net: Network, stages: int, replicas: int, cluster: Cluster, micro_batches: int
+) -> float:
+    """Seconds of a step of GPipe or 1F1B: m micro-batches through P stages and back, then the reduction."""
     runs = stages_of(net.plain, stages)
     link = cluster.link(stages)
     wire = max([2 * link.send(run[-1].output // micro_batches) for run in runs[:-1]], default=0.0)
     slowest = max(max(sum(work.seconds for work in run) / micro_batches for run in runs), wire)
-    reduction = max(cluster.link(stages * replicas).all_reduce(sum(work.gradients for work in run), replicas) for run in runs)
+    reduce = cluster.link(stages * replicas)
+    reduction = max(reduce.all_reduce(sum(work.gradients for work in run), replicas) for run in runs)
     return (micro_batches + stages - 1) * slowest + reduction
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Layouts
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """layout: what is done; stages: GPUs that a replica is split among; images a second."""
+    """Images a second of a layout. stages: GPUs that share a replica."""
 
     layout: str
     gpus: int
@@ -195,9 +207,9 @@ LAYOUTS = ("data", "pipeline", "mixed", "DDP, end to end", "GPipe/1F1B, end to e
 
 
 def predict(net: Network, gpus: int, cluster: Cluster, micro_batches: int) -> list[Prediction]:
-    """Each layout on so many GPUs, every replica having a batch of its own; those that need more modules than there are, are left out.
+    """Predict each layout on so many GPUs, a batch for every replica; a pipeline needs a module for each GPU.
 
-    mixed, and GPipe with replicas: with the number of stages that is best.
+    "mixed", and GPipe with replicas, have the best number of stages.
     """
 
     def rate(replicas: int, seconds: float) -> float:
@@ -208,12 +220,12 @@ def predict(net: Network, gpus: int, cluster: Cluster, micro_batches: int) -> li
     if n <= len(net.local):
         found.append(Prediction("pipeline", n, n, rate(1, local_pipeline_seconds(net, n, 1, cluster))))
     divisors = [p for p in range(1, n + 1) if n % p == 0]
-    mixed = [(rate(n // p, local_pipeline_seconds(net, p, n // p, cluster)), p) for p in divisors if p <= len(net.local)]
-    best, stages = max(mixed)
+    split = [p for p in divisors if p <= len(net.local)]
+    best, stages = max((rate(n // p, local_pipeline_seconds(net, p, n // p, cluster)), p) for p in split)
     found.append(Prediction("mixed", n, stages, best))
     found.append(Prediction("DDP, end to end", n, 1, rate(n, ddp_seconds(net.plain, n, link))))
-    pipes = [(rate(n // p, plain_pipeline_seconds(net, p, n // p, cluster, micro_batches)), p) for p in divisors if p <= len(net.plain)]
-    pipes = [pipe for pipe in pipes if pipe[1] > 1 or n == 1]
+    split = [p for p in divisors if p <= len(net.plain) and (p > 1 or n == 1)]
+    pipes = [(rate(n // p, plain_pipeline_seconds(net, p, n // p, cluster, micro_batches)), p) for p in split]
     if pipes:
         best, stages = max(pipes)
         found.append(Prediction("GPipe/1F1B, end to end", n, stages, best))
@@ -221,19 +233,20 @@ def predict(net: Network, gpus: int, cluster: Cluster, micro_batches: int) -> li
 
 
 def table(net: Network, found: Sequence[Prediction]) -> str:
-    """A line a number of GPUs, images a second of each layout, in brackets the stages of a replica."""
-
-
+    """A line for each number of GPUs: images a second of each layout, in brackets the stages of a replica."""
     rows = [["GPUs", *LAYOUTS]]
     for gpus in sorted({p.gpus for p in found}):
         here = {p.layout: p for p in found if p.gpus == gpus}
-        cells = [f"{here[name].images_per_second:.0f} ({here[name].stages})" if name in here else "-" for name in LAYOUTS]
+        cells = [f"{p.images_per_second:.0f} ({p.stages})" if p else "-" for p in map(here.get, LAYOUTS)]
         rows.append([str(gpus), *cells])
-    return f"{net.arch}, {len(net.local)} modules, batch {net.batch_size} a replica, images/s\n" + figure.aligned(rows)
+    head = f"{net.arch}, {len(net.local)} modules, batch {net.batch_size} a replica, images/s"
+    return f"{head}\n{figure.aligned(rows)}"
 
 
-def write(nets: Sequence[Network], found: Sequence[Sequence[Prediction]], cluster: Cluster, out: Path) -> tuple[Path, Path]:
-    """``out`` as PNG, a panel a network, and all numbers beside it as JSON, each whole or not at all."""
+def write(
+    nets: Sequence[Network], found: Sequence[Sequence[Prediction]], cluster: Cluster, out: Path
+) -> tuple[Path, Path]:
+    """Draw ``out``, a panel a network, and write all numbers beside it as JSON, each whole or not at all."""
     drawing, panels = figure.new_figure((5.5 * len(nets), 4.2), columns=len(nets))
     for panel, net, predictions in zip(panels if len(nets) > 1 else [panels], nets, found):
         for i, name in enumerate(LAYOUTS):
@@ -241,7 +254,8 @@ def write(nets: Sequence[Network], found: Sequence[Sequence[Prediction]], cluste
             style = "--" if "end to end" in name else "-"
             if points:
                 panel.plot(*zip(*points), style, marker="o", markersize=3, color=f"C{i}", label=name)
-        panel.set(xscale="log", yscale="log", xlabel="GPUs", ylabel="images/s", title=f"{net.arch}, {len(net.local)} modules (predicted)")
+        title = f"{net.arch}, {len(net.local)} modules (predicted)"
+        panel.set(xscale="log", yscale="log", xlabel="GPUs", ylabel="images/s", title=title)
         panel.set_xscale("log", base=2)
         panel.grid(alpha=0.3, which="both")
         panel.legend(fontsize=8)

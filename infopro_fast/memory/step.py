@@ -17,11 +17,12 @@ from .live import OPTIMIZER, Bytes, LiveBytes, nbytes
 class ModuleMemory(typing.NamedTuple):
     """Bytes of one local module.
 
-    parameters: its own and those of its auxiliary nets that run. optimizer: the state of its optimizer.
-    input: what it is given by the module before it (0 for the first: the batch is counted once, in `StepMemory`).
-    saved: the most that autograd keeps for backward at any time of the module's step, each storage once, the input included if kept;
-        parameters, buffers and the batch are not counted.
-    peak: bytes alive at the highest point of its step beyond parameters, buffers, the batch and all optimizers' state, by kind.
+    parameters: of the module and of its auxiliary networks that run. optimizer: the state of its optimizer.
+    input: the map from the module before it; 0 for the first, whose batch is counted in `StepMemory`.
+    saved: the most that autograd keeps at any time of the module's step, each storage once, the input
+        included. Parameters, buffers and the batch are not counted.
+    peak: alive at the highest point of its step, beyond parameters, buffers, the batch and all optimizers'
+        state.
     measured_peak: the same from the allocator of a GPU, or None.
     """
 
@@ -34,10 +35,10 @@ class ModuleMemory(typing.NamedTuple):
 
 
 class StepMemory(typing.NamedTuple):
-    """Bytes of a whole step: modules in order, and what is there all the time."""
+    """Bytes of a whole step: of the modules in order, and those that are always there."""
 
     modules: tuple[ModuleMemory, ...]
-    parameters: int  # and buffers, those of nets that never run included
+    parameters: int  # and buffers, also of networks that never run
     optimizer: int
     batch: int
 
@@ -52,7 +53,7 @@ class StepMemory(typing.NamedTuple):
 
     @property
     def peak(self) -> int:
-        """Highest point of the step beyond the loaded model, its optimizer's state and the batch."""
+        """Highest point of the step beyond the model, its optimizer's state and the batch."""
         return max(module.measured_peak or module.peak.total for module in self.modules)
 
     @property
@@ -61,10 +62,10 @@ class StepMemory(typing.NamedTuple):
 
 
 def measure_step(trainer: LocalTrainer, image: torch.Tensor, label: torch.Tensor) -> StepMemory:
-    """Bytes of every module in a step of ``trainer``, which it makes twice: the first makes the optimizers' state.
+    """Measure every module in a step of ``trainer``, after a first step if its optimizers have no state.
 
-    image (N, 3, H, W), label (N,): on any device; on the meta device or under a `FakeTensorMode` nothing runs. On a GPU the peaks
-    come from its allocator as well.
+    image: (N, 3, H, W). label: (N,). Both on any device; on the meta device or under a `FakeTensorMode`
+    nothing runs. On a GPU the peaks come from its allocator as well.
     """
     net = trainer.net
     if not any(optimizer.state for optimizer in trainer.optimizers):
@@ -80,16 +81,20 @@ def measure_step(trainer: LocalTrainer, image: torch.Tensor, label: torch.Tensor
             live.reset()
             allocated = _start(image.device)
             given = 0 if h.untyped_storage()._cdata == image.untyped_storage()._cdata else nbytes([h])
-            h, _ = local_step(stage, local_loss, optimizer, h, image, label, autocast=trainer.autocast, scaler=scaler)
+            how = dict(autocast=trainer.autocast, scaler=scaler)
+            h, _ = local_step(stage, local_loss, optimizer, h, image, label, **how)
             peak = live.peak._replace(optimizer=live.peak.optimizer - sum(states))
-            measured = None if allocated is None else torch.cuda.max_memory_allocated(image.device) - allocated + given
+            measured = None
+            if allocated is not None:
+                measured = torch.cuda.max_memory_allocated(image.device) - allocated + given
             parameters = nbytes([*stage.parameters(), *local_loss.trained_parameters()])
             found.append(ModuleMemory(parameters, state, given, live.most_saved, peak, measured))
-    return StepMemory(tuple(found), nbytes([*net.parameters(), *net.buffers()]), sum(states), nbytes([image, label]))
+    loaded = nbytes([*net.parameters(), *net.buffers()])
+    return StepMemory(tuple(found), loaded, sum(states), nbytes([image, label]))
 
 
 def _start(device: torch.device) -> int | None:
-    """Bytes allocated on a GPU at this point, from which its peak is counted."""
+    """Reset a GPU's peak and return the bytes allocated now, from which it is counted; None for a CPU."""
     if device.type != "cuda":
         return None
     torch.cuda.synchronize(device)
@@ -99,7 +104,7 @@ def _start(device: torch.device) -> int | None:
 
 @contextlib.contextmanager
 def recomputed_is_saved(net: LocalNetwork, live: LiveBytes) -> Iterator[None]:
-    """Maps that a second forward leaves for backward count as saved."""
+    """Count maps that a second forward leaves for backward as saved."""
     stages = [stage for stage in net.stages if isinstance(stage, Stage)]
 
     def counted(stage: Stage, own):

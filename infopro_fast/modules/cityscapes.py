@@ -1,8 +1,9 @@
-"""DeepLabV3-ResNet-101 with output stride 8, as the released segmentation code (on mmsegmentation) trains it on Cityscapes.
+"""DeepLabV3-ResNet-101 with output stride 8, as the authors train it on Cityscapes (with mmsegmentation).
 
-ResNetV1c: a stem of three conv3x3 (32, 32, 64), strides 1, 2, 1, 1 and dilations 1, 1, 2, 4 of the stages, the first block of a
-dilated stage with half its dilation; an ASPP head of 512 channels (dilations 1, 12, 24, 36); an FCN head on the third stage's output,
-weight 0.4. The residual blocks are torchvision's. With ``SyncBatchNorm.convert_sync_batchnorm`` it has the released norms.
+The backbone is ResNetV1c: a stem of three conv3x3 (32, 32, 64 channels), stages with strides 1, 2, 1, 1 and
+dilations 1, 1, 2, 4; the first block of a dilated stage has half the dilation. The ASPP head has 512 channels
+and dilations 1, 12, 24, 36. An FCN head reads the third stage's output; its loss has weight 0.4. The residual
+blocks are torchvision's. ``SyncBatchNorm.convert_sync_batchnorm`` gives it the authors' norms.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .backbones import Unit
+from .heads import conv_norm_relu
 from .imagenet import ReleasedNames
 from .segmentation import PixelClassifier, Tap, dense_head
 
@@ -22,19 +24,15 @@ AUXILIARY_WEIGHT = 0.4
 TAP = 3  # stage whose output the FCN head reads
 
 
-def _conv(inplanes: int, planes: int, kernel: int = 3, stride: int = 1, dilation: int = 1) -> list[nn.Module]:
-    conv = nn.Conv2d(inplanes, planes, kernel, stride, dilation * (kernel // 2), dilation, bias=False)
-    return [conv, nn.BatchNorm2d(planes), nn.ReLU(inplace=True)]
-
-
 class ASPP(nn.Module):
-    """Atrous spatial pyramid pooling: the image's mean and four branches, concatenated, conv3x3, Dropout2d, conv1x1 to the classes."""
+    """Atrous spatial pyramid pooling: the map's mean and branches, joined by conv3x3; Dropout2d, conv1x1."""
 
-    def __init__(self, inplanes: int, planes: int, class_num: int, dilations: tuple[int, ...] = (1, 12, 24, 36)):
+    def __init__(self, inplanes: int, planes: int, class_num: int):
         super().__init__()
-        self.mean = nn.Sequential(nn.AdaptiveAvgPool2d(1), *_conv(inplanes, planes, 1))
-        self.branches = nn.ModuleList(nn.Sequential(*_conv(inplanes, planes, 1 if d == 1 else 3, dilation=d)) for d in dilations)
-        self.join = nn.Sequential(*_conv((1 + len(dilations)) * planes, planes))
+        self.mean = nn.Sequential(nn.AdaptiveAvgPool2d(1), *conv_norm_relu(inplanes, planes, 1))
+        branches = (conv_norm_relu(inplanes, planes, 1 if d == 1 else 3, dilation=d) for d in (1, 12, 24, 36))
+        self.branches = nn.ModuleList(nn.Sequential(*layers) for layers in branches)
+        self.join = nn.Sequential(*conv_norm_relu((1 + len(self.branches)) * planes, planes))
         self.dropout = nn.Dropout2d(0.1)
         self.classes = nn.Conv2d(planes, class_num, 1)
 
@@ -48,17 +46,19 @@ class ASPP(nn.Module):
         mean = conv(pool(x))
         if len(x) > 1 or not self.training or isinstance(norm, nn.SyncBatchNorm):
             return relu(norm(mean))
-        # A single image has one value a channel, and no variance: its running statistics normalise it, and do not move.
-        return relu(F.batch_norm(mean, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps))
+        # A single image has one value a channel and no variance. Running statistics normalise it and stay.
+        statistics = norm.running_mean, norm.running_var
+        return relu(F.batch_norm(mean, *statistics, norm.weight, norm.bias, False, 0.0, norm.eps))
 
 
 class DeepLabEnd(PixelClassifier):
-    """The ASPP head, and the FCN head on the third stage's output. Released names."""
+    """The ASPP head, and the FCN head on the third stage's output, with the authors' names."""
 
     def released_nets(self, stage, block):
         nets = {f"decode_head.{name}": module for name, module in _aspp_names(self.head)}
         conv, norm, _, _, classes = self.auxiliary_head
-        return nets | {"auxiliary_head.convs.0.conv.": conv, "auxiliary_head.convs.0.bn.": norm, "auxiliary_head.conv_seg.": classes}
+        auxiliary = {"convs.0.conv.": conv, "convs.0.bn.": norm, "conv_seg.": classes}
+        return nets | {f"auxiliary_head.{name}": module for name, module in auxiliary.items()}
 
 
 def _aspp_names(aspp: ASPP) -> Iterator[tuple[str, nn.Module]]:
@@ -79,23 +79,25 @@ class CityscapesInfoPro(ReleasedNames):
 
 
 def units(arch: str) -> tuple[list[Unit], Tap]:
-    """The blocks of ``arch``, positions as torchvision's (stem (0, 0), layer1.0 (1, 0), ...), and the tap behind the third stage."""
+    """Return the blocks of ``arch`` at positions like torchvision's (layer1.0: (1, 0)), and the tap."""
     import torchvision
 
     resnet = getattr(torchvision.models, ARCHS[arch])(replace_stride_with_dilation=[False, True, True])
-    stem = nn.Sequential(*_conv(3, 32, stride=2), *_conv(32, 32), *_conv(32, 64), nn.MaxPool2d(3, 2, 1))
+    convs = [*conv_norm_relu(3, 32, stride=2), *conv_norm_relu(32, 32), *conv_norm_relu(32, 64)]
+    stem = nn.Sequential(*convs, nn.MaxPool2d(3, 2, 1))
     found, tap = [Unit((0, 0), "backbone.stem.", stem, 64, 4)], Tap()
     for stage in (1, 2, 3, 4):
         blocks = list(getattr(resnet, f"layer{stage}"))
         for i, block in enumerate(blocks):
-            scale = 4 if stage == 1 else 8
-            found.append(Unit((stage, i), f"backbone.layer{stage}.{i}.", block, block.conv3.out_channels, scale, f"layer{stage}.{i}"))
+            name, scale = f"layer{stage}.{i}", 4 if stage == 1 else 8
+            found.append(Unit((stage, i), f"backbone.{name}.", block, block.conv3.out_channels, scale, name))
         if stage == TAP:
             found.append(Unit((stage, len(blocks)), "", tap, found[-1].channels, 8, "tap"))
     return found, tap
 
 
 def end(class_num: int, tap: Tap, *, label_smoothing: float = 0.0, impl: str = "auto") -> DeepLabEnd:
-    """The loss of the last module, which ``tap`` is in."""
+    """Return the loss of the last module, which contains ``tap``."""
     auxiliary = (tap, dense_head(1024, 256, class_num, bias=False), AUXILIARY_WEIGHT)
-    return DeepLabEnd(ASPP(2048, 512, class_num), class_num, auxiliary, label_smoothing=label_smoothing, impl=impl)
+    options = {"label_smoothing": label_smoothing, "impl": impl}
+    return DeepLabEnd(ASPP(2048, 512, class_num), class_num, auxiliary, **options)

@@ -1,7 +1,8 @@
-"""DenseNet-BC for CIFAR (Huang et al. 2017) as a flat list of units: the stem, every dense layer, the transitions, the last norm.
+"""DenseNet-BC for CIFAR (Huang et al. 2017) as a flat list: stem, dense layers, transitions, last norm.
 
-Depth 100 and growth 12, as in the paper's Table 2: three blocks of 16 layers with bottlenecks, compression 0.5, 24 channels at the
-start, 0.77 M parameters for 10 classes. The authors released no code for it; the names here are our own.
+Depth 100 and growth 12, as in the paper's Table 2: three blocks of 16 layers with bottlenecks, compression
+0.5, 24 channels at the start, 0.77 M parameters for 10 classes. The authors published no code for it; the
+names are our own.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ ARCHS = {"densenet_bc_100_12": (100, 12)}
 
 
 class DenseLayer(nn.Module):
-    """Its input and, behind it, ``growth`` new channels: BatchNorm, ReLU, conv1x1 to 4 growth, BatchNorm, ReLU, conv3x3."""
+    """The input, then ``growth`` channels: BatchNorm, ReLU, conv1x1 (4 growth), BatchNorm, ReLU, conv3x3."""
 
     def __init__(self, inplanes: int, growth: int):
         super().__init__()
@@ -53,7 +54,7 @@ class LastNorm(nn.Module):
 
 
 def units(arch: str) -> list[Unit]:
-    """The units of ``arch`` in order; a transition, or the last norm, is the last of its block's: (1, 16), (2, 16), (3, 16)."""
+    """Return the units of ``arch`` in order; (1, 16), (2, 16): the transitions, (3, 16): the last norm."""
     depth, growth = ARCHS[arch]
     layers = (depth - 4) // 6
     channels = 2 * growth
@@ -65,8 +66,9 @@ def units(arch: str) -> list[Unit]:
             channels += growth
             found.append(Unit((stage, layer), f"block{stage}.{layer}.", block, channels, scale))
         if stage < 3:
-            found.append(Unit((stage, layers), f"transition{stage}.", Transition(channels, channels // 2), channels // 2, 2 * scale))
+            transition = Transition(channels, channels // 2)
             channels //= 2
+            found.append(Unit((stage, layers), f"transition{stage}.", transition, channels, 2 * scale))
         else:
             found.append(Unit((stage, layers), "norm.", LastNorm(channels), channels, scale))
     return found

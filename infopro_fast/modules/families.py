@@ -27,9 +27,10 @@ ARCHS = (*backbones.BLOCKS, *densenet.ARCHS, *imagenet.ARCHS, *cityscapes.ARCHS,
 class Family:
     """A network before it is cut.
 
-    units: its blocks. make_end: from the blocks of the last module to the network's own loss. cifar: has the small auxiliary nets of
-    the CIFAR networks. dense: labels are pixels'. ours: its weights are drawn here. reasons: why it cannot be cut at other places.
-    impl, decoder_impl: of the ops of heads and the network's own loss; of `ops.reconstruction_loss`.
+    units: its blocks. make_end: from the blocks of the last module to the network's own loss.
+    impl: of the ops of heads and of the network's loss. decoder_impl: of `ops.reconstruction_loss`.
+    cifar: has the small auxiliary nets of the CIFAR networks. dense: every pixel has a label.
+    ours: `build` draws its weights. reasons: why it cannot be cut at other places, by name.
     """
 
     name: str
@@ -48,37 +49,38 @@ class Family:
     reasons: dict[str, str] = field(default_factory=dict)
     infopro: type[InfoPro] = InfoPro
 
-    def end(self, last_module: Sequence[Unit]) -> LocalLoss:
-        return self.make_end(last_module)
-
     def size(self, unit: Unit) -> tuple[int, int]:
-        """(h, w) of a block's output."""
-        return unit.size if unit.size != (0, 0) else tuple(math.ceil(side / unit.downscale) for side in self.image_size)
+        """Return (h, w) of a block's output."""
+        if unit.size != (0, 0):
+            return unit.size
+        return tuple(math.ceil(side / unit.downscale) for side in self.image_size)
 
     def places(self, ends: Sequence[int]) -> list[Place]:
-        """Of the local modules that end with these units. Raises ValueError for an end after which there is no map."""
+        """Return the places of the modules that end with these units. ValueError: there is no map."""
         found, given = [], (3, self.image_size)
         for module, end in enumerate(ends):
             output = self._map(self.units[end])
-            found.append(Place(module, len(ends) + 1, *output, *given, self.image_size, self.num_classes, end))
+            about = (self.image_size, self.num_classes, end)
+            found.append(Place(module, len(ends) + 1, *output, *given, *about))
             given = output
         return found
 
     def _map(self, unit: Unit) -> tuple[int, tuple[int, int]]:
-        """Channels and size of a unit's output."""
+        """Return channels and size of a unit's output."""
         h, w = self.size(unit)
         H, W = self.image_size
         if min(unit.channels, h, w) == 0 or abs(h * W - w * H) > max(H, W):  # tokens, or (N, h, w, C)
-            shape = (unit.channels, h, w) if h else (unit.channels,)
-            raise ValueError(f"build: {self.name}: {unit.label} gives (N, {', '.join(map(str, shape))}), and a local loss needs a map "
-                             f"(N, C, h, w) of the {H}x{W} images: cut elsewhere")
+            shape = ", ".join(map(str, (unit.channels, h, w) if h else (unit.channels,)))
+            needed = f"a local loss needs a map (N, C, h, w) of the {H}x{W} images"
+            gives = f"{unit.label} gives (N, {shape})"
+            raise ValueError(f"build: {self.name}: {gives}, and {needed}: cut elsewhere")
         return unit.channels, (h, w)
 
     def local_loss(
-        self, name: str, place: Place, weights: tuple[float, float], *, net_config: str | None, widen: float, feature_dim: int,
-        aux_depth: int,
+        self, name: str, place: Place, weights: tuple[float, float], *, net_config: str | None, widen: float,
+        feature_dim: int, aux_depth: int,
     ) -> LocalLoss:  # fmt: skip
-        """The loss ``name`` of the local module at ``place``; weights: of reconstruction and task."""
+        """Return the loss ``name`` of the local module at ``place``. weights: of reconstruction and task."""
         unit = self.units[place.end]
         options = {"label_smoothing": self.label_smoothing, "impl": self.impl}
         if name == "dgl":
@@ -86,13 +88,14 @@ class Family:
         if name == "auglocal":
             depth = auglocal.aux_depths(aux_depth, place.modules)[place.module]
             blocks = [self.units[i] for i in auglocal.sampled_blocks(place.end, len(self.units), depth)]
-            return HeadLoss("auglocal", auglocal.AugmentedHead(unit.channels, unit.downscale, blocks, self.num_classes, **options))
+            head = auglocal.AugmentedHead(unit.channels, unit.downscale, blocks, self.num_classes, **options)
+            return HeadLoss("auglocal", head)
         head = self._head(name, unit, net_config, widen, feature_dim)
         if name == "greedy":
             return HeadLoss("greedy", head)
         if name == "infopro_l":
-            decoder = FeatureDecoder(place.channels, place.input_channels, place.input_size, widen, impl=self.impl)
-            return InfoProL(decoder, head, *weights)
+            given = (place.input_channels, place.input_size)
+            return InfoProL(FeatureDecoder(place.channels, *given, widen, impl=self.impl), head, *weights)
         decoder = self._decoder(unit, widen)
         if self.infopro is InfoPro:
             return InfoPro(decoder, head, *weights)
@@ -106,7 +109,8 @@ class Family:
         if self.cifar:
             config = net_config or ("0c1f" if name == "greedy" else "1c2f")
             return AuxClassifier(unit.channels, config, mode, self.num_classes, widen, feature_dim, **options)
-        return imagenet.StridedHead(unit.channels, self.size(unit), self.num_classes, mode, feature_dim, **options)
+        size = self.size(unit)
+        return imagenet.StridedHead(unit.channels, size, self.num_classes, mode, feature_dim, **options)
 
     def _decoder(self, unit: Unit, widen: float):
         options = {"image_mean": self.image_mean, "image_std": self.image_std, "impl": self.decoder_impl}
@@ -116,16 +120,11 @@ class Family:
 
 
 def family(
-    arch: str | nn.Module,
-    num_classes: int | None,
-    image_size: int | tuple[int, int] | None,
-    image_mean: Sequence[float] | str | None,
-    image_std: Sequence[float] | str | None,
-    *,
-    label_smoothing: float,
-    impl: str,
+    arch: str | nn.Module, num_classes: int | None, image_size: int | tuple[int, int] | None,
+    image_mean: Sequence[float] | str | None, image_std: Sequence[float] | str | None, *,
+    label_smoothing: float, impl: str,
 ) -> Family:
-    """The network of this name, or one of the user's own; arguments as in `build`, whose errors these are."""
+    """Return the network of this name, or a user's own. Arguments and errors are those of `build`."""
     own = isinstance(arch, nn.Module)
     if not own and arch not in ARCHS:
         raise ValueError(f"build: arch: expected one of {ARCHS} or an nn.Module, got {arch!r}")
@@ -134,9 +133,10 @@ def family(
     mean, std = _normalisation(image_mean, image_std, small)
     if num_classes is not None and num_classes < 1:
         raise ValueError(f"build: num_classes: expected at least 1, got {num_classes}")
-    others = "auto" if impl == "cuda" else impl  # than reconstruction_loss, which alone has CUDA C++ kernels
+    others = "auto" if impl == "cuda" else impl  # reconstruction_loss alone has CUDA C++ kernels
     common = {
-        "image_size": size, "image_mean": mean, "image_std": std, "label_smoothing": label_smoothing, "impl": others, "decoder_impl": impl,
+        "image_size": size, "image_mean": mean, "image_std": std, "label_smoothing": label_smoothing,
+        "impl": others, "decoder_impl": impl,
     }  # fmt: skip
     if own or arch in imagenet.ARCHS:
         return _classifier_of_maps(arch, num_classes, common)
@@ -157,48 +157,51 @@ def _classifier_of_maps(arch: str | nn.Module, num_classes: int | None, common: 
     except chain.NotAChain as error:
         raise ValueError(f"build: arch: {name} cannot be split: {error}") from error
     if not tail or len(tail[-1].shape) != 2:
-        last = tail[-1].shape[1:] if tail else (units[-1].channels, *units[-1].size)
-        got = ", ".join(map(str, last))
-        raise ValueError(f"build: arch: {name}: expected a network that ends in class scores (N, classes), got (N, {got})")
+        got = ", ".join(map(str, tail[-1].shape[1:] if tail else (units[-1].channels, *units[-1].size)))
+        expected = "a network that ends in class scores (N, classes)"
+        raise ValueError(f"build: arch: {name}: expected {expected}, got (N, {got})")
     classes = tail[-1].shape[1]
     if num_classes not in (None, classes):
         raise ValueError(f"build: num_classes: {name} has {classes} classes, got {num_classes}")
     end = imagenet.Tail(tail, classes, label_smoothing=common["label_smoothing"], impl=common["impl"])
-    released = InfoPro if own else imagenet.ReleasedNames
-    return Family(name, units, lambda _: end, classes, ours=not own, reasons=reasons, infopro=released, **common)
+    kind = InfoPro if own else imagenet.ReleasedNames
+    return Family(name, units, lambda _: end, classes, ours=not own, reasons=reasons, infopro=kind, **common)
 
 
 def _segmenter(arch: str, num_classes: int | None, common: dict) -> Family:
     options = {"label_smoothing": common["label_smoothing"], "impl": common["impl"]}
     if arch in SMALL:
         classes = num_classes or 11
-        head = segmentation.dense_head(64, 64, classes)
-        end = segmentation.PixelClassifier(head, classes, **options)
-        return Family(arch, segmentation.small_units(SMALL[arch]), lambda _: end, classes, dense=True, **common)
+        end = segmentation.PixelClassifier(segmentation.dense_head(64, 64, classes), classes, **options)
+        units = segmentation.small_units(SMALL[arch])
+        return Family(arch, units, lambda _: end, classes, dense=True, **common)
     classes = num_classes or 19
     units, tap = cityscapes.units(arch)
 
     def make_end(last_module: Sequence[Unit]) -> LocalLoss:
-        if not any(unit.block is tap for unit in last_module[1:]):  # the gradient it leaves must have somewhere to go
+        if not any(unit.block is tap for unit in last_module[1:]):  # the tap's gradient needs earlier blocks
             before = {unit.block: previous.position for previous, unit in zip(units, units[1:])}
-            raise ValueError(
-                f"build: modules, cuts: the auxiliary FCN head of {arch} reads the output of {before[tap]}, inside the last module: "
-                f"expected a last cut before it, got {before[last_module[0].block]}"
-            )
+            reads, got = f"reads the output of {before[tap]}", before[last_module[0].block]
+            expected = f"expected a last cut before it, got {got}"
+            raise ValueError(f"build: modules, cuts: the auxiliary FCN head of {arch} {reads}: {expected}")
         return cityscapes.end(classes, tap, **options)
 
-    return Family(arch, units, make_end, classes, dense=True, infopro=cityscapes.CityscapesInfoPro, **common)
+    kind = cityscapes.CityscapesInfoPro
+    return Family(arch, units, make_end, classes, dense=True, infopro=kind, **common)
 
 
 def _image_size(arch, image_size, square: bool) -> tuple[int, int]:
     if image_size is None:
-        image_size = 32 if square else 48 if arch in SMALL else (512, 1024) if arch in cityscapes.ARCHS else 224
+        large = (512, 1024) if arch in cityscapes.ARCHS else 224
+        image_size = 32 if square else 48 if arch in SMALL else large
     try:
-        size = (image_size, image_size) if isinstance(image_size, int) else tuple(operator.index(side) for side in image_size)
+        sides = (image_size, image_size) if isinstance(image_size, int) else image_size
+        size = tuple(operator.index(side) for side in sides)
     except TypeError as error:
-        raise ValueError(f"build: image_size: expected an integer, or two (height, width), got {image_size!r}") from error
+        expected = "an integer, or two (height, width)"
+        raise ValueError(f"build: image_size: expected {expected}, got {image_size!r}") from error
     if len(size) != 2 or min(size) < 4:
-        raise ValueError(f"build: image_size: expected at least 4 (the network divides it by 4), got {image_size}")
+        raise ValueError(f"build: image_size: expected at least 4, which a network divides, got {image_size}")
     if square and size[0] != size[1]:
         raise ValueError(f"build: image_size: {arch} takes square images, got {size[0]}x{size[1]}")
     return size

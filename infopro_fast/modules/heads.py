@@ -1,7 +1,7 @@
-"""Auxiliary heads: what a local module's features are trained to say about the label.
+"""Auxiliary heads: networks that predict the label from a local module's features.
 
-`AuxClassifier` and `SupConLoss` are drop-ins for the released ones (networks/util.py, class AuxClassifier; losses of the same
-file), `DGLHead` is the published head of Decoupled Greedy Learning.
+`AuxClassifier` and `SupConLoss` replace the authors' classes of these names (networks/util.py). `DGLHead` is
+the published head of Decoupled Greedy Learning.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ LOSS_MODES = ("contrast", "cross_entropy")
 class GlobalAveragePool(nn.Module):
     """(N, C, h, w) to (N, C), the mean over the map.
 
-    On channels_last maps as a mean over rows: torch's own pooling hands back a gradient expanded in NCHW order, on which the
-    ReLU before it is ten times slower than on this one (6.2 against 0.9 ms at 128x32x16x16, one thread of an EPYC).
+    channels_last maps are averaged as rows. torch's own pooling returns a gradient in NCHW order, on which
+    the backward of the ReLU before it is slow.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -31,37 +31,56 @@ class GlobalAveragePool(nn.Module):
         return x.mean((2, 3))
 
 
-class AuxClassifier(nn.Module):
-    """Released auxiliary head: convolutions, global average pooling, linear layers; then a contrastive or cross-entropy loss.
+class Head(nn.Module):
+    """Base of the heads: ``head``, layers that end in a Linear layer, and a loss of their output.
 
-    inplanes: channels C of the features. net_config: one of CONFIGS, "1c2f" in all published runs.
-    loss_mode: "contrast" (the supervised contrastive loss of the normalised output, T = 0.07) or "cross_entropy".
-    class_num: classes, for cross_entropy. widen: factor of the convolutions' and hidden layers' widths.
-    feature_dim: width of the hidden layers, and of the output for contrast. label_smoothing: of the cross entropy.
-    impl: as in `ops.supcon_loss`.
-
-    The first convolution takes C to 2 C channels with stride 2 while C < 64, else C to C with stride 1: the released table
-    (16 to 32, 32 to 64, 64 to 64), carried on to any C. The state_dict's keys are the released ones (``head.<layer>.weight``).
-    Initialised as torch's layers are; `build` draws the convolutions as released (`backbones.initialize`).
-
-    gather: None, or a function from the contrastive rows (N, D) and labels (N,) to those that the loss is over, e.g. of all processes.
+    loss_mode: "contrast" (supervised contrastive loss of the normalised output, T = 0.07) or "cross_entropy".
+    label_smoothing: of the cross entropy. impl: as in the ops.
+    gather: None, or a function from contrastive rows (N, D) and labels (N,) to the rows and labels in the
+    loss, for example those of all processes.
     """
 
     gather: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None
 
-    def __init__(
-        self,
-        inplanes: int,
-        net_config: str = "1c2f",
-        loss_mode: str = "contrast",
-        class_num: int = 10,
-        widen: float = 1,
-        feature_dim: int = 128,
-        *,
-        label_smoothing: float = 0.0,
-        impl: str = "auto",
-    ):
+    def __init__(self, head: nn.Sequential, loss_mode: str, label_smoothing: float, impl: str):
         super().__init__()
+        self.loss_mode, self.label_smoothing, self.impl = loss_mode, label_smoothing, impl
+        self.head = head
+
+    def forward(self, features: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Return the mean loss, a 0-d tensor. features: (N, C, h, w); target: (N,) integer labels."""
+        return self.loss_and_correct(features, target)[0]
+
+    def loss_and_correct(
+        self, features: torch.Tensor, target: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return `forward` and, for cross_entropy, the number of right rows (0-d int64) of the same pass."""
+        if self.loss_mode == "cross_entropy":
+            return classify(self.head, features, target, self.impl, self.label_smoothing)
+        rows = run_head(self.head, features, self.impl)
+        if self.gather is not None:
+            rows, target = self.gather(rows, target)
+        return ops.supcon_loss(rows, target, impl=self.impl), None
+
+
+class AuxClassifier(Head):
+    """The authors' auxiliary head: convolutions, global average pooling, linear layers.
+
+    inplanes: channels C of the features. net_config: one of CONFIGS ("1c2f" in all published runs).
+    class_num: classes, for cross_entropy. widen: factor of the convolutions' and hidden layers' widths.
+    feature_dim: width of the hidden layers, and of the output for contrast. The other arguments: as in
+    `Head`.
+
+    The first convolution takes C to 2 C channels with stride 2 while C < 64, else C to C with stride 1. This
+    is the authors' table (16 to 32, 32 to 64, 64 to 64), continued to any C. The state_dict has the authors'
+    keys (``head.<layer>.weight``). Layers are initialised as in torch; `build` draws the convolutions as the
+    authors do (`backbones.initialize`).
+    """
+
+    def __init__(
+        self, inplanes: int, net_config: str = "1c2f", loss_mode: str = "contrast", class_num: int = 10,
+        widen: float = 1, feature_dim: int = 128, *, label_smoothing: float = 0.0, impl: str = "auto",
+    ):
         if net_config not in CONFIGS:
             raise ValueError(f"AuxClassifier: net_config: expected one of {CONFIGS}, got {net_config!r}")
         if loss_mode not in LOSS_MODES:
@@ -71,29 +90,36 @@ class AuxClassifier(nn.Module):
                 raise ValueError(f"AuxClassifier: {name}: expected at least 1, got {value}")
         if not widen > 0:
             raise ValueError(f"AuxClassifier: widen: expected a positive number, got {widen}")
-        self.net_config, self.loss_mode, self.label_smoothing, self.impl = net_config, loss_mode, label_smoothing, impl
-        out = feature_dim if loss_mode == "contrast" else class_num
-        self.head = _head(inplanes, int(net_config[0]), int(net_config[2]), max(1, int(feature_dim * widen)), out, widen)
+        convs, linears, layers, width = int(net_config[0]), int(net_config[2]), [], inplanes
+        for i in range(convs):
+            shrink = i == 0 and inplanes < 64
+            planes = width if i else max(1, int(widen * inplanes * (2 if shrink else 1)))
+            layers += conv_norm_relu(width, planes, 3, 2 if shrink else 1)
+            width = planes
+        layers += [GlobalAveragePool(), nn.Flatten()]  # the second keeps the authors' numbers of the layers
+        hidden = max(1, int(feature_dim * widen))
+        for _ in range(linears - 1):
+            layers += [nn.Linear(width, hidden), nn.ReLU(inplace=True)]
+            width = hidden
+        layers.append(nn.Linear(width, feature_dim if loss_mode == "contrast" else class_num))
+        super().__init__(nn.Sequential(*layers), loss_mode, label_smoothing, impl)
+        self.net_config = net_config
 
-    def forward(self, features: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Mean loss, a 0-d tensor. features: (N, inplanes, h, w); target: (N,) integer labels."""
-        return self.loss_and_correct(features, target)[0]
 
-    def loss_and_correct(self, features: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`forward`, and for cross_entropy how many rows are classified right (0-d int64, the same pass), else None."""
-        if self.loss_mode == "contrast":
-            rows = run_head(self.head, features, self.impl)
-            if self.gather is not None:
-                rows, target = self.gather(rows, target)
-            return ops.supcon_loss(rows, target, impl=self.impl), None
-        return classify(self.head, features, target, self.impl, self.label_smoothing)
+def conv_norm_relu(
+    inplanes: int, planes: int, kernel: int = 3, stride: int = 1, dilation: int = 1
+) -> list[nn.Module]:
+    """Return a convolution without bias that keeps the map's size at stride 1, a BatchNorm and a ReLU."""
+    conv = nn.Conv2d(inplanes, planes, kernel, stride, dilation * (kernel // 2), dilation, bias=False)
+    return [conv, nn.BatchNorm2d(planes), nn.ReLU(inplace=True)]
 
 
 def run_head(layers: Sequence[nn.Module], x: torch.Tensor, impl: str) -> torch.Tensor:
-    """The layers one after the other, but BatchNorm - ReLU - global average pooling in one op that keeps its input alone, with the
-    convolution in front of them, if there is one.
+    """Run the layers in order, with BatchNorm - ReLU - global average pooling as one op.
 
-    A SyncBatchNorm is not fused: its statistics come from other processes, and the layers run, and keep their maps, one by one.
+
+    A convolution in front of the three joins the op. A SyncBatchNorm is not fused, because its statistics
+    come from other processes: then the layers run one by one and keep their maps.
     """
     layers = list(layers)
     while layers:
@@ -112,59 +138,44 @@ def run_head(layers: Sequence[nn.Module], x: torch.Tensor, impl: str) -> torch.T
 def classify(
     head: nn.Sequential, features: torch.Tensor, target: torch.Tensor, impl: str, label_smoothing: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean cross entropy and number of right rows of a head that ends in a Linear layer, without its logits."""
+    """Return mean cross entropy and number of right rows of a head that ends in a Linear layer."""
     rows, last = run_head(head[:-1], features, impl), head[-1]
-    return ops.linear_cross_entropy(
-        rows, last.weight, target, bias=last.bias, return_correct=True, label_smoothing=label_smoothing, impl=impl
-    )
-
-
-def _head(inplanes: int, convs: int, linears: int, hidden: int, out: int, widen: float) -> nn.Sequential:
-    """conv3x3 - BatchNorm - ReLU, ``convs`` times; global average pooling; ``linears`` linear layers with ReLU between."""
-    layers, width = [], inplanes
-    for i in range(convs):
-        shrink = i == 0 and inplanes < 64
-        planes = width if i else max(1, int(widen * inplanes * (2 if shrink else 1)))
-        conv = nn.Conv2d(width, planes, 3, stride=2 if shrink else 1, padding=1, bias=False)
-        layers += [conv, nn.BatchNorm2d(planes), nn.ReLU(inplace=True)]
-        width = planes
-    layers += [GlobalAveragePool(), nn.Flatten()]  # the second keeps the released numbering of the layers
-    for _ in range(linears - 1):
-        layers += [nn.Linear(width, hidden), nn.ReLU(inplace=True)]
-        width = hidden
-    return nn.Sequential(*layers, nn.Linear(width, out))
+    options = {"return_correct": True, "label_smoothing": label_smoothing, "impl": impl}
+    return ops.linear_cross_entropy(rows, last.weight, target, bias=last.bias, **options)
 
 
 class SupConLoss(nn.Module):
-    """Drop-in for the released (SupContrast's) class of this name, without the N x N maps: T / T_base times `ops.supcon_loss`.
+    """T / T_base times `ops.supcon_loss`: replaces the authors' (SupContrast's) class, without N x N maps.
 
-    temperature: T > 0. contrast_mode: "all" only, every view an anchor. base_temperature: T_base > 0. impl: as in the op.
+    temperature: T > 0. contrast_mode: "all" only (every view is an anchor). base_temperature: T_base > 0.
+    impl: as in the op.
     """
 
-    def __init__(self, temperature: float = 0.07, contrast_mode: str = "all", base_temperature: float = 0.07, *, impl: str = "auto"):
+    def __init__(
+        self, temperature: float = 0.07, contrast_mode: str = "all", base_temperature: float = 0.07, *,
+        impl: str = "auto",
+    ):
         super().__init__()
         if contrast_mode != "all":
-            raise ValueError(f"SupConLoss: contrast_mode: expected 'all' (every view is an anchor), got {contrast_mode!r}")
+            raise ValueError(f"SupConLoss: contrast_mode: expected 'all', got {contrast_mode!r}")
         for name, value in (("temperature", temperature), ("base_temperature", base_temperature)):
             if not value > 0:
                 raise ValueError(f"SupConLoss: {name}: expected a positive number, got {value}")
-        self.temperature, self.contrast_mode, self.base_temperature, self.impl = temperature, contrast_mode, base_temperature, impl
+        self.temperature, self.contrast_mode = temperature, contrast_mode
+        self.base_temperature, self.impl = base_temperature, impl
 
     def forward(
-        self,
-        features: torch.Tensor,
-        labels: torch.Tensor | None = None,
-        mask: torch.Tensor | None = None,
+        self, features: torch.Tensor, labels: torch.Tensor | None = None, mask: torch.Tensor | None = None,
         temperature: float | None = None,
     ) -> torch.Tensor:
-        """Mean loss over all views of all samples, a 0-d tensor.
+        """Return the mean loss over all views of all samples, a 0-d tensor.
 
-        features: (N, views, ...), what follows the views being flattened; taken as they are: normalise them before.
-        labels: (N,) or (N, 1) integers; None: every sample is a class of its own (its views are its positives, SimCLR).
-        mask: not supported, pass labels. temperature: in place of the one given at construction.
+        features: (N, views, ...), flattened after the views, and not normalised here. labels: (N,) or (N, 1)
+        integers; None: every sample is a class, whose views are its positives (SimCLR). mask: not supported,
+        pass labels. temperature: replaces the one given at construction.
         """
         if mask is not None:
-            raise ValueError("SupConLoss: mask: expected None, arbitrary positives are not supported: pass labels")
+            raise ValueError("SupConLoss: mask: expected None, got one: pass labels")
         if features.dim() < 3:
             raise ValueError(f"SupConLoss: features: expected (N, views, ...), got {tuple(features.shape)}")
         N = features.shape[0]
@@ -172,41 +183,37 @@ class SupConLoss(nn.Module):
             labels = torch.arange(N, device=features.device)
         elif labels.shape not in ((N,), (N, 1)):
             raise ValueError(f"SupConLoss: labels: expected ({N},) or ({N}, 1), got {tuple(labels.shape)}")
-        temperature = self.temperature if temperature is None else temperature
-        loss = ops.supcon_loss(features.flatten(2), labels.reshape(N), temperature=temperature, normalize=False, impl=self.impl)
-        return loss * (temperature / self.base_temperature)
+        T = self.temperature if temperature is None else temperature
+        options = {"temperature": T, "normalize": False, "impl": self.impl}
+        loss = ops.supcon_loss(features.flatten(2), labels.reshape(N), **options)
+        return loss * (T / self.base_temperature)
 
 
-class DGLHead(nn.Module):
-    """The MLP-SR auxiliary head of Belilovsky et al., "Decoupled Greedy Learning of CNNs" (ICML 2020, section 5), cross entropy.
+class DGLHead(Head):
+    """The MLP-SR head of Belilovsky et al., "Decoupled Greedy Learning of CNNs" (ICML 2020, section 5).
 
-    Average pooling to a quarter of the side (rounded up), three times conv1x1 (C to C, no bias) - BatchNorm - ReLU, average
-    pooling to 2x2, three times Linear (4 C to 4 C) - BatchNorm - ReLU, Linear (4 C to classes): the authors' ``mlp-sr``
-    (github.com/eugenium/DGL, auxiliary_nets_study/models.py: n_lin=3, mlp_layers=3).
+    Average pooling to a quarter of the side (rounded up), three times conv1x1 (C to C, no bias) - BatchNorm -
+    ReLU, average pooling to 2x2, three times Linear (4 C to 4 C) - BatchNorm - ReLU, Linear (4 C to classes);
+    cross entropy. This is ``mlp-sr`` of github.com/eugenium/DGL (auxiliary_nets_study/models.py: n_lin=3,
+    mlp_layers=3).
 
-    inplanes: channels C. feature_size: height and width of the (square) features. class_num: classes. label_smoothing,
-    impl: as in `ops.linear_cross_entropy`. Batches need at least 2 images in training (BatchNorm over rows).
+    inplanes: channels C. feature_size: height and width of the (square) features. class_num: classes.
+    label_smoothing, impl: as in `Head`. A training batch needs at least 2 images (BatchNorm over rows).
     """
 
     CONVS = 3
     HIDDEN = 3
 
-    def __init__(self, inplanes: int, feature_size: int, class_num: int = 10, *, label_smoothing: float = 0.0, impl: str = "auto"):
-        super().__init__()
-        self.label_smoothing, self.impl = label_smoothing, impl
-        layers = [nn.AdaptiveAvgPool2d(math.ceil(feature_size / 4))]
+    def __init__(
+        self, inplanes: int, feature_size: int, class_num: int = 10, *, label_smoothing: float = 0.0,
+        impl: str = "auto",
+    ):
+        layers: list[nn.Module] = [nn.AdaptiveAvgPool2d(math.ceil(feature_size / 4))]
         for _ in range(self.CONVS):
-            layers += [nn.Conv2d(inplanes, inplanes, 1, bias=False), nn.BatchNorm2d(inplanes), nn.ReLU(inplace=True)]
+            layers += conv_norm_relu(inplanes, inplanes, 1)
         layers += [nn.AdaptiveAvgPool2d(2), nn.Flatten()]
         width = 4 * inplanes
         for _ in range(self.HIDDEN):
             layers += [nn.Linear(width, width), nn.BatchNorm1d(width), nn.ReLU(inplace=True)]
-        self.head = nn.Sequential(*layers, nn.Linear(width, class_num))
-
-    def forward(self, features: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Mean cross entropy, a 0-d tensor. features: (N, inplanes, feature_size, feature_size); target: (N,) integers."""
-        return self.loss_and_correct(features, target)[0]
-
-    def loss_and_correct(self, features: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`forward`, and how many rows are classified right (0-d int64), from the same pass."""
-        return classify(self.head, features, target, self.impl, self.label_smoothing)
+        head = nn.Sequential(*layers, nn.Linear(width, class_num))
+        super().__init__(head, "cross_entropy", label_smoothing, impl)

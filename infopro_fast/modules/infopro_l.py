@@ -1,8 +1,8 @@
-"""InfoProL: a local module reconstructs what it was given rather than the image.
+"""InfoProL: a local module reconstructs its input instead of the image.
 
-In the manner of Pathak, Zhang, Samaras, "Local Learning on Transformers via Feature Reconstruction" (arXiv 2212.14215), whose modules
-"reconstruct their input features, generated from previous modules". Theirs are transformers; decoder, normalisation and weights for the
-networks here are choices of this package.
+The idea is that of Pathak, Zhang, Samaras, "Local Learning on Transformers via Feature Reconstruction" (arXiv
+2212.14215), whose modules "reconstruct their input features, generated from previous modules". They train
+transformers; decoder, normalisation and weights for the networks here are choices of this package.
 """
 
 from __future__ import annotations
@@ -15,27 +15,30 @@ from infopro_fast import ops
 from .decoder import HIDDEN
 from .local_loss import InfoPro
 
-VARIANCE_EPS = 1e-5  # that of a batch norm
+VARIANCE_EPS = 1e-5  # as in a batch norm
 
 
 class FeatureDecoder(nn.Module):
-    """Resize to the module's input, conv3x3, BatchNorm, ReLU, conv3x3, BatchNorm; mean squared error on the standardised input.
+    """Resize to the module's input, conv3x3, BatchNorm, ReLU, conv3x3, BatchNorm; mean squared error.
 
     inplanes: channels C of the module's output. planes: channels C' of its input. size: (H, W) of its input.
-    widen: factor of the hidden channels, max(12, C'). impl: of `ops.upsample_conv3x3`, which resizes (bilinear, align_corners=True) where
-    the module changes the size; the other layers are torch's.
+    widen: factor of the hidden channels, max(12, C'). impl: of `ops.upsample_conv3x3`, which resizes
+    (bilinear, align_corners=True) where the module changes the size; the other layers are torch's.
 
-    The target is the input less each channel's mean over the batch, over the root of the channels' average variance: a decoder that
-    knows nothing has a loss of 1 at every module, whatever the scale of its features, and a weight means the same everywhere.
-    The last batch norm keeps the output at the scale of the target. Without it the squared error, which unlike the image's cross entropy
-    has no bound, diverged at usual learning rates (SGD with momentum 0.9, lr 0.05, weight 5).
+    The target is the input minus its channels' means over the batch, divided by the root of the channels'
+    average variance. So a decoder that knows nothing has a loss of 1 at every module, and a weight means the
+    same everywhere. The last batch norm keeps the output at the target's scale. Without it the squared error,
+    which has no bound, diverged at usual learning rates (SGD with momentum 0.9, lr 0.05, weight 5).
     """
 
-    def __init__(self, inplanes: int, planes: int, size: tuple[int, int], widen: float = 1, *, impl: str = "auto"):
+    def __init__(
+        self, inplanes: int, planes: int, size: tuple[int, int], widen: float = 1, *, impl: str = "auto"
+    ):
         super().__init__()
         hidden = int(max(HIDDEN, planes) * widen)
         if hidden < 1:
-            raise ValueError(f"FeatureDecoder: widen: expected at least {1 / max(HIDDEN, planes):.3f} (one hidden channel), got {widen}")
+            least = f"{1 / max(HIDDEN, planes):.3f} (one hidden channel)"
+            raise ValueError(f"FeatureDecoder: widen: expected at least {least}, got {widen}")
         self.size, self.impl = tuple(size), impl
         self.decoder = nn.Sequential(
             nn.Conv2d(inplanes, hidden, 3, padding=1),
@@ -46,14 +49,15 @@ class FeatureDecoder(nn.Module):
         )
 
     def forward(self, features: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
-        """A 0-d tensor. features: (N, inplanes, h, w), the module's output; given: (N, planes, H, W), its input, a constant."""
+        """Return a 0-d tensor. features: (N, C, h, w), the output; given: (N, C', H, W), the input."""
         if tuple(given.shape[-2:]) != self.size:
             raise ValueError(f"FeatureDecoder: given: expected maps of {self.size}, got {tuple(given.shape)}")
         first = self.decoder[0]
         if tuple(features.shape[-2:]) == self.size:
             x = first(features)
         else:
-            x = ops.upsample_conv3x3(features, first.weight, first.bias, self.size, align_corners=True, impl=self.impl)
+            options = {"align_corners": True, "impl": self.impl}
+            x = ops.upsample_conv3x3(features, first.weight, first.bias, self.size, **options)
         x = self.decoder[1:](x)
         dtype = torch.promote_types(x.dtype, torch.float32)
         target = given.detach().to(dtype)
@@ -66,9 +70,9 @@ class FeatureDecoder(nn.Module):
 
 
 class InfoProL(InfoPro):
-    """reconstruction_weight * reconstruction(h_k, h_{k-1}) + task_weight * task(h_k, label); for the first module h_0 is the image.
+    """reconstruction_weight * reconstruction(h_k, h_{k-1}) + task_weight * task(h_k, label).
 
-    The image is the normalised one, as the network is given it. decoder: a `FeatureDecoder`; the rest as in `InfoPro`.
+    For the first module h_0 is the normalised image. decoder: a `FeatureDecoder`; the rest as in `InfoPro`.
     """
 
     wants_input = True

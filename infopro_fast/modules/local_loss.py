@@ -1,8 +1,8 @@
-"""Local losses: what trains a module instead of the gradient of the next one.
+"""Local losses: what trains a module in place of the gradient of the next one.
 
-A `LocalLoss` yields its weighted terms one after the other, so that the local step can back-propagate each and drop its graph
-before the next is built. The last module's loss, the network's own classifier, is one too: every module trains alike.
-`docs/local_losses.md` lists them all, and shows how to write one.
+A `LocalLoss` yields its weighted terms one by one. So the local step can back-propagate each term and free
+its graph before it asks for the next. The last module's loss, the network's classifier, is a `LocalLoss` too,
+so all modules train alike. `docs/local_losses.md` lists the losses and shows how to write one.
 """
 
 from __future__ import annotations
@@ -15,14 +15,13 @@ from torch import nn
 
 from infopro_fast import ops
 
-from .decoder import Decoder
-from .heads import AuxClassifier, GlobalAveragePool
+from .heads import GlobalAveragePool, Head
 
 LOCAL_LOSSES = ("contrast", "softmax", "greedy", "dgl", "infopro_l", "auglocal", "none")
 
 
 class Term(typing.NamedTuple):
-    """One term of a local loss: weight * loss is trained. correct: how many labels it got right, or None."""
+    """One term of a local loss, which trains weight * loss. correct: the number of right labels, or None."""
 
     name: str
     weight: float
@@ -31,11 +30,12 @@ class Term(typing.NamedTuple):
 
 
 class Place(typing.NamedTuple):
-    """Where a local module begins and ends: what a local loss of one's own is made from.
+    """Where a local module begins and ends: the argument of a user's function that makes a local loss.
 
-    module: its number, from 0. modules: K, of which the last has the network's own classifier in place of a local loss.
-    channels, size: of its output (N, channels, h, w), for images of the network's size. input_channels, input_size: of its input, which
-    for the first module is the image. image_size: (H, W). num_classes: classes. end: number of its last block, from 0.
+    module: its number, from 0. modules: K; the last module has the network's classifier and no local loss.
+    channels, size: of its output (N, channels, h, w). input_channels, input_size: of its input; the first
+    module's input is the image. image_size: (H, W). num_classes: classes. end: index of its last block in the
+    network.
     """
 
     module: int
@@ -50,44 +50,50 @@ class Place(typing.NamedTuple):
 
 
 class LocalLoss(nn.Module):
-    """The loss of one module. Subclasses give the three methods below; nets are ordinary submodules.
+    """The loss of one module. Subclasses define the three methods below; their nets are ordinary submodules.
 
     dense: labels are (N, H, W), one a pixel (segmentation).
-    wants_input: `terms` is given the module's input, without a graph, in the place of the image. The input is alive during a step
-    anyway, so that this costs no memory.
+    wants_input: `terms` gets the module's input, without a graph, in place of the image. This costs no
+    memory, because the input is alive during a step.
     """
 
     dense = False
     wants_input = False
 
     def terms(self, features: torch.Tensor, image: torch.Tensor, label: torch.Tensor) -> Iterator[Term]:
-        """Compute and yield one `Term` after the other, none of weight 0; the caller back-propagates each before it asks for the next.
+        """Compute and yield the terms one by one, none of weight 0. The caller back-propagates each at once.
 
-        features: (N, C, h, w), the module's output; image: (N, 3, H, W), the network's input, or the module's where the loss
-        ``wants_input``; label: (N,) integers.
+        features: (N, C, h, w), the module's output. image: (N, 3, H, W), the network's input, or the module's
+        input for a loss that ``wants_input``. label: (N,) integers.
         """
         raise NotImplementedError
 
     def trained_parameters(self) -> list[nn.Parameter]:
-        """Parameters of the nets that run, for the module's optimizer."""
+        """Return the parameters of the nets that run, for the module's optimizer."""
         raise NotImplementedError
 
     def released_nets(self, stage: int, block: int) -> dict[str, nn.Module]:
-        """All nets by the prefix of their released names, for a module that ends at (stage, block); nets that never run included."""
+        """Return all nets by the prefix of their names in the authors' code, even nets that never run.
+
+        stage, block: where the module ends.
+        """
         raise NotImplementedError
 
 
 class InfoPro(LocalLoss):
-    """InfoPro's upper bound (paper, eq. 6): reconstruction_weight * reconstruction(h, image) + task_weight * task(h, label).
+    """InfoPro's upper bound (paper, eq. 6): reconstruction_weight * reconstruction(h, image) + task_weight *
+    task(h, label).
 
-    A net whose weight is exactly 0 never runs and is given to no optimizer: it only stays where the released code has it, so
-    that released weights load and save by their names. (The released code runs it; nothing that is kept depends on it.)
+    A net of weight 0 never runs and has no optimizer. It exists so that the authors' weights load and save by
+    name. (The authors' code runs it, without an effect on what is kept.)
     """
 
-    def __init__(self, decoder: Decoder, aux_classifier: AuxClassifier, reconstruction_weight: float, task_weight: float):
+    def __init__(
+        self, decoder: nn.Module, aux_classifier: Head, reconstruction_weight: float, task_weight: float
+    ):
         super().__init__()
-        if reconstruction_weight == 0 and task_weight == 0:
-            raise ValueError("InfoPro: expected a weight other than 0 for reconstruction or task, got 0 for both")
+        if reconstruction_weight == task_weight == 0:
+            raise ValueError("InfoPro: expected a weight other than 0, got 0 for reconstruction and task")
         self.decoder, self.aux_classifier = decoder, aux_classifier
         self.reconstruction_weight, self.task_weight = reconstruction_weight, task_weight
         self.task = "contrast" if aux_classifier.loss_mode == "contrast" else "softmax"
@@ -99,18 +105,19 @@ class InfoPro(LocalLoss):
             yield Term(self.task, self.task_weight, *self.aux_classifier.loss_and_correct(features, label))
 
     def trained_parameters(self):
-        decoder = [] if self.reconstruction_weight == 0 else list(self.decoder.parameters())
-        return decoder + ([] if self.task_weight == 0 else list(self.aux_classifier.parameters()))
+        weights = ((self.decoder, self.reconstruction_weight), (self.aux_classifier, self.task_weight))
+        return [p for net, weight in weights if weight != 0 for p in net.parameters()]
 
     def released_nets(self, stage, block):
-        return {f"decoder_{stage}_{block}.": self.decoder, f"aux_classifier_{stage}_{block}.": self.aux_classifier}
+        end = f"{stage}_{block}."
+        return {f"decoder_{end}": self.decoder, f"aux_classifier_{end}": self.aux_classifier}
 
     def extra_repr(self):
         return f"reconstruction_weight={self.reconstruction_weight}, task_weight={self.task_weight}"
 
 
 class HeadLoss(LocalLoss):
-    """The cross entropy of one auxiliary head: greedy supervised learning (the released head 0c1f), DGL and AugLocal (their own)."""
+    """The cross entropy of one auxiliary head: greedy supervised learning, DGL or AugLocal."""
 
     def __init__(self, name: str, head: nn.Module):
         super().__init__()
@@ -127,7 +134,7 @@ class HeadLoss(LocalLoss):
 
 
 class Classifier(LocalLoss):
-    """The end of the network: global average pooling, linear classifier, cross entropy. channels: C; class_num: classes."""
+    """The end of a network: pooling, linear classifier, cross entropy. channels: C; class_num: classes."""
 
     def __init__(self, channels: int, class_num: int, *, label_smoothing: float = 0.0, impl: str = "auto"):
         super().__init__()
@@ -136,25 +143,24 @@ class Classifier(LocalLoss):
         self.fc = nn.Linear(channels, class_num)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Logits (N, classes) of features (N, C, h, w)."""
+        """Return logits (N, classes) of features (N, C, h, w)."""
         return self.fc(self.pool(features))
 
     def terms(self, features, image, label):
-        loss, correct = ops.linear_cross_entropy(
-            self.pool(features), self.fc.weight, label, bias=self.fc.bias, return_correct=True, label_smoothing=self.label_smoothing,
-            impl=self.impl,
-        )  # fmt: skip
-        yield Term("cross_entropy", 1.0, loss, correct)
+        options = {"return_correct": True, "label_smoothing": self.label_smoothing, "impl": self.impl}
+        rows, fc = self.pool(features), self.fc
+        found = ops.linear_cross_entropy(rows, fc.weight, label, bias=fc.bias, **options)
+        yield Term("cross_entropy", 1.0, *found)
 
     def trained_parameters(self):
         return list(self.fc.parameters())
 
     def released_nets(self, stage, block):
-        return {"": self}  # part of the backbone: ``fc.weight``, wherever the module ends
+        return {"": self}  # ``fc.weight`` is part of the backbone
 
 
 def interpolate_lambdas(lambdas: Sequence[float], module: int, modules: int) -> tuple[float, float]:
-    """(reconstruction, task) weights of local module ``module`` (0 to modules - 2): linear from the first to the last local one."""
+    """Return (reconstruction, task) weights of local module 0 to modules - 2, linear from first to last."""
     first, last = lambdas[:2], lambdas[2:]
     ratio = module / (modules - 2) if modules > 2 else 0.0
     reconstruction, task = (a * (1 - ratio) + b * ratio for a, b in zip(first, last))

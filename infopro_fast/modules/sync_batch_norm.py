@@ -1,4 +1,4 @@
-"""SyncBatchNorm on the CPU too: batch norm whose statistics are those of all processes' images."""
+"""SyncBatchNorm that also runs on the CPU: batch norm with the statistics of all processes' images."""
 
 from __future__ import annotations
 
@@ -7,36 +7,37 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from infopro_fast.ops.batch_norm import merged_statistics, summed_across, sync_group, update_running_statistics
+from infopro_fast.ops import batch_norm
 
 from .decoder import ChainDecoder, Decoder
 
 
 class SyncBatchNorm(nn.SyncBatchNorm):
-    """torch's layer, which on the CPU refuses to run among several processes: there with the same arithmetic.
+    """torch's layer, with the same arithmetic on the CPU, where torch refuses to run several processes.
 
-    Two exchanges a step and layer: mean, variance and count in forward (merged in float64, in the order of ranks, so that every process
-    has the same bits), two sums a channel in backward.
+    A layer exchanges twice a step: mean, variance and count in forward, two sums a channel in backward. The
+    statistics are merged in float64 in the order of ranks, so that every process gets the same bits.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: (N, C, ...), float32 or float64; of any N, which may differ between processes."""
-        group = sync_group(self)
+        """Return the normalised x: (N, C, ...), float32 or float64. N may differ between processes."""
+        group = batch_norm.sync_group(self)
         if x.device.type != "cpu" or group is None:
             return super().forward(x)
         y, mean, var, count = _Normalize.apply(x, self.weight, self.bias, self.eps, group)
-        update_running_statistics(self, mean, var, count)
+        batch_norm.update_running_statistics(self, mean, var, count)
         return y
 
 
 class _Normalize(torch.autograd.Function):
-    """Keeps x and 2 C numbers, as torch's layer does."""
+    """Saves x and 2 C numbers for backward, as torch's layer does."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, eps, group):
         dims = [d for d in range(x.dim()) if d != 1]
         var, mean = torch.var_mean(x, dims, correction=0)
-        (mean, var), count = merged_statistics(torch.stack([mean, var]), x.numel() // x.shape[1], group)
+        own = torch.stack([mean, var])
+        (mean, var), count = batch_norm.merged_statistics(own, x.numel() // x.shape[1], group)
         ctx.save_for_backward(x, weight, mean, var, count)
         ctx.eps, ctx.group, ctx.has_bias = eps, group, bias is not None
         ctx.mark_non_differentiable(mean, var, count)
@@ -50,20 +51,20 @@ class _Normalize(torch.autograd.Function):
         inverse = torch.rsqrt(var + ctx.eps)
         centered = x - mean.view(channel)
         own = torch.stack([grad.sum(dims), (grad * centered).sum(dims)])
-        g_weight, g_bias = own[1] * inverse, own[0]
+        g_weight, g_bias = None if weight is None else own[1] * inverse, own[0] if ctx.has_bias else None
         if not ctx.needs_input_grad[0]:
-            return None, g_weight if weight is not None else None, g_bias if ctx.has_bias else None, None, None
-        g_mean, g_var = summed_across(own, ctx.group) / count.to(own.dtype)
+            return None, g_weight, g_bias, None, None
+        g_mean, g_var = batch_norm.summed_across(own, ctx.group) / count.to(own.dtype)
         scale = inverse if weight is None else inverse * weight
-        # d x = scale (dy - mean(dy) - x^ mean(dy x^)), x^ the normalised x
-        g_x = centered.mul_((-g_var * inverse.square()).view(channel)).add_(grad).sub_(g_mean.view(channel)).mul_(scale.view(channel))
-        return g_x, g_weight if weight is not None else None, g_bias if ctx.has_bias else None, None, None
+        # dx = scale (dy - mean(dy) - x^ mean(dy x^)), where x^ is the normalised x
+        centered.mul_((-g_var * inverse.square()).view(channel)).add_(grad).sub_(g_mean.view(channel))
+        return centered.mul_(scale.view(channel)), g_weight, g_bias, None, None
 
 
 def convert_sync_batch_norm(net: nn.Module, group: dist.ProcessGroup | None = None) -> nn.Module:
-    """Replace every batch norm inside ``net`` by a SyncBatchNorm of the processes of ``group`` (None: all); returns ``net``.
+    """Replace every batch norm inside ``net`` by a SyncBatchNorm among ``group`` (None: all); return ``net``.
 
-    Parameters and buffers are the same tensors. Those of decoders, whose op does the work of the layer, become torch's own class.
+    Parameters and buffers stay the same tensors. Decoders, whose op computes the norm, get torch's class.
     """
     for module in net.children():
         if isinstance(module, (Decoder, ChainDecoder)):
@@ -83,9 +84,11 @@ def _set(root: nn.Module, name: str, layer: nn.Module) -> None:
     setattr(root.get_submodule(parent), last, layer)
 
 
-def _converted(norm: nn.Module, kind: type[nn.SyncBatchNorm], group: dist.ProcessGroup | None) -> nn.SyncBatchNorm:
+def _converted(
+    norm: nn.Module, kind: type[nn.SyncBatchNorm], group: dist.ProcessGroup | None
+) -> nn.SyncBatchNorm:
     options = (norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
     made = kind(*options, process_group=group)
-    made.weight, made.bias = norm.weight, norm.bias
-    made.running_mean, made.running_var, made.num_batches_tracked = norm.running_mean, norm.running_var, norm.num_batches_tracked
+    for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+        setattr(made, name, getattr(norm, name))
     return made.train(norm.training)

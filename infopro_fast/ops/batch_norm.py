@@ -1,4 +1,4 @@
-"""Batch norm as the ops fold it in: the plain-torch reference, and the running statistics of the layer that was given."""
+"""Batch norm inside the ops: the plain-torch reference, and the running statistics of the user's layer."""
 
 from __future__ import annotations
 
@@ -8,29 +8,36 @@ from torch import nn
 
 
 def uses_batch_statistics(norm: nn.BatchNorm2d) -> bool:
-    """Whether the layer normalises with its batch's statistics: in training mode, or where it keeps no running ones."""
+    """Whether the layer uses the batch's statistics: in training, or if it keeps no running ones."""
     return norm.training or norm.running_mean is None
 
 
 def affine(norm: nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
-    """Weight and bias; the bias is 0 where the layer has a weight alone (bias=False)."""
-    return norm.weight, torch.zeros_like(norm.weight) if norm.weight is not None and norm.bias is None else norm.bias
+    """Return weight and bias, or (None, None). The bias is 0 if the layer has only a weight (bias=False)."""
+    weight, bias = norm.weight, norm.bias
+    return weight, torch.zeros_like(weight) if weight is not None and bias is None else bias
 
 
 @torch.no_grad()
-def update_running_statistics(norm: nn.BatchNorm2d, mean: torch.Tensor, var: torch.Tensor, count: int | torch.Tensor) -> None:
-    """Move the running statistics as nn.BatchNorm2d does: mean and biased var (C,) of ``count`` > 1 values a channel."""
+def update_running_statistics(
+    norm: nn.BatchNorm2d, mean: torch.Tensor, var: torch.Tensor, count: int | torch.Tensor
+) -> None:
+    """Move the running statistics as nn.BatchNorm2d does.
+
+    mean, var: (C,), the mean and biased variance of ``count`` > 1 values a channel.
+    """
     if not (norm.training and norm.track_running_stats and norm.running_mean is not None):
         return
     norm.num_batches_tracked.add_(1)
-    # no momentum: a cumulative average
-    weight = 1.0 / norm.num_batches_tracked.to(norm.running_mean.dtype) if norm.momentum is None else norm.momentum
+    weight = norm.momentum
+    if weight is None:  # a cumulative average
+        weight = 1.0 / norm.num_batches_tracked.to(norm.running_mean.dtype)
     norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), weight)
     norm.running_var.lerp_((var * (count / (count - 1))).to(norm.running_var.dtype), weight)
 
 
 def batch_norm_ref(x: torch.Tensor, norm: nn.BatchNorm2d) -> torch.Tensor:
-    """The layer on x (N, C, h, w), in x's dtype, whatever the dtype of its parameters; running statistics move in training."""
+    """Return the layer's output for x (N, C, h, w), in x's dtype; running statistics move in training."""
     if uses_batch_statistics(norm) and sync_group(norm) is not None:
         mean, var = _synced_statistics(norm, x)
     elif uses_batch_statistics(norm):
@@ -44,22 +51,30 @@ def batch_norm_ref(x: torch.Tensor, norm: nn.BatchNorm2d) -> torch.Tensor:
     return x if weight is None else x * weight.to(x.dtype).view(shape) + bias.to(x.dtype).view(shape)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # SyncBatchNorm
 
 
 def sync_group(norm: nn.Module) -> dist.ProcessGroup | None:
-    """The processes that a SyncBatchNorm in training takes its statistics of; None for other layers, in eval mode, or where it is alone."""
-    if not isinstance(norm, nn.SyncBatchNorm) or not norm.training or not (dist.is_available() and dist.is_initialized()):
+    """Return the processes that share a SyncBatchNorm's statistics.
+
+    None for other layers, in eval mode, and in a group of one process.
+    """
+    if not isinstance(norm, nn.SyncBatchNorm) or not norm.training:
+        return None
+    if not (dist.is_available() and dist.is_initialized()):
         return None
     group = norm.process_group or dist.group.WORLD
     return group if dist.get_world_size(group) > 1 else None
 
 
-def merged_statistics(statistics: torch.Tensor, count: int, group: dist.ProcessGroup) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and biased variance (2, C) of all processes' values, and how many there are a channel, from each one's.
+def merged_statistics(
+    statistics: torch.Tensor, count: int, group: dist.ProcessGroup
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the mean and biased variance (2, C) over all processes, and the number of values a channel.
 
-    Merged in float64 and in the order of ranks (Chan, Golub & LeVeque 1983), so that every process finds the same bits.
+    statistics, count: the same of this process. They are merged in float64 and in the order of ranks (Chan,
+    Golub & LeVeque 1983), so that every process finds the same bits.
     """
     own = torch.cat([statistics.double().flatten(), statistics.new_full((1,), count, dtype=torch.float64)])
     each = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
@@ -73,14 +88,14 @@ def merged_statistics(statistics: torch.Tensor, count: int, group: dist.ProcessG
 
 
 def summed_across(t: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """The sum of every process's ``t``, which itself stays as it is."""
+    """Return the sum of ``t`` over processes; ``t`` stays as it is."""
     total = t.clone()
     dist.all_reduce(total, group=group)
     return total
 
 
 class _SumAcross(torch.autograd.Function):
-    """The sum over processes; so is its gradient, since each process's loss takes from the sum."""
+    """Sum over processes. The gradient is summed too, since every process's loss depends on the sum."""
 
     @staticmethod
     def forward(ctx, t, group):

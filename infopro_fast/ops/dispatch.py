@@ -1,6 +1,6 @@
-"""Which implementation of an op runs: decided from device and dtype before anything is computed.
+"""Choice of the implementation that runs an op, made from device and dtype before anything is computed.
 
-``impl="auto"`` takes the fastest implementation that can run the call; an implementation that is named runs or raises.
+``impl="auto"`` takes the fastest implementation that can run the call. A named implementation runs or raises.
 """
 
 from __future__ import annotations
@@ -18,17 +18,22 @@ from collections.abc import Callable, Sequence
 import torch
 
 LIBRARY = torch.library.Library("infopro_fast", "DEF")
-LIBRARY.define("_isa(int level) -> int")  # instruction set of the CPU kernels; a level >= 0 sets it, for tests
+LIBRARY.define("_isa(int level) -> int")  # the CPU kernels' instruction set; a level >= 0 sets it, for tests
 
+OPS = (
+    "reconstruction_loss", "supcon_loss", "linear_cross_entropy", "norm_relu_pool", "upsample_cross_entropy",
+    "upsample_conv3x3",
+)  # fmt: skip
 IMPLEMENTATIONS = ("reference", "cpu", "triton", "cuda")
 
-SUFFIX = {"cpu": "", "triton": "_triton", "cuda": "_cuda"}  # of a torch op's name, for what implements it
-_FASTEST_FIRST = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # what impl="auto" tries, for tensors of this device type
+SUFFIX = {"cpu": "", "triton": "_triton", "cuda": "_cuda"}  # of a torch op's name, by implementation
+_FASTEST_FIRST = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # what impl="auto" tries, by type of device
 
 _GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_DTYPES = {"cpu": (torch.float32, torch.float64, torch.bfloat16, torch.float16), "triton": _GPU_DTYPES, "cuda": _GPU_DTYPES}
+_CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_DTYPES = {"cpu": _CPU_DTYPES, "triton": _GPU_DTYPES, "cuda": _GPU_DTYPES}
 
-# Whether Triton interprets its kernels on the CPU: its own switch for debugging, which it reads when a kernel is defined.
+# Whether Triton interprets its kernels on the CPU, for debugging. It reads this when a kernel is defined.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on")
 
 
@@ -54,25 +59,23 @@ def _installed(module: str) -> bool:
         return False
 
 
-# At import: a compiler that traces an op finds constants here, not file names and dlopen.
-_CPU_KERNELS_MISSING = _load("cpu")
-_CUDA_KERNELS_MISSING = _load("cuda") if torch.version.cuda else "torch was built without CUDA"
-_TRITON_MISSING = None if _installed("triton") else "triton is not installed"
-
-
-def load_cpu_kernels() -> str | None:
-    """None if the compiled CPU kernels are loaded, else the reason why not."""
-    return _CPU_KERNELS_MISSING
+# Why an implementation cannot run in this process, None if it can. Loaded at import: a compiler that traces
+# an op finds constants here, not file names and dlopen.
+UNAVAILABLE = {
+    "cpu": _load("cpu"),
+    "cuda": _load("cuda") if torch.version.cuda else "torch was built without CUDA",
+    "triton": None if _installed("triton") else "triton is not installed",
+}
 
 
 def cpu_isa() -> str | None:
-    """Instruction set the CPU kernels run with ("avx512", "avx2", "baseline"), or None when they are not loaded."""
-    if load_cpu_kernels() is not None:
+    """Return the CPU kernels' instruction set, "avx512", "avx2" or "baseline"; None if not loaded."""
+    if UNAVAILABLE["cpu"] is not None:
         return None
     return ("baseline", "avx2", "avx512")[torch.ops.infopro_fast._isa(-1)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # One opaque torch op a direction and implementation
 
 
@@ -81,14 +84,23 @@ _TRITON_OPS: set[str] = set()
 
 
 def define_kernels(
-    schema: str, fake: Callable, *, cuda: bool = False, triton: bool = True, triton_fake: Callable | None = None
+    schema: str,
+    fake: Callable,
+    *,
+    cuda: bool = False,
+    triton: bool = True,
+    triton_fake: Callable | None = None,
 ) -> dict[str, typing.Any]:
-    """Define one direction of an op, once for each implementation of it, and return the torch ops by implementation.
+    """Define a torch op for each implementation of one direction of an op, and return them by implementation.
 
-    schema: "<op>_forward(...) -> ..." or "<op>_backward(...) -> ..."; all implementations share it, and ``fake`` too. The compiled
-        ones register themselves; Triton's is the function ``forward`` or ``backward`` of ``triton_kernels/<op>.py``, imported when first called.
-    cuda, triton: whether the op has CUDA C++ kernels, and Triton kernels (never without that file).
-    triton_fake: the fake of the Triton kernels, where they give another dtype.
+    Compiled kernels register themselves. Triton's are the function ``forward`` or ``backward`` in
+    ``triton_kernels/<op>.py``, which is imported at the first call.
+
+    Args:
+        schema: "<op>_forward(...) -> ..." or "<op>_backward(...) -> ...", for all implementations.
+        fake: the outputs' shapes and dtypes, for tracing.
+        cuda, triton: whether the op has CUDA C++ and Triton kernels; no Triton kernels without that file.
+        triton_fake: the fake of the Triton kernels, if they return another dtype.
     """
     name, arguments = schema.split("(", 1)
     op, direction = name.rsplit("_", 1)
@@ -101,15 +113,17 @@ def define_kernels(
     for impl in ("cpu", *(["triton"] if triton else []), *(["cuda"] if cuda else [])):
         full = name + SUFFIX[impl]
         LIBRARY.define(f"{full}({arguments}")
-        torch.library.register_fake(f"infopro_fast::{full}", triton_fake or fake if impl == "triton" else fake, lib=LIBRARY)
+        own_fake = triton_fake or fake if impl == "triton" else fake
+        torch.library.register_fake(f"infopro_fast::{full}", own_fake, lib=LIBRARY)
         defined[impl] = getattr(torch.ops.infopro_fast, full).default
     for key in () if not triton else ("CUDA", "CPU") if INTERPRETED else ("CUDA",):
-        LIBRARY.impl(name + SUFFIX["triton"], _imported_when_called(f"{__package__}.triton_kernels.{op}", direction), key)
+        launcher = _imported_when_called(f"{__package__}.triton_kernels.{op}", direction)
+        LIBRARY.impl(name + SUFFIX["triton"], launcher, key)
     return defined
 
 
 def _imported_when_called(module: str, function: str) -> Callable:
-    """A launcher, which runs with the device of its first argument, a tensor in every schema, as the current one: Triton asks for that."""
+    """Return a launcher. It makes the device of its first argument the current one, as Triton needs."""
     found = None
 
     def call(*args):
@@ -125,20 +139,20 @@ def _imported_when_called(module: str, function: str) -> Callable:
     return call
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Which one runs
+# ------------------------------------------------------------------------------------------------------------
+# The choice
 
 
 def available(op: str, device: str | torch.device) -> dict[str, str | None]:
-    """For each implementation of ``op`` on ``device``: None if it can run there, else the reason why it cannot.
+    """Return for each implementation of ``op`` why it cannot run on ``device``, or None if it can.
+
+    Raises ValueError if there is no such op.
 
     >>> available("supcon_loss", "cpu")["reference"] is None
     True
     """
-    from infopro_fast import ops
-
-    if op not in ops.OPS:
-        raise ValueError(f"available: op: expected one of {sorted(ops.OPS)}, got {op!r}")
+    if op not in OPS:
+        raise ValueError(f"available: op: expected one of {sorted(OPS)}, got {op!r}")
     device = torch.device(device)
     reasons = {impl: missing(op, impl, device) for impl in SUFFIX}
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -147,49 +161,69 @@ def available(op: str, device: str | torch.device) -> dict[str, str | None]:
 
 
 def has_kernels(op: str, impl: str) -> bool:
-    """Whether ``op`` is implemented by ``impl`` on any machine. Every op is in plain torch, for the CPU and in Triton; some in CUDA C++."""
+    """Whether ``impl`` implements ``op`` on some machine.
+
+    Every op has a reference, CPU kernels and Triton kernels; some have CUDA C++ kernels.
+    """
     return op in {"triton": _TRITON_OPS, "cuda": _CUDA_OPS}.get(impl, (op,))
 
 
 def missing(op: str, impl: str, device: torch.device) -> str | None:
-    """Why the kernels of ``impl`` cannot run on ``device``, None if they can."""
+    """Return why the kernels of ``impl`` cannot run on ``device``, None if they can."""
     kind = device.type
     if impl == "cpu":
-        return load_cpu_kernels() if kind == "cpu" else f"runs on CPU tensors, not on {kind}"
-    if impl == "cuda":
-        if not has_kernels(op, impl):
-            return f"{op} has no CUDA C++ kernels"
-        return (_CUDA_KERNELS_MISSING or _too_old(device)) if kind == "cuda" else f"runs on CUDA tensors, not on {kind}"
+        return UNAVAILABLE["cpu"] if kind == "cpu" else f"runs on CPU tensors, not on {kind}"
     if not has_kernels(op, impl):
-        return f"{op} has no Triton kernels"
-    if kind == "cpu" and not INTERPRETED:
-        return "runs on CUDA tensors; on CPU tensors in Triton's interpreter alone, if TRITON_INTERPRET=1 was set at import"
-    if kind not in ("cpu", "cuda"):
+        return f"{op} has no {'Triton' if impl == 'triton' else 'CUDA C++'} kernels"
+    if impl == "triton" and kind == "cpu" and INTERPRETED:
+        return UNAVAILABLE["triton"]
+    if impl == "triton" and kind == "cpu":
+        interpreter = "on CPU tensors in Triton's interpreter alone, if TRITON_INTERPRET=1 was set at import"
+        return f"runs on CUDA tensors; {interpreter}"
+    if kind != "cuda":
         return f"runs on CUDA tensors, not on {kind}"
-    return _TRITON_MISSING or (_too_old(device) if kind == "cuda" else None)
+    return UNAVAILABLE[impl] or too_old(device)
 
 
-_CAPABILITY: dict[int | None, tuple[int, int]] = {}  # by index of the device: asking the driver takes longer than a call may
+capabilities: dict[int | None, tuple[int, int]] = {}  # by device index: asking the driver is slow
 
 
-def _too_old(device: torch.device) -> str | None:
+def too_old(device: torch.device) -> str | None:
+    """Return why the GPU kernels are not made for a CUDA device, None if they are."""
     if torch.version.hip:
         return "the kernels are made for NVIDIA GPUs, this torch is for AMD's"
     if torch.compiler.is_compiling() or not torch.cuda.is_available():  # a compiler can trace no driver call
         return None
-    if device.index not in _CAPABILITY:
-        _CAPABILITY[device.index] = torch.cuda.get_device_capability(device)
-    major, minor = _CAPABILITY[device.index]
+    if device.index not in capabilities:
+        capabilities[device.index] = torch.cuda.get_device_capability(device)
+    major, minor = capabilities[device.index]
     return None if major >= 8 else f"needs compute capability 8.0 or later, this device has {major}.{minor}"
 
 
-def resolve(op: str, impl: str, tensors: dict[str, torch.Tensor | None], limitation: str | dict[str, str | None] | None = None) -> str:
-    """The implementation that runs this call of ``op``.
+def check_floating(op: str, tensors: dict) -> None:
+    """Raise TypeError that names the first argument which is no floating-point tensor."""
+    for name, t in tensors.items():
+        if not isinstance(t, torch.Tensor) or not t.is_floating_point():
+            got = getattr(t, "dtype", type(t).__name__)
+            raise TypeError(f"{op}: {name}: expected a floating-point tensor, got {got}")
 
-    tensors: the tensor arguments by name; limitation: what in this call only the reference can do, or by implementation what each cannot,
-        or None.
-    Raises ValueError if ``impl`` is unknown or, being named, cannot run this call; TypeError for a dtype no
-    implementation takes; ValueError for tensors on different devices.
+
+def resolve(
+    op: str,
+    impl: str,
+    tensors: dict[str, torch.Tensor | None],
+    limitation: str | dict[str, str | None] | None = None,
+) -> str:
+    """Return the implementation that runs this call of ``op``.
+
+    Args:
+        impl: "auto", or the implementation that must run.
+        tensors: the tensor arguments by name.
+        limitation: why only the reference can run the call, or why each implementation cannot, or None.
+
+    Raises:
+        ValueError: ``impl`` is unknown, a named ``impl`` cannot run this call (its dtypes included), or
+            tensors are on different devices.
     """
     given = {name: t for name, t in tensors.items() if t is not None}
     first_name, first = next(iter(given.items()))
@@ -212,7 +246,7 @@ def resolve(op: str, impl: str, tensors: dict[str, torch.Tensor | None], limitat
     if impl != "auto":
         raise ValueError(f"{op}: impl={impl!r} cannot run this call: {reason}")
     if reason is not None:
-        _warn_slow(op, reason)
+        warn_slow(op, reason)
     return "reference"
 
 
@@ -224,12 +258,13 @@ def _wrong_dtype(given: dict[str, torch.Tensor], impl: str) -> str | None:
 
 
 @functools.cache
-def _warn_slow(op: str, reason: str) -> None:
+def warn_slow(op: str, reason: str) -> None:
+    """Warn, once for each reason, that "auto" takes the reference on a GPU."""
     warnings.warn(f"{op}: impl='auto' takes the slow reference: {reason}", stacklevel=5)
 
 
 class _FirstOrder(torch.autograd.Function):
-    """Hands gradients through; differentiating them again raises."""
+    """Hand gradients through; raise if they are differentiated again."""
 
     @staticmethod
     def forward(ctx, op, count, *tensors):
@@ -241,10 +276,13 @@ class _FirstOrder(torch.autograd.Function):
         raise RuntimeError(f"{ctx.op}: the kernels have no second derivative; impl='reference' has")
 
 
-def first_order(op: str, inputs: Sequence[torch.Tensor | None], grads: Sequence[torch.Tensor | None]) -> tuple:
-    """The gradients that a kernel found in the backward of ``op``, such that differentiating them again raises.
+def first_order(
+    op: str, inputs: Sequence[torch.Tensor | None], grads: Sequence[torch.Tensor | None]
+) -> tuple[torch.Tensor | None, ...]:
+    """Return the gradients that a kernel found in the backward of ``op``; differentiating them again raises.
 
-    once_differentiable only marks them where the upstream gradient itself requires grad, and elsewhere drops second derivatives.
+    once_differentiable marks them only if the upstream gradient requires grad; otherwise it silently drops
+    second derivatives.
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return tuple(grads)
@@ -255,11 +293,12 @@ def first_order(op: str, inputs: Sequence[torch.Tensor | None], grads: Sequence[
 
 
 def compute_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
-    """float64 if any tensor is float64, else float32: what an op accumulates in and returns its loss in."""
-    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+    """Return the dtype of an op's arithmetic and loss: float64 if any tensor is float64, else float32."""
+    double = any(t is not None and t.dtype == torch.float64 for t in tensors)
+    return torch.float64 if double else torch.float32
 
 
 def no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
-    """A context in which autocast changes nothing; device types that know no autocast (meta) need none."""
+    """Return a context in which autocast changes nothing; device types without autocast (meta) need none."""
     known = torch.amp.is_autocast_available(device.type)
     return torch.autocast(device.type, enabled=False) if known else contextlib.nullcontext()

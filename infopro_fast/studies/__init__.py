@@ -1,1 +1,1 @@
-"""Studies of trained networks: what their features know, and the tables of the paper at a small scale."""
+"""Studies of trained networks: what their features know, and the paper's tables at a small scale."""

@@ -1,4 +1,4 @@
-"""What a step of a run costs: time, and bytes kept for backward and at the highest point. In a process of its own."""
+"""Time and memory of a step of a run, measured in a separate process."""
 
 from __future__ import annotations
 
@@ -19,23 +19,26 @@ STEPS = 7  # timed, after two to warm up
 
 
 def measure(config: TrainConfig) -> dict[str, float] | None:
-    """{"seconds", "saved", "peak"} of a step of this run: the median, and bytes beyond model, optimizer and batch (`StepMemory`).
+    """Return {"seconds", "saved", "peak"} of a step of this run: the median time, and bytes (`StepMemory`).
 
-    None for modules that are trained one after the other, whose steps are no step of the network.
+    Returns None for sequential training, which has no step of the whole network.
     """
     if config.order != "simultaneous":
         return None
-    return in_a_process("infopro_fast.studies.costs:_measure_here", malloc=KEEPING, settings=config.resolved().to_json())
+    settings = config.resolved().to_json()
+    return in_a_process("infopro_fast.studies.costs:measure_here", malloc=KEEPING, settings=settings)
 
 
-def _measure_here(settings: str) -> dict[str, Any]:
+def measure_here(settings: str) -> dict[str, Any]:
+    """Do the work of `measure` in this process. settings: as JSON."""
     config = TrainConfig.from_json(settings)
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     images = setup.load_data(config)
-    trainer = LocalTrainer(setup.build(config, images), schedule.released_sgd(config.lr), amp=setup.amp_dtype(config))
-    device = torch.device(config.device)
-    image, label = next(images.train_epoch(config.batch_size, seed=0, epoch=0, dtype=getattr(torch, config.dtype), device=device))
+    net, sgd = setup.build(config, images), schedule.released_sgd(config.lr)
+    trainer = LocalTrainer(net, sgd, amp=setup.amp_dtype(config))
+    batch = {"dtype": getattr(torch, config.dtype), "device": torch.device(config.device)}
+    image, label = next(images.train_epoch(config.batch_size, seed=0, epoch=0, **batch))
     seconds = [_seconds(trainer, image, label) for _ in range(2 + STEPS)][2:]
     memory = measure_step(trainer, image, label)
     return {"seconds": statistics.median(seconds), "saved": memory.saved, "peak": memory.peak}
@@ -50,7 +53,7 @@ def _seconds(trainer: LocalTrainer, image: torch.Tensor, label: torch.Tensor) ->
 
 
 def key(config: TrainConfig) -> str:
-    """What a measurement is known by: the settings that its result depends on."""
+    """Return the key of a measurement: the settings that its result depends on."""
     free = ("seed", "out", "epochs", "warmup", "hold_out", "data_root")
     content = json.loads(config.resolved().to_json())
     return json.dumps({name: value for name, value in content.items() if name not in free}, sort_keys=True)

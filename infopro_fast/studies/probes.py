@@ -109,13 +109,8 @@ class Probes(nn.Module):
     """The three probes of one block. channels: of its features. classifier: as in `ProbeSettings`. The images come normalised."""
 
     def __init__(
-        self,
-        channels: int,
-        image_size: int,
-        class_num: int,
-        image_mean: Sequence[float],
-        image_std: Sequence[float],
-        classifier: str = "1c2f",
+        self, channels: int, image_size: int, class_num: int, image_mean: Sequence[float],
+        image_std: Sequence[float], classifier: str = "1c2f",
     ):
         super().__init__()
         self.decoder = Decoder(channels, image_size, image_mean=image_mean, image_std=image_std)
@@ -289,9 +284,7 @@ class _Study:
 
 
 def probe_network(
-    net: LocalNetwork,
-    images: ImageSet,
-    settings: ProbeSettings = DEFAULT,
+    net: LocalNetwork, images: ImageSet, settings: ProbeSettings = DEFAULT,
     progress: Callable[[int, list[dict[str, dict[str, float]]]], None] = lambda epoch, found: None,
 ) -> list[dict]:
     """Train fresh probes on the frozen network's features and measure them on the test images, once, each at its best epoch.

@@ -1,4 +1,4 @@
-"""Many runs, some at a time, each in a process of its own; what is finished is not trained again, what was begun goes on."""
+"""Many runs, some at a time, each in its own process. Finished runs are skipped, stopped runs continue."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ POLL_SECONDS = 0.5
 
 
 def flags(config: TrainConfig) -> list[str]:
-    """What `infopro-fast train` has to be given for these settings: those that are not the defaults."""
+    """Return the arguments of `infopro-fast train` for these settings: those that are not the defaults."""
     found: list[str] = []
     for field in dataclasses.fields(TrainConfig):
         value, flag = getattr(config, field.name), "--" + field.name.replace("_", "-")
@@ -40,37 +40,39 @@ def flags(config: TrainConfig) -> list[str]:
 
 
 def _words(value: Any) -> list[str]:
-    """Tuples word by word, those in them (cuts are pairs) too."""
+    """Return the words of a value; nested tuples (cuts are pairs) are flattened."""
     return [word for v in value for word in _words(v)] if isinstance(value, tuple) else [str(value)]
 
 
 def finished(job: Job) -> bool:
-    """Whether the job's folder holds this run, trained to its end. Raises StudyError if it holds another one."""
+    """Return whether the job's folder holds this run, trained to its end. Another run: StudyError."""
     if not (job.folder / run_folder.CONFIG).is_file():
         return False
     there = run_folder.read_config(job.folder)
     different = same_run(job.config, there)
     if different:
         values = ", ".join(f"{name} {getattr(there, name)}" for name in different)
-        raise StudyError(f"{job.folder} holds a run with other settings ({values}): give another folder as out, or delete it")
+        advice = "give another folder as out, or delete it"
+        raise StudyError(f"{job.folder} holds a run with other settings ({values}): {advice}")
     epochs = tested_epochs(job)
-    return bool(epochs) and epochs[-1]["epoch"] == there.epochs and (job.folder / run_folder.WEIGHTS).is_file()
+    trained = bool(epochs) and epochs[-1]["epoch"] == there.epochs
+    return trained and (job.folder / run_folder.WEIGHTS).is_file()
 
 
 def tested_epochs(job: Job) -> list[dict[str, Any]]:
-    """Records of the epochs after which the network was tested: all, or where modules are trained in turn those of the last."""
+    """Return the records of the epochs with a test: all, in sequential training the last module's."""
     return [epoch for epoch in run_folder.read_metrics(job.folder, "epoch") if epoch["test"] is not None]
 
 
 def run_all(jobs: Sequence[Job], at_a_time: int) -> None:
-    """Train what is not finished, in order. Raises StudyError naming the runs that failed, once the others are done.
+    """Train the unfinished jobs in order. Raises StudyError naming failed runs, after the others are done.
 
-    A signal stops all of them after a checkpoint each; the same call goes on from there.
+    A signal stops each running job after a checkpoint; the same call continues from there.
     """
     waiting = [job for job in jobs if not finished(job)]
     running: dict[subprocess.Popen, Job] = {}
     failed: list[Job] = []
-    with _progress(len(jobs), len(jobs) - len(waiting)) as progress, _stopping(running):
+    with progress(len(jobs), len(jobs) - len(waiting)) as shown, _stopping(running):
         while waiting or running:
             while waiting and len(running) < at_a_time:
                 job = waiting.pop(0)
@@ -78,12 +80,12 @@ def run_all(jobs: Sequence[Job], at_a_time: int) -> None:
             time.sleep(POLL_SECONDS)
             for process, job in list(running.items()):
                 if process.poll() is None:
-                    progress.update(job)
+                    shown.update(job)
                     continue
                 del running[process]
                 ended_well = process.returncode == 0 and finished(job)
                 failed += [] if ended_well else [job]
-                progress.end(job, ended_well)
+                shown.end(job, ended_well)
     if failed:
         lines = "; ".join(f"{job.folder.name}: {_last_line(_log(job))}" for job in failed)
         raise StudyError(f"{len(failed)} of {len(jobs)} runs failed (their output is beside them, .log): {lines}")
@@ -91,21 +93,25 @@ def run_all(jobs: Sequence[Job], at_a_time: int) -> None:
 
 def _start(job: Job) -> subprocess.Popen:
     """Begin or continue a run. Its output goes to a file beside its folder."""
-    _remove_if_nothing_ran(job.folder)
+    remove_unbegun(job.folder)
     job.folder.parent.mkdir(parents=True, exist_ok=True)
     begun = (job.folder / run_folder.CONFIG).is_file()
-    command = [sys.executable, "-m", "infopro_fast", "train", *(["--resume", str(job.folder)] if begun else flags(job.config))]
+    arguments = ["--resume", str(job.folder)] if begun else flags(job.config)
+    command = [sys.executable, "-m", "infopro_fast", "train", *arguments]
     with open(_log(job), "ab") as log:
-        return subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env={**KEEPING, **os.environ}, start_new_session=True
-        )
+        streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
+        return subprocess.Popen(command, **streams, env={**KEEPING, **os.environ}, start_new_session=True)
 
 
-def _remove_if_nothing_ran(folder: Path) -> None:
-    """A run that was killed before its first checkpoint, and its first trained module, cannot be continued, and holds nothing."""
+def remove_unbegun(folder: Path) -> None:
+    """Remove a run that was killed before its first checkpoint and its first trained module: it cannot
+    continue.
+
+    Half-written folders have other names, so they do not count.
+    """
     checkpoints, trained = folder / run_folder.CHECKPOINTS, folder / sequential.TRAINED
     begun = any(checkpoint.list_checkpoints(place) for place in (checkpoints, *checkpoints.glob("module*")))
-    if (folder / run_folder.CONFIG).is_file() and not begun and not any(trained.glob("module*")):  # what is half-written has other names
+    if (folder / run_folder.CONFIG).is_file() and not begun and not any(trained.glob("module*")):
         shutil.rmtree(folder)
 
 
@@ -120,7 +126,7 @@ def _last_line(path: Path) -> str:
 
 @contextlib.contextmanager
 def _stopping(running: dict[subprocess.Popen, Job]) -> Iterator[None]:
-    """However this ends, no run is left behind: each is asked to stop, which it does after a checkpoint, and waited for."""
+    """At the end, ask each running job to stop after a checkpoint, and wait for it: no process is left."""
 
     def stop(signum, frame):
         raise Stopped(signum, "the same command goes on from here")
@@ -137,7 +143,8 @@ def _stopping(running: dict[subprocess.Popen, Job]) -> Iterator[None]:
             process.wait()
 
 
-def _status(job: Job) -> str:
+def status(job: Job) -> str:
+    """Return how far a run is, in a line."""
     epochs = run_folder.read_metrics(job.folder, "epoch")
     if not epochs:
         return "begun"
@@ -147,8 +154,8 @@ def _status(job: Job) -> str:
     return f"{of_module}epoch {last['epoch']}/{job.config.epochs}{tested}"
 
 
-class _Lines:
-    """A line a finished run, where the output is no terminal."""
+class Lines:
+    """Progress where the output is no terminal: a line for each finished run."""
 
     def __init__(self, total: int, done: int):
         self.total, self.done = total, done
@@ -160,11 +167,12 @@ class _Lines:
 
     def end(self, job: Job, well: bool) -> None:
         self.done += 1
-        print(f"{self.done}/{self.total}  {job.folder.name}: {_status(job) if well else 'failed: ' + _last_line(_log(job))}", flush=True)
+        result = status(job) if well else "failed: " + _last_line(_log(job))
+        print(f"{self.done}/{self.total}  {job.folder.name}: {result}", flush=True)
 
 
-class _Bars(_Lines):
-    """In a terminal: a bar over all runs, and a line for each that is running."""
+class Bars(Lines):
+    """Progress in a terminal: a bar over all runs, and one for each running job."""
 
     def __init__(self, total: int, done: int, bars: Any):
         self.bars, self.total, self.done, self.lines = bars, total, done, {}
@@ -173,27 +181,30 @@ class _Bars(_Lines):
     def update(self, job: Job) -> None:
         if job not in self.lines:
             turns = job.config.modules if job.config.order == "sequential" else 1
-            self.lines[job] = self.bars.add_task(job.folder.name, total=turns * job.config.resolved().epochs, status="")
+            total = turns * job.config.resolved().epochs
+            self.lines[job] = self.bars.add_task(job.folder.name, total=total, status="")
         epochs = run_folder.read_metrics(job.folder, "epoch")
-        self.bars.update(self.lines[job], completed=len(epochs), status=_status(job))
+        self.bars.update(self.lines[job], completed=len(epochs), status=status(job))
 
     def end(self, job: Job, well: bool) -> None:
         if job in self.lines:
             self.bars.remove_task(self.lines.pop(job))
         self.bars.advance(self.all)
-        self.bars.console.print(f"{job.folder.name}: {_status(job) if well else 'failed'}", markup=False, highlight=False)
+        text = f"{job.folder.name}: {status(job) if well else 'failed'}"
+        self.bars.console.print(text, markup=False, highlight=False)
 
 
 @contextlib.contextmanager
-def _progress(total: int, done: int) -> Iterator[_Lines]:
+def progress(total: int, done: int) -> Iterator[Lines]:
+    """Show the progress of ``total`` runs, of which ``done`` are finished."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console()
     if not console.is_terminal:
-        yield _Lines(total, done)
+        yield Lines(total, done)
         return
-    status = TextColumn("{task.fields[status]}")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), status)
+    name, now = TextColumn("{task.description}"), TextColumn("{task.fields[status]}")
+    columns = (name, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), now)
     with Progress(*columns, console=console) as bars:
-        yield _Bars(total, done, bars)
+        yield Bars(total, done, bars)

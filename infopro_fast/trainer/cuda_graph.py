@@ -1,4 +1,4 @@
-"""A training step as a CUDA graph: launched at once, however many kernels it has and however slow Python is."""
+"""A training step as a CUDA graph, launched at once: its kernels do not wait for Python."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-WARM_UP = 3  # steps before the capture: kernels are compiled, momentum buffers exist, libraries have chosen their algorithms
+WARM_UP = 3  # steps before the capture, which compile kernels, make momentum buffers and choose algorithms
 
 
 class GraphedStep:
-    """``step(image, label)``, captured for the first shape of batch that comes `WARM_UP` + 1 times; other shapes run as they are.
+    """Runs ``step(image, label)``, captured for the first batch shape that comes `WARM_UP` + 1 times.
 
-    step: returns 0-d tensors by name, does not wait for the device, and keeps its state (weights, optimizers, running statistics)
-    in tensors that it changes in place. The warm-up steps are training steps like all others.
+    Batches of other shapes run without the graph. The warm-up steps are training steps like all others.
+    step: returns 0-d tensors by name, does not wait for the device, and changes its state (weights,
+    optimizers, running statistics) in place.
     """
 
     def __init__(self, step: Callable[[torch.Tensor, torch.Tensor], dict[str, torch.Tensor]]):
@@ -37,7 +38,7 @@ class GraphedStep:
         return dict(zip(self._names, self._values.clone().unbind()))  # the next replay writes over them
 
     def _on_a_stream_of_its_own(self, image: torch.Tensor, label: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What is allocated and recorded for the default stream cannot be captured."""
+        """Run a step on a new stream: allocations and events of the default stream cannot be captured."""
         current, own = torch.cuda.current_stream(image.device), torch.cuda.Stream(image.device)
         own.wait_stream(current)
         with torch.cuda.stream(own):
@@ -47,7 +48,8 @@ class GraphedStep:
 
     def _capture(self, image: torch.Tensor, label: torch.Tensor, shape: tuple) -> None:
         self._image, self._label = image.clone(), label.clone()
-        # On the batch's device, which need not be the current one: torch's own stream for captures is of whatever device was the first.
+        # On the batch's device, which need not be the current one; torch's stream for captures stays on the
+        # first device.
         with torch.cuda.device(image.device):
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=torch.cuda.Stream(image.device)):
@@ -57,7 +59,7 @@ class GraphedStep:
 
 
 def with_tensor_learning_rates(optimizers: Iterable[torch.optim.Optimizer], device: torch.device) -> None:
-    """Make every learning rate a float32 tensor on ``device``, which a captured step reads each time it is replayed."""
+    """Make each learning rate a float32 tensor on ``device``, which a captured step reads at each replay."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = torch.tensor(float(group["lr"]), dtype=torch.float32, device=device)

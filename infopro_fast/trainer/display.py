@@ -1,4 +1,4 @@
-"""What a run shows while it trains: a live table in a terminal, plain lines elsewhere."""
+"""The display of a run in training: a live table in a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PLAIN_SECONDS = 30.0  # between two plain lines inside an epoch
 
 @dataclass
 class Status:
-    """Where a run stands. train: mean metrics of the last steps read; test: of the last evaluation, or None."""
+    """Where a run stands. train: mean metrics of the last steps read; test: of the last evaluation."""
 
     title: str
     epoch: int
@@ -34,7 +34,7 @@ class Status:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Peak bytes: of the process (resident) on the CPU, of torch's allocator on a GPU."""
+    """Return peak bytes: the process's resident memory on the CPU, torch's allocator on a GPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
@@ -49,7 +49,7 @@ def duration(seconds: float | None) -> str:
 
 
 def losses_by_module(train: dict[str, float]) -> tuple[list[str], dict[int, dict[str, float]]]:
-    """Names of the local losses, and for each local module its values."""
+    """Return the names of the local losses, and each local module's values."""
     names: list[str] = []
     modules: dict[int, dict[str, float]] = {}
     for key, value in train.items():
@@ -62,7 +62,7 @@ def losses_by_module(train: dict[str, float]) -> tuple[list[str], dict[int, dict
 
 
 class PlainDisplay:
-    """A line an epoch, one every 30 seconds inside a long one, and messages."""
+    """Prints a line an epoch, a line every 30 seconds inside long epochs, and messages."""
 
     def __init__(self, stream=None):
         self._stream = stream or sys.stdout
@@ -86,27 +86,28 @@ class PlainDisplay:
 
     def _line(self, status: Status, where: str) -> None:
         self._last = time.monotonic()
-        losses = "  ".join(f"{name.replace('module', 'm')} {value:.4f}" for name, value in status.train.items() if "/" in name)
+        local = {name.replace("module", "m"): value for name, value in status.train.items() if "/" in name}
+        losses = "  ".join(f"{name} {value:.4f}" for name, value in local.items())
         name, value = headline(status.test) if status.test else ("", 0.0)
         test = f"  test {name} {100 * value:.2f}%" if name else ""
         train = ""
         if "loss" in status.train:
             train = f"  loss {status.train['loss']:.4f}  train accuracy {100 * status.train['accuracy']:.2f}%"
         self.message(
-            f"{where}{train}{test}  {losses}  "
-            f"{status.images_per_second:.0f} images/s  peak {status.peak_bytes / 2**20:.0f} MiB  left {duration(status.seconds_left)}"
+            f"{where}{train}{test}  {losses}  {status.images_per_second:.0f} images/s  "
+            f"peak {status.peak_bytes / 2**20:.0f} MiB  left {duration(status.seconds_left)}"
         )
 
 
 class Silent(PlainDisplay):
-    """Of a process that another one speaks for."""
+    """Stands for `PlainDisplay` in a process that prints nothing."""
 
     def message(self, text: str) -> None:
         pass
 
 
 class LiveDisplay:
-    """One table, redrawn in place: every module's losses, accuracy, speed, memory and time left."""
+    """A table, redrawn in place: each module's losses, accuracy, speed, memory and time left."""
 
     def __init__(self, console):
         from rich.live import Live
@@ -130,7 +131,7 @@ class LiveDisplay:
 
 
 def render(status: Status):
-    """The live table as a rich renderable."""
+    """Return the live table as a rich renderable."""
     from rich.console import Group
     from rich.padding import Padding
     from rich.progress_bar import ProgressBar
@@ -145,10 +146,11 @@ def render(status: Status):
     for k, values in modules.items():
         table.add_row(f"{k}", *(_number(name, values.get(name)) for name in names), "", "")
     accuracy = f"{100 * status.train.get('accuracy', 0):.2f} %"
-    table.add_row("last" if modules else "whole", *("" for _ in names), _number("", status.train.get("loss")), accuracy)
+    loss = _number("", status.train.get("loss"))
+    table.add_row("last" if modules else "whole", *("" for _ in names), loss, accuracy)
     if status.test:
-        test = f"{100 * headline(status.test)[1]:.2f} %"
-        table.add_row("test", *("" for _ in names), _number("", status.test["loss"]), test, style="bold green")
+        loss, test = _number("", status.test["loss"]), f"{100 * headline(status.test)[1]:.2f} %"
+        table.add_row("test", *("" for _ in names), loss, test, style="bold green")
     done = (status.epoch - 1) * status.batches + status.batch
     facts = [
         f"epoch {status.epoch}/{status.epochs}, batch {status.batch}/{status.batches}",
@@ -170,7 +172,7 @@ def _number(name: str, value: float | None) -> str:
 
 
 def choose() -> PlainDisplay | LiveDisplay:
-    """Live in a terminal, plain where the output goes elsewhere."""
+    """Return the live display in a terminal, the plain one elsewhere."""
     from rich.console import Console
 
     console = Console()

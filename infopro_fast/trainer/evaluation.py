@@ -1,7 +1,8 @@
-"""Evaluation of a network: top-1 and top-5 of classification; mean intersection over union of segmentation.
+"""Evaluation of a network: top-1 and top-5 of classification, mean intersection over union of segmentation.
 
-mIoU is taken from a matrix of confusion counts over all pixels of all images (as Cityscapes does), with the outputs averaged over
-scales and flips of the image where asked: every one resized to the image, softmax, mean (mmsegmentation's aug_test).
+mIoU comes from a matrix of confusion counts over all pixels of all images, as Cityscapes does. Outputs may be
+averaged over scales and flips of the image: each is resized to the image, then softmax, then the mean
+(mmsegmentation's aug_test).
 """
 
 from __future__ import annotations
@@ -26,14 +27,15 @@ def evaluate(
     scales: Sequence[float] = (1.0,),
     flip: bool = False,
 ) -> dict[str, float]:
-    """The network in eval mode over batches of (image, label); one wait for the device, at the end. Its mode is put back.
+    """Return the metrics of the network in eval mode over batches of (image, label); restores its mode.
 
-    Classification: {"accuracy", "top5", "loss", "count"}: shares of the images in [0, 1], mean cross entropy, number of images.
-    Segmentation: {"miou", "accuracy", "loss", "count", "iou"}: mean over the classes that occur, share of right pixels, mean cross
-    entropy of a pixel (of the image as it is), number of images, IoU of every class (None where it does not occur).
-    scales, flip: of segmentation; sizes of the image to average over, and whether each is mirrored too.
-
-    Raises ValueError if there is no image.
+    Classification: {"accuracy", "top5", "loss", "count"}: shares of the images in [0, 1], mean cross entropy,
+    images.
+    Segmentation: {"miou", "accuracy", "loss", "count", "iou"}: mean over the classes that occur, share of
+    right pixels, mean cross entropy of a pixel (at the image's own scale), images, IoU of each class (None if
+    it does not occur).
+    scales, flip: for segmentation, the image sizes to average over, and whether each is mirrored too. Waits
+    for the device once, at the end. Raises ValueError if there is no image.
     """
     training = net.training
     net.eval()
@@ -48,8 +50,10 @@ def evaluate(
         net.train(training)
 
 
-def send_on(net: LocalNetwork, packets: Iterable, outlet, autocast: Callable[[], contextlib.AbstractContextManager]) -> None:
-    """The modules of one process in an evaluation: every batch's features go to the process behind (`pipeline.Sender`)."""
+def send_on(
+    net: LocalNetwork, packets: Iterable, outlet, autocast: Callable[[], contextlib.AbstractContextManager]
+) -> None:
+    """Run one process's modules in an evaluation, and send each batch's features on (outlet: a `Sender`)."""
     training = net.training
     net.eval()
     outlet.begin()
@@ -59,14 +63,14 @@ def send_on(net: LocalNetwork, packets: Iterable, outlet, autocast: Callable[[],
                 h = packet.features
                 for stage in net.stages:
                     h = stage(h)
-                outlet.send(packet._replace(request=None, metrics={}, image=None, features=h))
+                outlet.send(packet._replace(features=h, image=None, metrics={}, request=None))
             outlet.flush()
     finally:
         net.train(training)
 
 
 def headline(found: dict[str, float]) -> tuple[str, float]:
-    """The number that a run is judged by, and its name."""
+    """Return the name and the value of the metric that a run is judged by."""
     return ("mIoU", found["miou"]) if "miou" in found else ("accuracy", found["accuracy"])
 
 
@@ -84,18 +88,23 @@ def _classification(net: LocalNetwork, batches: Batches) -> dict[str, float]:
     return {"accuracy": correct, "top5": top5, "loss": loss, "count": count}
 
 
-def _segmentation(net: LocalNetwork, batches: Batches, scales: tuple[float, ...], flip: bool) -> dict[str, float]:
+def _segmentation(
+    net: LocalNetwork, batches: Batches, scales: tuple[float, ...], flip: bool
+) -> dict[str, float]:
     counts, loss_sum, count, plain = None, 0.0, 0, scales == (1.0,) and not flip
     end = net.classifier
     for image, label in batches:
         if plain:
             loss, found = ops.upsample_cross_entropy(
-                net(image), label, align_corners=end.align_corners, ignore_index=IGNORE, return_confusion=True, impl=end.impl
-            )
+                net(image), label, align_corners=end.align_corners, ignore_index=IGNORE,
+                return_confusion=True, impl=end.impl,
+            )  # fmt: skip
         else:
             chances = class_probabilities(net, image, label.shape[-2:], scales, flip)
             found = confusion(chances.argmax(1), label, chances.shape[1])
-            loss = F.nll_loss(chances.clamp(min=1e-30).log(), label.long(), ignore_index=IGNORE, reduction="sum") / found.sum().clamp(min=1)
+            logs = chances.clamp(min=1e-30).log()
+            loss = F.nll_loss(logs, label.long(), ignore_index=IGNORE, reduction="sum")
+            loss = loss / found.sum().clamp(min=1)
         counts = found if counts is None else counts + found
         loss_sum, count = loss_sum + loss.double() * found.sum(), count + len(label)
     _check(count)
@@ -104,12 +113,17 @@ def _segmentation(net: LocalNetwork, batches: Batches, scales: tuple[float, ...]
     occurs = ~iou.isnan()
     mean = torch.where(occurs, iou, 0).sum() / occurs.sum().clamp(min=1)
     right = counts.diagonal().sum().double()
-    miou, accuracy, loss, *each = torch.cat([torch.stack([mean, right / pixels, loss_sum / pixels]), iou]).tolist()
-    return {"miou": miou, "accuracy": accuracy, "loss": loss, "count": count, "iou": [None if v != v else v for v in each]}
+    found = torch.cat([torch.stack([mean, right / pixels, loss_sum / pixels]), iou])
+    miou, accuracy, loss, *each = found.tolist()
+    ious = [None if v != v else v for v in each]
+    return {"miou": miou, "accuracy": accuracy, "loss": loss, "count": count, "iou": ious}
 
 
 def confusion(prediction: torch.Tensor, label: torch.Tensor, classes: int) -> torch.Tensor:
-    """(C, C) int64: pixels by label (row) and prediction (column); those labelled IGNORE are left out. Both (N, H, W) integers."""
+    """Return (C, C) int64 counts of pixels by label (row) and prediction (column), without label IGNORE.
+
+    prediction, label: (N, H, W) integers.
+    """
     kept = label != IGNORE
     pair = torch.where(kept, label.long() * classes + prediction, 0).flatten()
     counts = torch.zeros(classes * classes, dtype=torch.int64, device=pair.device)
@@ -117,25 +131,31 @@ def confusion(prediction: torch.Tensor, label: torch.Tensor, classes: int) -> to
 
 
 def intersection_over_union(counts: torch.Tensor) -> torch.Tensor:
-    """Of each class, float64 (C,), from a confusion matrix; nan for a class that is neither labelled nor predicted."""
+    """Return each class's IoU, float64 (C,), from confusion counts; nan if neither labelled nor predicted."""
     counts = counts.double()
     both = counts.diagonal()
     return both / (counts.sum(0) + counts.sum(1) - both)
 
 
 def class_probabilities(
-    net: LocalNetwork, image: torch.Tensor, size: Sequence[int], scales: Sequence[float] = (1.0,), flip: bool = False
-) -> torch.Tensor:
-    """(N, C, *size): softmax of the resized logits, the mean over the scaled and mirrored images. image: (N, 3, H, W), normalised."""
+    net: LocalNetwork, image: torch.Tensor, size: Sequence[int], scales: Sequence[float] = (1.0,),
+    flip: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    """Return (N, C, *size): softmax of the resized logits, averaged over the scaled and mirrored images.
+
+    image: (N, 3, H, W), normalised.
+    """
     H, W = image.shape[-2:]
     total, corners = 0.0, net.classifier.align_corners
     for scale in scales:
         scaled = image
         if scale != 1:
-            scaled = F.interpolate(image, (round(scale * H), round(scale * W)), mode="bilinear", align_corners=False)
+            size_here = round(scale * H), round(scale * W)
+            scaled = F.interpolate(image, size_here, mode="bilinear", align_corners=False)
         for mirrored in (False, True) if flip else (False,):
             logits = net(scaled.flip(-1) if mirrored else scaled)
-            chances = F.interpolate(logits.float(), tuple(size), mode="bilinear", align_corners=corners).softmax(1)
+            logits = F.interpolate(logits.float(), tuple(size), mode="bilinear", align_corners=corners)
+            chances = logits.softmax(1)
             total = total + (chances.flip(-1) if mirrored else chances)
     return total / (len(scales) * (2 if flip else 1))
 

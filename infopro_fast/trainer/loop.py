@@ -1,8 +1,9 @@
-"""The training loop, safe to kill: one process's `Share` of a run, epoch by epoch, with checkpoints that it continues from to the same bits.
+"""The training loop, safe to kill: epochs, steps and checkpoints of one process's `Share` of a run.
 
-The state of a run is the weights, the optimizers, torch's random generators, and the place (epoch, batch): the batches
-themselves are a function of (seed, epoch) and the learning rate of the place. Metrics stay on the device and are read every
-`log_every` steps and before each checkpoint, which is when a non-finite loss is found; none ever gets into a checkpoint.
+A run's state is the weights, the optimizers, torch's random generators and the place (epoch, batch). Batches
+are a function of (seed, epoch), the learning rate is one of the place: a run continues from a checkpoint to
+the same bits. Metrics stay on the device and are read every `log_every` steps and before each checkpoint.
+Losses that are not finite are found then, and never get into a checkpoint.
 """
 
 from __future__ import annotations
@@ -18,51 +19,53 @@ import torch
 from infopro_fast import modules
 from infopro_fast.errors import NonFiniteError, Stopped
 
-from . import checkpoint, display, evaluation, run_folder, schedule
+from . import checkpoint, curve, display, evaluation, run_folder, schedule, setup
 from .meters import Clock, Meters
 from .moving_average import MovingAverage
-from .processes.reduction import ParallelTrainer
 from .processes.wire import Packet
 from .settings.config import TrainConfig
-from .setup import amp_dtype
 from .share import Share
+from .step import LocalTrainer
 from .stopping import StopRequest
 
 
 class Training:
-    """A run in progress; its place is ``epoch`` finished epochs and ``batch`` finished batches of the next one."""
+    """A run in progress; its place: ``epoch`` finished epochs, ``batch`` finished batches of the next."""
 
     def __init__(self, config: TrainConfig, run: Path, images: Any, share: Share):
-        self.config, self.run, self.share, self.net, self.watch = config, run, share, share.net, share.watch
-        self.images, self.device = images, torch.device(config.device)
-        self.checkpoints = run / run_folder.CHECKPOINTS
+        self.config, self.run, self.images, self.share = config, run, images, share
+        self.net, self.watch, self.device = share.net, share.here.watch, torch.device(config.device)
+        self.checkpoints = run / share.checkpoints
         self.batches = images.batches(config.batch_size, config.drop_last)
         self.steps = config.iterations or config.epochs * self.batches
-        sgd = schedule.released_sgd(config.lr, config.momentum, config.weight_decay, config.optimizer_state, config.nesterov)
-        at = (lambda module, images: None) if share.alone else (lambda module, images: self.at(f"in {module}", images))
-        self.trainer = ParallelTrainer(self.net, sgd, amp=amp_dtype(config), at=at, **share.trainer_options)
+        at = None if share.alone else lambda module, images: self.at(f"in {module}", images)
+        options = {"amp": setup.amp_dtype(config), "at": at, **share.trainer_options}
+        self.trainer = LocalTrainer(self.net, setup.optimizer(config), **options)
         self.ema = None if config.ema is None else MovingAverage(self.net, config.ema)
-        self.meters = Meters(config.log_every)
-        self.meters.combine = share.combine
+        self.meters = Meters(config.log_every, share.combine)
         self.epoch = self.batch = 0
         self.best: float | None = None
         self.test: dict[str, float] | None = None
         self.seconds, self.metrics_bytes, self.came_from = 0.0, 0, ""
-        self.saved: dict[str, Any] = {}  # the last checkpoint, where this process writes them
+        self.saved: dict[str, Any] = {}  # the last checkpoint, in the process that writes them
         self._shapes: tuple[torch.Size, ...] = ()  # of the batch at hand
         self._begun: set[tuple] = set()  # what this process has done before, and with which shapes
 
     def run_to_end(self) -> None:
         """Train what is left, then write the weights and the learning curve."""
-        writes = self.share.writes
-        self.clock = Clock(self.seconds, self.config.checkpoint_minutes, self.steps - self.epoch * self.batches - self.batch)
+        writes, done = self.share.writes, self.epoch * self.batches + self.batch
+        self.clock = Clock(self.seconds, self.config.checkpoint_minutes, self.steps - done)
+        self.log = run_folder.MetricsLog(self.run, self.metrics_bytes) if writes else run_folder.NoLog()
         try:
             with (
                 display.choose() if writes else display.Silent() as self.screen,
-                contextlib.closing(run_folder.MetricsLog(self.run, self.metrics_bytes) if writes else run_folder.NoLog()) as self.log,
+                contextlib.closing(self.log),
                 StopRequest(self.run) as self.stop,
             ):
-                self.screen.message(self.came_from or f"{self.title}, {self.images.train_count} images, run folder {self.run}")
+                # A new run begins with a checkpoint: killed before its first epoch ends, it can still
+                # continue.
+                begins = f"{self.title}, {self.images.train_count} images, run folder {self.run}"
+                self.screen.message(self.came_from or begins)
                 if not self.came_from:
                     if self.config.recipe is not None and self.share.tells_recipe:
                         self.screen.message(run_folder.recipe_text(self.share.config))
@@ -75,62 +78,80 @@ class Training:
             self.draw_learning_curve()
             raise
         except FloatingPointError as error:
-            last = checkpoint.list_checkpoints(self.checkpoints)
-            kept = f"the last checkpoint before it, {last[-1]}, is kept" if last else "there was no checkpoint yet"
-            raise NonFiniteError(f"{error}; training stopped, {kept}") from error
+            saved = checkpoint.list_checkpoints(self.checkpoints)
+            last = "there was no checkpoint yet"
+            if saved:
+                last = f"the last checkpoint before it, {saved[-1]}, is kept"
+            raise NonFiniteError(f"{error}; training stopped, {last}") from error
         self.draw_learning_curve()
 
     def train_epoch(self) -> None:
-        share, log_every = self.share, self.config.log_every
+        """Train the batches that are left of this epoch."""
+        share = self.share
         self.clock.new_epoch()
         share.new_epoch()
         packets = share.inlet.train(self.epoch, self.batch, self.batches_here)
         for packet in self.told(packets, "reading images", "in a step"):
-            lr = learning_rate(self.config, self.epoch, self.batch, self.batches)
+            # Update each module that this process has, from the features that came in.
+            lr = schedule.learning_rate(self.config, self.epoch, self.batch, self.batches)
             self.trainer.set_learning_rate(lr)
             images = share.total(self.batch)  # of all processes
-            found = self.trainer.step(packet.image, packet.label, images, features=packet.features)
-            request = share.decide(packet.request, self.request())
-            metrics = share.pass_on(request, packet.metrics | found, packet, self.trainer.outgoing)
+            features, found = self.trainer.step_from(packet.features, packet.image, packet.label, images)
+
+            # Agree with the other processes on what follows this step, and hand the batch on.
+            request, metrics = share.decide(packet.request, self.request()), packet.metrics | found
+            metrics = share.pass_on(packet._replace(features=features, metrics=metrics, request=request))
+            del features  # which would stay alive through the next step
             if metrics is not None:
                 self.meters.add(metrics, len(packet.label))
+
+            # Move the average and the place.
             self.watch.at(f"between two steps, {self.place}")
             if self.ema is not None:
                 self.ema.update_parameters(self.net)
             self.batch += 1
             self.clock.step(images)
 
-            if self.batch % log_every == 0 or self.batch == self.batches_here:
+            # Log and show the metrics; only this waits for the device.
+            if self.batch % self.config.log_every == 0 or self.batch == self.batches_here:
                 self.meters.read(self.place)
                 means = self.meters.finish_interval()
                 where = {"epoch": self.epoch + 1, "batch": self.batch, "seconds": self.clock.seconds}
                 self.log.write({"kind": "step", **where, "lr": lr, **means})
                 self.screen.update(self.status(means, lr))
+
+            # Stop after a signal, or save where a checkpoint is due; the epoch's end has its own checkpoint.
             if request == "stop":
                 self.save()
                 self.stop.now(signal.SIGTERM)
-            elif request == "save" and self.batch < self.batches_here:  # the epoch's end has a checkpoint of its own
+            elif request == "save" and self.batch < self.batches_here:
                 self.save()
 
     def finish_epoch(self) -> None:
+        """Evaluate, log and save an epoch whose batches are done."""
         try:
             self.test = self.evaluate()
         except Stopped:
-            self.save()  # at the last batch: continuing evaluates again
+            self.save()  # at the last batch: the continued run evaluates again
             raise
         self.watch.at(f"between two epochs, {self.place}")
         if self.test is not None:
             self.best = max(evaluation.headline(self.test)[1], self.best or 0.0)
-        train, lr = self.meters.finish_epoch(), learning_rate(self.config, self.epoch, self.batches_here - 1, self.batches)
-        about = self.share.about_epoch()
+
+        # Log and show the epoch.
+        train, about = self.meters.finish_epoch(), self.share.about_epoch()
+        lr = schedule.learning_rate(self.config, self.epoch, self.batches_here - 1, self.batches)
         if "busy" in about:
             told = ", ".join(f"{name} {100 * share:.0f} %" for name, share in about["busy"].items())
             self.screen.message(f"epoch {self.epoch + 1}/{self.config.epochs}  busy in training: {told}")
         self.log.write({
-            "kind": "epoch", "epoch": self.epoch + 1, "train": train, "test": self.test, "best": self.best, "seconds": self.clock.seconds,
-            "images_per_second": self.clock.images_per_second, "peak_memory_bytes": display.peak_memory(self.device), **about,
+            "kind": "epoch", "epoch": self.epoch + 1, "train": train, "test": self.test, "best": self.best,
+            "seconds": self.clock.seconds, "images_per_second": self.clock.images_per_second,
+            "peak_memory_bytes": display.peak_memory(self.device), **about,
         })  # fmt: skip
         self.screen.epoch(self.status(train, lr))
+
+        # Save at the beginning of the next epoch.
         self.epoch, self.batch = self.epoch + 1, 0
         self.save()
         self.write_weights()
@@ -138,28 +159,28 @@ class Training:
             self.stop.now()  # several processes stop after the next step, all at once
 
     def evaluate(self) -> dict[str, float] | None:
-        """What the test images say, in the process that has the network's end; the others send them on."""
-        share = self.share
+        """Evaluate on the test images; where the network does not end, hand features on and return None."""
+        share, autocast = self.share, self.trainer.autocast
         if not share.evaluates:
             self.at("in evaluation")
             return None
         packets = self.told(share.inlet.test(), "reading test images", "in evaluation")
         if share.outlet is not None:
-            evaluation.send_on(self.result, packets, share.outlet, self.trainer.autocast)
+            evaluation.send_on(self.result, packets, share.outlet, autocast)
             return None
         packets = self.stop.watch(packets) if share.alone else packets
-        return evaluation.evaluate(self.result, ((p.features, p.label) for p in packets), autocast=self.trainer.autocast)
+        return evaluation.evaluate(self.result, ((p.features, p.label) for p in packets), autocast=autocast)
 
     def request(self) -> str | None:
-        """What this process wants done after a step: "stop" by a signal, "save" where a checkpoint is due."""
+        """Return this process's wish after a step: "stop" after a signal, "save" if a checkpoint is due."""
         self.watch.stops |= self.stop.signum is not None
         return "stop" if self.stop.signum is not None else "save" if self.clock.checkpoint_due else None
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # What is written
+    # ----------------------------------------------------------------------------------------------------
+    # Checkpoints and results
 
     def save(self) -> None:
-        """A checkpoint of this place. Raises FloatingPointError instead if a loss, a weight or an optimizer's tensor is not finite."""
+        """Write a checkpoint. Raises FloatingPointError if a loss or anything in it is not finite."""
         self.watch.at(f"writing a checkpoint, {self.place}")
         self.meters.read(self.place)
         content = {"net": self.net.state_dict(), "trainer": self.trainer.state_dict()}
@@ -168,11 +189,12 @@ class Training:
             for name in checkpoint.not_finite(content):
                 raise FloatingPointError(f"{self.place}: {name} is not finite, though every loss was")
             self.saved = content | {
-                "config": self.config.to_json(), "epoch": self.epoch, "batch": self.batch, "best": self.best, "test": self.test,
-                "meters": self.meters.state_dict(), "rng": _rng_state(self.device), "seconds": self.clock.seconds,
-                "metrics_bytes": self.log.sync(), "torch": torch.__version__,
+                "config": self.config.to_json(), "epoch": self.epoch, "batch": self.batch, "best": self.best,
+                "test": self.test, "meters": self.meters.state_dict(), "rng": setup.rng_state(self.device),
+                "seconds": self.clock.seconds, "metrics_bytes": self.log.sync(), "torch": torch.__version__,
             }  # fmt: skip
-            checkpoint.save(self.checkpoints, checkpoint.name_of(self.epoch, self.batch), self.saved, self.watch.moved)
+            name = checkpoint.name_of(self.epoch, self.batch)
+            checkpoint.save(self.checkpoints, name, self.saved, self.watch.moved)
         self.clock.saved()
 
     def load(self, path: Path, state: dict[str, Any]) -> None:
@@ -183,30 +205,33 @@ class Training:
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
         self.meters.load_state_dict(state["meters"])
-        _set_rng_state(state["rng"], self.device)
+        setup.set_rng_state(state["rng"], self.device)
         for name in ("epoch", "batch", "best", "test", "seconds", "metrics_bytes"):
             setattr(self, name, state[name])
         self.came_from = f"{self.title}: continuing {self.run} from {path.name}"
         if state["torch"] != torch.__version__:
-            self.came_from += f" (written by torch {state['torch']}, this is {torch.__version__}: bits may differ)"
+            versions = f"written by torch {state['torch']}, this is {torch.__version__}"
+            self.came_from += f" ({versions}: bits may differ)"
 
     def write_weights(self) -> None:
+        """Write the network's weights, or their average, in the process that has the run folder."""
         self.watch.at(f"writing the weights, {self.place}")
         weights = self.share.weights(self.result, self.saved)
         if weights is not None:
-            about = {"arch": self.config.arch, "epoch": self.epoch, "test_accuracy": (self.test or {}).get("accuracy")}
+            accuracy = (self.test or {}).get("accuracy")
+            about = {"arch": self.config.arch, "epoch": self.epoch, "test_accuracy": accuracy}
             run_folder.write_weights(self.run, weights, about, self.watch.moved)
 
     def draw_learning_curve(self) -> None:
         if self.share.writes:
             self.watch.at("drawing the learning curve", slow=True)
-            run_folder.draw_learning_curve(self.run, self.title)
+            curve.draw_learning_curve(self.run, self.title)
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # Where the run is, for the watch and for people
+    # ----------------------------------------------------------------------------------------------------
+    # Where the run is, for the watch and for the user
 
     def told(self, packets: Iterator[Packet], reading: str, working: str) -> Iterator[Packet]:
-        """The packets; the watch is told that they are read, and then that they are worked on."""
+        """Yield the packets, and tell the watch when one is read and when it is worked on."""
         packets = iter(packets)
         while True:
             self.watch.at(f"{reading}, {self.place}", pulse=self.images.images_read)
@@ -218,9 +243,9 @@ class Training:
             yield packet
 
     def at(self, what: str, images: int | None = None) -> None:
-        """Go on to a step, or to a module with a part of so many images of a batch, or to an evaluation.
+        """Tell the watch of a step, an evaluation, or a module with a part of so many images of a batch.
 
-        On a GPU the first one of a shape compiles and chooses kernels: the last, smaller batch of an epoch, too.
+        A GPU's first one with each shape compiles and chooses kernels, which takes longer.
         """
         begun = what, self._shapes, images
         self.watch.at(f"{what}, {self.place}", slow=self.device.type == "cuda" and begun not in self._begun)
@@ -228,51 +253,28 @@ class Training:
 
     @property
     def result(self) -> modules.LocalNetwork:
-        """What is tested and written: the network, or its average."""
+        """What is tested and written: the network, or its moving average."""
         return self.net if self.ema is None else self.ema.module
 
     @property
     def batches_here(self) -> int:
-        """Of this epoch; the last one of a run that is counted in steps may be shorter."""
+        """Batches of this epoch; a run that is counted in steps may end inside its last one."""
         return min(self.batches, self.steps - self.epoch * self.batches)
 
     def status(self, train: dict[str, float], lr: float) -> display.Status:
         return display.Status(
-            self.title, self.epoch + 1, self.config.epochs, self.batch, self.batches_here, lr, train, self.test, self.best,
-            self.clock.images_per_second, display.peak_memory(self.device), self.clock.seconds_left,
+            self.title, self.epoch + 1, self.config.epochs, self.batch, self.batches_here, lr, train,
+            self.test, self.best, self.clock.images_per_second, display.peak_memory(self.device),
+            self.clock.seconds_left,
         )  # fmt: skip
 
     @property
     def place(self) -> str:
-        return f"{self.share.prefix and self.share.prefix + ', '}epoch {self.epoch + 1}, step {self.batch} of {self.batches_here}"
+        prefix = self.share.prefix and f"{self.share.prefix}, "
+        return f"{prefix}epoch {self.epoch + 1}, step {self.batch} of {self.batches_here}"
 
     @property
     def title(self) -> str:
-        c, prefix = self.config, self.share.prefix and self.share.prefix + " of "
-        return f"{prefix}{c.arch}, {c.modules} module{'s' * (c.modules > 1)}, {c.local_loss}, on {c.dataset} ({self.device})"
-
-
-def learning_rate(config: TrainConfig, epoch: int, batch: int, batches: int) -> float:
-    """Of the step at this place: ``epoch`` epochs and ``batch`` of the next one's ``batches`` are finished before it."""
-    if config.schedule == "one_cycle":
-        steps, warmup = config.iterations or config.epochs * batches, config.warmup * batches
-        return schedule.one_cycle(epoch * batches + batch, steps, config.lr, warmup_steps=warmup)
-    if config.schedule == "poly":
-        return schedule.poly(epoch * batches + batch, config.iterations or config.epochs * batches, config.lr)
-    if config.schedule == "half_cosine":
-        return schedule.half_cosine(epoch + 1, config.epochs, config.lr)
-    if config.schedule == "step":  # 80 and 120 of the released 160 epochs
-        first = max(2, config.epochs // 2)  # a run of few epochs begins with the full rate, too
-        return schedule.step(epoch + 1, config.epochs, config.lr, milestones=(first, max(first + 1, 3 * config.epochs // 4)))
-    return schedule.cosine(epoch + 1, config.epochs, config.lr, warmup_epochs=config.warmup, zero_last_epoch=config.zero_last_epoch)
-
-
-def _rng_state(device: torch.device) -> dict[str, torch.Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    return state | {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else state
-
-
-def _set_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
-    torch.set_rng_state(state["cpu"])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], device)
+        c, prefix = self.config, self.share.prefix and f"{self.share.prefix} of "
+        count = f"{c.modules} module{'s' * (c.modules > 1)}"
+        return f"{prefix}{c.arch}, {count}, {c.local_loss}, on {c.dataset} ({self.device})"

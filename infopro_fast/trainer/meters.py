@@ -1,4 +1,4 @@
-"""Metrics of many steps, read at once; and how long things take."""
+"""Metrics of many steps, read at once; and a run's times."""
 
 from __future__ import annotations
 
@@ -13,24 +13,25 @@ from .step import Metrics, check_finite
 
 
 class Meters:
-    """Sums of the metrics of `LocalTrainer.step`, over an interval of steps and over the epoch.
+    """Sums the metrics of `LocalTrainer.step` over an interval of steps, and over the epoch.
 
-    Steps are kept on their device, ``capacity`` of them at most, until `read`: nothing waits for the device in between.
-    Losses are averaged over images, counts of right answers ("..._correct", "correct") become "..._accuracy", "accuracy".
+    Up to ``capacity`` steps stay on their device until `read`, so that nothing else waits for the device.
+    Losses become means over images; counts of right answers ("..._correct", "correct") become "..._accuracy",
+    "accuracy".
+    combine: from names, rows and counts of this process to rows and counts of all, where several share the
+    batches.
     """
 
-    def __init__(self, capacity: int):
-        self._capacity = capacity
+    def __init__(self, capacity: int, combine: Callable | None = None):
+        self._capacity, self._combine = capacity, combine
         self._names: list[str] = []
-        self._rows: torch.Tensor | None = None  # (capacity, metrics) float64, of which the first len(_counts) are filled
+        self._rows: torch.Tensor | None = None  # (capacity, metrics) float64, filled to len(_counts)
         self._counts: list[int] = []
         self._interval: dict[str, float] = {}
         self._epoch: dict[str, float] = {}
-        # From names, rows and counts of this process to the rows and counts of all, where several share the batches.
-        self.combine: Callable[[list[str], torch.Tensor, list[int]], tuple[torch.Tensor, list[int]]] | None = None
 
     def add(self, metrics: Metrics, count: int) -> None:
-        """One step's metrics, 0-d tensors, of ``count`` images."""
+        """Add one step's metrics, 0-d tensors, of ``count`` images."""
         values = torch.stack([value.double() for value in metrics.values()])
         if self._rows is None:
             self._names, self._rows = list(metrics), values.new_empty(self._capacity, len(values))
@@ -38,15 +39,15 @@ class Meters:
         self._counts.append(count)
 
     def read(self, last: str = "") -> None:
-        """Take in the steps since the last reading; waits for the device. ``last``: what to call the last of them in an error.
+        """Take in the steps since the last reading; waits for the device. last: the last step's name.
 
         Raises FloatingPointError naming module and loss of the first step with a metric that is not finite.
         """
         if self._rows is None:
             return
         values, counts = self._rows[: len(self._counts)], self._counts
-        if self.combine is not None:
-            values, counts = self.combine(self._names, values, counts)
+        if self._combine is not None:
+            values, counts = self._combine(self._names, values, counts)
         rows = values.tolist()
         for i, (row, count) in enumerate(zip(rows, counts)):
             if not all(map(math.isfinite, row)):
@@ -65,17 +66,17 @@ class Meters:
             raise FloatingPointError(f"{where}: {error}") from None
 
     def finish_interval(self) -> dict[str, float]:
-        """Means over the steps read since the last call."""
+        """Return means over the steps read since the last call."""
         means, self._interval = _means(self._interval), {}
         return means
 
     def finish_epoch(self) -> dict[str, float]:
-        """Means over the steps read since the last call."""
+        """Return means over the steps read since the last call."""
         means, self._epoch = _means(self._epoch), {}
         return means
 
     def state_dict(self) -> dict[str, Any]:
-        """Of what was read; read first."""
+        """Return the sums of what was read; call `read` first."""
         return {"interval": dict(self._interval), "epoch": dict(self._epoch)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -84,11 +85,12 @@ class Meters:
 
 def _means(sums: dict[str, float]) -> dict[str, float]:
     images = sums.get("images", 0)
-    return {name.replace("correct", "accuracy"): value / images for name, value in sums.items() if name != "images"}
+    found = {name: value / images for name, value in sums.items() if name != "images"}
+    return {name.replace("correct", "accuracy"): value for name, value in found.items()}
 
 
 class Clock:
-    """Seconds of the run, speed, time left, and whether a checkpoint is due. seconds: of the run before this process."""
+    """Times of a run: seconds, speed, time left, checkpoints due. seconds: those before this process."""
 
     def __init__(self, seconds: float, checkpoint_minutes: float, steps_left: int):
         self._before, self._start = seconds, time.monotonic()
@@ -97,16 +99,17 @@ class Clock:
         self.new_epoch()
 
     def step(self, images: int) -> None:
-        """A step of ``images`` images has ended."""
+        """Note that a step of ``images`` images has ended."""
         now = time.monotonic()
         self._busy, self._mark = self._busy + now - self._mark, now
-        self._images, self._steps, self._steps_left = self._images + images, self._steps + 1, self._steps_left - 1
+        self._images += images
+        self._steps, self._steps_left = self._steps + 1, self._steps_left - 1
 
     def new_epoch(self) -> None:
         self._images, self._busy, self._mark = 0, 0.0, time.monotonic()
 
     def saved(self) -> None:
-        """A checkpoint was written; the time it took is no part of the next step's."""
+        """Note that a checkpoint was written; its time is not part of the next step's."""
         self._saved_at = self._mark = time.monotonic()
 
     @property
@@ -119,10 +122,10 @@ class Clock:
 
     @property
     def images_per_second(self) -> float:
-        """Of the training steps of this epoch."""
+        """Speed of this epoch's training steps."""
         return self._images / self._busy if self._busy else 0.0
 
     @property
     def seconds_left(self) -> float | None:
-        """At the pace of this process so far, evaluation included; None before the first step."""
+        """Seconds left at this process's pace, evaluation included; None before the first step."""
         return (time.monotonic() - self._start) / self._steps * self._steps_left if self._steps else None

@@ -1,4 +1,4 @@
-"""The moving average of a network's weights that `--ema` tests and writes."""
+"""The moving average of a network's weights, which `--ema` tests and writes."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 
 class MovingAverage(AveragedModel):
-    """Parameters and buffers of ``net``, each decay * itself + (1 - decay) * the net's, update by update; the first one copies.
+    """Averages parameters and buffers of ``net``: decay * average + (1 - decay) * value at each update.
 
-    Values and state_dict are those of torch's AveragedModel with `get_ema_multi_avg_fn`. But torch copies the number of updates to the
-    device at each of them, for averages that need it, and so waits for a GPU; here nothing does.
+    The first update copies. Values and state_dict equal those of torch's AveragedModel with
+    `get_ema_multi_avg_fn`. torch copies the number of updates to the device each time, and so waits for a
+    GPU; this class does not.
     """
 
     def __init__(self, net: nn.Module, decay: float):
@@ -21,14 +22,14 @@ class MovingAverage(AveragedModel):
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
-        """Take a step towards ``model``, which has the layers of the net."""
+        """Move the average towards ``model``, which has the net's layers."""
         own, new = (itertools.chain(net.parameters(), net.buffers()) for net in (self.module, model))
         alike: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
         for average, value in zip(own, new, strict=True):
             averages, values = alike.setdefault(average.dtype, ([], []))
             averages.append(average)
             values.append(value)
-        first = self.n_averaged.item() == 0  # it stays on the CPU, where the checkpoint's is loaded to, too
+        first = self.n_averaged.item() == 0  # it stays on the CPU, also when a checkpoint is loaded
         for averages, values in alike.values():
             if first:
                 torch._foreach_copy_(averages, values)

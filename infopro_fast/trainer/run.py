@@ -1,9 +1,10 @@
-"""A run from its beginning, from a checkpoint, or looked at: who takes part, its folder, what it is made of; then the loop."""
+"""Begin a run, continue it, or evaluate it: who takes part, images, network, run folder; then the loop."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,70 +12,72 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from infopro_fast import data, errors, whole_files
-from infopro_fast.errors import ConfigError
+from infopro_fast import data, whole_files
+from infopro_fast.errors import ConfigError, RunError
 
-from . import checkpoint, evaluation, run_folder, schedule, setup
-from .loop import Training, learning_rate
-from .processes import layout, state
-from .processes.layout import Processes
-from .processes.watch import alone
-from .sequential import Sequence as ModuleByModule
+from . import checkpoint, evaluation, run_folder, schedule, sequential, setup
+from .loop import Training
+from .processes import connect, state, watch
+from .processes.connect import Processes
 from .settings import continuing, recipes
 from .settings.config import TrainConfig
 from .share import Share
-from .step import LocalTrainer
 
 
 def fit(config: TrainConfig) -> Path | None:
-    """Train as ``config`` says and return the run folder; None in a process that another one writes it for.
+    """Train as ``config`` says and return the run folder; None in processes that do not write it.
 
-    SIGINT and SIGTERM stop it after a checkpoint (`Stopped`), a second one at once. Raises ConfigError, DataError, RunError
-    or NonFiniteError, whose messages are for people. Torch's generators and thread count are left as they were.
-    After a restart by torchrun (--max-restarts) the run in ``config.out`` continues from its last checkpoint.
+    SIGINT and SIGTERM stop training after a checkpoint (`Stopped`); a second signal stops it at once. After a
+    restart by torchrun (--max-restarts) the run in ``config.out`` continues from its last checkpoint. Torch's
+    generators and thread count are restored. Raises ConfigError, DataError, RunError or NonFiniteError.
     """
     config, several = config.resolved(), config.parallel != "none"
-    if several and layout.launched() and layout.may_restart() and config.out is None:
-        raise ConfigError("out: expected a run folder: torchrun with --max-restarts starts the same command again, which has to find it")
-    config = _here(config, several)
-    with layout.joined(config, several) as here, contextlib.ExitStack() as held:
-        restarted = several and layout.restarts() > 0
+    if several and connect.launched() and connect.may_restart() and config.out is None:
+        what = "torchrun with --max-restarts starts the same command again, which has to find it"
+        raise ConfigError(f"out: expected a run folder: {what}")
+    config = connect.on_local_device(config) if several else config
+    with connect.joined(config, several) as here, contextlib.ExitStack() as held:
+        restarted = several and connect.restarts() > 0
         if restarted and here.share(_checkpoints(config.out), here.layout.main) > 0:
-            return _continue(here, held, config.out, None, previous=False)
-        images = _load_data(config, here)
-        config = config.in_epochs(images.batches(config.batch_size, config.drop_last))
-        _check_batches(config, images, here)
-        held.enter_context(setup.machine(config))
-        here.watch.at("building the network", slow=True)
-        training = _begin(config, images, here)  # raises what is wrong before there is a folder
+            return _continue(here, held, config.out)
+        opened = _Opened(config, here, held)  # finds what is wrong before there is a folder
         if here.layout.is_main:
             if restarted:
                 _remove_unbegun(config.out)
-            here.run = run_folder.create(config, recipes.shared(config, here.layout.replicas))
+            here.run = run_folder.create(opened.config, recipes.shared(opened.config, here.layout.replicas))
             held.enter_context(run_folder.locked(here.run))
         here.run = here.share(here.run, here.layout.main)
-        return _to_end(config, images, here, held, training)
+        return opened.run_to_end()
 
 
-def resume(run: str | Path, *, previous: bool = False, **changes: Any) -> Path | None:
-    """Continue a run from its last checkpoint, or with ``previous`` from the one before it; on the same machine, to the same bits.
+def resume(
+    run: str | Path,
+    *,
+    previous: bool = False,
+    **changes: Any,
+) -> Path | None:
+    """Continue a run from its last checkpoint (``previous``: from the one before).
 
-    (On a GPU as far as torch's kernels are deterministic.) changes: settings that the run has from now on, those that `continuing`
-    lets change: parallel="pipeline" in what torchrun started, threads, data_root, or more epochs, for example.
-    Raises CheckpointError for a damaged checkpoint, ConfigError for changes that would change the training, and what `fit` raises.
+    It ends with the bits of an uninterrupted run. On another machine, or on a GPU with kernels of torch that
+    are not deterministic, bits may differ.
+    changes: settings that the run has from now on, such as parallel="pipeline" under torchrun, threads,
+    data_root or more epochs; `continuing.changed` says which may change.
+    Raises CheckpointError for a damaged checkpoint, ConfigError for changes to the training, and what `fit`
+    raises.
     """
-    config = run_folder.read_config(Path(run))
-    config.check_installed()
-    config = continuing.changed(config, changes)
-    several = config.parallel != "none" and bool(layout.launched() or "parallel" in changes)
-    with layout.joined(_here(config, several), several) as here, contextlib.ExitStack() as held:
+    config = continuing.changed(run_folder.read_config(Path(run)), changes)
+    several = config.parallel != "none" and bool(connect.launched() or "parallel" in changes)
+    local = connect.on_local_device(config) if several else config
+    with connect.joined(local, several) as here, contextlib.ExitStack() as held:
         return _continue(here, held, Path(run), config, previous)
 
 
-def _continue(here: Processes, held: contextlib.ExitStack, run: Path, anew: TrainConfig | None, previous: bool) -> Path | None:
-    """anew: the run's settings from now on; None: as they are."""
-    here.run, several, path, content = run, here.layout.size > 1 or dist.is_initialized(), None, None
-    before = None  # the settings until now
+def _continue(
+    here: Processes, held: contextlib.ExitStack, run: Path, anew: TrainConfig | None = None,
+    previous: bool = False,
+) -> Path | None:  # fmt: skip
+    """Continue a run. anew: its settings from now on, in the main process; None: as they are."""
+    here.run, path, content, before = run, None, None, None
     if here.layout.is_main:
         here.watch.at("reading a checkpoint", slow=True)
         held.enter_context(run_folder.locked(run))
@@ -85,67 +88,84 @@ def _continue(here: Processes, held: contextlib.ExitStack, run: Path, anew: Trai
             path, content = checkpoint.load_latest(run / run_folder.CHECKPOINTS, previous)
             before = TrainConfig.from_json(content["config"])
             content["config"] = continuing.continued(before, anew).to_json()
-    path = here.share(path, here.layout.main)
-    if several:  # the others may have no such folder
+    if here.several:  # the other processes need not see the folder
+        path = here.share(path, here.layout.main)
         content = state.broadcast(content, here.layout.main, here.watch.waiting)
-    config = _here(TrainConfig.from_json(content["config"]), several)
-    images = _load_data(config, here)
-    _check_batches(config, images, here)
+    config = TrainConfig.from_json(content["config"])
+    opened = _Opened(connect.on_local_device(config) if here.several else config, here, held, fresh=False)
     longer = ""
     if before is not None and config.epochs > before.epochs:
-        longer = _longer(before, config, content, images.batches(config.batch_size, config.drop_last), run)
+        batches = opened.images.batches(config.batch_size, config.drop_last)
+        longer = _longer(before, config, content, batches, run)
     if here.layout.is_main:
         run_folder.keep_config(run, anew)
-    held.enter_context(setup.machine(config))
-    here.watch.at("building the network", slow=True)
-    return _to_end(config, images, here, held, _begin(config, images, here, fresh=False), path, content, previous, longer)
+    return opened.run_to_end(path, content, previous, longer)
 
 
 def _longer(before: TrainConfig, after: TrainConfig, content: dict[str, Any], batches: int, run: Path) -> str:
-    """Return what more epochs do to the learning rate, as the schedule now goes over all of them.
+    """Return what more epochs do to the learning rate, whose schedule then goes over all of them.
 
-    content: of the checkpoint. Raises ConfigError for a finished run whose rate has come down and would go up again: that
-    would be a second training, not a longer one.
+    content: the checkpoint's. Raises ConfigError for a finished run whose rate has come down and would go up
+    again: that would be a second training, not a longer one.
     """
     epoch, batch = divmod(content["epoch"] * batches + content["batch"], batches)
     finished = epoch >= before.epochs
     last = (before.epochs - 1, batches - 1) if finished else (epoch, batch)
-    old, new = learning_rate(before, *last, batches), learning_rate(after, epoch, batch, batches)
+    old = schedule.learning_rate(before, *last, batches)
+    new = schedule.learning_rate(after, epoch, batch, batches)
     if finished and new > old:
+        weights, more = run / run_folder.WEIGHTS, after.epochs - before.epochs
         raise ConfigError(
-            f"epochs {after.epochs}: the run has finished its {before.epochs} epochs, and its {before.schedule} schedule has brought the "
-            f"learning rate down to {old:.3g}; over {after.epochs} epochs it would go up again, to {new:.3g}. Begin a new run with these "
-            f"weights instead: infopro-fast train --config {run} --init {run / run_folder.WEIGHTS} --epochs "
-            f"{after.epochs - before.epochs}"
+            f"epochs {after.epochs}: the run has finished its {before.epochs} epochs, and its {before.schedule} "
+            f"schedule has brought the learning rate down to {old:.3g}; over {after.epochs} epochs it would go "
+            f"up again, to {new:.3g}. Begin a new run with these weights instead: infopro-fast train "
+            f"--config {run} --init {weights} --epochs {more}"
         )
     rate = f"stays {new:.4g}" if new == old else f"is {new:.4g} in place of {old:.4g}"
     return (
-        f"; {after.epochs} epochs in place of {before.epochs}: the {after.schedule} schedule goes over all of them, so the learning "
-        f"rate {rate} in the next step"
+        f"; {after.epochs} epochs in place of {before.epochs}: the {after.schedule} schedule goes over all of "
+        f"them, so the learning rate {rate} in the next step"
     )
 
 
-def _begin(config: TrainConfig, images: Any, here: Processes, fresh: bool = True) -> Share | ModuleByModule:
-    if config.order == "sequential":
-        sequence = ModuleByModule(config, images, here)
-        sequence.check_space()
-        return sequence
-    return Share(config, images, setup.first_network(config, images) if fresh else setup.build(config, images), here)
+class _Opened:
+    """A run whose images, machine and network are there. fresh: with new weights, not a checkpoint's."""
 
+    def __init__(self, config: TrainConfig, here: Processes, held: contextlib.ExitStack, fresh: bool = True):
+        self.here, self.held = here, held
+        self.images = _load_data(config, here)
+        self.config = config = config.in_epochs(self.images.batches(config.batch_size, config.drop_last))
+        _check_batches(config, self.images, here.layout.replicas)
+        held.enter_context(setup.machine(config))
+        here.watch.at("building the network", slow=True)
+        if config.order == "sequential":
+            self.share, self.sequence = None, sequential.Sequence(config, self.images, here)
+            self.sequence.check_space()
+        else:
+            net = setup.first_network(config, self.images) if fresh else setup.build(config, self.images)
+            self.share = Share(config, self.images, net, here)
 
-def _to_end(config, images, here, held, begun, path=None, content=None, previous=False, longer="") -> Path | None:
-    if here.layout.size == 1 and not dist.is_initialized():
-        here.watch = held.enter_context(alone(config.patience, here.run))
-    if isinstance(begun, ModuleByModule):
-        begun.run_to_end(previous)
-    else:
-        begun.watch = here.watch
-        training = Training(config, here.run, images, begun)
-        if path is not None:
-            training.load(path, content)
-            training.came_from += longer
-        training.run_to_end()
-    return here.run if here.layout.is_main else None
+    def run_to_end(
+        self, path: Path | None = None, content: dict[str, Any] | None = None, previous: bool = False,
+        longer: str = "",
+    ) -> Path | None:  # fmt: skip
+        """Train to the end and return the run folder, or None where this process does not write it.
+
+        path, content: the checkpoint to continue from; sequential training finds its own, or with
+        ``previous`` the one before the last. longer: what to say about more epochs.
+        """
+        here = self.here
+        if not here.several:
+            here.watch = self.held.enter_context(watch.alone(self.config.patience, here.run))
+        if self.share is None:
+            self.sequence.run_to_end(previous)
+        else:
+            training = Training(self.config, here.run, self.images, self.share)
+            if path is not None:
+                training.load(path, content)
+                training.came_from += longer
+            training.run_to_end()
+        return here.run if here.layout.is_main else None
 
 
 def evaluate_run(
@@ -156,9 +176,10 @@ def evaluate_run(
     scales: Sequence[float] = (1.0,),
     flip: bool = False,
 ) -> dict[str, float]:
-    """What `evaluation.evaluate` finds of a run's weights.safetensors on its test images.
+    """Return the metrics of a run's weights on its test images.
 
-    data_root, device: if not those of the run (`TrainConfig.to_look_at`). scales, flip: as there.
+    data_root, device: where they differ from the run's (`TrainConfig.to_look_at`). scales, flip:
+    `evaluation.evaluate`'s.
     Raises RunError, DataError or ConfigError.
     """
     run = Path(run)
@@ -172,43 +193,42 @@ def evaluate_run(
         try:
             net.load_released_state_dict(weights)
         except ValueError as error:
-            raise errors.RunError(f"{run / run_folder.WEIGHTS} does not fit {run_folder.CONFIG}: {error}") from error
-        batches = images.to(config.device).test_batches(config.batch_size, getattr(torch, config.dtype), config.device)
-        trainer = LocalTrainer(net, schedule.released_sgd(config.lr), amp=setup.amp_dtype(config))
-        return evaluation.evaluate(net, batches, autocast=trainer.autocast, scales=scales, flip=flip)
-
-
-def _here(config: TrainConfig, several: bool) -> TrainConfig:
-    return dataclasses.replace(config, device=layout.local_device(config.device)) if several else config
+            raise RunError(f"{run / run_folder.WEIGHTS} does not fit {run_folder.CONFIG}: {error}") from error
+        dtype, autocast = getattr(torch, config.dtype), functools.partial(setup.autocast, config)
+        batches = images.to(config.device).test_batches(config.batch_size, dtype, config.device)
+        return evaluation.evaluate(net, batches, autocast=autocast, scales=scales, flip=flip)
 
 
 def _load_data(config: TrainConfig, here: Processes) -> data.ImageSet | data.FolderSet:
-    """Files that are fetched are fetched by one process of a machine, before the others look."""
+    """Return the images. One process of each machine downloads them, before the others look."""
     here.watch.at("opening the data set", slow=True)
-    if config.download and layout.local_rank() == 0:
+    if config.download and connect.local_rank() == 0:
         setup.load_data(config)
-    if config.download and dist.is_initialized():
+    if config.download and here.several:
         with here.watch.waiting():
             dist.all_reduce(torch.zeros(1))
     return setup.load_data(dataclasses.replace(config, download=False))
 
 
-def _check_batches(config: TrainConfig, images: data.ImageSet | data.FolderSet, here: Processes) -> None:
-    smallest = config.batch_size if config.drop_last else images.train_count % config.batch_size or config.batch_size
-    replicas = here.layout.replicas
+def _check_batches(config: TrainConfig, images: data.ImageSet | data.FolderSet, replicas: int) -> None:
+    size = config.batch_size
+    smallest = size if config.drop_last else images.train_count % size or size
     if smallest < replicas:
-        raise ConfigError(f"batch_size {config.batch_size}: {replicas} processes cannot share a batch of {smallest} (drop_last?)")
+        what = f"{replicas} processes cannot share a batch of {smallest} (drop_last?)"
+        raise ConfigError(f"batch_size {size}: {what}")
     setup.check_batches(recipes.shared(config, replicas), images, replicas)
 
 
 def _checkpoints(run: Path) -> int:
-    return len(checkpoint.list_checkpoints(run / run_folder.CHECKPOINTS)) if (run / run_folder.CHECKPOINTS).is_dir() else 0
+    """Return how many checkpoints a run folder has; it need not exist."""
+    return len(checkpoint.list_checkpoints(run / run_folder.CHECKPOINTS))
 
 
 def _remove_unbegun(run: Path) -> None:
-    """A run folder that a killed process created and wrote no checkpoint into: its files are made anew."""
+    """Empty a run folder that a killed process created and wrote no checkpoint into."""
     first = {run_folder.CONFIG, run_folder.RECIPE}
-    known = {*first, run_folder.METRICS, ".lock", run_folder.CHECKPOINTS, *(whole_files.ASIDE + name for name in first)}
+    known = {*first, *(whole_files.ASIDE + name for name in first)}
+    known |= {run_folder.METRICS, run_folder.LOCK, run_folder.CHECKPOINTS}
     if run.is_dir() and {path.name for path in run.iterdir()} <= known and _checkpoints(run) == 0:
         for path in run.iterdir():
-            checkpoint._remove(path) if path.is_dir() else path.unlink()
+            whole_files.remove(path)

@@ -1,4 +1,4 @@
-"""The released optimizer and learning-rate schedules (train.py: adjust_learning_rate). Epochs count from 1."""
+"""The authors' optimizer and learning rates (train.py: adjust_learning_rate). Epochs count from 1."""
 
 from __future__ import annotations
 
@@ -8,32 +8,48 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from .low_bit_sgd import LowBitSGD
+from .settings.config import TrainConfig
 
 
 def released_sgd(
-    lr: float, momentum: float = 0.9, weight_decay: float = 1e-4, state: str = "float32", nesterov: bool = True
+    lr: float, momentum: float = 0.9, weight_decay: float = 1e-4, nesterov: bool = True
 ) -> Callable[[Iterable[torch.Tensor]], torch.optim.Optimizer]:
     """make_optimizer of the released recipe: SGD with Nesterov momentum, decay on all parameters; one fused pass a module.
 
-    state: "float32", or the momentum's in "bfloat16" or "8bit" (`LowBitSGD`, always Nesterov's). nesterov: False on Cityscapes.
+    nesterov: False on Cityscapes.
     """
-    if state != "float32" and not nesterov:
-        raise ValueError(f"released_sgd: nesterov: expected True with state {state!r}, got False")
-    if state != "float32":
-        return functools.partial(LowBitSGD, lr=lr, momentum=momentum, weight_decay=weight_decay, state=state)
     nesterov = nesterov and momentum > 0
     return functools.partial(torch.optim.SGD, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, fused=True)
 
 
-def cosine(
-    epoch: int, epochs: int, lr: float, *, warmup_epochs: int = 10, warmup_start: float = 0.01, zero_last_epoch: bool = True
-) -> float:
-    """Learning rate of 1-based ``epoch``: half a cosine from ``lr``, blended in linearly from ``warmup_start``.
+def learning_rate(config: TrainConfig, epoch: int, batch: int, batches: int) -> float:
+    """Learning rate of the step after ``epoch`` epochs and ``batch`` of the next epoch's ``batches``."""
+    now, steps = epoch * batches + batch, config.iterations or config.epochs * batches
+    if config.schedule == "one_cycle":
+        return one_cycle(now, steps, config.lr, warmup_steps=config.warmup * batches)
+    if config.schedule == "poly":
+        return poly(now, steps, config.lr)
+    if config.schedule == "half_cosine":
+        return half_cosine(epoch + 1, config.epochs, config.lr)
+    if config.schedule == "step":  # 80 and 120 of the authors' 160 epochs
+        first = max(2, config.epochs // 2)  # a run of few epochs, too, begins with the full rate
+        milestones = first, max(first + 1, 3 * config.epochs // 4)
+        return step(epoch + 1, config.epochs, config.lr, milestones=milestones)
+    warmup, zero = config.warmup, config.zero_last_epoch
+    return cosine(epoch + 1, config.epochs, config.lr, warmup_epochs=warmup, zero_last_epoch=zero)
 
-    base = lr / 2 (1 + cos(pi epoch / epochs)); for epoch <= warmup_epochs = w: base (epoch - 1) / w + warmup_start (w + 1 - epoch) / w.
-    As released (w = 10, 160 epochs, 0.01) the last epoch has a rate of exactly 0 and only moves the batch norms' statistics;
-    zero_last_epoch=False stretches the cosine by one epoch so that it, too, trains.
+
+def cosine(
+    epoch: int, epochs: int, lr: float, *,
+    warmup_epochs: int = 10, warmup_start: float = 0.01, zero_last_epoch: bool = True,
+) -> float:  # fmt: skip
+    """Learning rate of 1-based ``epoch``: half a cosine from ``lr``, with a linear warm-up.
+
+    base = lr / 2 (1 + cos(pi epoch / epochs)).
+    For epoch <= warmup_epochs = w: base (epoch - 1) / w + warmup_start (w + 1 - epoch) / w.
+
+    In the authors' code (w = 10, 160 epochs, 0.01) the last epoch has a rate of exactly 0, and only moves the
+    batch norms' statistics. zero_last_epoch=False stretches the cosine by one epoch, so that the last trains.
     Raises ValueError if epoch is not in 1 to epochs.
     """
     _check(epoch, epochs)
@@ -43,25 +59,30 @@ def cosine(
     return base * (epoch - 1) / warmup_epochs + warmup_start * (warmup_epochs + 1 - epoch) / warmup_epochs
 
 
-def step(epoch: int, epochs: int, lr: float, *, milestones: Sequence[int] = (80, 120), factor: float = 0.1) -> float:
-    """Learning rate of 1-based ``epoch``: ``lr`` times ``factor`` for each milestone reached (released without --cos_lr)."""
+def step(
+    epoch: int, epochs: int, lr: float, *, milestones: Sequence[int] = (80, 120), factor: float = 0.1
+) -> float:
+    """Learning rate of 1-based ``epoch``: ``lr`` times ``factor`` for each milestone reached.
+
+    The authors' schedule without --cos_lr.
+    """
     _check(epoch, epochs)
     return lr * factor ** sum(epoch >= milestone for milestone in milestones)
 
 
 def half_cosine(epoch: int, epochs: int, lr: float) -> float:
-    """Learning rate of 1-based ``epoch``: half a cosine from ``lr`` in the first one, lr / 2 (1 + cos(pi (epoch - 1) / epochs)).
+    """Learning rate of 1-based ``epoch``: lr / 2 (1 + cos(pi (epoch - 1) / epochs)), half a cosine.
 
-    The released ImageNet schedule, which has no warm-up.
+    The authors' ImageNet schedule, which has no warm-up.
     """
     _check(epoch, epochs)
     return 0.5 * lr * (1 + math.cos(math.pi * (epoch - 1) / epochs))
 
 
 def poly(step: int, steps: int, lr: float, *, power: float = 0.9, least: float = 1e-4) -> float:
-    """Learning rate of 0-based ``step``: least + (lr - least) (1 - step / steps)^power, the released Cityscapes schedule.
+    """Learning rate of 0-based ``step``: least + (lr - least) (1 - step / steps)^power.
 
-    Raises ValueError if step is not in 0 to steps - 1.
+    The authors' Cityscapes schedule. Raises ValueError if step is not in 0 to steps - 1.
     """
     if not 0 <= step < steps:
         raise ValueError(f"schedule: step: expected 0 to {steps - 1}, got {step}")
@@ -69,13 +90,15 @@ def poly(step: int, steps: int, lr: float, *, power: float = 0.9, least: float =
 
 
 def one_cycle(step: int, steps: int, lr: float, *, warmup_steps: int) -> float:
-    """Learning rate of 0-based ``step`` of a short run: straight up to ``lr`` over ``warmup_steps``, then straight down to 0.
+    """Learning rate of 0-based ``step``: linearly up to ``lr`` over ``warmup_steps``, then down to 0.
 
-    Not of the released code, whose schedules change once an epoch, too coarse for a few epochs. Taken at the middle of the step,
-    so that the first and the last one train. Raises ValueError if step is not in 0 to steps - 1.
+    For short runs: the authors' schedules change once an epoch, which is too coarse for a few epochs. The
+    rate is taken at the middle of the step, so that the first and the last step train.
+    Raises ValueError if step is not in 0 to steps - 1.
     """
     if not 0 <= step < steps or warmup_steps >= steps:
-        raise ValueError(f"schedule: step: expected 0 to {steps - 1} with warmup_steps < {steps}, got {step} with {warmup_steps}")
+        expected = f"expected 0 to {steps - 1} with warmup_steps < {steps}"
+        raise ValueError(f"schedule: step: {expected}, got {step} with {warmup_steps}")
     at = step + 0.5
     return lr * (at / warmup_steps if at < warmup_steps else (steps - at) / (steps - warmup_steps))
 

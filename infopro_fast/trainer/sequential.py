@@ -1,17 +1,17 @@
-"""Sequential training, the paper's asynchronous one (Asy-InfoPro): a module is trained to its end, then the next on what it gives.
+"""Sequential training, the paper's asynchronous variant (Asy-InfoPro): the modules are trained in turn.
 
-The paper's code for it was not released. Here a trained module is frozen in eval mode (running statistics), so that its output is a
-function of the image; the next one is trained for as many epochs, by the same schedule, on the same augmented images. Their outputs
-are cached on the disk for every epoch (no bit depends on it, only disk and time: `TrainConfig.cached_epochs`), or computed again by
-the frozen modules for every batch. Of the modules, one is in memory, but for the moments when the network is made and written.
+The authors' code for it was not released. Here a trained module is frozen in eval mode (running statistics),
+so that its output is a function of the image. The next module is trained on that output, for as many epochs,
+by the same schedule, on the same augmented images. Outputs are cached on the disk, or computed again for each
+batch; a cache of all epochs changes no bit (`TrainConfig.cached_epochs`). In training, only one module is in
+memory.
 
-A run folder has in ``trained`` the modules that are done, in ``cache`` the outputs of the last of them, in ``checkpoints`` a folder for
-the module in progress: whatever is killed, continues from what these say.
+A run folder has the finished modules in ``trained``, the last one's outputs in ``cache``, and in
+``checkpoints`` a folder for the module in progress. A killed run continues from these.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,17 +19,16 @@ from typing import Any
 
 import torch
 
-from infopro_fast import data, modules
+from infopro_fast import data, modules, whole_files
 from infopro_fast.plan import for_people
 
-from . import checkpoint, loop, run_folder
+from . import checkpoint, run_folder, setup
 from .feature_cache import CacheFile, Features, check_space
-from .processes.layout import Layout, Processes
-from .processes.reduction import modules_of
-from .processes.watch import Unwatched, Watch
+from .loop import Training
+from .processes.connect import Processes
+from .processes.layout import Layout
 from .processes.wire import Packet
 from .settings.config import TrainConfig
-from .setup import amp_dtype, first_network
 from .share import Images, Share, test_counts
 from .stopping import StopRequest
 
@@ -37,47 +36,45 @@ TRAINED, CACHE = "trained", "cache"
 
 
 class Sequence:
-    """The modules' training, one after the other; ``here.run`` is the run folder by the time that something is trained."""
+    """Trains the modules one after the other; ``here.run`` is the run folder once training begins."""
 
     def __init__(self, config: TrainConfig, images: Any, here: Processes):
         self.config, self.images, self.here = config, images, here
-        self.device, self.dtype = torch.device(config.device), getattr(torch, config.dtype)
+        self.inlet = Images(config, images)
         self.features = self._measure()
 
     @property
     def run(self) -> Path:
         return self.here.run or self.config.out or Path("runs")
 
-    @property
-    def watch(self) -> Watch | Unwatched:
-        return self.here.watch
-
     def run_to_end(self, previous: bool = False) -> None:
-        self._clean()
+        """Train what is left and write the weights. previous: use the checkpoint before the last."""
+        for folder in (self.run / TRAINED, *(self.run / run_folder.CHECKPOINTS).glob("module*")):
+            checkpoint.clean(folder)
         print(self.check_space(), flush=True)
         for k in range(self.config.modules):
             if not self.trained(k).is_dir():
                 self._train(k, previous)
                 previous = False
-        self.watch.at("putting the modules together", slow=True)
-        net = first_network(self.config, self.images)
+        self.here.watch.at("putting the modules together", slow=True)
+        net = setup.first_network(self.config, self.images)
         for k in range(self.config.modules):
-            modules_of(net, range(k, k + 1)).load_state_dict(checkpoint.load(self.trained(k))["net"])
+            net.part(range(k, k + 1)).load_state_dict(checkpoint.load(self.trained(k))["net"])
         last = run_folder.read_metrics(self.run, "epoch")[-1]
-        about = {"arch": self.config.arch, "epoch": self.config.epochs, "test_accuracy": last["test"]["accuracy"]}
-        self.watch.at("writing the weights")
-        run_folder.write_weights(self.run, net.released_state_dict(), about, self.watch.moved)
-        checkpoint._remove(self.run / CACHE)
+        accuracy = last["test"]["accuracy"]
+        about = {"arch": self.config.arch, "epoch": self.config.epochs, "test_accuracy": accuracy}
+        self.here.watch.at("writing the weights")
+        run_folder.write_weights(self.run, net.released_state_dict(), about, self.here.watch.moved)
+        whole_files.remove(self.run / CACHE)
 
     def _train(self, k: int, previous: bool) -> None:
-        stop = StopRequest(self.run)
-        source = None
-        if k > 0:
-            with stop:
-                source = self.cache(k - 1, stop) if self.config.cache else self._frozen(k)
-        self.watch.at(f"building module {k + 1}", slow=True)
-        training = loop.Training(self.config, self.run, self.images, OneModule(self.config, self.images, self._module(k), self.here, k, source))
-        training.checkpoints = self.run / run_folder.CHECKPOINTS / f"module{k + 1:03d}"
+        """Train module k (from 0), from its checkpoint if it has one."""
+        with StopRequest(self.run) as stop:
+            after = self.cached if self.config.cache else self._frozen
+            inlet = self.inlet if k == 0 else after(k - 1, stop)
+        self.here.watch.at(f"building module {k + 1}", slow=True)
+        share = OneModule(self.config, self.images, self._module(k), self.here, k, inlet)
+        training = Training(self.config, self.run, self.images, share)
         if checkpoint.list_checkpoints(training.checkpoints):
             training.load(*checkpoint.load_latest(training.checkpoints, previous))
         else:
@@ -88,34 +85,27 @@ class Sequence:
         training.run_to_end()
         size = (self.run / run_folder.METRICS).stat().st_size
         content = {"net": training.net.state_dict(), "seconds": training.clock.seconds, "metrics_bytes": size}
-        self.watch.at(f"writing module {k + 1}")
-        checkpoint.save(self.run / TRAINED, self.trained(k).name, content, self.watch.moved)
-        checkpoint._remove(training.checkpoints)
-
-    def _module(self, k: int) -> modules.LocalNetwork:
-        return modules_of(first_network(self.config, self.images), range(k, k + 1))
+        self.here.watch.at(f"writing module {k + 1}")
+        checkpoint.save(self.run / TRAINED, self.trained(k).name, content, self.here.watch.moved)
+        whole_files.remove(training.checkpoints)
 
     def trained(self, k: int) -> Path:
+        """Return the folder of module k's weights, which is there once it is trained."""
         return self.run / TRAINED / f"module{k + 1:03d}"
 
-    def _clean(self) -> None:
-        """What a killed process left half-written."""
-        for folder in (self.run / TRAINED, *(self.run / run_folder.CHECKPOINTS).glob("module*")):
-            checkpoint.clean(folder)
+    def _module(self, k: int) -> modules.LocalNetwork:
+        return setup.first_network(self.config, self.images).part(range(k, k + 1))
 
     def _load_trained(self, k: int) -> modules.LocalNetwork:
         part = self._module(k)
         part.load_state_dict(checkpoint.load(self.trained(k))["net"])
         return part.eval().requires_grad_(False)
 
-    def _frozen(self, k: int) -> _Frozen:
-        return _Frozen([self._load_trained(i) for i in range(k)], self._autocast)
+    def _frozen(self, k: int, _: StopRequest) -> Frozen:
+        """Return the inlet after module k, without a cache."""
+        return Frozen(self.inlet, [self._load_trained(i) for i in range(k + 1)], self.config)
 
-    def _autocast(self) -> contextlib.AbstractContextManager:
-        amp = amp_dtype(self.config)
-        return contextlib.nullcontext() if amp is None else torch.autocast(self.device.type, amp)
-
-    # -----------------------------------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------------
     # The cache
 
     @property
@@ -123,151 +113,126 @@ class Sequence:
         return min(self.config.cached_epochs or self.config.epochs, self.config.epochs)
 
     def _measure(self) -> list[Features]:
-        """What each module gives of an image."""
-        net, found = first_network(self.config, self.images).eval(), []
-        h, _ = next(iter(self.images.test_batches(2, self.dtype, self.device)))
-        with torch.inference_mode(), self._autocast():
+        """Return what each module gives for an image."""
+        net, found = setup.first_network(self.config, self.images).eval(), []
+        h = next(iter(self.inlet.test())).features[:2]
+        with torch.inference_mode(), setup.autocast(self.config):
             for stage in net.stages:
                 h = stage(h)
                 found.append(Features.of(h))
         return found
 
     def files(self, k: int) -> tuple[list[CacheFile], CacheFile]:
-        """Of module k's outputs: of the cached epochs, and of the test images."""
+        """Return the files of module k's outputs: one for each cached epoch, and one for the test images."""
         config, images, folder = self.config, self.images, self.run / CACHE / f"module{k + 1:03d}"
-        counts = [
-            min(config.batch_size, images.train_count - i * config.batch_size)
-            for i in range(images.batches(config.batch_size, config.drop_last))
-        ]
-        train = [CacheFile(folder / f"epoch{e + 1:04d}.bin", self.features[k], counts) for e in range(self.cached_epochs)]
-        return train, CacheFile(folder / "test.bin", self.features[k], test_counts(images, config.batch_size))
-
-    def _bytes(self, k: int) -> int:
-        train, test = self.files(k)
-        return sum(file.nbytes for file in (*train, test))
+        size, batches = config.batch_size, images.batches(config.batch_size, config.drop_last)
+        counts = [min(size, images.train_count - i * size) for i in range(batches)]
+        paths = [folder / f"epoch{epoch + 1:04d}.bin" for epoch in range(self.cached_epochs)]
+        train = [CacheFile(path, self.features[k], counts) for path in paths]
+        return train, CacheFile(folder / "test.bin", self.features[k], test_counts(images, size))
 
     def check_space(self) -> str:
-        """What the cache takes, for people. Raises RunError if the disk has not so much."""
+        """Return, as text, what the cache takes. Raises RunError if the disk has less."""
         if not self.config.cache:
             return "nothing is cached"
-        sizes = [self._bytes(k) for k in range(self.config.modules - 1)]
-        most = max(sum(sizes[max(0, k - 1) : k + 1]) for k in range(len(sizes)))  # a module's outputs are made from the last one's
+        files = [self.files(k) for k in range(self.config.modules - 1)]
+        sizes = [sum(file.nbytes for file in (*train, test)) for train, test in files]
+        # A module's outputs are made from those of the module before.
+        most = max(sum(sizes[max(0, k - 1) : k + 1]) for k in range(len(sizes)))
         what = f"the cache of {self.cached_epochs} epoch{'s' * (self.cached_epochs > 1)}"
         check_space(self.run / CACHE, most, what)
         each = ", ".join(for_people(size) for size in sizes)
         return f"{what} takes up to {for_people(most)} in {self.run / CACHE} (module by module {each})"
 
-    def cache(self, k: int, stop: StopRequest) -> _Cached:
-        """The outputs of module k, which are made if they are not there; those of the modules before it are then removed."""
+    def cached(self, k: int, stop: StopRequest) -> Cached:
+        """Return the inlet after module k. Makes its outputs if they are missing, then removes module k - 1's."""
         train, test = self.files(k)
         if not all(file.is_complete for file in (*train, test)):
-            source = self.cache(k - 1, stop) if k > 0 else None
-            self.watch.at(f"building module {k + 1}", slow=True)
+            inlet = self.cached(k - 1, stop) if k > 0 else self.inlet
+            self.here.watch.at(f"building module {k + 1}", slow=True)
             part = self._load_trained(k)
+            what = f"caching the outputs of module {k + 1}"
             for epoch, file in enumerate(train):
-                first = len(file.sums)
-                batches = self.images.train_epoch(
-                    self.config.batch_size, seed=self.config.seed, epoch=epoch, first=first, drop_last=self.config.drop_last,
-                    augmented=self.config.augment, dtype=self.dtype, device=self.device,
-                )  # fmt: skip
-                given = batches if source is None else source.train(epoch, first, batches)
-                self._write(file, self._outputs(part, stop.watch(given)), f"caching the outputs of module {k + 1}, epoch {epoch + 1}")
-            batches = self.images.test_batches(self.config.batch_size, self.dtype, self.device)
-            batches = batches if source is None else source.test(batches)
-            first = len(test.sums)
-            missing = self._outputs(part, stop.watch(b for i, b in enumerate(batches) if i >= first))
-            self._write(test, missing, f"caching the outputs of module {k + 1}, test images")
+                packets = inlet.train(epoch, len(file.sums), len(file.counts))
+                self._write(file, self._outputs(part, stop.watch(packets)), f"{what}, epoch {epoch + 1}")
+            done = len(test.sums)
+            packets = stop.watch(packet for i, packet in enumerate(inlet.test()) if i >= done)
+            self._write(test, self._outputs(part, packets), f"{what}, test images")
         if k > 0:
-            checkpoint._remove(self.files(k - 1)[1].path.parent)
-        return _Cached(train, test, self.device)
+            whole_files.remove(self.files(k - 1)[1].path.parent)
+        return Cached(self.inlet, train, test)
 
     def _write(self, file: CacheFile, batches: Iterator[torch.Tensor], place: str) -> None:
-        self.watch.at(f"taking the disk's space, {place}", slow=True)
+        self.here.watch.at(f"taking the disk's space, {place}", slow=True)
         file.reserve()
-        self.watch.at(place, pulse=self.images.images_read)
-        file.write(batches, self.watch.moved)
+        self.here.watch.at(place, pulse=self.images.images_read)
+        file.write(batches, self.here.watch.moved)
 
-    def _outputs(self, part: modules.LocalNetwork, batches: Iterator[tuple[torch.Tensor, ...]]) -> Iterator[torch.Tensor]:
-        with torch.inference_mode(), self._autocast():
-            for h, *_ in batches:
+    def _outputs(self, part: modules.LocalNetwork, packets: Iterator[Packet]) -> Iterator[torch.Tensor]:
+        with torch.inference_mode(), setup.autocast(self.config):
+            for packet in packets:
+                h = packet.features
                 for stage in part.stages:
                     h = stage(h)
                 yield h
 
 
-Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]
+@dataclasses.dataclass
+class Cached:
+    """Inlet: the images, with features from the disk. Epochs repeat where fewer are cached."""
+
+    images: Images
+    epochs: list[CacheFile]
+    tests: CacheFile
+
+    def train(self, epoch: int, first: int, last: int) -> Iterator[Packet]:
+        epoch %= len(self.epochs)
+        return self._read(self.epochs[epoch], first, self.images.train(epoch, first, last))
+
+    def test(self) -> Iterator[Packet]:
+        return self._read(self.tests, 0, self.images.test())
+
+    def _read(self, file: CacheFile, first: int, packets: Iterator[Packet]) -> Iterator[Packet]:
+        for i, packet in enumerate(packets, first):
+            yield packet._replace(features=file.read(i).to(self.images.device))
 
 
 @dataclasses.dataclass
-class _Cached:
-    """Features from the disk: (features, image, label) for (image, label)."""
+class Frozen:
+    """Inlet: the images, with features from the trained modules themselves."""
 
-    epochs: list[CacheFile]
-    tests: CacheFile
-    device: torch.device
+    images: Images
+    parts: list[modules.LocalNetwork]
+    config: TrainConfig
 
-    def train(self, epoch: int, first: int, batches: Batches) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        file = self.epochs[epoch]
-        for i, (image, label) in enumerate(batches, first):
-            yield file.read(i).to(self.device), image, label
+    def train(self, epoch: int, first: int, last: int) -> Iterator[Packet]:
+        return self._run(self.images.train(epoch, first, last))
 
-    def test(self, batches: Batches) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        for i, (image, label) in enumerate(batches):
-            yield self.tests.read(i).to(self.device), image, label
+    def test(self) -> Iterator[Packet]:
+        return self._run(self.images.test())
 
-    @property
-    def different_epochs(self) -> int:
-        return len(self.epochs)
-
-
-class _Frozen:
-    """Features by the trained modules themselves."""
-
-    different_epochs = None
-
-    def __init__(self, parts: list[modules.LocalNetwork], autocast):
-        self.parts, self.autocast = parts, autocast
-
-    def train(self, epoch: int, first: int, batches: Batches) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        for image, label in batches:
-            with torch.no_grad(), self.autocast():
-                h = image
+    def _run(self, packets: Iterator[Packet]) -> Iterator[Packet]:
+        for packet in packets:
+            h = packet.image
+            with torch.no_grad(), setup.autocast(self.config):
                 for part in self.parts:
                     for stage in part.stages:
                         h = stage(h)
-            yield h, image, label
-
-    def test(self, batches: Batches) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        return self.train(0, 0, batches)
-
-
-class After:
-    """Inlet of module k: the images, and what the modules before make of them (``source``)."""
-
-    def __init__(self, images: Images, source: _Cached | _Frozen):
-        self.images, self.source = images, source
-
-    def train(self, epoch: int, first: int, last: int) -> Iterator[Packet]:
-        epoch %= self.source.different_epochs or epoch + 1
-        batches = ((p.image, p.label) for p in self.images.train(epoch, first, last))
-        return (Packet(None, {}, label, image, h) for h, image, label in self.source.train(epoch, first, batches))
-
-    def test(self) -> Iterator[Packet]:
-        batches = ((p.image, p.label) for p in self.images.test())
-        return (Packet(None, {}, label, image, h) for h, image, label in self.source.test(batches))
+            yield packet._replace(features=h)
 
 
 class OneModule(Share):
-    """Module k (from 0) on what the trained ones before it make of the images."""
-
-    def __init__(self, config: TrainConfig, images: Any, net: modules.LocalNetwork, here: Processes, k: int, source: _Cached | _Frozen | None):
-        super().__init__(config, images, net, here)
-        self.layout = Layout(0, 1, (range(k, k + 1),))
-        self.prefix, self.evaluates, self.tells_recipe = f"module {k + 1}", k == config.modules - 1, k == 0
-        if source is not None:
-            self.inlet = After(self.inlet, source)
+    """Module k (from 0), trained on the output of the trained modules before it."""
 
     evaluates = True
+
+    def __init__(
+        self, config: TrainConfig, images: Any, net: modules.LocalNetwork, here: Processes, k: int, inlet: Any
+    ):
+        super().__init__(config, images, net, here, inlet)
+        self.layout = Layout(0, 1, (range(k, k + 1),))
+        self.prefix, self.checkpoints = f"module {k + 1}", f"{run_folder.CHECKPOINTS}/module{k + 1:03d}"
+        self.evaluates, self.tells_recipe = k == config.modules - 1, k == 0
 
     def about_epoch(self) -> dict[str, Any]:
         return {"module": self.layout.modules.start + 1}
@@ -278,4 +243,4 @@ class OneModule(Share):
     own = whole
 
     def weights(self, net: modules.LocalNetwork, saved: dict[str, Any]) -> None:
-        """Those of the network, when all modules are trained."""
+        """Return None: the network is written when all modules are trained."""

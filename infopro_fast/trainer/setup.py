@@ -1,9 +1,9 @@
-"""What a run is made of: images, network and machine, as its config says."""
+"""What a run is made of: images, network, machine and generators, from its settings."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +12,30 @@ import torch
 from infopro_fast import data, modules, ops
 from infopro_fast.errors import ConfigError
 
+from . import schedule
 from .settings.config import TrainConfig
 
 
 def amp_dtype(config: TrainConfig) -> torch.dtype | None:
-    """What autocast rounds to, or None."""
+    """Return the dtype of autocast, or None."""
     return None if config.amp == "none" else getattr(torch, config.amp)
 
 
+def autocast(config: TrainConfig) -> contextlib.AbstractContextManager:
+    """Return the context that a run's forwards run in."""
+    if config.amp == "none":
+        return contextlib.nullcontext()
+    return torch.autocast(torch.device(config.device).type, amp_dtype(config))
+
+
+def optimizer(config: TrainConfig) -> Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]:
+    """Return `LocalTrainer`'s make_optimizer."""
+    c = config
+    return schedule.released_sgd(c.lr, c.momentum, c.weight_decay, c.nesterov)
+
+
 def load_init(net: modules.LocalNetwork, path: Path) -> None:
-    """Copy the weights in ``path`` that the network has at the same names and shapes. Raises ConfigError if none of them fits."""
+    """Copy the weights in ``path`` that fit by name and shape. Raises ConfigError if none fits."""
     own, state, copied = net.released_state_dict(), _read_init(path), 0
     with torch.no_grad():
         for name, tensor in state.items():
@@ -31,11 +45,12 @@ def load_init(net: modules.LocalNetwork, path: Path) -> None:
                     copied += 1
                     break
     if not copied:
-        raise ConfigError(f"init {path}: none of its {len(state)} entries has the name and shape of a weight of this network")
+        what = f"none of its {len(state)} entries has the name and shape of a weight of this network"
+        raise ConfigError(f"init {path}: {what}")
 
 
 def _read_init(path: Path) -> dict[str, Any]:
-    """What is in a file of weights, by name. Raises ConfigError naming a file that is none."""
+    """Return the contents of a file of weights, by name. Raises ConfigError naming a file of another kind."""
     try:
         if path.suffix == ".safetensors":
             import safetensors.torch
@@ -43,19 +58,20 @@ def _read_init(path: Path) -> dict[str, Any]:
             state = safetensors.torch.load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what is no file of weights can fail in any way: as a pickle, a zip archive, a header of JSON
+    except Exception as error:  # another file can fail in any way: as a pickle, a zip archive, a JSON header
         why = next(iter(str(error).splitlines()), "")
         raise ConfigError(f"init {path}: not a file of weights: {type(error).__name__}: {why}") from error
     state = state.get("state_dict", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
-        raise ConfigError(f"init {path}: not a file of weights: expected tensors by name, got {type(state).__name__}")
+        what = f"expected tensors by name, got {type(state).__name__}"
+        raise ConfigError(f"init {path}: not a file of weights: {what}")
     return state
 
 
 def check_batches(config: TrainConfig, images: data.ImageSet | data.FolderSet, replicas: int = 1) -> None:
-    """Raises ConfigError where a head of DGL, whose batch norms are over the images alone, would be given a single one.
+    """Raise ConfigError where a head of DGL, whose batch norms see images alone, would get a single image.
 
-    replicas: processes that share a batch, of which each goes through its own part in ``accumulate`` parts.
+    replicas: processes that share a batch; each goes through its part in ``accumulate`` parts.
     """
     if config.loss != "dgl" or config.modules == 1 or (config.sync_batch_norm and replicas > 1):
         return
@@ -65,45 +81,49 @@ def check_batches(config: TrainConfig, images: data.ImageSet | data.FolderSet, r
             part = -(-own // config.accumulate)  # as `Tensor.chunk` cuts
             if 1 in (part, own % part):
                 raise ConfigError(
-                    f"local_loss dgl: the batch norms of its heads need 2 images, and {count} in batches of {size} leave 1 alone "
-                    "(other batch_size, accumulate or number of processes? drop_last?)"
+                    f"local_loss dgl: the batch norms of its heads need 2 images, and {count} in batches of "
+                    f"{size} leave 1 alone (other batch_size, accumulate or number of processes? drop_last?)"
                 )
 
 
 def load_data(config: TrainConfig) -> data.ImageSet | data.FolderSet:
-    images = data.load(config.dataset, config.data_root, config.download, crop=config.crop, workers=config.workers or 0)
+    """Return the run's images. Raises DataError or ConfigError."""
+    c = config
+    images = data.load(c.dataset, c.data_root, c.download, crop=c.crop, workers=c.workers or 0)
     if config.shrink > 1:
         images = images.shrunk(config.shrink)
     if config.hold_out > 0:
         images = images.held_out(config.hold_out)
     if images.batches(config.batch_size, config.drop_last) == 0:
-        raise ConfigError(f"batch_size {config.batch_size} and drop_last: there are only {images.train_count} training images")
+        count = f"there are only {images.train_count} training images"
+        raise ConfigError(f"batch_size {config.batch_size} and drop_last: {count}")
     return images
 
 
 def build(config: TrainConfig, images: data.ImageSet | data.FolderSet) -> modules.LocalNetwork:
+    """Return the run's network, on its device. Raises ConfigError."""
+    c = config
     if config.impl != "auto":
-        # Of what has no CUDA C++ kernels, cuda asks for none (`modules.build`); Triton's are there for every op.
+        # Triton has kernels for every op, CUDA C++ for some: `modules.build` asks for no others.
         for op in (op for op in ops.OPS if config.impl != "cuda" or ops.has_kernels(op, "cuda")):
             reason = ops.available(op, config.device)[config.impl]
             if reason is not None:
                 raise ConfigError(f"impl {config.impl}: {op}: {reason}")
     try:
         net = modules.build(
-            config.arch, config.modules, config.local_loss, config.lambdas, config.balanced, images.num_classes, images.image_size,
-            images.mean, images.std, cuts=config.cuts, net_config=config.net_config, widen=config.widen, feature_dim=config.feature_dim,
-            aux_depth=config.aux_depth, label_smoothing=config.label_smoothing, recompute=config.recompute, impl=config.impl,
+            c.arch, c.modules, c.local_loss, c.lambdas, c.balanced, images.num_classes, images.image_size,
+            images.mean, images.std, cuts=c.cuts, net_config=c.net_config, widen=c.widen,
+            feature_dim=c.feature_dim, aux_depth=c.aux_depth, label_smoothing=c.label_smoothing,
+            recompute=c.recompute, impl=c.impl,
         )  # fmt: skip
-    except ImportError as error:
-        raise ConfigError(str(error).removeprefix("build: ")) from error
-    except ValueError as error:
+    except (ImportError, ValueError) as error:
         raise ConfigError(str(error).removeprefix("build: ")) from error
     return net.to(config.device, getattr(torch, config.dtype))
 
 
 @contextlib.contextmanager
 def machine(config: TrainConfig) -> Iterator[None]:
-    """The run's thread count and kernels that repeat to the bit, and generators of its own, for as long as it lasts."""
+    """Give a run its thread count, kernels that repeat to the bit, and generators, while it lasts."""
     try:
         device = torch.device(config.device)
         torch.empty(0, device=device)
@@ -115,7 +135,9 @@ def machine(config: TrainConfig) -> Iterator[None]:
     try:
         with (
             torch.random.fork_rng([device] if device.type == "cuda" else []),
-            torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=config.tf32),
+            torch.backends.cudnn.flags(
+                enabled=True, benchmark=False, deterministic=True, allow_tf32=config.tf32
+            ),
         ):
             yield
     finally:
@@ -124,9 +146,21 @@ def machine(config: TrainConfig) -> Iterator[None]:
 
 
 def first_network(config: TrainConfig, images: data.ImageSet | data.FolderSet) -> modules.LocalNetwork:
-    """The network as every run of this config begins with it; torch's generator goes on from there."""
+    """Return the network that a run with these settings begins with; torch's generator goes on from there."""
     torch.manual_seed(config.seed)
     net = build(config, images)
     if config.init is not None:
         load_init(net, config.init)
     return net
+
+
+def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """Return the state of torch's generators that a run on this device uses."""
+    state = {"cpu": torch.get_rng_state()}
+    return state | {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else state
+
+
+def set_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: a run stops at a good place, after a checkpoint."""
+"""Stop a run at a good place, after a checkpoint, when SIGINT or SIGTERM arrives."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from infopro_fast.errors import Stopped
 
 
 class StopRequest:
-    """Notes SIGINT and SIGTERM (``signum``) for the loop to stop at a good place; a second signal interrupts at once.
+    """Notes SIGINT and SIGTERM (``signum``) for the loop; a second signal interrupts at once.
 
-    Outside the main thread, where Python allows no handlers, signals do what they did before.
+    Outside the main thread, where Python allows no handlers, signals act as before.
     """
 
     def __init__(self, run: Path):
@@ -24,7 +24,8 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            self._old = {signum: signal.signal(signum, self._note) for signum in (signal.SIGINT, signal.SIGTERM)}
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                self._old[signum] = signal.signal(signum, self._note)
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -37,11 +38,11 @@ class StopRequest:
         self.signum = signum
 
     def now(self, otherwise: int | None = None) -> None:
-        """Stop training here; the checkpoint is written. otherwise: the signal, where another process got it."""
+        """Stop training here, after the checkpoint. otherwise: the signal, where another process got it."""
         raise Stopped(self.signum or otherwise, f"continue with: infopro-fast train --resume {self.run}")
 
     def watch(self, batches: Iterable) -> Iterator:
-        """The batches, until a signal comes."""
+        """Yield the batches until a signal arrives, then stop."""
         for batch in batches:
             if self.signum is not None:
                 self.now()

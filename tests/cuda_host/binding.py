@@ -1,6 +1,6 @@
 """The CUDA kernels of reconstruction_loss, compiled by g++ and run on the host, as the torch ops that they are on a GPU.
 
-`build` compiles csrc/*.cuh with cuda_host.h in place of the CUDA runtime; `Kernels`, of the CIFAR decoder, and `ChainKernels`, of a chain
+`build` compiles csrc/cuda/*.cuh with cuda_host.h in place of the CUDA runtime; `Kernels`, of the CIFAR decoder, and `ChainKernels`, of a chain
 decoder's stages, call the launchers in the object through ctypes; `register` gives the ops `infopro_fast::reconstruction_loss_*_cuda` and
 `chain_*_cuda` an implementation for CPU tensors, that of `current`. Triton's kernels, which run stages that have no CUDA C++ ones, are
 here the ones for the CPU.
@@ -49,7 +49,7 @@ TWO_BLOCKS = Device(2, 99 * 1024, 24 * 1024)
 
 
 class Plan(typing.NamedTuple):
-    """csrc/decoder_plan.cuh's; samples that a launch of backward takes; blocks to a multiprocessor; transient bytes."""
+    """csrc/cuda/reconstruction_loss_plan.cuh's; samples that a launch of backward takes; blocks to a multiprocessor; transient bytes."""
 
     low_resolution: int
     tiles: int
@@ -142,7 +142,7 @@ class Kernels:
 
 
 class ChainPlan(typing.NamedTuple):
-    """csrc/chain_plan.cuh's, of one direction; blocks to a multiprocessor; transient bytes."""
+    """csrc/cuda/chain_stage_plan.cuh's, of one direction; blocks to a multiprocessor; transient bytes."""
 
     tiles: int
     tile_h: int

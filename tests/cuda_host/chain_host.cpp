@@ -1,5 +1,5 @@
 // The CUDA kernels of a chain decoder's stages on the host, with a plain C interface for ctypes.
-#include "chain_launch.cuh"
+#include "cuda/chain_stage_launch.cuh"
 
 using namespace infopro::gpu;
 using infopro::Dtype;

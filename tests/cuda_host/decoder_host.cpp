@@ -1,5 +1,5 @@
 // reconstruction_loss's CUDA kernels on the host, with a plain C interface for ctypes.
-#include "decoder_launch.cuh"
+#include "cuda/reconstruction_loss_launch.cuh"
 
 using namespace infopro::gpu;
 using infopro::Dtype;

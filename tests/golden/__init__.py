@@ -1,7 +1,8 @@
-"""Golden values: digests of what the authors' released code computes in float64, and the closed form of its inputs.
+"""Golden values: digests of what the authors' released code computes in float64, and the closed form of its
+inputs.
 
-Nothing but digests is stored (released_code.json). Inputs and parameters come from `wave`; a tensor's digest is its
-Euclidean norm and its dot product with a wave seeded by its name.
+Nothing but digests is stored (released_code.json). Inputs and parameters come from `wave`; a tensor's digest
+is its Euclidean norm and its dot product with a wave seeded by its name.
 """
 
 from __future__ import annotations
@@ -17,14 +18,17 @@ CASES = json.loads((pathlib.Path(__file__).parent / "released_code.json").read_t
 
 
 def cases(op: str) -> list[dict]:
-    """The cases of one op: cifar_decoder, aux_classifier, supcon, train_step, chain_decoder, upsample_cross_entropy."""
+    """The cases of one op: cifar_decoder, aux_classifier, supcon, train_step, chain_decoder,
+    upsample_cross_entropy."""
     return [case for case in CASES if case["op"] == op]
 
 
 def wave(shape, seed: int, amp: float = 1.0, off: float = 0.0) -> torch.Tensor:
     """off + amp * sin(0.1 + 0.731 seed + i (0.618034 + 0.0137 (seed mod 17))), i row-major, float64."""
     i = torch.arange(math.prod(shape), dtype=torch.float64)
-    return (off + amp * torch.sin(0.1 + 0.731 * seed + i * (0.618034 + 0.0137 * (seed % 17)))).reshape(tuple(shape))
+    return (off + amp * torch.sin(0.1 + 0.731 * seed + i * (0.618034 + 0.0137 * (seed % 17)))).reshape(
+        tuple(shape)
+    )
 
 
 def seed_of(name: str) -> int:

@@ -1,4 +1,4 @@
-"""The Triton kernels of `upsample_conv3x3`: sizes up and down, every mode, dtypes and layouts; the tables that they look up."""
+"""The Triton kernels of `upsample_conv3x3`: sizes up and down, every mode, dtypes and layouts."""
 
 from __future__ import annotations
 
@@ -116,31 +116,3 @@ def test_sizes_beyond_its_counters_are_refused():
     x, weight = torch.zeros(1, 1, 1, 40000), torch.zeros(1, 1, 3, 3)
     with pytest.raises(ValueError, match="upsample_conv3x3: impl='triton' takes .* below 2\\^31, got maps of \\(1, 40000\\)"):
         upsample_conv3x3(x, weight, None, (1, 40000), impl="triton")
-
-
-@pytest.mark.parametrize("mode", range(3))
-def test_tables(mode):
-    """Both tables are the matrix that torch resizes by, and no source position has more takers than there is room for."""
-    from infopro_fast.ops.triton_kernels import resize
-
-    options = (dict(mode="bilinear", align_corners=True), dict(mode="nearest"), dict(mode="bilinear"))[mode]
-    sizes = [(1, 1), (1, 9), (2, 9), (9, 1), (5, 5), (7, 3), (3, 7), (13, 64), (28, 224), (5, 37), (64, 13), (2, 2), (60, 61)]
-    for size, out in sizes:
-        unit = torch.eye(size, dtype=torch.float64)[:, None, :, None]
-        wanted = torch.nn.functional.interpolate(unit, (out, 1), **options)[:, 0, :, 0].T  # (out, size)
-        low, weights = resize.places(size, 1, out, 1, mode, torch.device("cpu"))
-        low, (a, b) = low[: out + 2].long(), weights.view(2, -1)[:, : out + 2].double()
-        found = torch.zeros(out + 2, size, dtype=torch.float64)
-        rows = torch.arange(out + 2)
-        found[rows, low] += a
-        found[rows, (low + 1).clamp(max=size - 1)] += b
-        compare.assert_close(found[1:-1], wanted, dtype=torch.float32, what=f"places {size} to {out}")
-        assert not found[0].any() and not found[-1].any()
-        first, weights, most, _ = resize.takers(size, 1, out, 1, mode, torch.device("cpu"))
-        found = torch.zeros(out + most, size, dtype=torch.float64)
-        table = weights[: (most + 4) * size].view(most + 4, size).double()
-        assert not table[:2].any() and not table[-2:].any()
-        for t in range(most):
-            found[first[:size].long() + t, torch.arange(size)] += table[2 + t]
-        assert not found[out:].any()
-        compare.assert_close(found[:out], wanted, dtype=torch.float32, what=f"takers {size} to {out}")

@@ -1,6 +1,7 @@
-"""ImageNet training in the style of the released code, small: two local modules, an auxiliary net of each kind, all of it plain torch.
+"""ImageNet training in the style of the authors' code: two local modules, in plain torch.
 
-README shows how its loss lines change; `test_large_networks.test_diff_of_a_released_style_script` makes the change and runs both.
+README shows how its loss lines change.
+`test_large_networks.test_diff_of_a_released_style_script` makes the change and runs both.
 
     python imagenet.py --steps 5 --dtype float32 --out state.pt
 """
@@ -17,15 +18,23 @@ CLASSES, SIZE, BATCH = 10, 48, 8
 
 
 def conv_norm_relu(inplanes, planes, kernel, stride=1, bias=False):
-    return nn.Conv2d(inplanes, planes, kernel, stride, kernel // 2, bias=bias), nn.BatchNorm2d(planes), nn.ReLU(inplace=True)
+    conv = nn.Conv2d(inplanes, planes, kernel, stride, kernel // 2, bias=bias)
+    return conv, nn.BatchNorm2d(planes), nn.ReLU(inplace=True)
 
 
 def double():
     return nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True)
 
 
+def denormalized(image):
+    return image * image.new_tensor(STD).view(3, 1, 1) + image.new_tensor(MEAN).view(3, 1, 1)
+
+
 class LocalResNet(nn.Module):
-    """A ResNet-18 that ends its first module after the first block of layer2: 128 channels at an eighth of the image's size."""
+    """A ResNet-18 whose first module ends after the first block of layer2.
+
+    The features have 128 channels and an eighth of the image's size.
+    """
 
     def __init__(self):
         super().__init__()
@@ -42,9 +51,9 @@ class LocalResNet(nn.Module):
         )  # fmt: skip
 
     def first_module(self, image, target):
-        """Features without their graph for the module after it, and the local loss."""
+        """Return the features for the next module, detached, and the local loss."""
         x = self.first(image)
-        restored = (image * image.new_tensor(STD).view(3, 1, 1) + image.new_tensor(MEAN).view(3, 1, 1)).clamp(0, 1)
+        restored = denormalized(image).clamp(0, 1)
         recons = F.binary_cross_entropy(self.decoder(x), restored)
         task = F.cross_entropy(self.head(x), target)
         return x.detach(), 5 * recons + 0.75 * task
@@ -54,7 +63,7 @@ class LocalResNet(nn.Module):
 
 
 def batches(steps, dtype):
-    """Normalised images of as many colours as there are classes, with noise; and their classes."""
+    """Yield normalised noisy images, each class in a colour of its own, and their classes."""
     generator = torch.Generator().manual_seed(1)
     colours = torch.rand(CLASSES, 3, 1, 1, generator=generator)
     for _ in range(steps):

@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 
 from . import chain_stage as stage
-from .reconstruction_loss import _pixel, _target
-from .target import Compilation
+from .pixel import load_target, pixel_loss
+from .target import Compilation, compilation, launched
 
 BLOCK = 1024  # pixels of a plane that a program takes
 
@@ -37,12 +37,12 @@ def _pixels(
     mean = tl.where(o == 0, m0, tl.where(o == 1, m1, m2))
     deviation = tl.where(o == 0, d0, tl.where(o == 1, d1, d2))
     at = n * stride_n + o.to(tl.int64) * stride_o + (pixel // W).to(tl.int64) * stride_y + (pixel % W).to(tl.int64) * stride_x
-    target = _target(image, at, inside, mean, deviation, RESTORE)
+    target = load_target(image, at, inside, mean, deviation, RESTORE)
     place = plane.to(tl.int64) * HW + pixel
     return tl.load(s + place, mask=inside, other=0.0), target, place, inside
 
 
-@triton.jit
+@launched
 def _loss_kernel(
     s, image, partial, W, HW, stride_n, stride_o, stride_y, stride_x, m0, m1, m2, d0, d1, d2,
     RESTORE: tl.constexpr, LOSS: tl.constexpr, BLOCK: tl.constexpr,
@@ -50,11 +50,11 @@ def _loss_kernel(
     logit, target, place, inside = _pixels(
         s, image, W, HW, stride_n, stride_o, stride_y, stride_x, m0, m1, m2, d0, d1, d2, RESTORE, BLOCK
     )  # fmt: skip
-    loss, slope = _pixel(logit, target, LOSS)
+    loss, slope = pixel_loss(logit, target, LOSS)
     tl.store(partial + tl.program_id(0), tl.sum(tl.where(inside, loss, 0.0)))
 
 
-@triton.jit
+@launched
 def _gradient_kernel(
     s, image, grad, weight, W, HW, stride_n, stride_o, stride_y, stride_x, m0, m1, m2, d0, d1, d2,
     RESTORE: tl.constexpr, LOSS: tl.constexpr, BLOCK: tl.constexpr,
@@ -63,7 +63,7 @@ def _gradient_kernel(
     logit, target, place, inside = _pixels(
         s, image, W, HW, stride_n, stride_o, stride_y, stride_x, m0, m1, m2, d0, d1, d2, RESTORE, BLOCK
     )  # fmt: skip
-    loss, slope = _pixel(logit, target, LOSS)
+    loss, slope = pixel_loss(logit, target, LOSS)
     tl.store(s + place, slope * (tl.load(grad).to(tl.float32) * weight), mask=inside)
 
 
@@ -114,9 +114,5 @@ def configurations(cc: int) -> typing.Iterator[Compilation]:
     cases = [("fp32", 0, True, {"stride_x": 1}), ("bf16", 1, True, {"stride_o": 1}), ("fp16", 2, False, {"W": 1, "HW": 1, "stride_x": 1})]
     for dtype, loss, restore, fixed in cases:
         for kernel in (_loss_kernel, _gradient_kernel):
-            constexprs = {"RESTORE": restore, "LOSS": loss, "BLOCK": BLOCK} | fixed
-            names = [name for name in kernel.arg_names if name not in constexprs]
-            floats = dict.fromkeys(("weight", "m0", "m1", "m2", "d0", "d1", "d2"), "fp32")
-            types = {"s": "*fp32", "grad": "*fp32", "partial": "*fp32", "image": f"*{dtype}"} | floats
-            signature = {name: types.get(name, "i32") for name in names} | dict.fromkeys(constexprs, "constexpr")
-            yield Compilation(kernel, signature, constexprs, 4, 3, False, tuple(name for name in names if name not in floats))
+            types = dict.fromkeys(("weight", "m0", "m1", "m2", "d0", "d1", "d2"), "fp32") | {"image": f"*{dtype}"}
+            yield compilation(kernel, types, {"RESTORE": restore, "LOSS": loss, "BLOCK": BLOCK} | fixed)

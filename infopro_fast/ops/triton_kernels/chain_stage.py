@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 
 from . import upsample_conv3x3 as conv3x3
-from .target import Compilation
+from .target import Compilation, compilation, launched
 
 BLOCK = 1024  # pixels of a map that a program takes
 
@@ -54,7 +54,7 @@ def _norm_of(mean, var, gamma, beta, c, eps, AFFINE: tl.constexpr):
         return centre, inverse, centre * 0 + 1, centre * 0
 
 
-@triton.jit
+@launched
 def _activation_kernel(z, mean, var, gamma, beta, out, C, HW, eps, AFFINE: tl.constexpr, BLOCK: tl.constexpr):
     """a of z (n, C, HW)."""
     plane, block, pixel, at = _block_of_map(HW, BLOCK)
@@ -63,7 +63,7 @@ def _activation_kernel(z, mean, var, gamma, beta, out, C, HW, eps, AFFINE: tl.co
     tl.store(out + at, tl.where(y <= 0, 0.0, y), mask=pixel < HW)  # nan stays
 
 
-@triton.jit
+@launched
 def _normalised_gradient_kernel(
     dy, z, mean, var, gamma, mean_dy, out, C, HW, eps, AFFINE: tl.constexpr, BATCH_STATISTICS: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -78,7 +78,7 @@ def _normalised_gradient_kernel(
     tl.store(out + at, g * (scale * inverse), mask=pixel < HW)
 
 
-@triton.jit
+@launched
 def _rectify_kernel(dy, z, mean, var, gamma, beta, sums, blocks_of_all, C, HW, eps, AFFINE: tl.constexpr, BLOCK: tl.constexpr):
     """dy = da where a > 0, in place; sums (2, blocks of all maps): of dy, and of dy x."""
     plane, block, pixel, at = _block_of_map(HW, BLOCK)
@@ -257,8 +257,5 @@ def configurations(cc: int) -> typing.Iterator[Compilation]:
     for parameters, affine, fixed in (("*fp32", True, {}), ("*bf16", True, {}), ("*fp32", False, {"C": 1, "HW": 1})):
         for kernel in (_activation_kernel, _normalised_gradient_kernel, _rectify_kernel):
             chosen = {"AFFINE": affine, "BATCH_STATISTICS": affine, "BLOCK": BLOCK} | fixed
-            constexprs = {name: value for name, value in chosen.items() if name in kernel.arg_names}
-            names = [name for name in kernel.arg_names if name not in constexprs]
-            types = {"C": "i32", "HW": "i32", "blocks_of_all": "i32", "eps": "fp32", "gamma": parameters, "beta": parameters}
-            signature = {name: types.get(name, "*fp32") for name in names} | dict.fromkeys(constexprs, "constexpr")
-            yield Compilation(kernel, signature, constexprs, 4, 3, False, tuple(name for name in names if name != "eps"))
+            types = {"blocks_of_all": "i32", "eps": "fp32", "gamma": parameters, "beta": parameters}
+            yield compilation(kernel, types, chosen)

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .target import Compilation, multiprocessors, rounded
+from .target import Compilation, compilation, launched, multiprocessors, rounded
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Kernels
@@ -30,7 +30,7 @@ def _merge(count, mean, m2, more, more_mean, more_m2):
     return total, mean + delta * part, m2 + more_m2 + delta * delta * (count * part)
 
 
-@triton.jit
+@launched
 def _statistics_kernel(
     x, partial, N, C, stride_n, stride_c, stride_p,
     HW: tl.constexpr, SPLITS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -61,7 +61,7 @@ def _statistics_kernel(
     tl.store(partial + split * 2 * C + C + channels, m2, mask=channels < C)
 
 
-@triton.jit
+@launched
 def _join_kernel(partial, saved, N, C, HW: tl.constexpr, SPLITS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
     """Mean and biased variance from what the splits of `_statistics_kernel` found."""
     channels = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -92,7 +92,7 @@ def _load_norm(mean, var, gamma, beta, channels, C, eps, AFFINE: tl.constexpr):
     return tl.load(mean + channels, mask=inside, other=0.0).to(tl.float32), inverse, scale, shift
 
 
-@triton.jit
+@launched
 def _pool_kernel(
     x, mean, var, gamma, beta, saved, pooled, N, C, stride_n, stride_c, stride_p, eps,
     HW: tl.constexpr, AFFINE: tl.constexpr, RUNNING: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -123,11 +123,12 @@ def _pool_kernel(
     tl.store(counts + at, tl.sum(positive, 1), mask=channels < C)
     tl.store(counts + tl.cast(N, tl.int64) * C + at, tl.sum(normalised, 1), mask=channels < C)
     if RUNNING:
-        tl.store(saved + channels, centre, mask=(channels < C) & (n == 0))
-        tl.store(saved + C + channels, tl.load(var + channels, mask=channels < C).to(tl.float32), mask=(channels < C) & (n == 0))
+        if n == 0:
+            tl.store(saved + channels, centre, mask=channels < C)
+            tl.store(saved + C + channels, tl.load(var + channels, mask=channels < C).to(tl.float32), mask=channels < C)
 
 
-@triton.jit
+@launched
 def _sums_kernel(
     grad, saved, g_gamma, g_beta, N, C, grad_stride_n, grad_stride_c,
     HW: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -150,7 +151,7 @@ def _sums_kernel(
     tl.store(g_gamma + channels, tl.sum(sum_dy_xhat, 0), mask=channels < C)
 
 
-@triton.jit
+@launched
 def _gradient_kernel(
     grad, x, saved, gamma, beta, g_gamma, g_beta, out, N, C, grad_stride_n, grad_stride_c, stride_n, stride_c, stride_p,
     out_stride_n, out_stride_c, out_stride_p, eps,
@@ -280,29 +281,21 @@ def choose_statistics_tile(C: int, channels_last: bool) -> tuple[int, int]:
 
 def configurations(cc: int) -> typing.Iterator[Compilation]:
     """Every kernel as it is compiled for the paper's maps: 64 channels of 8x8, contiguous and channels_last, and 2048 of 7x7."""
+    types = {"eps": "fp32"}
     for dtype, C, HW, channels_last in (("fp32", 64, 64, False), ("fp32", 64, 64, True), ("bf16", 64, 64, True), ("fp32", 2048, 49, False)):
-        x = {"x": f"*{dtype}", "out": f"*{dtype}"}
+        x = types | {"x": f"*{dtype}", "out": f"*{dtype}"}
         fixed = {"stride_c": 1, "out_stride_c": 1} if channels_last else {"stride_p": 1, "out_stride_p": 1}
         block_c, block_p = choose_statistics_tile(C, channels_last)
-        yield _compilation(_statistics_kernel, x, fixed | {"HW": HW, "SPLITS": 64, "BLOCK_C": block_c, "BLOCK_P": block_p})
+        yield compilation(_statistics_kernel, x, fixed | {"HW": HW, "SPLITS": 64, "BLOCK_C": block_c, "BLOCK_P": block_p})
         block_c, block_p = choose_tile(C, HW, channels_last)
         tile = {"HW": HW, "AFFINE": True, "BLOCK_C": block_c, "BLOCK_P": block_p}
-        yield _compilation(_pool_kernel, x, fixed | tile | {"RUNNING": False})
-        yield _compilation(_gradient_kernel, x, fixed | tile | {"BATCH_STATISTICS": True}, GRADIENT_WARPS)
+        yield compilation(_pool_kernel, x, fixed | tile | {"RUNNING": False})
+        yield compilation(_gradient_kernel, x, fixed | tile | {"BATCH_STATISTICS": True}, warps=GRADIENT_WARPS)
     one = {"N": 1, "C": 1, "stride_p": 1, "out_stride_p": 1}  # integers that are 1 are compiled in
     tile = {"HW": 9, "AFFINE": False, "BLOCK_C": 1, "BLOCK_P": 16}
-    yield _compilation(_statistics_kernel, {}, one | tile | {"SPLITS": 1})
-    yield _compilation(_pool_kernel, {}, one | tile | {"RUNNING": True})
-    yield _compilation(_gradient_kernel, {}, one | tile | {"BATCH_STATISTICS": True}, GRADIENT_WARPS)
-    yield _compilation(_sums_kernel, {}, one | {"HW": 9, "BLOCK_N": 64, "BLOCK_C": 1})
-    yield _compilation(_join_kernel, {}, {"HW": 64, "SPLITS": 64, "BLOCK_C": 32, "BLOCK_P": 512}, warps=1)
-    yield _compilation(_sums_kernel, {}, {"HW": 64, "BLOCK_N": 64, "BLOCK_C": 32})
-
-
-def _compilation(kernel, pointers: dict[str, str], constexprs: dict[str, int], warps: int = 4) -> Compilation:
-    constexprs = {name: value for name, value in constexprs.items() if name in kernel.arg_names}
-    names = [name for name in kernel.arg_names if name not in constexprs]
-    integers = {name: "i32" for name in names if name in ("N", "C") or "stride" in name}
-    signature = {name: (integers | {"eps": "fp32"} | pointers).get(name, "*fp32") for name in names}
-    aligned = tuple(name for name in names if name != "eps")
-    return Compilation(kernel, signature | dict.fromkeys(constexprs, "constexpr"), constexprs, warps, 3, False, aligned)
+    yield compilation(_statistics_kernel, types, one | tile | {"SPLITS": 1})
+    yield compilation(_pool_kernel, types, one | tile | {"RUNNING": True})
+    yield compilation(_gradient_kernel, types, one | tile | {"BATCH_STATISTICS": True}, warps=GRADIENT_WARPS)
+    yield compilation(_sums_kernel, types, one | {"HW": 9, "BLOCK_N": 64, "BLOCK_C": 1})
+    yield compilation(_join_kernel, types, {"HW": 64, "SPLITS": 64, "BLOCK_C": 32, "BLOCK_P": 512}, warps=1)
+    yield compilation(_sums_kernel, types, {"HW": 64, "BLOCK_N": 64, "BLOCK_C": 32})

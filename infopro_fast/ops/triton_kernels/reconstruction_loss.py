@@ -45,8 +45,9 @@ import torch
 import triton
 import triton.language as tl
 
+from .pixel import load_target, pixel_loss
 from .reconstruction_loss_plan import Plan, Shape, plan
-from .target import INTERPRETED, Compilation, capability, dot_precision, multiprocessors
+from .target import INTERPRETED, Compilation, capability, dot_precision, launched, multiprocessors, spread
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
@@ -295,31 +296,6 @@ def _fill_zero(to, count, B: tl.constexpr):
 
 
 @triton.jit
-def _pixel(s, t, LOSS: tl.constexpr):
-    """Loss of a pixel from its logit s and target t, and the derivative in s; nothing overflows or cancels."""
-    e = tl.exp(-tl.abs(s))
-    inverse = 1 / (1 + e)
-    small = e * inverse  # sigmoid(-|s|)
-    if LOSS == 0:
-        log1p = tl.where(e < 0.01, e * (1 - e * (0.5 - e * (1.0 / 3 - e * 0.25))), tl.log(1 + e))
-        loss = tl.where(s > 0, s * (1 - t), -s * t) + log1p
-        return loss, tl.where(s > 0, (1 - t) - small, small - t)
-    off = tl.where(s > 0, (1 - t) - small, small - t)
-    slope = small * inverse
-    if LOSS == 1:
-        return off * off, 2 * off * slope
-    return tl.abs(off), tl.where(off > 0, slope, tl.where(off < 0, -slope, 0.0))
-
-
-@triton.jit
-def _target(image, at, mask, restore_mean, restore_std, RESTORE: tl.constexpr):
-    t = tl.load(image + at, mask=mask, other=0.0).to(tl.float32)
-    if RESTORE:
-        t = tl.minimum(tl.maximum(t * restore_std + restore_mean, 0.0), 1.0)
-    return t
-
-
-@triton.jit
 def _add(to, value, fresh):
     """to += value; what is there counts unless `fresh`."""
     tl.store(to, value + tl.load(to, mask=fresh == 0, other=0.0))
@@ -356,9 +332,9 @@ def _write_gradient(
                 s1 += value * tl.load(w2 + (K + k) * 9 + tap).to(tl.float32)
                 s2 += value * tl.load(w2 + (2 * K + k) * 9 + tap).to(tl.float32)
         pixel = Y * i_y + X * i_x
-        loss0, gradient0 = _pixel(s0, _target(image, pixel, mask, m0, d0, RESTORE), LOSS)
-        loss1, gradient1 = _pixel(s1, _target(image, pixel + i_c, mask, m1, d1, RESTORE), LOSS)
-        loss2, gradient2 = _pixel(s2, _target(image, pixel + 2 * i_c, mask, m2, d2, RESTORE), LOSS)
+        loss0, gradient0 = pixel_loss(s0, load_target(image, pixel, mask, m0, d0, RESTORE), LOSS)
+        loss1, gradient1 = pixel_loss(s1, load_target(image, pixel + i_c, mask, m1, d1, RESTORE), LOSS)
+        loss2, gradient2 = pixel_loss(s2, load_target(image, pixel + 2 * i_c, mask, m2, d2, RESTORE), LOSS)
         to = g + (Y - g0 + 1) * PITCH + X + 1
         tl.store(to, gradient0 * weight, mask=mask)
         tl.store(to + GP, gradient1 * weight, mask=mask)
@@ -419,13 +395,13 @@ def _add_sums(
             d_beta += dy
             d_gamma += dy * normalized
             d_w2 = _dot(tl.trans(around), activation, d_w2, "ieee")
-        kept = (k < K) & (fresh == 0)
+        kept = (k < K) & spread(fresh == 0, k)
         to = partial + k
         tl.store(to, tl.sum(d_gamma, 0) + tl.load(to, mask=kept, other=0.0), mask=k < K)
         tl.store(to + K, tl.sum(d_beta, 0) + tl.load(to + K, mask=kept, other=0.0), mask=k < K)
         to_w2 = partial + 2 * K + (q // 9 * K)[:, None] * 9 + k[None, :] * 9 + (q % 9)[:, None]
         valid = (q[:, None] < 27) & (k[None, :] < K)
-        tl.store(to_w2, d_w2 + tl.load(to_w2, mask=valid & (fresh == 0), other=0.0), mask=valid)
+        tl.store(to_w2, d_w2 + tl.load(to_w2, mask=valid & spread(fresh == 0, valid), other=0.0), mask=valid)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -545,7 +521,7 @@ def _add_w1_from_taps(
                 acc = _dot(x, tl.load(features + at, mask=(p[:, None] < count) & (c[None, :] < C), other=0.0), acc, PRECISION)
             mask = (m[:, None] < 9 * K) & (c[None, :] < C)
             to = partial + m[:, None] * C + c[None, :]
-            tl.store(to, acc + tl.load(to, mask=mask & (fresh == 0), other=0.0), mask=mask)
+            tl.store(to, acc + tl.load(to, mask=mask & spread(fresh == 0, mask), other=0.0), mask=mask)
 
 
 @triton.jit(noinline=True)
@@ -595,14 +571,14 @@ def _add_w1_convolved(
                 acc = _dot(x, tl.load(u, mask=(p[:, None] < count) & (c[None, :] < C), other=0.0), acc, PRECISION)
             mask = (m[:, None] < 9 * K) & (c[None, :] < C)
             to = partial + m[:, None] * C + c[None, :]
-            tl.store(to, acc + tl.load(to, mask=mask & (fresh == 0), other=0.0), mask=mask)
+            tl.store(to, acc + tl.load(to, mask=mask & spread(fresh == 0, mask), other=0.0), mask=mask)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The sweeps
 
 
-@triton.jit(do_not_specialize=["strips"])
+@launched(do_not_specialize=["strips"])
 def statistics_kernel(
     scratch, items, strips, features, s_n, s_c, s_y, s_x, w_taps, b1, means, squares,
     C: tl.constexpr, h: tl.constexpr, w: tl.constexpr, H: tl.constexpr, W: tl.constexpr, K: tl.constexpr, NEAREST: tl.constexpr,
@@ -644,7 +620,7 @@ def statistics_kernel(
         tl.debug_barrier()
 
 
-@triton.jit
+@launched
 def merge_statistics_kernel(
     means, squares, saved, items, H: tl.constexpr, W: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, B: tl.constexpr
 ):
@@ -668,7 +644,7 @@ def merge_statistics_kernel(
     tl.store(saved + K + k, (tl.sum(total, 0) / pixels).to(tl.float32))
 
 
-@triton.jit(do_not_specialize=["strips"])
+@launched(do_not_specialize=["strips"])
 def loss_kernel(
     scratch, items, strips, features, s_n, s_c, s_y, s_x, image, i_n, i_c, i_y, i_x, w_taps, b1, gamma, beta, w2, b2, mean, var, partial,
     eps, weight, m0, m1, m2, d0, d1, d2,
@@ -713,7 +689,7 @@ def loss_kernel(
             tl.debug_barrier()
 
 
-@triton.jit
+@launched
 def reduce_sums_kernel(partial, saved, loss, programs, weight, K: tl.constexpr, NEEDS_GRAD: tl.constexpr, R: tl.constexpr, N: tl.constexpr):
     """saved[2 K..] and the loss from the partial sums of `loss_kernel`."""
     ROW: tl.constexpr = 29 * K + 4
@@ -730,7 +706,7 @@ def reduce_sums_kernel(partial, saved, loss, programs, weight, K: tl.constexpr, 
     tl.store(loss + column * 0, (found * weight).to(tl.float32), mask=column == ROW - 1)
 
 
-@triton.jit(do_not_specialize=["strips"])
+@launched(do_not_specialize=["strips"])
 def backward_kernel(
     scratch, items, strips, features, s_n, s_c, s_y, s_x, image, i_n, i_c, i_y, i_x, w_taps, b1, gamma, beta, w2, b2, saved, grad,
     d_features, f_n, f_c, f_y, f_x, partial, eps, weight, scale_sums, m0, m1, m2, d0, d1, d2,
@@ -817,7 +793,7 @@ def backward_kernel(
         tl.debug_barrier()
 
 
-@triton.jit
+@launched
 def reduce_w1_kernel(partial, d_w1, programs, C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, N: tl.constexpr):
     """d W1 (K, C, 3, 3) from the partial sums of `backward_kernel`."""
     column = tl.program_id(0) * N + tl.arange(0, N)

@@ -7,8 +7,9 @@ scratch of its own. Everything here follows from the shape and the number of pro
 from __future__ import annotations
 
 import functools
-import struct
 import typing
+
+from ..resize import source
 
 
 class Plan(typing.NamedTuple):
@@ -54,19 +55,6 @@ MIN_SCRATCH = 32 * 2**20  # bytes: below, a batch is small whatever it takes
 def scratch_budget(shape: Shape) -> int:
     """Bytes that all programs' scratch may take: a quarter of the resized map (N, C, H, W) in float32, or 32 MiB."""
     return max(MIN_SCRATCH, shape.N * shape.C * shape.H * shape.W)
-
-
-def _float32(x: float) -> float:
-    return struct.unpack("f", struct.pack("f", x))[0]
-
-
-def source(p: int, n_in: int, n_out: int, nearest: bool) -> tuple[int, int, bool]:
-    """The two inputs of output p, and whether the second has weight: `_source` in Python."""
-    if nearest:
-        low = min(int(_float32(p * _float32(n_in / n_out))), n_in - 1)
-        return low, low, False
-    low, rest = divmod(p * (n_in - 1), max(n_out - 1, 1))
-    return low, min(low + 1, n_in - 1), rest > 0
 
 
 def first_output(i: int, n_in: int, n_out: int, nearest: bool) -> int:

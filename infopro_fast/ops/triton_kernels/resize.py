@@ -1,7 +1,7 @@
 """Where a resize takes its samples, as tables that Triton kernels look up: as torch.nn.functional.interpolate places them.
 
-A mode is an index into `reconstruction_loss_chain.RESIZES`: 0, bilinear with align_corners=True; 1, nearest; 2, bilinear with align_corners=False. A
-bilinear position is an exact fraction, as on the CPU (F.interpolate rounds it in float32); 32 bits hold it while `reconstruction_loss_chain.fits`.
+A mode is an index into `ops.resize.RESIZES`: 0, bilinear with align_corners=True; 1, nearest; 2, bilinear with align_corners=False. A
+bilinear position is an exact fraction, as on the CPU (F.interpolate rounds it in float32); 32 bits hold it while `ops.resize.fits`.
 Made anew by one launch for each pass: kernels that found positions themselves would divide integers more than they add, and a table that
 is kept would have to outlive every CUDA graph.
 """
@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .target import Compilation
+from .target import Compilation, compilation, launched
 
 BLOCK = 256
 
@@ -61,7 +61,7 @@ def _axis_places(low, weights, total, offset, IN, OUT, MODE: tl.constexpr, BLOCK
     tl.store(weights + total + at, tl.where(inside, weight, 0.0), mask=e < OUT + 2)
 
 
-@triton.jit
+@launched
 def _places_kernel(low, weights, h, w, H, W, MODE: tl.constexpr, BLOCK: tl.constexpr):
     """Of rows and of columns, for each output position from -1 on to one past the last: `taps`, weights 0 outside."""
     total = H + W + 4
@@ -85,7 +85,7 @@ def _axis_takers(first, weights, IN, OUT, COUNT, MODE: tl.constexpr, BLOCK: tl.c
     tl.store(first + e, begin, mask=e < IN)
 
 
-@triton.jit
+@launched
 def _takers_kernel(first, weights, h, w, H, W, COUNT_Y, COUNT_X, MODE: tl.constexpr, BLOCK: tl.constexpr):
     """Of rows and of columns, for each source position: the first output that takes it, and the weights in it and those after."""
     if tl.program_id(1) == 0:
@@ -131,12 +131,6 @@ def most_takers(size: int, out: int, mode: int) -> int:
 
 def configurations(cc: int) -> typing.Iterator[Compilation]:
     """Both kernels in every mode."""
-    sizes = dict.fromkeys(("h", "w", "H", "W"), "i32")
     for mode in range(3):
-        fixed = {"MODE": mode, "BLOCK": BLOCK}
-        aligned = ("low", "first", "weights", *sizes)
-        pointers = {"low": "*i32", "weights": "*fp32"}
-        signature = pointers | sizes | dict.fromkeys(fixed, "constexpr")
-        yield Compilation(_places_kernel, signature, fixed, 4, 3, False, tuple(n for n in aligned if n in signature))
-        signature = {"first": "*i32", "weights": "*fp32"} | sizes | {"COUNT_Y": "i32", "COUNT_X": "i32"} | dict.fromkeys(fixed, "constexpr")
-        yield Compilation(_takers_kernel, signature, fixed, 4, 3, False, tuple(n for n in aligned if n in signature))
+        for kernel, table in ((_places_kernel, "low"), (_takers_kernel, "first")):
+            yield compilation(kernel, {table: "*i32"}, {"MODE": mode, "BLOCK": BLOCK}, ("COUNT_Y", "COUNT_X"))

@@ -28,7 +28,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .target import INTERPRETED, Compilation, capability, dot_precision, multiprocessors, rounded
+from .target import INTERPRETED, Compilation, capability, compilation, dot_precision, launched, multiprocessors, rounded
 
 NORM_EPS = tl.constexpr(1e-12)  # supcon_loss.NORM_EPS
 SUMS_APART = tl.constexpr(INTERPRETED)  # whose reductions by a function take a call an element
@@ -48,7 +48,7 @@ def _load_rows(x, rows, columns, M, stride, D: tl.constexpr, WIDEN: tl.constexpr
     return tile.to(tl.float32) if WIDEN else tile
 
 
-@triton.jit
+@launched
 def _inverse_norms_kernel(x, inverse, M, stride, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
     """inverse[i] = 1 / |x_i|, 0 where |x_i| <= 1e-12: of bfloat16 and float16 rows."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -60,7 +60,7 @@ def _inverse_norms_kernel(x, inverse, M, stride, D: tl.constexpr, BLOCK_M: tl.co
     tl.store(inverse + rows, tl.where(norm <= NORM_EPS, 0.0, 1.0 / norm), mask=rows < M)
 
 
-@triton.jit
+@launched
 def _split_kernel(
     x, hi, lo, factor, inverse, M, stride,
     D: tl.constexpr, NORMALIZE: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -163,7 +163,7 @@ def _row_sums(a, b, c):
         return tl.reduce((a, b, c), 1, _add_three)
 
 
-@triton.jit
+@launched
 def _forward_kernel(
     hi, lo, labels, factor, loss, lse, counts, partial, M, stride, scale,
     D: tl.constexpr, SCALED: tl.constexpr, FIXED_MAXIMUM: tl.constexpr, SPLITS: tl.constexpr, PARTS: tl.constexpr,
@@ -220,7 +220,7 @@ def _forward_kernel(
         tl.store(at + 3 * step, count, mask=rows < M)
 
 
-@triton.jit
+@launched
 def _join_kernel(partial, loss, lse, counts, M, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr):
     """What the splits of `_forward_kernel` found, as one."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -242,7 +242,7 @@ def _join_kernel(partial, loss, lse, counts, M, SPLITS: tl.constexpr, BLOCK_M: t
     _store_loss(loss, lse, counts, rows, M, maximum, total, positive, count)
 
 
-@triton.jit
+@launched
 def _coefficients_kernel(
     grad, lse, counts, factor, out, largest, M, grad_stride, scale, SCALED: tl.constexpr, FIXED_MAXIMUM: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -290,7 +290,7 @@ def _tangential(gradient, row, inverse):
     return inverse[:, None] * (gradient - z * tl.sum(z * gradient, 1)[:, None])
 
 
-@triton.jit
+@launched
 def _backward_kernel(
     coefficients, largest, hi, lo, labels, factor, out, M, stride, scale,
     D: tl.constexpr, SCALED: tl.constexpr, FIXED_MAXIMUM: tl.constexpr, SPLITS: tl.constexpr, PARTS: tl.constexpr,
@@ -353,7 +353,7 @@ def _backward_kernel(
     tl.store(out + at, rounded(gradient, out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@launched
 def _finish_kernel(
     partial, x, inverse, out, M, stride,
     D: tl.constexpr, NORMALIZE: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -541,34 +541,19 @@ def configurations(cc: int) -> typing.Iterator[Compilation]:
 def _pass_compilation(kernel, cc: int, dtype: str, parts: int, D: int, bounded: bool, splits: int, **fixed) -> Compilation:
     backward = kernel is _backward_kernel
     tiles = choose_tiles(cc, parts, D, bounded, backward)
-    names = [name for name in kernel.arg_names if (not name.isupper() or name == "M") and name not in fixed]
-    types = {"hi": f"*{dtype}", "lo": f"*{dtype}", "labels": "*i64", "M": "i32", "stride": "i32", "scale": "fp32"}
+    types = {"hi": f"*{dtype}", "lo": f"*{dtype}", "labels": "*i64", "scale": "fp32"}
     constexprs = dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_D", "BLOCK_K"), tiles.blocks))
     constexprs |= dict(D=D, SCALED=True, FIXED_MAXIMUM=bounded, SPLITS=splits, PARTS=parts, WIDEN=False, **fixed)
-    signature = {name: types.get(name, "*fp32") for name in names}
-    aligned = tuple(name for name in names if name != "scale")
-    return Compilation(kernel, signature | dict.fromkeys(constexprs, "constexpr"), constexprs, tiles.warps, tiles.stages, True, aligned)
+    return compilation(kernel, types, constexprs, (), tiles.warps, tiles.stages, True)
 
 
 def _small_compilations() -> typing.Iterator[Compilation]:
     """The kernels around the two passes, one program a few rows."""
     block_m, block_d = _row_block(128, 1024)
-    x = {"x": "*fp32", "M": "i32", "stride": "i32"}
     blocks = {"D": 128, "BLOCK_M": block_m, "BLOCK_D": block_d}
-    cases = [
-        (_inverse_norms_kernel, {"x": "*bf16"} | x | {"x": "*bf16"}, blocks, 4),
-        (_split_kernel, x | {"hi": "*fp16", "lo": "*fp16"}, blocks | {"NORMALIZE": True, "PARTS": 2}, 4),
-        (_join_kernel, {"M": "i32"}, {"SPLITS": 4, "BLOCK_M": 128}, 4),
-        (
-            _coefficients_kernel,
-            {"M": "i32", "grad_stride": "i32", "scale": "fp32"},
-            {"SCALED": True, "FIXED_MAXIMUM": True, "BLOCK": 4096},
-            8,
-        ),
-        (_finish_kernel, x, blocks | {"NORMALIZE": True, "SPLITS": 4}, 4),
-    ]
-    for kernel, types, constexprs, warps in cases:
-        names = [name for name in kernel.arg_names if name not in constexprs]
-        signature = {name: types.get(name, "*fp32") for name in names}
-        aligned = tuple(name for name in names if name not in ("scale", "grad_stride"))
-        yield Compilation(kernel, signature | dict.fromkeys(constexprs, "constexpr"), constexprs, warps, 3, False, aligned)
+    yield compilation(_inverse_norms_kernel, {"x": "*bf16"}, blocks)
+    yield compilation(_split_kernel, {"hi": "*fp16", "lo": "*fp16"}, blocks | {"NORMALIZE": True, "PARTS": 2})
+    yield compilation(_join_kernel, {}, {"SPLITS": 4, "BLOCK_M": 128})
+    coefficients = {"SCALED": True, "FIXED_MAXIMUM": True, "BLOCK": 4096}
+    yield compilation(_coefficients_kernel, {"scale": "fp32"}, coefficients, ("grad_stride",), 8)
+    yield compilation(_finish_kernel, {}, blocks | {"NORMALIZE": True, "SPLITS": 4})

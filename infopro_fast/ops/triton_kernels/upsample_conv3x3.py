@@ -35,10 +35,10 @@ import torch
 import triton
 import triton.language as tl
 
-from ..reconstruction_loss_chain import fits
+from ..resize import fits
 from . import resize as resizing
 from .resize import places, takers
-from .target import Compilation, rounded
+from .target import Compilation, compilation, launched, rounded
 
 MOST = 2**23  # 32 MiB of float32, which the second caches of an H100 and an A100 hold beside the output
 MOST_SAMPLES = 2**15  # in one call of cuBLAS, whose batches are counted in 16 bits for some types
@@ -92,7 +92,7 @@ def _row_of(
     return y, below, above, tl.where(a + b > 0, row, 0.0)
 
 
-@triton.jit
+@launched
 def _expand_kernel(
     mixed, bias, out, low, weights, K, h, w, H, W,
     BIAS: tl.constexpr, MODE: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_X: tl.constexpr,
@@ -141,7 +141,7 @@ def _expand_kernel(
         tl.store(out + at, rounded(row0 + row1 + row2 + shift[:, None], out.dtype.element_ty), mask=inside & (X < W)[None, :])
 
 
-@triton.jit
+@launched
 def _collect_kernel(
     grad, out, first, weights, K, h, w, H, W, COUNT_Y, COUNT_X, MODE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr
 ):  # fmt: skip
@@ -183,7 +183,7 @@ def _collect_kernel(
 # Channels mixed after the resize
 
 
-@triton.jit
+@launched
 def _neighbours_kernel(
     x, out, low, weights, C, h, w, H, W, stride_n, stride_c, stride_y, stride_x,
     MODE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -213,7 +213,7 @@ def _neighbours_kernel(
     tl.store(out + at, rounded(value, out.dtype.element_ty), mask=(c < C)[:, None] & (pixel < H * W)[None, :])
 
 
-@triton.jit
+@launched
 def _from_neighbours_kernel(
     grad, out, first, weights, C, h, w, H, W, COUNT_Y, COUNT_X, stride_n, stride_c, stride_y, stride_x,
     MODE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -486,7 +486,7 @@ def _neighbours(x: torch.Tensor, out: torch.Tensor, H: int, W: int, mode: int, t
 def _from_neighbours(grad: torch.Tensor, out: torch.Tensor, H: int, W: int, mode: int, table) -> None:
     n, C, h, w = out.shape
     first, weights, *most = table
-    block_c, block_p = choose_tile(C, h * w)
+    block_c, block_p = choose_tile(C, h * w, MOST_PIXELS)
     grid = (triton.cdiv(h * w, block_p) * n * triton.cdiv(C, block_c),)
     _from_neighbours_kernel[grid](
         grad, out, first, weights, C, h, w, H, W, *most, *out.stride(), mode, block_c, block_p, num_warps=WARPS
@@ -498,11 +498,12 @@ def _from_neighbours(grad: torch.Tensor, out: torch.Tensor, H: int, W: int, mode
 
 WARPS = 4
 EXPAND_WARPS = 8  # its rows and pointers would take 188 registers of each thread of four
+MOST_PIXELS = 128  # of `_from_neighbours_kernel`: one a thread, since several spill with Triton 3.9
 
 
-def choose_tile(channels: int, width: int) -> tuple[int, int]:
-    """(channels, columns) of a program: 512 numbers at most, columns first, which are next to each other in memory."""
-    block_x = min(64, triton.next_power_of_2(width))
+def choose_tile(channels: int, width: int, most: int = 64) -> tuple[int, int]:
+    """(channels, columns) of a program: 512 numbers, columns first, which are next to each other in memory; ``most`` columns."""
+    block_x = min(most, triton.next_power_of_2(width))
     return min(triton.next_power_of_2(channels), 512 // block_x), block_x
 
 
@@ -514,18 +515,11 @@ def configurations(cc: int) -> typing.Iterator[Compilation]:
     """Every kernel for maps of 64 channels or more, and for one channel (nearest, the smallest); the tables of places and takers."""
     yield from resizing.configurations(cc)
     for dtype, mode, channels in (("fp32", 2, 64), ("bf16", 0, 64), ("fp16", 1, 1)):
-        block, block_x = choose_tile(channels, 64)
-        fixed = {"C": 1, "K": 1, "stride_x": 1} if channels == 1 else {}
-        fixed |= {"MODE": mode, "BIAS": True, "ROWS": ROWS, "BLOCK_K": block, "BLOCK_C": block, "BLOCK_X": block_x, "BLOCK_P": block_x}
+        ones = {"C": 1, "K": 1, "stride_x": 1} if channels == 1 else {}
         types = dict.fromkeys(("x", "grad", "out", "bias"), f"*{dtype}") | {"low": "*i32", "first": "*i32"}
         for kernel in (_expand_kernel, _collect_kernel, _neighbours_kernel, _from_neighbours_kernel):
+            block, block_x = choose_tile(channels, 128, MOST_PIXELS if kernel is _from_neighbours_kernel else 64)
+            fixed = ones | {"MODE": mode, "BIAS": True, "ROWS": ROWS, "BLOCK_K": block, "BLOCK_C": block, "BLOCK_X": block_x, "BLOCK_P": block_x}
             warps = EXPAND_WARPS if kernel is _expand_kernel else WARPS
-            yield _compilation(kernel, types | dict.fromkeys(("mixed", "weights"), "*fp32"), fixed, warps)
+            yield compilation(kernel, types, fixed, ("COUNT_Y", "COUNT_X"), warps)
 
-
-def _compilation(kernel, pointers: dict[str, str], constexprs: dict, warps: int) -> Compilation:
-    constexprs = {name: value for name, value in constexprs.items() if name in kernel.arg_names}
-    names = [name for name in kernel.arg_names if name not in constexprs]
-    signature = {name: pointers.get(name, "i32") for name in names}
-    aligned = tuple(name for name in names if not name.startswith("COUNT"))
-    return Compilation(kernel, signature | dict.fromkeys(constexprs, "constexpr"), constexprs, warps, 3, False, aligned)

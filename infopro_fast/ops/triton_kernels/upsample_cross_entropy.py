@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from .resize import taps
-from .target import Compilation, capability, dot_precision, rounded
+from .target import Compilation, capability, compilation, dot_precision, launched, rounded
 
 MEAN, SUM, NONE = range(3)  # linear_cross_entropy.REDUCTIONS
 KEEP_LSE = 1  # in upsample_cross_entropy.KEEP
@@ -69,7 +69,7 @@ def _weights_of(class_weight, classes, inside, WEIGHTED: tl.constexpr):
     return weight
 
 
-@triton.jit
+@launched
 def _forward_kernel(
     logits, target, class_weight, loss, lse, partial, confusion, C, h, w, H, W, ignore_index, smoothing,
     stride_n, stride_c, stride_y, stride_x, target_stride_n, target_stride_y, target_stride_x,
@@ -128,7 +128,7 @@ def _forward_kernel(
     tl.store(sums + 1, tl.sum(weight, 0))
 
 
-@triton.jit
+@launched
 def _finish_kernel(partial, loss, divisor, count, MEAN_OF: tl.constexpr, EACH: tl.constexpr, BLOCK: tl.constexpr):
     """The loss and what it was divided by, from the sums of ``count`` programs; one program, in float64."""
     total = tl.zeros((BLOCK,), tl.float64)
@@ -146,7 +146,7 @@ def _finish_kernel(partial, loss, divisor, count, MEAN_OF: tl.constexpr, EACH: t
         tl.store(loss, (tl.sum(total, 0) / divide).to(tl.float32))
 
 
-@triton.jit
+@launched
 def _backward_kernel(
     grad, logits, target, class_weight, lse, divisor, out, C, h, w, H, W, ignore_index, smoothing,
     grad_stride_n, grad_stride_y, grad_stride_x, stride_n, stride_c, stride_y, stride_x,
@@ -302,11 +302,6 @@ def configurations(cc: int) -> typing.Iterator[Compilation]:
         yield _compilation(_finish_kernel, {}, {"MEAN_OF": mean, "EACH": each, "BLOCK": 1024}, 4, 3, False)
 
 
-def _compilation(kernel, pointers: dict[str, str], constexprs: dict, warps: int, stages: int, tensor_cores: bool) -> Compilation:
-    constexprs = {name: value for name, value in constexprs.items() if name in kernel.arg_names}
-    names = [name for name in kernel.arg_names if name not in constexprs]
-    types = {name: "i32" for name in names if name in ("C", "h", "w", "H", "W", "count") or "stride" in name}
-    types |= {"ignore_index": "i32", "smoothing": "fp32", "confusion": "*i64", "divisor": "*fp64"} | pointers
-    signature = {name: types.get(name, "*fp32") for name in names}
-    aligned = tuple(name for name in names if name not in ("C", "ignore_index", "smoothing", "count"))
-    return Compilation(kernel, signature | dict.fromkeys(constexprs, "constexpr"), constexprs, warps, stages, tensor_cores, aligned)
+def _compilation(kernel, types: dict[str, str], constexprs: dict, *options) -> Compilation:
+    fixed = {"count": "i32", "ignore_index": "i32", "smoothing": "fp32", "confusion": "*i64", "divisor": "*fp64"}
+    return compilation(kernel, fixed | types, constexprs, ("C", "ignore_index", "count"), *options)

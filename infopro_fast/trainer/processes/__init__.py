@@ -1,1 +1,1 @@
-"""Processes that share a training: who does what, what they send, and the watch that names a fault."""
+"""Several processes: their places, connections, messages and watch."""

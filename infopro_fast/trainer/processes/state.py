@@ -1,8 +1,7 @@
-"""A run's state in parts: those of some modules, put together or taken out, and sent between processes."""
+"""A run's state in parts, one for the modules of each process: taken out, put together, and sent."""
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import torch
@@ -12,14 +11,39 @@ from .. import checkpoint
 from .wire import Waiting
 
 STATE = 100  # tag
+NETWORKS = ("net", "ema")  # entries of a state that are tensors by name
 
 
 def renamed(state: dict[str, Any], first: int) -> dict[str, Any]:
-    """Names of modules in the part to names in the whole."""
-    return state | {key: {_moved(name, first): t for name, t in state[key].items()} for key in ("net", "ema") if key in state}
+    """Return a part's state with the names that its modules, from ``first`` on, have in the whole network."""
+    networks = [key for key in NETWORKS if key in state]
+    return state | {key: {_moved(name, first): t for name, t in state[key].items()} for key in networks}
+
+
+def merged(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the whole state from renamed parts in the modules' order; what all have is the last one's."""
+    whole = dict(parts[-1])
+    for key in NETWORKS:
+        if key in whole:
+            whole[key] = {name: t for part in parts for name, t in part[key].items()}
+    trainers = [part["trainer"] for part in parts]
+    whole["trainer"] = {key: [own for each in trainers for own in each[key]] for key in whole["trainer"]}
+    return whole
+
+
+def part_of(state: dict[str, Any], span: range) -> dict[str, Any]:
+    """Return the part of a whole state that belongs to the modules ``span``."""
+    part = dict(state)
+    for key in NETWORKS:
+        if key in state:
+            own = {name: t for name, t in state[key].items() if _module_of(name) in (None, *span)}
+            part[key] = {_moved(name, -span.start): t for name, t in own.items()}
+    part["trainer"] = {key: every[span.start : span.stop] for key, every in state["trainer"].items()}
+    return part
 
 
 def _moved(name: str, by: int) -> str:
+    """Return a tensor's name after the number of its module has changed."""
     parts = name.split(".")
     at = 1 + (parts[0] == "module")
     if len(parts) > at and parts[at - 1] in ("stages", "local_losses"):
@@ -32,59 +56,42 @@ def _module_of(name: str) -> int | None:
     return int(parts[1]) if parts[0] in ("stages", "local_losses") else None
 
 
-def merged(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    whole = dict(parts[-1])
-    for key in ("net", "ema"):
-        if key in whole:
-            whole[key] = {name: t for part in parts for name, t in part[key].items()}
-    whole["trainer"] = {key: [own for part in parts for own in part["trainer"][key]] for key in whole["trainer"]}
-    return whole
-
-
-def part_of(state: dict[str, Any], span: range) -> dict[str, Any]:
-    part = dict(state)
-    for key in ("net", "ema"):
-        if key in state:
-            part[key] = {_moved(n, -span.start): t for n, t in state[key].items() if _module_of(n) is None or _module_of(n) in span}
-    part["trainer"] = {key: every[span.start : span.stop] for key, every in state["trainer"].items()}
-    return part
-
-
-def _pack(state: dict[str, Any]) -> list[torch.Tensor]:
-    files = checkpoint._serialize(state)
-    return [torch.frombuffer(bytearray(files[name]), dtype=torch.uint8) for name in ("tensors.safetensors", "state.json")]
-
-
-def _unpack(tensors: torch.Tensor, tree: torch.Tensor) -> dict[str, Any]:
-    import safetensors.torch
-
-    return checkpoint._decode(json.loads(tree.numpy().tobytes()), safetensors.torch.load(tensors.numpy().tobytes()))
-
-
 def send(state: dict[str, Any], to: int, waiting: Waiting) -> None:
+    """Send a state to the process ``to``."""
     packed = _pack(state)
     with waiting():
-        dist.send(torch.tensor([len(t) for t in packed]), to, tag=STATE)
-        for t in packed:
-            dist.send(t, to, tag=STATE)
+        dist.send(torch.tensor([len(packed)]), to, tag=STATE)
+        dist.send(packed, to, tag=STATE)
 
 
 def receive(source: int, waiting: Waiting) -> dict[str, Any]:
-    sizes = torch.zeros(2, dtype=torch.int64)
+    """Return the state that the process ``source`` sends."""
+    size = torch.zeros(1, dtype=torch.int64)
     with waiting():
-        dist.recv(sizes, source, tag=STATE)
-        packed = [torch.empty(n, dtype=torch.uint8) for n in sizes.tolist()]
-        for t in packed:
-            dist.recv(t, source, tag=STATE)
-    return _unpack(*packed)
+        dist.recv(size, source, tag=STATE)
+        packed = torch.empty(int(size), dtype=torch.uint8)
+        dist.recv(packed, source, tag=STATE)
+    return _unpack(packed)
 
 
 def broadcast(state: dict[str, Any] | None, source: int, waiting: Waiting) -> dict[str, Any]:
+    """Return the state that the process ``source`` has, in all processes; the others give None."""
     packed = None if state is None else _pack(state)
-    sizes = torch.zeros(2, dtype=torch.int64) if packed is None else torch.tensor([len(t) for t in packed])
+    size = torch.tensor([0 if packed is None else len(packed)])
     with waiting():
-        dist.broadcast(sizes, source)
-        packed = packed or [torch.empty(n, dtype=torch.uint8) for n in sizes.tolist()]
-        for t in packed:
-            dist.broadcast(t, source)
-    return _unpack(*packed) if state is None else state
+        dist.broadcast(size, source)
+        packed = torch.empty(int(size), dtype=torch.uint8) if packed is None else packed
+        dist.broadcast(packed, source)
+    return _unpack(packed) if state is None else state
+
+
+def _pack(state: dict[str, Any]) -> torch.Tensor:
+    """Return a state as bytes: the length of the first file, then both files."""
+    tensors, tree = checkpoint.serialize(state).values()
+    return torch.frombuffer(bytearray(len(tensors).to_bytes(8, "little") + tensors + tree), dtype=torch.uint8)
+
+
+def _unpack(packed: torch.Tensor) -> dict[str, Any]:
+    content = packed.numpy().tobytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    return checkpoint.deserialize(dict(zip(checkpoint.FILES, (content[8:end], content[end:]))))

@@ -1,11 +1,10 @@
-"""A pipeline of local modules: each process trains some of them on what the one before sends, and waits for nobody behind it.
+"""A pipeline of local modules: each process trains some of them on what the process before sends.
 
-No gradient comes back, so that a module works on the next batch while the following ones are at this one: no bubbles, no stale
-weights, no micro-batches. A module sees the same inputs and updates in the same order as in one process, and ends with the same bits.
+No gradient comes back, so nobody waits for a later module: no bubbles, no stale weights, no micro-batches.
+Each module sees the same inputs and updates in the same order as in one process, and ends with the same bits.
 
-Of every batch there go on: features (detached), label, the image as far as a later module reconstructs it, the metrics of the modules
-so far, and what all are to do after this batch. At most ``in_flight`` batches are on their way between two processes: a sender waits
-for its oldest one (back-pressure), a receiver has asked for the next ones before it works on this one, so that copies go on meanwhile.
+At most ``in_flight`` batches are on their way between two processes. A sender waits for its oldest one. A
+receiver has asked for the next ones before it works on the current one, so that copies overlap computation.
 """
 
 from __future__ import annotations
@@ -19,6 +18,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from ..checkpoint import is_channels_last
+
 SPEC, REQUEST, METRICS, LABEL, IMAGE, FEATURES = range(1, 7)  # tags
 REQUESTS = (None, "save", "stop")
 
@@ -26,30 +27,36 @@ Waiting = Callable[[], contextlib.AbstractContextManager]
 
 
 class Packet(NamedTuple):
-    """One batch on its way. request: one of REQUESTS; image: None where no later module needs it."""
+    """One batch on its way. image: None where no later module needs it. request: one of REQUESTS."""
 
-    request: str | None
-    metrics: dict[str, torch.Tensor]
-    label: torch.Tensor
-    image: torch.Tensor | None
     features: torch.Tensor
+    image: torch.Tensor | None
+    label: torch.Tensor
+    metrics: dict[str, torch.Tensor] = {}  # of the modules so far
+    request: str | None = None  # what all processes do after this batch
 
 
 class Sender:
-    """To the process ``to``. wire: dtype that features are rounded to on their way, None: as they are. bytes: sent so far."""
+    """Sends packets to the process ``to``.
 
-    def __init__(self, to: int, in_flight: int, wire: torch.dtype | None, waiting: Waiting = contextlib.nullcontext):
+    in_flight: most packets on their way. wire: dtype that features are rounded to, or None. bytes: sent so
+    far.
+    """
+
+    def __init__(
+        self, to: int, in_flight: int, wire: torch.dtype | None, waiting: Waiting = contextlib.nullcontext
+    ):
         self.to, self.in_flight, self.wire, self.waiting = to, in_flight, wire, waiting
         self.bytes = 0
-        self._flying: deque[tuple[list[dist.Work], list[torch.Tensor]]] = deque()
+        self.flying: deque[tuple[list[dist.Work], list[torch.Tensor]]] = deque()  # what is on its way
         self._described = False
 
     def begin(self) -> None:
-        """The next packet is the first of an epoch or an evaluation, and is described to the receiver."""
+        """Begin an epoch or an evaluation: its first packet is described to the receiver."""
         self._described = False
 
     def send(self, packet: Packet) -> None:
-        """Send a packet off; waits while ``in_flight`` older ones are on their way."""
+        """Send a packet; waits while ``in_flight`` older ones are on their way."""
         features = packet.features if self.wire is None else packet.features.to(self.wire)
         if not self._described:
             self._describe(packet, features)
@@ -60,29 +67,30 @@ class Sender:
         if packet.image is not None:
             tensors.append((IMAGE, packet.image.contiguous()))
         tensors.append((FEATURES, _in_memory_order(features)[0]))
-        while len(self._flying) >= self.in_flight:
+        while len(self.flying) >= self.in_flight:
             self._land()
         works = [dist.isend(t, self.to, tag=tag) for tag, t in tensors]
         self.bytes += sum(t.numel() * t.element_size() for _, t in tensors)
-        self._flying.append((works, [t for _, t in tensors]))  # alive until they have arrived
+        self.flying.append((works, [t for _, t in tensors]))  # kept alive until they have arrived
 
     def flush(self) -> None:
-        """Wait for all that is on its way."""
-        while self._flying:
+        """Wait until all packets have arrived."""
+        while self.flying:
             self._land()
 
     def _land(self) -> None:
-        works, _ = self._flying[0]
+        works, _ = self.flying[0]
         with self.waiting():
             for work in works:
                 work.wait()
-        self._flying.popleft()
+        self.flying.popleft()
 
     def _describe(self, packet: Packet, features: torch.Tensor) -> None:
         on_wire, order = _in_memory_order(features)
         spec = {
-            "metrics": list(packet.metrics), "label": _described(packet.label), "features": _described(on_wire), "order": order,
-            "dtype": _name(packet.features.dtype), "image": None if packet.image is None else _described(packet.image),
+            "metrics": list(packet.metrics), "label": _described(packet.label),
+            "image": None if packet.image is None else _described(packet.image),
+            "features": _described(on_wire), "order": order, "dtype": _name(packet.features.dtype),
         }  # fmt: skip
         content = torch.frombuffer(bytearray(json.dumps(spec).encode()), dtype=torch.uint8)
         with self.waiting():
@@ -92,13 +100,15 @@ class Sender:
 
 
 class Receiver:
-    """From the process ``source``, to tensors on ``device``; asks for up to ``in_flight`` packets ahead."""
+    """Receives packets from the process ``source`` on ``device``; asks for up to ``in_flight`` ahead."""
 
-    def __init__(self, source: int, in_flight: int, device: torch.device, waiting: Waiting = contextlib.nullcontext):
+    def __init__(
+        self, source: int, in_flight: int, device: torch.device, waiting: Waiting = contextlib.nullcontext
+    ):
         self.source, self.in_flight, self.device, self.waiting = source, in_flight, device, waiting
 
     def receive(self, counts: Sequence[int]) -> Iterator[Packet]:
-        """The packets of an epoch or an evaluation: of ``counts`` images each."""
+        """Yield the packets of an epoch or an evaluation, of ``counts`` images each."""
         if not counts:
             return
         spec = self._spec()
@@ -137,18 +147,19 @@ def _unpacked(spec: dict[str, Any], tensors: dict[int, torch.Tensor]) -> Packet:
     if spec["order"] == "channels_last":
         features = features.permute(0, 3, 1, 2)
     metrics = dict(zip(spec["metrics"], tensors[METRICS].unbind())) if spec["metrics"] else {}
-    return Packet(REQUESTS[tensors[REQUEST].item()], metrics, tensors[LABEL], tensors.get(IMAGE), features)
+    request = REQUESTS[tensors[REQUEST].item()]
+    return Packet(features, tensors.get(IMAGE), tensors[LABEL], metrics, request)
 
 
 def _in_memory_order(t: torch.Tensor) -> tuple[torch.Tensor, str]:
-    """The same elements as a contiguous tensor, without a copy where t is channels_last, whose layout the receiver restores."""
-    if t.dim() == 4 and not t.is_contiguous() and t.is_contiguous(memory_format=torch.channels_last):
+    """Return t's elements as a contiguous tensor, and their order; channels_last is not copied."""
+    if is_channels_last(t):
         return t.permute(0, 2, 3, 1), "channels_last"
     return t.contiguous(), "contiguous"
 
 
 def _described(t: torch.Tensor) -> tuple[list[int], str]:
-    """Shape of one image's part, and dtype."""
+    """Return the shape of one image's part, and the dtype."""
     return list(t.shape[1:]), _name(t.dtype)
 
 

@@ -7,7 +7,6 @@ which settings exclude each other. Importing this needs no torch.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import math
 import os
@@ -120,8 +119,6 @@ class TrainConfig:
     """L2 penalty on every parameter."""
     nesterov: Annotated[bool, RESULT] = True
     """Use Nesterov's momentum. The recipe of cityscapes never does."""
-    optimizer_state: Annotated[Literal["float32", "bfloat16", "8bit"], RESULT] = "float32"
-    """Type in which the momentum is stored; 8bit needs torchao."""
     drop_last: Annotated[bool, RESULT] = False
     """Leave out a last, smaller batch. The recipe of cityscapes always does."""
     accumulate: Annotated[int, at_least(1), RESULT] = 1
@@ -228,7 +225,6 @@ class TrainConfig:
         iterations, `in_epochs` fills in the epochs, and the warm-up where the schedule has one and none was
         given.
         """
-        self.check_installed()
         recipe, K, arch, local_loss = RECIPES[self.dataset], self.number_of_modules(), self.network, self.loss
         lambdas, crop, workers = self.lambdas, self.crop, self.workers
         if lambdas is None and local_loss in WEIGHTED and K > 1:
@@ -274,11 +270,6 @@ class TrainConfig:
                 f"warmup {warmup}: expected fewer than the {epochs} epochs of {self.iterations} iterations"
             )
         return dataclasses.replace(self, epochs=epochs, warmup=warmup)
-
-    def check_installed(self) -> None:
-        """Raise ConfigError where training, though not evaluation, needs a package that is not installed."""
-        if self.optimizer_state == "8bit" and importlib.util.find_spec("torchao") is None:
-            raise ConfigError("optimizer_state 8bit needs torchao: pip install 'infopro-fast[8bit]'")
 
     def to_look_at(
         self, *, device: str | None = None, data_root: str | Path | None = None, threads: int | None = None
@@ -326,6 +317,9 @@ class TrainConfig:
         """Return the settings that `to_json` wrote. Raises ConfigError for any other text."""
         try:
             content = dict(json.loads(text))
+            state = content.pop("optimizer_state", "float32")  # a setting of earlier versions
+            if state != "float32":
+                raise ConfigError(f"optimizer_state: expected float32, the only one that runs have, got {state}")
             fields.check_names(TrainConfig, content)
         except (ValueError, TypeError) as error:
             raise ConfigError(f"not the settings of a run: {error}") from error

@@ -34,7 +34,7 @@ def _facts(c: Any) -> SimpleNamespace:
     warmup = recipe.default_warmup(schedule, epochs) if c.warmup is None else c.warmup
     return SimpleNamespace(**{
         **vars(c), "modules": K, "local_loss": loss, "arch": c.network, "schedule": schedule,
-        "epochs": epochs, "warmup": warmup, "nesterov": c.nesterov and recipe.nesterov,
+        "epochs": epochs, "warmup": warmup,
         "side": IMAGE_SIZES[c.dataset], "ends": K - 1, "cut_at": len(c.cuts or ()),
         "given": {name for name, field in fields.of(type(c)).items() if getattr(c, name) != field.default},
         "aux": loss not in ("dgl", "auglocal", "none") and K > 1,
@@ -93,10 +93,6 @@ RULES: list[Rule] = [
     # Arithmetic and device
     (lambda c: c.amp != "none" and c.dtype == "float64",
      "amp {amp} and dtype float64: autocast starts from float32"),
-    (lambda c: c.optimizer_state != "float32" and c.cuda_graph,
-     "optimizer_state {optimizer_state} and cuda_graph: its steps are not captured"),
-    (lambda c: c.optimizer_state != "float32" and not c.nesterov,
-     "optimizer_state {optimizer_state} and no-nesterov: its momentum is Nesterov's"),
     (lambda c: c.amp == "float16" and c.cuda_graph,
      "amp float16 and cuda_graph: its gradient scaler is not captured; use bfloat16"),
     *_given("tf32 cuda_graph", lambda c: c.device == "cpu", "{name} and device {device}: only a GPU has it"),
