@@ -84,7 +84,7 @@ def parse(argv: Sequence[str]) -> Any:
             default = default_of(argv[1:]) if name == "train" else Train()
             commands = [Annotated[kind, tyro.conf.subcommand(key)] for key, kind in COMMANDS.items()]
             commands[0] = Annotated[Train, tyro.conf.subcommand("train", default=default)]
-            union = functools.reduce(operator.or_, commands)
+            union: Any = functools.reduce(operator.or_, commands)
             no_none = (tyro.conf.DisallowNone,)  # a flag cannot be given the value None
             command = tyro.cli(union, prog=PROG, args=argv, description=ABOUT, config=no_none)
     except SystemExit as stop:

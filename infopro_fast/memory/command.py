@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from infopro_fast.errors import PlanError
 from infopro_fast.trainer.settings.fields import SAID
@@ -49,10 +49,10 @@ class MakePlan:
         from .planner import largest_batch, largest_image, make_plan
 
         self._check()
-        size = self.image_size
+        size: Any = self.image_size
         size = size[0] if size is not None and len(size) == 1 else size
         budget = None if self.budget is None else parse_bytes(self.budget)
-        how = dict(
+        how: dict[str, Any] = dict(
             modules=self.modules, budget=budget,
             recompute=self.recompute, losses=self.losses, objective=self.objective,
         )  # fmt: skip
@@ -125,7 +125,7 @@ class CompareMemory:
         from . import compare, figures
 
         net = self.arch, self.batch_size, self.image_size
-        how = dict(rounds=self.rounds, device=self.device, threads=self.threads)
+        how: dict[str, Any] = dict(rounds=self.rounds, device=self.device, threads=self.threads)
         compare.check(*net, self.modules, self.budgets, **how)
         found = []
         for way in compare.ways(list(self.modules), list(self.budgets)):
@@ -201,5 +201,5 @@ class Scale:
             numbers = getattr(self, name)
             numbers = (1 if numbers is None else numbers,) if name == "threads" else numbers
             if not numbers or min(numbers) < 1:
-                got = ", ".join(map(str, numbers)) or "none"
-                raise PlanError(f"{name}: expected numbers of at least 1, got {got}")
+                given = ", ".join(map(str, numbers)) or "none"
+                raise PlanError(f"{name}: expected numbers of at least 1, got {given}")

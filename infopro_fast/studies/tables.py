@@ -169,7 +169,7 @@ def config(study: Study, cell: Cell, seed: int) -> TrainConfig:
         settings["epochs"] = study.epochs
         settings["warmup"] = min(settings.get("warmup", 0), study.epochs - 1)
     settings |= _method(study, cell)
-    machine = {"threads": study.threads, "device": study.device, "data_root": study.data_root}
+    machine: dict[str, Any] = {"threads": study.threads, "device": study.device, "data_root": study.data_root}
     return TrainConfig(dataset=study.dataset, arch=study.network, seed=seed, out=folder, **settings, **machine)
 
 

@@ -110,8 +110,8 @@ def _longer(before: TrainConfig, after: TrainConfig, content: dict[str, Any], ba
     """
     epoch, batch = divmod(content["epoch"] * batches + content["batch"], batches)
     finished = epoch >= before.epochs
-    last = (before.epochs - 1, batches - 1) if finished else (epoch, batch)
-    old = schedule.learning_rate(before, *last, batches)
+    last_epoch, last_batch = (before.epochs - 1, batches - 1) if finished else (epoch, batch)
+    old = schedule.learning_rate(before, last_epoch, last_batch, batches)
     new = schedule.learning_rate(after, epoch, batch, batches)
     if finished and new > old:
         weights, more = run / run_folder.WEIGHTS, after.epochs - before.epochs

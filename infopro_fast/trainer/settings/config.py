@@ -233,7 +233,8 @@ class TrainConfig:
             lambdas = default_lambdas(
                 name, K, local_loss, balanced=self.balanced, image_size=side, dataset=self.dataset
             )
-        filled = {
+        filled: dict[str, Any] = {"arch": arch, "local_loss": local_loss, "modules": K}
+        filled |= {
             name: getattr(recipe, name) if getattr(self, name) is None else getattr(self, name)
             for name in ("epochs", "batch_size", "lr", "schedule", "warmup", "weight_decay", "iterations")
         }
@@ -247,10 +248,9 @@ class TrainConfig:
             crop, workers = self.image_size, min(8, os.cpu_count() or 1) if workers is None else workers
         depth = AUX_DEPTH if local_loss == "auglocal" and K > 1 else None
         return dataclasses.replace(
-            self, **filled, arch=arch, local_loss=local_loss, modules=K, lambdas=lambdas, crop=crop,
-            workers=workers, nesterov=self.nesterov and recipe.nesterov,
-            drop_last=self.drop_last or recipe.drop_last, aux_depth=self.aux_depth or depth,
-            threads=self.threads or machine.threads(),
+            self, **filled, lambdas=lambdas, crop=crop, workers=workers,
+            nesterov=self.nesterov and recipe.nesterov, drop_last=self.drop_last or recipe.drop_last,
+            aux_depth=self.aux_depth or depth, threads=self.threads or machine.threads(),
             data_root=None if self.data_root is None else self.data_root.absolute(),
             device=machine.device() if self.device == "auto" else self.device,
         )  # fmt: skip
@@ -279,14 +279,12 @@ class TrainConfig:
         Nothing is downloaded. device, data_root, threads: in place of the run's. Another kind of device
         leaves out the precision and the kernels that only the run's device has.
         """
-        device, changes = device or self.device, {}
+        device = device or self.device
+        changes: dict[str, Any] = {"data_root": data_root or self.data_root, "threads": threads or self.threads}
         if device.partition(":")[0] != self.device.partition(":")[0]:
             impl = "reference" if self.impl == "reference" else "auto"
-            changes = {"tf32": False, "cuda_graph": False, "impl": impl}
-        data_root, threads = data_root or self.data_root, threads or self.threads
-        return dataclasses.replace(
-            self, device=device, data_root=data_root, threads=threads, download=False, **changes
-        )
+            changes |= {"tf32": False, "cuda_graph": False, "impl": impl}
+        return dataclasses.replace(self, device=device, download=False, **changes)
 
     @property
     def network(self) -> str:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
 import math
 import types
 import typing
@@ -114,9 +113,17 @@ def _tuples(value: Any) -> Any:
     return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
 
 
-@functools.cache
 def of(settings: type) -> dict[str, Field]:
     """Return the fields of a dataclass of settings by name. Each has exactly one mark."""
+    if settings not in _FIELDS:
+        _FIELDS[settings] = _fields(settings)
+    return _FIELDS[settings]
+
+
+_FIELDS: dict[type, dict[str, Field]] = {}
+
+
+def _fields(settings: type) -> dict[str, Field]:
     hints = typing.get_type_hints(settings, include_extras=True)
     found = {}
     for field in dataclasses.fields(settings):
@@ -124,8 +131,8 @@ def of(settings: type) -> dict[str, Field]:
         union = typing.get_origin(kind) in (typing.Union, types.UnionType)
         kinds = typing.get_args(kind) if union else (kind,)
         (mark,) = [note for note in notes if isinstance(note, Mark)]
-        limits = [note for note in notes if isinstance(note, Limit)]
-        found[field.name] = Field(field.name, kinds, mark, *(limits or [None]), field.default)
+        limit = next((note for note in notes if isinstance(note, Limit)), None)
+        found[field.name] = Field(field.name, kinds, mark, limit, field.default)
     return found
 
 

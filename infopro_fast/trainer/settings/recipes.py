@@ -231,11 +231,12 @@ def _table5() -> dict[str, Row]:
         "the table quotes the original DeepLab paper, which trained in another way: the table gives steps, "
         "batch size and crop, and the other settings are those of its e2e row"
     )
-    for name, settings, found, more in (
+    others: list[tuple[str, dict[str, Any], tuple[float, ...], str]] = [
         ("e2e", {}, (79.12, 79.81, 80.02, 19.43), ""),
         ("e2e/60k", {"iterations": 60000}, (79.32, 79.95, 80.07, 19.43), ""),
         ("e2e/769x769", {"crop": (769, 769)}, (77.82, 79.06, 79.30), of_others),
-    ):
+    ]
+    for name, settings, found, more in others:
         settings = {**common, "local_loss": "none", "modules": 1, **settings}
         notes = "; ".join(filter(None, (more, note)))
         rows[f"table5/deeplabv3/{name}"] = Row(settings, dict(zip(names, found)), notes)
@@ -288,9 +289,10 @@ def difference(config: TrainConfig) -> dict[str, tuple[Any, Any]]:
 
     config: resolved, with its ``recipe``.
     """
-    needs_root = {} if config.data_root is None else {"data_root": config.data_root}
     settings = {**row(config.recipe).settings, "recipe": config.recipe, "device": config.device}
-    published = TrainConfig(**settings, **needs_root).resolved()
+    if config.data_root is not None:
+        settings["data_root"] = config.data_root
+    published = TrainConfig(**settings).resolved()
     in_steps = config.iterations is not None and published.iterations is not None
     return {
         name: (getattr(published, name), getattr(config, name))

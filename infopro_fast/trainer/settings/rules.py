@@ -43,10 +43,11 @@ def _facts(c: Any) -> SimpleNamespace:
 
 def _given(names: str, wrong: Callable[[Any], bool], sentence: str) -> list[Rule]:
     """Return a rule for each of these settings, broken where the setting is given; {name} stands for it."""
-    return [
-        (lambda c, name=name: name in c.given and wrong(c), sentence.replace("{name}", name))
-        for name in names.split()
-    ]
+
+    def broken(name: str) -> Callable[[Any], bool]:
+        return lambda c: name in c.given and wrong(c)
+
+    return [(broken(name), sentence.replace("{name}", name)) for name in names.split()]
 
 
 RULES: list[Rule] = [
