@@ -1,4 +1,5 @@
-"""TrainConfig: what is refused and by which words, defaults written out, and that JSON gives the same settings back."""
+"""TrainConfig: what is refused and by which words, defaults written out, and that JSON gives the same
+settings back."""
 
 import dataclasses
 import json
@@ -50,11 +51,23 @@ from infopro_fast.trainer.settings.data_sets import IMAGE_SIZES, RECIPES
         (dict(local_loss="none", modules=4), "local_loss none trains end to end: expected modules 1, got 4"),
         (dict(cuts=((1, 0),), balanced=True), "cuts and balanced"),
         (dict(cuts=((1, 0),), modules=4), "modules 4 and cuts: expected 3 cuts, got 1"),
-        (dict(lambdas=(1, 1, 1, 1), local_loss="greedy"), "lambdas: local_loss greedy with modules 4 has nothing to weigh"),
-        (dict(lambdas=(1, 1, 1, 1), modules=1), "lambdas: local_loss contrast with modules 1 has nothing to weigh"),
+        (
+            dict(lambdas=(1, 1, 1, 1), local_loss="greedy"),
+            "lambdas: local_loss greedy with modules 4 has nothing to weigh",
+        ),
+        (
+            dict(lambdas=(1, 1, 1, 1), modules=1),
+            "lambdas: local_loss contrast with modules 1 has nothing to weigh",
+        ),
         (dict(net_config="1c2f", local_loss="dgl"), "net_config: local_loss dgl has no such head"),
-        (dict(net_config="1c2f", modules=1), "net_config: local_loss contrast with modules 1 has no such net"),
-        (dict(feature_dim=64, local_loss="dgl"), "feature_dim: local_loss dgl with modules 4 has no such net"),
+        (
+            dict(net_config="1c2f", modules=1),
+            "net_config: local_loss contrast with modules 1 has no such net",
+        ),
+        (
+            dict(feature_dim=64, local_loss="dgl"),
+            "feature_dim: local_loss dgl with modules 4 has no such net",
+        ),
         (dict(widen=2.0, local_loss="none"), "widen: local_loss none with modules 1 has no such net"),
         (dict(balanced=True, modules=1), "balanced: modules 1 has nothing to split"),
         (dict(zero_last_epoch=False), "zero_last_epoch: schedule one_cycle has no such epoch"),
@@ -84,8 +97,14 @@ def test_a_run_counted_in_steps():
     config = TrainConfig(iterations=100).resolved()
     assert config.warmup is None and config.resolved() == config
     assert (config.in_epochs(125).epochs, config.in_epochs(125).warmup) == (1, 0)
-    assert (config.in_epochs(30).epochs, config.in_epochs(30).warmup, config.in_epochs(30).iterations) == (4, 1, 100)
-    assert TrainConfig(iterations=10000, warmup=6).resolved().in_epochs(125).warmup == 6  # more than the 5 epochs of the recipe
+    assert (config.in_epochs(30).epochs, config.in_epochs(30).warmup, config.in_epochs(30).iterations) == (
+        4,
+        1,
+        100,
+    )
+    assert (
+        TrainConfig(iterations=10000, warmup=6).resolved().in_epochs(125).warmup == 6
+    )  # more than the 5 epochs of the recipe
     with pytest.raises(ConfigError, match="warmup 2: expected fewer than the 2 epochs of 100 iterations"):
         TrainConfig(iterations=100, warmup=2).resolved().in_epochs(50)
     assert TrainConfig().resolved().in_epochs(50) == TrainConfig().resolved()
@@ -98,11 +117,18 @@ def test_the_folder_of_the_images_is_absolute():
 def test_defaults_are_written_out():
     config = TrainConfig().resolved()
     recipe = RECIPES["fashion_mnist"]
-    assert (config.dataset, config.arch, config.modules, config.local_loss) == ("fashion_mnist", "resnet32", 4, "contrast")
+    assert (config.dataset, config.arch, config.modules, config.local_loss) == (
+        "fashion_mnist",
+        "resnet32",
+        4,
+        "contrast",
+    )
     assert config.lambdas == (6, 0, 1, 2)  # published for ResNet-32, K = 4
     assert (config.epochs, config.batch_size, config.lr) == (recipe.epochs, recipe.batch_size, recipe.lr)
     assert config.threads == torch.get_num_threads() and config.device in ("cpu", "cuda")
-    assert None not in [getattr(config, n) for n in ("epochs", "batch_size", "lr", "schedule", "warmup", "modules", "lambdas")]
+    assert None not in [
+        getattr(config, n) for n in ("epochs", "batch_size", "lr", "schedule", "warmup", "modules", "lambdas")
+    ]
     assert config.resolved() == config
 
 
@@ -124,7 +150,9 @@ def test_published_rows(settings, expected):
     """Weights and training settings of the paper's rows; a setting that is given stays."""
     config = TrainConfig(data_root="data", **settings).resolved()
     assert config.lambdas == expected
-    published = {"cifar10": (160, 1024, 0.8), "svhn": (160, 1024, 0.8), "stl10": (160, 128, 0.1)}[config.dataset]
+    published = {"cifar10": (160, 1024, 0.8), "svhn": (160, 1024, 0.8), "stl10": (160, 128, 0.1)}[
+        config.dataset
+    ]
     assert (config.epochs, config.batch_size, config.lr) == published
     assert (config.schedule, config.warmup, config.momentum, config.weight_decay) == ("cosine", 10, 0.9, 1e-4)
     assert config.zero_last_epoch and not config.drop_last
@@ -154,7 +182,9 @@ def test_json_round_trip(config):
 
 
 def test_json_of_an_unknown_setting():
-    with pytest.raises(ConfigError, match="not the settings of a run: schedul: no such setting; did you mean schedule?"):
+    with pytest.raises(
+        ConfigError, match="not the settings of a run: schedul: no such setting; did you mean schedule?"
+    ):
         TrainConfig.from_json('{"schedul": "step"}')
 
 
@@ -174,12 +204,13 @@ def test_every_field_is_explained():
 
 
 def test_importing_settings_needs_no_torch():
-    code = "import sys\nfrom infopro_fast.trainer.settings import config, continuing, files, recipes\nprint(*sys.modules)"
+    modules = "config, continuing, files, recipes"
+    code = f"import sys\nfrom infopro_fast.trainer.settings import {modules}\nprint(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and not {"torch", "numpy", "matplotlib"} & set(done.stdout.split())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # What a change of a setting changes
 
 
@@ -214,7 +245,7 @@ def test_different_trainings(settings, names):
     assert different(plain, dataclasses.replace(plain, **settings)) == names
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Settings from a file
 
 
@@ -225,11 +256,15 @@ def written(path, text):
 
 def test_files_of_settings(tmp_path):
     """JSON, YAML and TOML say the same; a recipe in a file is the row beneath the file's other settings."""
-    expected = TrainConfig(modules=3, cuts=((1, 0), (2, 1)), lr=1e-3, data_root="d", dataset="svhn", augment=False)
+    expected = TrainConfig(
+        modules=3, cuts=((1, 0), (2, 1)), lr=1e-3, data_root="d", dataset="svhn", augment=False
+    )
     texts = {
-        "a.json": '{"modules": 3, "cuts": [[1, 0], [2, 1]], "lr": 1e-3, "data-root": "d", "dataset": "svhn", "augment": false}',
-        "a.yaml": "modules: 3\ncuts: [[1, 0], [2, 1]]\nlr: 1e-3\ndata_root: d\ndataset: svhn\naugment: false\n",
-        "a.toml": 'modules = 3\ncuts = [[1, 0], [2, 1]]\nlr = 1e-3\ndata_root = "d"\ndataset = "svhn"\naugment = false\n',
+        "a.json": '{"modules": 3, "cuts": [[1, 0], [2, 1]], "lr": 1e-3, "data-root": "d", "dataset": "svhn", '
+        '"augment": false}',
+        "a.yaml": "modules: 3\ncuts: [[1, 0], [2, 1]]\nlr: 1e-3\ndata_root: d\ndataset: svhn\naugment: no\n",
+        "a.toml": 'modules = 3\ncuts = [[1, 0], [2, 1]]\nlr = 1e-3\ndata_root = "d"\ndataset = "svhn"\n'
+        "augment = false\n",
     }
     for name, text in texts.items():
         if name == "a.toml" and sys.version_info < (3, 11):
@@ -269,7 +304,8 @@ def test_no_such_file(tmp_path):
 
 
 def test_a_runs_settings_are_repeated(tmp_path):
-    """They resolve to the same run in a new folder, and what followed from others follows from these again."""
+    """They resolve to the same run in a new folder, and what followed from others follows from these
+    again."""
     run = TrainConfig(seed=3, batch_size=32, lambdas=(1, 0, 1, 1), threads=1, out=tmp_path).resolved()
     read = files.read(written(tmp_path / "config.json", run.to_json()))
     assert read.resolved() == dataclasses.replace(run, out=None) and files.read(tmp_path) == read
@@ -283,11 +319,14 @@ def test_a_runs_settings_are_repeated(tmp_path):
 
 
 def test_settings_to_look_at_a_run_with():
-    """On the same kind of device they are those of the run; the other kind has neither its precision nor its kernels."""
+    """On the same kind of device they are those of the run; the other kind has neither its precision nor its
+    kernels."""
     gpu = {"device": "cuda", "tf32": True, "cuda_graph": True, "impl": "triton"}
     run = TrainConfig(dataset="cifar10", data_root="there", download=True, threads=3, **gpu)
     same = dataclasses.replace(run, download=False)
-    assert run.to_look_at() == same and run.to_look_at(device="cuda:1") == dataclasses.replace(same, device="cuda:1")
+    assert run.to_look_at() == same and run.to_look_at(device="cuda:1") == dataclasses.replace(
+        same, device="cuda:1"
+    )
     plain = dataclasses.replace(same, device="cpu", tf32=False, cuda_graph=False, impl="auto", threads=1)
     assert run.to_look_at(device="cpu", threads=1) == plain
     assert run.to_look_at(data_root="here") == dataclasses.replace(same, data_root="here")

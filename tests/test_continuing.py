@@ -1,4 +1,5 @@
-"""Runs that other processes continue: the same training, whoever does it, or an error that says what is missing."""
+"""Runs that other processes continue: the same training, whoever does it, or an error that says what is
+missing."""
 
 import dataclasses
 from pathlib import Path
@@ -30,7 +31,8 @@ def others(tmp_path_factory):
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_goes_on_as_the_same_training(others, name):
-    """The third epoch by other processes than the first two: the weights of a run that one process trained, to the bit or to rounding."""
+    """The third epoch by other processes than the first two: the weights of a run that one process trained,
+    to the bit or to rounding."""
     found = others[f"others/{name}"]
     assert set(found["codes"]) == {0} and not any(found["errors"]), found
     run, one = Path(found["run"]), Path(others["one"]["run"])
@@ -50,11 +52,14 @@ def test_goes_on_as_the_same_training(others, name):
 @pytest.mark.parametrize(
     "name, message",
     {
-        "one_by_data": "parallel data: the run's batch norms and losses are of whole batches: it lacks sync_batch_norm and global_contrast",
-        "one_by_two": "parallel none: expected one process, torchrun started 2: give parallel pipeline, or data (with sync_batch_norm and",
-        "parts_by_pipeline": "parallel pipeline: in the run each process' batch norms and losses were of its own part of a batch (parallel "
-        "data, it lacks sync_batch_norm and global_contrast), which no process of this kind has: continue it with parallel data",
-        "in_turn_by_pipeline": "order sequential and parallel pipeline: one module is trained after the other",
+        "one_by_data": "parallel data: the run's batch norms and losses are of whole batches: it lacks "
+        "sync_batch_norm and global_contrast",
+        "one_by_two": "parallel none: expected one process, torchrun started 2: give parallel pipeline, or "
+        "data (with sync_batch_norm and",
+        "parts_by_pipeline": "parallel pipeline: in the run each process' batch norms and losses were of its "
+        "own part of a batch (parallel data, it lacks sync_batch_norm and global_contrast), which no process "
+        "of this kind has: continue it with parallel data",
+        "in_turn_by_pipeline": "order sequential and parallel pipeline: one module is trained after",
         "in_turn_by_two": "order sequential: expected one process, torchrun started 2",
     }.items(),
 )
@@ -79,7 +84,9 @@ def test_rules():
     assert changed(pipeline, {"parallel": "data"}).pipeline_modules is None
     assert changed(pipeline, {"pipeline_modules": (2, 1)}).in_flight == 4
     parts = config(parallel="data")
-    assert changed(parts, {"parallel": "pipeline", "pipeline_modules": (1, 2)}).parallel == "pipeline"  # parts of a batch as before
+    assert (
+        changed(parts, {"parallel": "pipeline", "pipeline_modules": (1, 2)}).parallel == "pipeline"
+    )  # parts of a batch as before
     assert changed(parts, {"patience": 60.0}).patience == 60
     free = changed(config(order="sequential"), {"threads": 5, "log_every": 2, "cache": False})
     assert (free.threads, free.log_every, free.cache) == (5, 2, False)
@@ -89,13 +96,29 @@ def test_rules():
     for before, sharing, message in (
         (softmax, {"parallel": "data"}, "it lacks sync_batch_norm$"),
         (config(), {"parallel": "data", "sync_batch_norm": True}, "it lacks global_contrast$"),
-        (config(), {"parallel": "pipeline", "pipeline_modules": (1, 2)}, "it lacks sync_batch_norm and global_contrast$"),
-        (config(local_loss="softmax", accumulate=2), {"parallel": "data", "sync_batch_norm": True}, "accumulate 2 cuts a batch at other"),
+        (
+            config(),
+            {"parallel": "pipeline", "pipeline_modules": (1, 2)},
+            "it lacks sync_batch_norm and global_contrast$",
+        ),
+        (
+            config(local_loss="softmax", accumulate=2),
+            {"parallel": "data", "sync_batch_norm": True},
+            "accumulate 2 cuts a batch at other",
+        ),
         (config(recompute="norm"), {"parallel": "data", **whole}, "sync_batch_norm and recompute norm"),
         (parts, {"parallel": "none"}, "continue it with parallel data$"),
         (config(), {"wire": "bfloat16"}, "leave out --wire"),
-        (config(parallel="pipeline", wire="bfloat16"), {"parallel": "none"}, "wire bfloat16 rounds the features of this run"),
-        (config(), {"lr": 0.1, "batch_size": 3}, "continues a run with its own settings: leave out --lr, --batch-size"),
+        (
+            config(parallel="pipeline", wire="bfloat16"),
+            {"parallel": "none"},
+            "wire bfloat16 rounds the features of this run",
+        ),
+        (
+            config(),
+            {"lr": 0.1, "batch_size": 3},
+            "continues a run with its own settings: leave out --lr, --batch-size",
+        ),
         (config(), {"device": "cuda"}, "leave out --device"),
         (config(), {"thread": 2}, "thread: no such setting; did you mean threads"),
         (config(epochs=5), {"epochs": 4}, "epochs 4: expected more than the 5 epochs of the run"),
@@ -117,7 +140,9 @@ def test_flags_beside_resume(tmp_path, monkeypatch, capsys):
     run.mkdir()
     own = config(cuts=((1, 1), (2, 1)), lambdas=(1, 0, 1, 1), batch_size=48)
     (run / run_folder.CONFIG).write_text(own.to_json())
-    monkeypatch.setattr("infopro_fast.trainer.run.resume", lambda *args, **options: seen.append((args, options)))
+    monkeypatch.setattr(
+        "infopro_fast.trainer.run.resume", lambda *args, **options: seen.append((args, options))
+    )
 
     def command(*words):
         with pytest.raises(SystemExit) as stop:
@@ -159,7 +184,7 @@ def test_flags_beside_resume(tmp_path, monkeypatch, capsys):
     assert code == 2 and error.endswith("with its own settings: leave out --lr, --dtype\n")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Longer
 
 
@@ -193,16 +218,24 @@ def rates(run):
 
 
 def test_a_longer_run(few, tmp_path, capsys):
-    """The epochs left have the rates of a run of that length; the run says so, and keeps it for the next time."""
+    """The epochs left have the rates of a run of that length; the run says so, and keeps it for the next
+    time."""
     settings = dict(schedule="cosine", warmup=1, log_every=1)
     run = cut_short(tmp_path / "run", 2, epochs=3, **settings)
     before, longer = (tiny_run.config(None, epochs=n, **settings).resolved() for n in (3, 5))
     with pytest.raises(SystemExit) as stop:
         cli.main(["train", "--resume", str(run), "--epochs", "5", "--threads", "2", "--log-every", "2"])
-    said, expected = capsys.readouterr().out, [schedule.learning_rate(longer, epoch, 0, 4) for epoch in (2, 3, 4)]
+    said, expected = (
+        capsys.readouterr().out,
+        [schedule.learning_rate(longer, epoch, 0, 4) for epoch in (2, 3, 4)],
+    )
     assert stop.value.code == 0 and rates(run)[8:] == [rate for rate in expected for _ in range(2)]
     old = schedule.learning_rate(before, 2, 0, 4)
-    assert f"5 epochs in place of 3: the cosine schedule goes over all of them, so the learning rate is {expected[0]:.4g} in " in said
+    assert (
+        "5 epochs in place of 3: the cosine schedule goes over all of them, so the learning rate is "
+        f"{expected[0]:.4g} in "
+        in said
+    )
     assert f"in place of {old:.4g} in the next step" in said
     kept = run_folder.read_config(run)
     assert (kept.epochs, kept.threads, kept.log_every, kept.warmup) == (5, 2, 2, 1)
@@ -212,7 +245,10 @@ def test_a_longer_run(few, tmp_path, capsys):
 def test_a_finished_run_has_annealed(few, tmp_path, capsys):
     """Its rate does not go up again; a step schedule whose rate stays or falls goes on."""
     run = fit(tiny_run.config(tmp_path / "annealed", epochs=2, schedule="cosine", warmup=1))
-    with pytest.raises(ConfigError, match=r"epochs 4: the run has finished its 2 epochs, and its cosine .* down to 0; .*--init"):
+    with pytest.raises(
+        ConfigError,
+        match=r"epochs 4: the run has finished its 2 epochs, and its cosine .* down to 0; .*--init",
+    ):
         resume(run, epochs=4)
     assert run_folder.read_config(run).epochs == 2
     run = fit(tiny_run.config(tmp_path / "steps", epochs=4, schedule="step", warmup=0, log_every=1))
@@ -220,7 +256,9 @@ def test_a_finished_run_has_annealed(few, tmp_path, capsys):
     resume(run, epochs=5)
     assert "the learning rate stays 0.0005 in the next step" in capsys.readouterr().out
     assert rates(run)[-4:] == pytest.approx([0.0005] * 4)
-    with pytest.raises(ConfigError, match="epochs 12: the run has finished its 5 epochs, and its step schedule"):
+    with pytest.raises(
+        ConfigError, match="epochs 12: the run has finished its 5 epochs, and its step schedule"
+    ):
         resume(run, epochs=12)
 
 
@@ -228,7 +266,11 @@ def test_a_finished_run_has_annealed(few, tmp_path, capsys):
 def test_torch_distributed_checkpoint_reads_it(tmp_path):
     """Its reader of safetensors takes a checkpoint's tensors, all or some of them, without a pickle."""
     optimizer = {"state": {0: {"momentum_buffer": torch.arange(5)}}}
-    state = {"net": {"a": torch.randn(3, 4), "b": torch.randn(2).double()}, "trainer": {"optimizers": [optimizer]}, "epoch": 1}
+    state = {
+        "net": {"a": torch.randn(3, 4), "b": torch.randn(2).double()},
+        "trainer": {"optimizers": [optimizer]},
+        "epoch": 1,
+    }
     path = checkpoint.save(tmp_path, checkpoint.name_of(1, 0), state)
     momentum = "trainer.optimizers.0.state.0.momentum_buffer"
     some = {"net.b": torch.zeros(2).double(), momentum: torch.zeros(5, dtype=torch.int64)}

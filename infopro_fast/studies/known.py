@@ -1,4 +1,5 @@
-"""Runs that an earlier study trained, on this machine or another, read from its table (JSON) instead of being trained again."""
+"""Runs that an earlier study trained, on this machine or another, read from its table (JSON) instead of being
+trained again."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ from .tables import Cell, Study, cells, config, jobs, same_run
 
 @dataclass(frozen=True)
 class Run:
-    """What a table needs of a run. curve: test error (%) after every epoch; cross_entropy: on the test images, after the last."""
+    """What a table needs of a run. curve: test error (%) after every epoch; cross_entropy: on the test
+    images, after the last."""
 
     curve: tuple[float, ...]
     cross_entropy: float
@@ -27,7 +29,8 @@ class Run:
 
 @dataclass(frozen=True)
 class Known:
-    """Runs by (cell, seed), costs of a step by cell, and where each file's came from, as the JSON of a table says it."""
+    """Runs by (cell, seed), costs of a step by cell, and where each file's came from, as the JSON of a table
+    says it."""
 
     runs: dict[tuple[Cell, int], Run]
     costs: dict[Cell, dict[str, float]]
@@ -37,7 +40,9 @@ class Known:
 def settings_of_a_cell(study: Study, cell: Cell) -> dict[str, Any]:
     """Return the settings in which the cells of a study differ, with this cell's values, as JSON has them."""
     every = {other: _as_json(study, other) for other in cells(study)}
-    return {name: value for name, value in every[cell].items() if any(c[name] != value for c in every.values())}
+    return {
+        name: value for name, value in every[cell].items() if any(c[name] != value for c in every.values())
+    }
 
 
 @functools.cache
@@ -47,7 +52,8 @@ def _as_json(study: Study, cell: Cell) -> dict[str, Any]:
 
 
 def read(study: Study) -> Known:
-    """Return the runs of ``study.known`` that are cells of ``study``; where two files have a run, the first one's.
+    """Return the runs of ``study.known`` that are cells of ``study``; where two files have a run, the first
+    one's.
 
     Raises StudyError for a file that is no table, and one whose runs were trained with other settings.
     """
@@ -58,11 +64,17 @@ def read(study: Study) -> Known:
         taken: list[tuple[Cell, int]] = []
         for row in content["cells"]:
             cell = _cell(row)
-            ours = [(i, seed) for i, seed in enumerate(row["seeds"]) if (cell, seed) in wanted and (cell, seed) not in found.runs]
+            ours = [
+                (i, seed)
+                for i, seed in enumerate(row["seeds"])
+                if (cell, seed) in wanted and (cell, seed) not in found.runs
+            ]
             if not ours:
                 continue
             _check(path, study, cell, {**content["settings"], **row["settings"]})
-            found.runs.update({(cell, seed): Run(tuple(row["curves"][i]), row["cross_entropies"][i]) for i, seed in ours})
+            found.runs.update(
+                {(cell, seed): Run(tuple(row["curves"][i]), row["cross_entropies"][i]) for i, seed in ours}
+            )
             if row["cost"] is not None:
                 found.costs.setdefault(cell, row["cost"])
             taken += [(cell, seed) for _, seed in ours]
@@ -71,14 +83,23 @@ def read(study: Study) -> Known:
 
 
 def _sources(content: dict[str, Any], taken: Sequence[tuple[Cell, int]]) -> list[dict[str, Any]]:
-    """Where the runs taken from this table were made: what it took from earlier ones stays theirs, the rest is its own."""
-    made = {(_cell(row), seed): source["where"] for source in content.get("known", []) for row in source["cells"] for seed in row["seeds"]}
+    """Where the runs taken from this table were made: what it took from earlier ones stays theirs, the rest
+    is its own."""
+    made = {
+        (_cell(row), seed): source["where"]
+        for source in content.get("known", [])
+        for row in source["cells"]
+        for seed in row["seeds"]
+    }
     by_place: dict[str, dict[Cell, list[int]]] = {}
     for cell, seed in taken:
         place = json.dumps(made.get((cell, seed), content["where"]))
         by_place.setdefault(place, {}).setdefault(cell, []).append(seed)
     return [
-        {"where": json.loads(place), "cells": [{**dataclasses.asdict(cell), "seeds": seeds} for cell, seeds in cells.items()]}
+        {
+            "where": json.loads(place),
+            "cells": [{**dataclasses.asdict(cell), "seeds": seeds} for cell, seeds in cells.items()],
+        }
         for place, cells in by_place.items()
     ]
 
@@ -106,7 +127,9 @@ def _check(path: Path, study: Study, cell: Cell, settings: dict[str, Any]) -> No
     """
     wanted = config(study, cell, study.first_seed)
     known = fields.of(TrainConfig)
-    own = {name: value for name, value in settings.items() if name in known and known[name].mark is fields.RESULT}
+    own = {
+        name: value for name, value in settings.items() if name in known and known[name].mark is fields.RESULT
+    }
     own |= {"seed": wanted.seed, "data_root": study.data_root, "device": wanted.device}
     try:
         theirs = TrainConfig(**own).resolved()
@@ -115,5 +138,7 @@ def _check(path: Path, study: Study, cell: Cell, settings: dict[str, Any]) -> No
     different = same_run(wanted, theirs)
     if different:
         ours = wanted.resolved()
-        values = ", ".join(f"{name}: expected {getattr(ours, name)}, got {getattr(theirs, name)}" for name in different)
+        values = ", ".join(
+            f"{name}: expected {getattr(ours, name)}, got {getattr(theirs, name)}" for name in different
+        )
         raise StudyError(f"known: {path}: {cell.name}: runs with other settings ({values})")

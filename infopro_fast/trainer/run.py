@@ -116,15 +116,15 @@ def _longer(before: TrainConfig, after: TrainConfig, content: dict[str, Any], ba
     if finished and new > old:
         weights, more = run / run_folder.WEIGHTS, after.epochs - before.epochs
         raise ConfigError(
-            f"epochs {after.epochs}: the run has finished its {before.epochs} epochs, and its {before.schedule} "
-            f"schedule has brought the learning rate down to {old:.3g}; over {after.epochs} epochs it would go "
-            f"up again, to {new:.3g}. Begin a new run with these weights instead: infopro-fast train "
-            f"--config {run} --init {weights} --epochs {more}"
+            f"epochs {after.epochs}: the run has finished its {before.epochs} epochs, and its "
+            f"{before.schedule} schedule has brought the learning rate down to {old:.3g}; over "
+            f"{after.epochs} epochs it would go up again, to {new:.3g}. Begin a new run with these weights: "
+            f"infopro-fast train --config {run} --init {weights} --epochs {more}"
         )
     rate = f"stays {new:.4g}" if new == old else f"is {new:.4g} in place of {old:.4g}"
     return (
-        f"; {after.epochs} epochs in place of {before.epochs}: the {after.schedule} schedule goes over all of "
-        f"them, so the learning rate {rate} in the next step"
+        f"; {after.epochs} epochs in place of {before.epochs}: the {after.schedule} schedule goes over all "
+        f"of them, so the learning rate {rate} in the next step"
     )
 
 

@@ -280,10 +280,11 @@ class TrainConfig:
         leaves out the precision and the kernels that only the run's device has.
         """
         device = device or self.device
-        changes: dict[str, Any] = {"data_root": data_root or self.data_root, "threads": threads or self.threads}
+        changes: dict[str, Any] = {"threads": threads or self.threads}
         if device.partition(":")[0] != self.device.partition(":")[0]:
             impl = "reference" if self.impl == "reference" else "auto"
             changes |= {"tf32": False, "cuda_graph": False, "impl": impl}
+        changes["data_root"] = data_root or self.data_root
         return dataclasses.replace(self, device=device, download=False, **changes)
 
     @property
@@ -317,7 +318,8 @@ class TrainConfig:
             content = dict(json.loads(text))
             state = content.pop("optimizer_state", "float32")  # a setting of earlier versions
             if state != "float32":
-                raise ConfigError(f"optimizer_state: expected float32, the only one that runs have, got {state}")
+                expected = "float32, the only one that runs have"
+                raise ConfigError(f"optimizer_state: expected {expected}, got {state}")
             fields.check_names(TrainConfig, content)
         except (ValueError, TypeError) as error:
             raise ConfigError(f"not the settings of a run: {error}") from error

@@ -121,7 +121,7 @@ TABLE4 = {
 
 # Table 5, DeepLabV3-ResNet-101 on Cityscapes, 40k steps: settings; mIoU at one scale, several scales, several
 # scales and flipped; GB on each GPU.
-TABLE5 = {
+TABLE5: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
     "512x1024": ({"lambdas": (1.5, 1.0, 0.0, 0.0)}, (79.37, 80.53, 80.54, 12.01)),
     "512x1024/bs12": (
         {"lambdas": (1.0, 0.1, 0.0, 0.0), "batch_size": 12, "lr": 0.015}, (79.99, 81.09, 81.20, 16.62)
