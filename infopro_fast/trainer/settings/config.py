@@ -315,15 +315,20 @@ class TrainConfig:
     def from_json(text: str) -> TrainConfig:
         """Return the settings that `to_json` wrote. Raises ConfigError for any other text."""
         try:
-            content = dict(json.loads(text))
-            state = content.pop("optimizer_state", "float32")  # a setting of earlier versions
-            if state != "float32":
-                expected = "float32, the only one that runs have"
-                raise ConfigError(f"optimizer_state: expected {expected}, got {state}")
-            fields.check_names(TrainConfig, content)
+            content = known(dict(json.loads(text)))
         except (ValueError, TypeError) as error:
             raise ConfigError(f"not the settings of a run: {error}") from error
         return TrainConfig(**content)
+
+
+def known(content: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings in a file's content. Raises ConfigError for a name that is no setting."""
+    state = content.get("optimizer_state", "float32")  # a setting of earlier versions
+    if state != "float32":
+        raise ConfigError(f"optimizer_state: expected float32, the only one that runs have, got {state}")
+    content = {name: value for name, value in content.items() if name != "optimizer_state"}
+    fields.check_names(TrainConfig, content)
+    return content
 
 
 def _take_plan(c: TrainConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -11,10 +12,9 @@ from typing import Any
 from infopro_fast.errors import ConfigError
 
 from . import fields, recipes
-from .config import TrainConfig
+from .config import TrainConfig, known
 
 EITHER = "epochs and iterations: each says how long to train: expected one of them"
-OF_A_RUN = "config.json"  # the name of the file in which a run folder keeps its settings
 
 
 def read(path: Path) -> TrainConfig:
@@ -24,11 +24,11 @@ def read(path: Path) -> TrainConfig:
     so that lambdas follow a change of modules, for example. Its folder (out) is left out: that run stays as
     it is. Raises ConfigError naming the file, and the setting that is unknown or has a wrong value.
     """
-    path = path / OF_A_RUN if path.is_dir() else path
-    content = {name.replace("-", "_"): _number(name, value) for name, value in _content(path).items()}
+    path = path / "config.json" if path.is_dir() else path
     try:
-        fields.check_names(TrainConfig, content)
-        if path.name == OF_A_RUN:
+        content = known({name.replace("-", "_"): value for name, value in _content(path).items()})
+        content = {name: _number(name, value) for name, value in content.items()}
+        if len(content) > len(fields.of(TrainConfig)) // 2:  # a run's
             return _without_defaults(TrainConfig(**{**content, "out": None}))
         if {"epochs", "iterations"} <= content.keys():
             raise ConfigError(EITHER)
@@ -40,44 +40,35 @@ def read(path: Path) -> TrainConfig:
 
 
 def _content(path: Path) -> dict[str, Any]:
+    import yaml  # here, so that the command line starts sooner
+
+    kind = path.suffix[1:].upper().replace("YML", "YAML")
+    if kind not in ("JSON", "YAML", "TOML"):
+        raise ConfigError("expected a file that ends in .json, .yaml, .yml or .toml")
+    if kind == "TOML" and sys.version_info < (3, 11):
+        raise ConfigError("TOML needs Python 3.11: write YAML or JSON")
     try:
         text = path.read_text()
-        if path.suffix == ".json":
-            content = json.loads(text)
-        elif path.suffix in (".yaml", ".yml"):
-            import yaml
-
-            try:
-                content = yaml.safe_load(text)
-            except yaml.YAMLError as error:
-                raise ValueError(error) from error
-        elif path.suffix == ".toml":
-            if sys.version_info < (3, 11):
-                raise ConfigError(f"config {path}: TOML needs Python 3.11: write YAML or JSON")
+        if kind == "TOML":
             import tomllib
 
             content = tomllib.loads(text)
         else:
-            raise ConfigError(f"config {path}: expected a file that ends in .json, .yaml, .yml or .toml")
-    except ConfigError:
-        raise
+            content = json.loads(text) if kind == "JSON" else yaml.safe_load(text)
     except OSError as error:
-        raise ConfigError(f"config {path}: {error.strerror}") from error
-    except ValueError as error:  # of every parser
-        raise ConfigError(f"config {path}: not {path.suffix[1:].upper()}: {error}") from error
+        raise ConfigError(str(error.strerror)) from error
+    except (ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"not {kind}: {error}") from error
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
-        raise ConfigError(f"config {path}: expected settings by name, got {type(content).__name__}")
+        raise ConfigError(f"expected settings by name, got {type(content).__name__}")
     return content
 
 
 def _number(name: str, value: Any) -> Any:
     """Return a text like 1e-3 as a number, where the setting is one; YAML 1.1 takes it for text."""
-    field = fields.of(TrainConfig).get(name.replace("-", "_"))
-    if isinstance(value, str) and field is not None and float in field.kinds:
-        try:
+    if isinstance(value, str) and float in fields.of(TrainConfig)[name].kinds:
+        with contextlib.suppress(ValueError):
             return float(value)
-        except ValueError:
-            pass
     return value
 
 
@@ -87,10 +78,7 @@ def _without_defaults(config: TrainConfig) -> TrainConfig:
         config = dataclasses.replace(config, epochs=None)
     whole, found = config.resolved(), config
     for name, field in fields.of(TrainConfig).items():
-        if getattr(found, name) != field.default:
-            try:
-                shorter = dataclasses.replace(found, **{name: field.default})
-                found = shorter if shorter.resolved() == whole else found
-            except ConfigError:
-                pass
+        with contextlib.suppress(ConfigError):
+            shorter = dataclasses.replace(found, **{name: field.default})
+            found = shorter if shorter.resolved() == whole else found
     return found
