@@ -1,21 +1,27 @@
-"""A plan: where to cut a network into local modules, and what that was measured to take. A file of JSON; needs no torch."""
+"""A plan: where to cut a network into local modules, and the memory that this was measured to take.
+
+Its file is JSON. Importing this needs no torch.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from infopro_fast.errors import PlanError
+from infopro_fast.whole_files import replace_file
 
 VERSION = 1
 
 
 @dataclass(frozen=True)
 class PlannedModule:
-    """Bytes of one module: kept by autograd at most, at the highest point of its step, and of its parameters. last: its last block."""
+    """One module: its last block and number of blocks, bytes and seconds.
+
+    saved: the most that autograd keeps; peak: at its step's highest point; parameters: of its parameters.
+    """
 
     last: str
     blocks: int
@@ -27,9 +33,11 @@ class PlannedModule:
 
 @dataclass(frozen=True)
 class Plan:
-    """cuts: last (stage, block) of every module but the last. peak: of the step, beyond what is there all the time (resident).
+    """Where to cut a network, and what a training step then takes.
 
-    end_to_end: peak and saved bytes of K = 1 with neither auxiliary nets nor recompute.
+    cuts: last (stage, block) of every module but the last. resident: bytes that are there all the time;
+    ``peak`` counts beyond these. end_to_end: peak and saved bytes for K = 1, without auxiliary networks and
+    recompute.
     """
 
     arch: str
@@ -56,22 +64,13 @@ class Plan:
         return self.resident + self.peak
 
     def write(self, path: Path) -> None:
-        """The whole file or, if that fails, what was there before."""
-        content = json.dumps({"infopro_fast plan": VERSION, **dataclasses.asdict(self)}, indent=2) + "\n"
-        aside = path.with_name(f".aside-{path.name}")
-        try:
-            with open(aside, "w") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(aside, path)
-        except BaseException:
-            aside.unlink(missing_ok=True)
-            raise
+        """Write the file whole, or leave what was there before."""
+        content = {"infopro_fast plan": VERSION, **dataclasses.asdict(self)}
+        replace_file(path, (json.dumps(content, indent=2) + "\n").encode())
 
     @staticmethod
     def read(path: Path) -> Plan:
-        """Raises PlanError if this is not what `write` wrote."""
+        """Return the plan in a file. Raises PlanError for a file that `write` did not write."""
         try:
             content = json.loads(path.read_text())
             if content.pop("infopro_fast plan") != VERSION:
@@ -82,14 +81,14 @@ class Plan:
             return Plan(**content)
         except FileNotFoundError as error:
             raise PlanError(f"{path}: no such plan; `infopro-fast plan` makes one") from error
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError, AttributeError, KeyError, TypeError, ValueError) as error:
-            if isinstance(error, PlanError):
-                raise
+        except PlanError:
+            raise
+        except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise PlanError(f"{path}: not a plan: {type(error).__name__}: {error}") from error
 
 
 def parse_bytes(text: str) -> int:
-    """ "4GiB", "500 MiB", "3.5GB" or a plain number of bytes. Raises PlanError."""
+    """Return the bytes that a text like 4GiB, 500 MiB, 3.5GB or a plain number says. Raises PlanError."""
     units = {"": 1, "b": 1}
     for power, letter in enumerate("kmgt", 1):
         units |= {letter + "ib": 1024**power, letter + "b": 1000**power}
@@ -105,7 +104,7 @@ def parse_bytes(text: str) -> int:
 
 
 def for_people(count: float) -> str:
-    """1.50 GiB, 12.3 MiB, 4.0 KiB."""
+    """Return a number of bytes as 1.50 GiB, 12.3 MiB or 4.0 KiB."""
     for unit, name, digits in ((2**30, "GiB", 2), (2**20, "MiB", 1), (2**10, "KiB", 1)):
         if count >= unit:
             return f"{count / unit:.{digits}f} {name}"

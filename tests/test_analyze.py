@@ -498,6 +498,20 @@ def wrong(name, runs, folder):
     )
 
 
+def test_seeds_that_other_processes_trained(tmp_path):
+    """A pipeline and other kernels train the same; processes whose batch norms see parts of a batch, or that round, do not."""
+
+    def subject(seed, **settings):
+        config = tiny_run.config(None, seed=seed, local_loss="greedy", lambdas=None, **settings)
+        return analyze.Subject(tmp_path / str(seed), config, "")
+
+    pipeline = subject(1, parallel="pipeline", in_flight=3, threads=2, impl="reference", recompute="block")
+    analyze.check_comparable([subject(0), pipeline, subject(2, parallel="data", sync_batch_norm=True)])
+    for settings, name in ((dict(parallel="data"), "parallel"), (dict(parallel="pipeline", wire="bfloat16"), "wire")):
+        with pytest.raises(errors.ConfigError, match=rf"differ in more than their seed.*: {name} \("):
+            analyze.check_comparable([subject(0), subject(1, **settings)])
+
+
 @pytest.mark.parametrize(
     "name,message",
     [

@@ -37,7 +37,7 @@ def check(command: str) -> None:
     if words[:2] == ["python", "-m"]:
         _check_benchmark(words[2], words[3:])
         return
-    parsed = cli._parse(words[words.index("infopro_fast") + 1 :] if words[0] == "torchrun" else words[1:])
+    parsed = cli.parse(words[words.index("infopro_fast") + 1 :] if words[0] == "torchrun" else words[1:])
     if isinstance(parsed, tables.Study):
         assert tables.jobs(parsed)  # makes the settings of every run
 
@@ -134,7 +134,7 @@ STUDIES = [command for command in commands(ROOT / "docs/results.md") if command.
 @pytest.mark.parametrize("command", STUDIES, ids=range(len(STUDIES)))
 def test_tables_are_those_of_their_runs(command, tmp_path):
     """The command in front of a table writes the Markdown beside the table's JSON from its runs."""
-    study = cli._parse(shlex.split(command)[1:])
+    study = cli.parse(shlex.split(command)[1:])
     folder = ROOT / "docs/results" / ("" if study.out == Path("reproduction") else study.out)
     table = folder / f"{study.table}.json"
     study = dataclasses.replace(study, known=(table,), out=tmp_path, train=False, measure=False)

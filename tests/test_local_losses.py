@@ -19,7 +19,7 @@ from infopro_fast.errors import ConfigError
 from infopro_fast.modules import LOCAL_LOSSES, FeatureDecoder, LocalLoss, Place, Term, backbones
 from infopro_fast.modules.auglocal import aux_depths, sampled_blocks
 from infopro_fast.modules.heads import GlobalAveragePool
-from infopro_fast.modules.local_loss import INFOPRO_L_LAMBDAS, WEIGHTED
+from infopro_fast.published import INFOPRO_L_LAMBDAS, WEIGHTED
 from infopro_fast.trainer import fit, run_folder
 from infopro_fast.trainer.settings.config import TrainConfig
 from infopro_fast.trainer.step import local_step

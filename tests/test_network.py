@@ -11,7 +11,8 @@ from torch import nn
 
 import infopro_fast
 from infopro_fast.modules import LOCAL_LOSSES
-from infopro_fast.modules.local_loss import DEFAULT_LAMBDAS, default_lambdas, interpolate_lambdas
+from infopro_fast.modules.local_loss import interpolate_lambdas
+from infopro_fast.published import DEFAULT_LAMBDAS, default_lambdas
 from tests import golden
 
 TRAIN_STEPS = golden.cases("train_step")

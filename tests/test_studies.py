@@ -60,6 +60,11 @@ def test_cells_of_the_tables():
 
 def test_settings_of_a_cell():
     study = tables.Study("table2", scale="small")
+    differing = {"local_loss", "modules", "lambdas"}
+    assert known.settings_of_a_cell(study, tables.Cell("greedy", 8)) == {"local_loss": "greedy", "modules": 8, "lambdas": None}
+    assert set(known.settings_of_a_cell(study, tables.Cell("e2e", 1))) == differing
+    table3 = tables.Study("table3", scale="full")
+    assert set(known.settings_of_a_cell(table3, tables.Cell("checkpoint", 1))) == differing | {"balanced", "recompute"}
     config = tables.config(study, tables.Cell("contrast", 8), 3)
     assert (config.modules, config.local_loss, config.shrink, config.seed) == (8, "contrast", 2, 3)
     full = tables.config(tables.Study("table2", scale="full"), tables.Cell("contrast", 8), 0)
@@ -556,7 +561,8 @@ def test_known_tables_of_other_settings_are_an_error(study, tmp_path):
     for settings, message in (
         (
             dict(epochs=2),
-            r"table2.json: runs with other settings \(epochs: expected 2, got 1, warmup: expected 1, got 0\)",
+            r"table2.json: e2e-k1: runs with other settings "
+            r"\(epochs: expected 2, got 1, warmup: expected 1, got 0\)",
         ),
         (dict(arch="resnet32"), "arch: expected resnet32, got resnet20"),
     ):
@@ -569,6 +575,10 @@ def test_known_tables_of_other_settings_are_an_error(study, tmp_path):
         errors.StudyError, match=r"other.json: greedy-k2: .*local_loss: expected greedy, got dgl"
     ):
         reproduce(dataclasses.replace(study, known=(tmp_path / "other.json",), out=tmp_path))
+    content = json.loads(path.read_text())
+    content["settings"] |= {"device": "cuda", "threads": 64, "impl": "triton", "in_flight": 2, "gone": 1}  # no result of these
+    (tmp_path / "elsewhere.json").write_text(json.dumps(content))
+    assert len(known.read(dataclasses.replace(study, known=(tmp_path / "elsewhere.json",))).runs) == 2
     for text in ("{", "[]", "{}", "3"):
         (tmp_path / "none.json").write_text(text)
         with pytest.raises(errors.StudyError, match="none.json: not the JSON of a table"):
@@ -585,7 +595,7 @@ def test_the_depth_of_auglocals_nets_is_of_a_cell(study, tmp_path):
     e2e, row = content["cells"]
     cell = tables.Cell("auglocal", 2)
     for depth in (3, 5, None):
-        settings = known.settings_of_a_cell(tables.config(deep, cell, 0)) | {"aux_depth": depth}
+        settings = known.settings_of_a_cell(deep, cell) | {"aux_depth": depth}
         if depth is None:
             del settings["aux_depth"]
         row |= {"method": "auglocal", "settings": settings}

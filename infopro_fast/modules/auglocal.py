@@ -15,8 +15,7 @@ from torch import nn
 from .backbones import BasicBlock, Unit
 from .heads import GlobalAveragePool, Head
 
-AUX_DEPTH = 3  # blocks of the first auxiliary network: the authors' script for ResNet-110
-PYRAMID = 0.5  # how far the last local module has gone from AUX_DEPTH to 1: the authors' scripts
+PYRAMID = 0.5  # how far the last local module has gone from the depth of the first to 1: the authors' scripts
 
 
 def aux_depths(depth: int, modules: int) -> list[int]:

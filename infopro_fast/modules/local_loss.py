@@ -18,7 +18,6 @@ from infopro_fast import ops
 from .heads import GlobalAveragePool, Head
 
 LOCAL_LOSSES = ("contrast", "softmax", "greedy", "dgl", "infopro_l", "auglocal", "none")
-WEIGHTED = ("contrast", "softmax", "infopro_l")  # lambdas weigh their reconstruction and their task
 
 
 class Term(typing.NamedTuple):
@@ -158,44 +157,6 @@ class Classifier(LocalLoss):
 
     def released_nets(self, stage, block):
         return {"": self}  # ``fc.weight`` is part of the backbone
-
-
-# Weights of the published CIFAR-10 and STL-10 runs (README of the authors' code): (reconstruction, task) of
-# the first local module, then of the last. Key: architecture, image size, balanced; number of modules.
-Lambdas = tuple[float, float, float, float]
-PUBLISHED_LAMBDAS: dict[tuple[str, int, bool], dict[int, Lambdas]] = {
-    ("resnet32", 32, False): {2: (5, 1, 0, 0), 4: (6, 0, 1, 2), 8: (5, 0, 0, 2), 16: (5, 0.05, 0.2, 0.5)},
-    ("resnet110", 32, False): {2: (5, 0.5, 0, 0), 4: (1, 0, 0, 1), 8: (5, 0, 0, 1), 16: (5, 0, 0.5, 1)},
-    ("resnet110", 32, True): {2: (5, 0.1, 0, 0), 3: (5, 0, 5, 0.1), 4: (5, 0, 5, 0.1)},
-    ("resnet110", 96, False): {
-        2: (10, 1, 0, 0), 4: (20, 0.2, 5, 2), 8: (20, 0.2, 5, 1), 16: (20, 0.5, 10, 0.1),
-    },  # fmt: skip
-    ("resnet110", 96, True): {2: (20, 1, 0, 0), 3: (20, 0.5, 5, 2), 4: (20, 0.5, 10, 1)},
-}
-
-# Weights of the ImageNet and Cityscapes runs (README and configurations of the authors' code), K = 2.
-PUBLISHED_SOFTMAX: dict[str, Lambdas] = {
-    "resnet101": (5, 0.75, 0, 0),
-    "resnet152": (5, 1, 0, 0),
-    "resnext101_32x8d": (5, 0.75, 0, 0),
-    "deeplabv3_resnet101": (1.5, 1, 0, 0),
-}
-
-# Ours, for unpublished runs (softmax, other depths and K): reconstruction early, task late.
-DEFAULT_LAMBDAS = (5.0, 0.5, 0.5, 1.0)
-
-# Ours. A reconstruction loss that falls from 1 to 0 weighs a fifth of one that hardly falls, as on images.
-INFOPRO_L_LAMBDAS = (1.0, 0.5, 0.1, 1.0)
-
-
-def default_lambdas(arch: str, modules: int, local_loss: str, *, balanced: bool, image_size: int) -> Lambdas:
-    """Return the published weights of a run (image size 32: CIFAR-10, 96: STL-10), else ours."""
-    if local_loss == "infopro_l":
-        return INFOPRO_L_LAMBDAS
-    if local_loss == "softmax" and modules == 2 and arch in PUBLISHED_SOFTMAX:
-        return PUBLISHED_SOFTMAX[arch]
-    published = PUBLISHED_LAMBDAS.get((arch, image_size, balanced), {}) if local_loss == "contrast" else {}
-    return published.get(modules, DEFAULT_LAMBDAS)
 
 
 def interpolate_lambdas(lambdas: Sequence[float], module: int, modules: int) -> tuple[float, float]:

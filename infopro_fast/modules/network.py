@@ -13,12 +13,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint as run_checkpointed
 
 from infopro_fast.ops.dispatch import IMPLEMENTATIONS
+from infopro_fast.published import AUX_DEPTH, WEIGHTED, default_lambdas
 
 from . import backbones, norm_recompute, split
-from .auglocal import AUX_DEPTH
 from .chain import Joined
 from .families import PUBLISHED, Family, family
-from .local_loss import LOCAL_LOSSES, WEIGHTED, LocalLoss, Place, default_lambdas, interpolate_lambdas
+from .local_loss import LOCAL_LOSSES, LocalLoss, Place, interpolate_lambdas
 from .segmentation import Tap
 
 RECOMPUTE = ("none", "norm", "block", "sqrt")
@@ -194,7 +194,7 @@ def build(
         "greedy" and "none". Or a function from a `Place` to a loss of your own, called for every module but
         the last (docs/local_losses.md).
     lambdas: weights (reconstruction, task) of InfoPro or infopro_l for the first local module, then for the
-        last; linear in between. None: the published ones (`local_loss.default_lambdas`). A term of weight 0
+        last; linear in between. None: the published ones (`published.default_lambdas`). A term of weight 0
         does not run.
     balanced: use the published memory-balanced split (InfoPro*) in place of the equal one. num_classes: None:
     10; 1000 for ImageNet's networks, 19 for DeepLab, those of your own network. image_size: height and width,

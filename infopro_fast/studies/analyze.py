@@ -26,6 +26,7 @@ from infopro_fast.info import provenance
 from infopro_fast.trainer import run_folder, setup
 from infopro_fast.trainer.display import duration
 from infopro_fast.trainer.settings.config import TrainConfig
+from infopro_fast.trainer.settings.continuing import different
 from infopro_fast.whole_files import replace_file
 
 from . import figures
@@ -40,12 +41,6 @@ QUANTITIES = (
     "reconstruction", "pixel_information", "classifier_loss", "label_information", "label_information_bits",
     "classifier_accuracy", "linear_accuracy",
 )  # fmt: skip
-# What runs of one method may differ in: the seed, and what has no influence on the weights or only on their
-# last bits.
-MAY_DIFFER = {
-    "seed", "out", "data_root", "download", "workers", "device", "threads", "impl", "resident", "cuda_graph", "recompute", "log_every",
-    "checkpoint_minutes", "plan", "cache", "in_flight", "patience", "pipeline_modules", "recipe",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -149,8 +144,7 @@ def _check_same_but_seed(a: Subject, b: Subject) -> None:
     where = f"{a.run} and {b.run} (both {a.method})"
     if a.run.resolve() == b.run.resolve():
         raise ConfigError(f"{a.run} is given twice: no error bar comes of that")
-    names = [field.name for field in dataclasses.fields(TrainConfig) if field.name not in MAY_DIFFER]
-    differing = [n for n in names if getattr(a.config, n) != getattr(b.config, n)]
+    differing = [name for name in different(a.config, b.config) if name != "seed"]
     if differing:
         said = ", ".join(f"{n} ({getattr(a.config, n)} and {getattr(b.config, n)})" for n in differing)
         raise ConfigError(f"{where} differ in more than their seed, so their mean has no meaning: {said}; analyze them into two folders")

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from infopro_fast.errors import StudyError
+from infopro_fast.errors import ConfigError, StudyError
+from infopro_fast.trainer.settings import fields
 from infopro_fast.trainer.settings.config import TrainConfig
 
-from .tables import FREE, Cell, Study, config, jobs
-
-OF_A_CELL = ("modules", "local_loss", "lambdas", "balanced", "cuts", "recompute", "order", "impl", "hold_out", "aux_depth")
+from .tables import Cell, Study, cells, config, jobs, same_run
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,18 @@ class Known:
     sources: list[dict[str, Any]]  # where the runs were made, for a table's JSON
 
 
-def settings_of_a_cell(found: TrainConfig) -> dict[str, Any]:
-    """In what one cell of a table differs from another, as JSON has it."""
-    content = json.loads(found.resolved().to_json())
-    return {name: content[name] for name in OF_A_CELL}
+def settings_of_a_cell(study: Study, cell: Cell) -> dict[str, Any]:
+    """Return the settings in which the cells of a study differ, with this cell's values, as JSON has them."""
+    every = {other: _as_json(study, other) for other in cells(study)}
+    return {
+        name: value for name, value in every[cell].items() if any(c[name] != value for c in every.values())
+    }
+
+
+@functools.cache
+def _as_json(study: Study, cell: Cell) -> dict[str, Any]:
+    found = json.loads(config(study, cell, study.first_seed).resolved().to_json())
+    return {name: value for name, value in found.items() if name != "out"}
 
 
 def read(study: Study) -> Known:
@@ -50,15 +58,20 @@ def read(study: Study) -> Known:
     wanted = {(job.cell, job.seed) for job in jobs(study)}
     for path in study.known:
         content = _content(path)
-        _check_same(path, study, content["settings"])
         taken: list[tuple[Cell, int]] = []
         for row in content["cells"]:
             cell = _cell(row)
-            ours = [(i, seed) for i, seed in enumerate(row["seeds"]) if (cell, seed) in wanted and (cell, seed) not in found.runs]
+            ours = [
+                (i, seed)
+                for i, seed in enumerate(row["seeds"])
+                if (cell, seed) in wanted and (cell, seed) not in found.runs
+            ]
             if not ours:
                 continue
-            _check_cell(path, study, cell, row["settings"])
-            found.runs.update({(cell, seed): Run(tuple(row["curves"][i]), row["cross_entropies"][i]) for i, seed in ours})
+            _check(path, study, cell, {**content["settings"], **row["settings"]})
+            found.runs.update(
+                {(cell, seed): Run(tuple(row["curves"][i]), row["cross_entropies"][i]) for i, seed in ours}
+            )
             if row["cost"] is not None:
                 found.costs.setdefault(cell, row["cost"])
             taken += [(cell, seed) for _, seed in ours]
@@ -101,21 +114,25 @@ def _content(path: Path) -> dict[str, Any]:
     return content
 
 
-def _check_same(path: Path, study: Study, theirs: dict[str, Any]) -> None:
-    """What all cells have in common: images, network, epochs, optimizer."""
-    ours = json.loads(jobs(study)[0].config.resolved().to_json())
-    common = (field.name for field in dataclasses.fields(TrainConfig) if field.name not in (*FREE, *OF_A_CELL, "seed"))
-    _refuse(path, "", {name: ours[name] for name in common}, theirs)
+def _check(path: Path, study: Study, cell: Cell, settings: dict[str, Any]) -> None:
+    """Raise StudyError for runs of a cell that were trained with other settings than the study's.
 
-
-def _check_cell(path: Path, study: Study, cell: Cell, theirs: dict[str, Any]) -> None:
-    ours = settings_of_a_cell(config(study, cell, study.first_seed))
-    earlier = {"aux_depth": ours["aux_depth"]}  # tables from before it was noted have the default, as every cell has
-    _refuse(path, f"{cell.name}: ", ours, earlier | theirs)
-
-
-def _refuse(path: Path, of: str, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    different = [name for name, value in ours.items() if theirs.get(name) != value]
+    A setting that the table does not have is younger than it, so its runs had the default.
+    """
+    wanted = config(study, cell, study.first_seed)
+    known = fields.of(TrainConfig)
+    own = {
+        name: value for name, value in settings.items() if name in known and known[name].mark is fields.RESULT
+    }
+    own |= {"seed": wanted.seed, "data_root": study.data_root, "device": wanted.device}
+    try:
+        theirs = TrainConfig(**own).resolved()
+    except ConfigError as error:
+        raise StudyError(f"known: {path}: {cell.name}: {error}") from error
+    different = same_run(wanted, theirs)
     if different:
-        values = ", ".join(f"{name}: expected {ours[name]}, got {theirs.get(name)}" for name in different)
-        raise StudyError(f"known: {path}: {of}runs with other settings ({values})")
+        ours = wanted.resolved()
+        values = ", ".join(
+            f"{name}: expected {getattr(ours, name)}, got {getattr(theirs, name)}" for name in different
+        )
+        raise StudyError(f"known: {path}: {cell.name}: runs with other settings ({values})")

@@ -44,7 +44,7 @@ def write(study: tables.Study, found: Sequence[results.Result], there: known.Kno
     where = {**provenance(), "jobs": study.jobs, "threads": study.threads}
     rows = [
         {"method": r.cell.method, "modules": r.cell.modules, "weights": r.cell.weights,
-         "settings": known.settings_of_a_cell(tables.config(study, r.cell, study.first_seed)),
+         "settings": known.settings_of_a_cell(study, r.cell),
          "seeds": r.seeds, "errors": r.errors,
          "cross_entropies": r.cross_entropies, "curves": r.curves, "cost": r.cost, "paper": r.paper,
          "paper_memory_gb": tables.published_memory(study, r.cell)}

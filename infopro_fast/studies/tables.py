@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +12,10 @@ import tyro
 
 from infopro_fast.errors import ConfigError
 from infopro_fast.trainer.settings import recipes
-from infopro_fast.trainer.settings.config import CIFAR_RESNETS, IMAGE_SIZES, TrainConfig
+from infopro_fast.trainer.settings.config import TrainConfig
+from infopro_fast.trainer.settings.continuing import different
+from infopro_fast.trainer.settings.data_sets import CIFAR_RESNETS, IMAGE_SIZES
+from infopro_fast.trainer.settings.fields import SAID
 
 Method = Literal[
     "e2e", "greedy", "dgl", "softmax", "contrast", "async", "checkpoint", "infopro_l", "auglocal"
@@ -38,7 +40,6 @@ SCALES: dict[str, dict[str, Any]] = {
 # ours, the published contrastive ones for K = 8 and 16, and little reconstruction.
 CANDIDATES = ((5.0, 0.5, 0.5, 1.0), (5.0, 0.0, 0.0, 2.0), (5.0, 0.05, 0.2, 0.5), (1.0, 0.2, 0.1, 1.0))
 HOLD_OUT = 1000  # training images that the search for weights tests on
-FREE = ("out", "threads", "device", "data_root", "checkpoint_minutes", "log_every", "workers", "patience")  # settings that change no result
 
 
 @dataclass(frozen=True)
@@ -56,21 +57,21 @@ class Study:
     fused: the kernels against plain PyTorch losses, in whole trainings."""
     scale: Literal["tiny", "small", "full", "paper"] = "small"
     """tiny, small: shrunk images, minutes a run. full: whole images, longer. paper: the published recipe."""
-    methods: tuple[Method, ...] | None = None
+    methods: Annotated[tuple[Method, ...] | None, SAID] = None
     """Rows. Default: e2e greedy dgl softmax contrast; table3: e2e checkpoint contrast; lambdas: softmax."""
-    modules: tuple[int, ...] | None = None
+    modules: Annotated[tuple[int, ...] | None, SAID] = None
     """Columns: the numbers K of modules. Default: 2 4 8 16; table3: 2 3 4; lambdas: 8 16; fused: 4."""
-    arch: Literal["resnet20", "resnet32", "resnet44", "resnet56", "resnet110"] | None = None
+    arch: Annotated[Literal["resnet20", "resnet32", "resnet44", "resnet56", "resnet110"] | None, SAID] = None
     """Network. Default: resnet32; table3: resnet110."""
     dataset: Literal["fashion_mnist", "fashion_mnist_full", "cifar10", "svhn", "stl10"] = "fashion_mnist"
     """Images: the embedded ones, the whole of Fashion-MNIST, or one of the paper's sets."""
-    data_root: Path | None = None
+    data_root: Annotated[Path | None, SAID] = None
     """Folder with the data set's original files."""
     seeds: int = 3
     """Number of runs of each cell, with seeds 0, 1, ..."""
     first_seed: int = 0
     """First seed."""
-    epochs: int | None = None
+    epochs: Annotated[int | None, SAID] = None
     """Epochs. Default: the scale's."""
     jobs: int = 1
     """Number of runs at a time."""
@@ -183,8 +184,8 @@ def config(study: Study, cell: Cell, seed: int) -> TrainConfig:
         settings["epochs"] = study.epochs
         settings["warmup"] = min(settings.get("warmup", 0), study.epochs - 1)
     settings |= _method(study, cell)
-    settings |= {"threads": study.threads, "device": study.device, "data_root": study.data_root}
-    return TrainConfig(dataset=study.dataset, arch=study.network, seed=seed, out=folder, **settings)
+    machine: dict[str, Any] = {"threads": study.threads, "device": study.device, "data_root": study.data_root}
+    return TrainConfig(dataset=study.dataset, arch=study.network, seed=seed, out=folder, **settings, **machine)
 
 
 def _recipe(study: Study, cell: Cell) -> dict[str, Any]:
@@ -256,7 +257,5 @@ def _table3(study: Study, cell: Cell):
 
 
 def same_run(wanted: TrainConfig, there: TrainConfig) -> Sequence[str]:
-    """Names of the settings in which a run that is there differs from the one wanted, but for those that change no result."""
-    ours, theirs = wanted.resolved(), there
-    names = (field.name for field in dataclasses.fields(TrainConfig))
-    return [name for name in names if name not in FREE and getattr(ours, name) != getattr(theirs, name)]
+    """Return the names of the settings that change the result and in which a run differs from the one wanted."""
+    return different(wanted.resolved(), there)

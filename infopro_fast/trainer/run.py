@@ -15,7 +15,7 @@ import torch.distributed as dist
 from infopro_fast import data, whole_files
 from infopro_fast.errors import ConfigError, RunError
 
-from . import checkpoint, evaluation, run_folder, sequential, setup
+from . import checkpoint, evaluation, run_folder, schedule, sequential, setup
 from .loop import Training
 from .processes import connect, state, watch
 from .processes.connect import Processes
@@ -54,24 +54,19 @@ def resume(
     run: str | Path,
     *,
     previous: bool = False,
-    sharing: dict[str, Any] | None = None,
-    data_root: str | Path | None = None,
+    **changes: Any,
 ) -> Path | None:
     """Continue a run from its last checkpoint (``previous``: from the one before).
 
     It ends with the bits of an uninterrupted run. On another machine, or on a GPU with kernels of torch that
     are not deterministic, bits may differ.
-    sharing: settings of `continuing.SHARING`, to continue among other processes, such as {"parallel":
-    "pipeline"} under torchrun; the run keeps them. data_root: where the data set's files are from now on.
-    Raises CheckpointError for a damaged checkpoint, ConfigError for processes whose training would differ,
-    and what `fit` raises.
+    changes: settings that the run has from now on, such as parallel="pipeline" under torchrun, threads,
+    data_root or more epochs; `continuing.changed` says which may change.
+    Raises CheckpointError for a damaged checkpoint, ConfigError for changes to the training, and what `fit`
+    raises.
     """
-    config = run_folder.read_config(Path(run))
-    if data_root is not None:
-        config = dataclasses.replace(config, data_root=Path(data_root).absolute())
-    if sharing:
-        config = continuing.shared_anew(config, sharing)
-    several = config.parallel != "none" and bool(connect.launched() or sharing)
+    config = continuing.changed(run_folder.read_config(Path(run)), changes)
+    several = config.parallel != "none" and bool(connect.launched() or "parallel" in changes)
     local = connect.on_local_device(config) if several else config
     with connect.joined(local, several) as here, contextlib.ExitStack() as held:
         return _continue(here, held, Path(run), config, previous)
@@ -82,7 +77,7 @@ def _continue(
     previous: bool = False,
 ) -> Path | None:  # fmt: skip
     """Continue a run. anew: its settings from now on, in the main process; None: as they are."""
-    here.run, path, content = run, None, None
+    here.run, path, content, before = run, None, None, None
     if here.layout.is_main:
         here.watch.at("reading a checkpoint", slow=True)
         held.enter_context(run_folder.locked(run))
@@ -91,15 +86,46 @@ def _continue(
         content = {"config": anew.to_json()}
         if anew.order == "simultaneous":
             path, content = checkpoint.load_latest(run / run_folder.CHECKPOINTS, previous)
-            content["config"] = continuing.continued(TrainConfig.from_json(content["config"]), anew).to_json()
+            before = TrainConfig.from_json(content["config"])
+            content["config"] = continuing.continued(before, anew).to_json()
     if here.several:  # the other processes need not see the folder
         path = here.share(path, here.layout.main)
         content = state.broadcast(content, here.layout.main, here.watch.waiting)
     config = TrainConfig.from_json(content["config"])
     opened = _Opened(connect.on_local_device(config) if here.several else config, here, held, fresh=False)
+    longer = ""
+    if before is not None and config.epochs > before.epochs:
+        batches = opened.images.batches(config.batch_size, config.drop_last)
+        longer = _longer(before, config, content, batches, run)
     if here.layout.is_main:
         run_folder.keep_config(run, anew)
-    return opened.run_to_end(path, content, previous)
+    return opened.run_to_end(path, content, previous, longer)
+
+
+def _longer(before: TrainConfig, after: TrainConfig, content: dict[str, Any], batches: int, run: Path) -> str:
+    """Return what more epochs do to the learning rate, whose schedule then goes over all of them.
+
+    content: the checkpoint's. Raises ConfigError for a finished run whose rate has come down and would go up
+    again: that would be a second training, not a longer one.
+    """
+    epoch, batch = divmod(content["epoch"] * batches + content["batch"], batches)
+    finished = epoch >= before.epochs
+    last_epoch, last_batch = (before.epochs - 1, batches - 1) if finished else (epoch, batch)
+    old = schedule.learning_rate(before, last_epoch, last_batch, batches)
+    new = schedule.learning_rate(after, epoch, batch, batches)
+    if finished and new > old:
+        weights, more = run / run_folder.WEIGHTS, after.epochs - before.epochs
+        raise ConfigError(
+            f"epochs {after.epochs}: the run has finished its {before.epochs} epochs, and its "
+            f"{before.schedule} schedule has brought the learning rate down to {old:.3g}; over "
+            f"{after.epochs} epochs it would go up again, to {new:.3g}. Begin a new run with these weights: "
+            f"infopro-fast train --config {run} --init {weights} --epochs {more}"
+        )
+    rate = f"stays {new:.4g}" if new == old else f"is {new:.4g} in place of {old:.4g}"
+    return (
+        f"; {after.epochs} epochs in place of {before.epochs}: the {after.schedule} schedule goes over all "
+        f"of them, so the learning rate {rate} in the next step"
+    )
 
 
 class _Opened:
@@ -120,12 +146,13 @@ class _Opened:
             self.share = Share(config, self.images, net, here)
 
     def run_to_end(
-        self, path: Path | None = None, content: dict[str, Any] | None = None, previous: bool = False
-    ) -> Path | None:
+        self, path: Path | None = None, content: dict[str, Any] | None = None, previous: bool = False,
+        longer: str = "",
+    ) -> Path | None:  # fmt: skip
         """Train to the end and return the run folder, or None where this process does not write it.
 
         path, content: the checkpoint to continue from; sequential training finds its own, or with
-        ``previous`` the one before the last.
+        ``previous`` the one before the last. longer: what to say about more epochs.
         """
         here = self.here
         if not here.several:
@@ -136,6 +163,7 @@ class _Opened:
             training = Training(self.config, here.run, self.images, self.share)
             if path is not None:
                 training.load(path, content)
+                training.came_from += longer
             training.run_to_end()
         return here.run if here.layout.is_main else None
 

@@ -1,1 +1,1 @@
-"""Settings of a training and the rows of the paper; importing this needs no torch."""
+"""Settings of a training and the rows of the paper's tables. Importing this needs no torch."""

@@ -1,34 +1,35 @@
-"""The rows of the paper's tables as data: the settings of a run, and what the paper reports for it (Wang et al., ICLR 2021, Tables 2 to 5).
+"""The rows of the paper's tables as data (Wang et al., ICLR 2021, Tables 2 to 5): settings, and reported
+results.
 
-Settings are the released ones (README and configurations of the released code). What is not published is said in a row's note: the
-weights of the losses of the softmax and DenseNet rows, for one, which are this package's own. Importing this needs no torch.
+Settings are those of the authors' code (README and configurations). A row's note says what the paper does not
+publish, such as the weights of the losses in the rows of softmax and DenseNet, which are ours. Importing this
+needs no torch.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
 from infopro_fast.errors import ConfigError
+from infopro_fast.published import default_lambdas
 
-from .config import RECIPES, SVHN_LAMBDAS, TrainConfig
-
-# Settings that change neither what is trained nor how.
-MACHINE = (
-    "data_root", "download", "workers", "device", "impl", "threads", "resident", "cuda_graph", "cache", "out", "checkpoint_minutes",
-    "log_every", "patience",
-)  # fmt: skip
+from .config import TrainConfig
+from .continuing import different
+from .data_sets import RECIPES
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row. settings: fields of `TrainConfig`.
+    """One row of a table. settings: fields of `TrainConfig`.
 
-    expected: {"error": (mean, standard deviation of 5 trials) in % of the test images; "top1", "top5": errors in %; "miou",
-    "miou_multi_scale", "miou_multi_scale_flip" in %; "memory_gb": of a GPU}; what the paper does not say is left out.
-    note: what differs from the paper. untrained: why no run of it can be made here, or nothing; such a row is data alone.
+    expected: what the paper reports: {"error": (mean, standard deviation of 5 trials) in % of the test
+    images; "top1", "top5": errors in %; "miou", "miou_multi_scale", "miou_multi_scale_flip": in %;
+    "memory_gb": of one GPU}. note: what differs from the paper. untrained: why the row cannot be trained
+    here; "" where it can.
     """
 
     settings: dict[str, Any]
@@ -39,22 +40,24 @@ class Row:
 
 OWN_WEIGHTS = "the paper's weights of the losses are not published; these are ours"
 
-# Methods of Table 2 that are no `local_loss` by themselves: the settings that stand for them here, and what is not known of them.
+# Methods of Table 2 that are no `local_loss`: the settings that stand for them, and what is not known about
+# them.
 METHODS: dict[str, tuple[dict[str, Any], str]] = {
     "greedy+": (
-        # Of the heads that there are, 2c2f costs what is nearest to decoder and 1c2f together, which a local module of InfoPro adds.
+        # Of all heads, 2c2f comes nearest to the cost that a local module of InfoPro adds: decoder and 1c2f.
         {"local_loss": "greedy", "net_config": "2c2f"},
-        "the paper calls Greedy SL+ deeper, at InfoPro's computational cost, and its code was not released: what is deeper, the network "
-        "or its heads, is not known for certain; here it is the head, 2c2f, the deepest of the released ones",
+        "the paper calls Greedy SL+ deeper, at InfoPro's computational cost, and its code was not released: "
+        "whether the network or its heads are deeper is not known for certain; here the heads are (2c2f, the "
+        "authors' deepest)",
     ),
     "async": (
         {"local_loss": "contrast", "order": "sequential"},
-        "the paper's asynchronous training was not released: here each module has the whole schedule, one after the other, with the "
-        "weights of the simultaneous run",
+        "the code of the paper's asynchronous training was not released: here each module in turn has the "
+        "whole schedule, with the lambdas of the simultaneous run",
     ),
 }
 
-# Test errors of Table 2: data set, network: method: by K (2, 4, 8, 16), or of end-to-end training.
+# Table 2, test errors: data set and network: method: K (2, 4, 8, 16), or end-to-end training.
 TABLE2: dict[tuple[str, str], dict[str, Any]] = {
     ("cifar10", "resnet32"): {
         "e2e": (7.37, 0.10),
@@ -95,7 +98,8 @@ TABLE2: dict[tuple[str, str], dict[str, Any]] = {
     },
 }  # fmt: skip
 
-# Table 3, ResNet-110 on one Titan Xp: error and memory of end-to-end training, with checkpoints, and of the balanced splits by K.
+# Table 3, ResNet-110 on one Titan Xp: error and memory (GB) of end-to-end training, of the same with gradient
+# checkpointing, and of the balanced splits by K.
 TABLE3 = {
     "cifar10": {
         "e2e": ((6.50, 0.34), 9.40), "checkpoint": ((6.50, 0.34), 3.91),
@@ -107,30 +111,37 @@ TABLE3 = {
     },
 }  # fmt: skip
 
-# Table 4, ImageNet on 8 GPUs: batch size; (top-1, top-5, GB a GPU) of end-to-end training and of InfoPro* with K = 2.
+# Table 4, ImageNet on 8 GPUs: batch size; (top-1, top-5, GB on each GPU) of end-to-end training and InfoPro*,
+# K = 2.
 TABLE4 = {
     "resnet101": (1024, (22.03, 5.93, 19.71), (21.85, 5.89, 12.06)),
     "resnet152": (1024, (21.60, 5.92, 26.29), (21.45, 5.84, 15.53)),
     "resnext101_32x8d": (512, (20.64, 5.40, 19.22), (20.35, 5.28, 11.55)),
 }
 
-# Table 5, DeepLabV3-ResNet-101 on Cityscapes, 40k steps: (settings), mIoU at one scale, several, several and flipped, GB a GPU.
-TABLE5 = {
+# Table 5, DeepLabV3-ResNet-101 on Cityscapes, 40k steps: settings; mIoU at one scale, several scales, several
+# scales and flipped; GB on each GPU.
+TABLE5: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
     "512x1024": ({"lambdas": (1.5, 1.0, 0.0, 0.0)}, (79.37, 80.53, 80.54, 12.01)),
-    "512x1024/bs12": ({"lambdas": (1.0, 0.1, 0.0, 0.0), "batch_size": 12, "lr": 0.015}, (79.99, 81.09, 81.20, 16.62)),
-    "640x1280": ({"lambdas": (2.0, 1.0, 0.0, 0.0), "crop": (640, 1280), "lr": 0.015}, (80.25, 81.33, 81.42, 17.00)),
-}
+    "512x1024/bs12": (
+        {"lambdas": (1.0, 0.1, 0.0, 0.0), "batch_size": 12, "lr": 0.015}, (79.99, 81.09, 81.20, 16.62)
+    ),
+    "640x1280": (
+        {"lambdas": (2.0, 1.0, 0.0, 0.0), "crop": (640, 1280), "lr": 0.015}, (80.25, 81.33, 81.42, 17.00)
+    ),
+}  # fmt: skip
 
 NO_DENSE_DGL = (
-    "the head of DGL pools its map to 2x2 and classifies the image, and which head the paper gave it for the labels of pixels is not "
-    "published: local_loss greedy trains the released dense head by cross entropy alone, but that is no published row"
+    "the head of DGL pools its map to 2x2 and classifies the image, and the head that the paper used for "
+    "labels of pixels is not published; local_loss greedy trains the authors' dense head by cross entropy "
+    "alone, which is no row"
 )
 
-GPUS = 8  # of Table 4; each normalises its own part of a batch
+GPUS = 8  # in Table 4; each normalises its own part of a batch
 
 
 def _published(dataset: str) -> dict[str, Any]:
-    """What the recipe of a data set says, written out."""
+    """Return the recipe of a data set as settings."""
     recipe = RECIPES[dataset]
     names = ("epochs", "batch_size", "lr", "schedule", "warmup", "weight_decay", "nesterov", "drop_last")
     return {"dataset": dataset, **{name: getattr(recipe, name) for name in names}}
@@ -141,19 +152,26 @@ def _table2() -> dict[str, Row]:
     for (dataset, arch), methods in TABLE2.items():
         common = {**_published(dataset), "arch": arch}
         dense = arch.startswith("densenet")
-        where = "the schedule and splits of DenseNet are not published; these are the ResNets' schedule and equal splits" if dense else ""
+        where = (
+            "the schedule and splits of DenseNet are not published; these are the ResNets' schedule and "
+            "equal splits" if dense else ""
+        )  # fmt: skip
         for method, values in methods.items():
             if method == "e2e":
-                rows[f"table2/{dataset}/{arch}/e2e"] = Row({**common, "local_loss": "none", "modules": 1}, {"error": values}, where)
+                settings = {**common, "local_loss": "none", "modules": 1}
+                rows[f"table2/{dataset}/{arch}/e2e"] = Row(settings, {"error": values}, where)
                 continue
             for K, error in values.items():
                 of_method, unknown = METHODS.get(method, ({"local_loss": method}, ""))
                 settings, notes = {**common, **of_method, "modules": K}, [where, unknown]
                 if dataset == "svhn" and method == "contrast":
-                    settings["lambdas"] = SVHN_LAMBDAS[K]
+                    settings["lambdas"] = default_lambdas(
+                        arch, K, method, balanced=False, image_size=32, dataset=dataset
+                    )
                 if method == "softmax" or (dense and method == "contrast"):
                     notes.append(OWN_WEIGHTS)
-                rows[f"table2/{dataset}/{arch}/k{K}/{method}"] = Row(settings, {"error": error}, "; ".join(filter(None, notes)))
+                name = f"table2/{dataset}/{arch}/k{K}/{method}"
+                rows[name] = Row(settings, {"error": error}, "; ".join(filter(None, notes)))
     return rows
 
 
@@ -165,7 +183,8 @@ def _table3() -> dict[str, Row]:
             if isinstance(way, int):
                 settings |= {"local_loss": "contrast", "modules": way, "balanced": True}
             else:
-                settings |= {"local_loss": "none", "modules": 1, "recompute": "sqrt" if way == "checkpoint" else "none"}
+                recompute = "sqrt" if way == "checkpoint" else "none"
+                settings |= {"local_loss": "none", "modules": 1, "recompute": recompute}
             name = f"k{way}" if isinstance(way, int) else way
             rows[f"table3/{dataset}/resnet110/{name}"] = Row(settings, {"error": error, "memory_gb": memory})
     return rows
@@ -174,12 +193,15 @@ def _table3() -> dict[str, Row]:
 def _table4() -> dict[str, Row]:
     rows = {}
     note = (
-        f"{GPUS} GPUs of the paper are {GPUS} parts of a batch here, divided among the processes, each with batch norms' statistics of its "
-        "own; memory is of one GPU"
+        f"the paper's {GPUS} GPUs are {GPUS} parts of a batch here, divided among the processes; each part "
+        "has its own batch norm statistics; memory is that of one GPU"
     )
     for arch, (batch_size, e2e, infopro) in TABLE4.items():
-        common = {**_published("imagenet"), "arch": arch, "batch_size": batch_size, "accumulate": GPUS, "crop": (224, 224)}
-        more = note + "; the released command says batch size 1024, the table 512" * (batch_size == 512)
+        common = {
+            **_published("imagenet"), "arch": arch, "batch_size": batch_size, "accumulate": GPUS,
+            "crop": (224, 224),
+        }  # fmt: skip
+        more = note + "; the authors' command says batch size 1024, the table 512" * (batch_size == 512)
         for name, found, settings in (
             (f"table4/{arch}", infopro, {"local_loss": "softmax", "modules": 2}),
             (f"table4/{arch}/e2e", e2e, {"local_loss": "none", "modules": 1}),
@@ -190,30 +212,37 @@ def _table4() -> dict[str, Row]:
 
 def _table5() -> dict[str, Row]:
     note = (
-        "begins with --init, a ResNetV1c-101 trained end to end on ImageNet (mmsegmentation's resnet101_v1c); batch norms are of the "
-        "whole batch, with several processes by sync_batch_norm; memory is of one of two GPUs"
+        "begins with --init, a ResNetV1c-101 trained end to end on ImageNet (mmsegmentation's "
+        "resnet101_v1c); batch norms see the whole batch, with several processes by sync_batch_norm; memory "
+        "is that of one of two GPUs"
     )
     names = ("miou", "miou_multi_scale", "miou_multi_scale_flip", "memory_gb")
-    common = {**_published("cityscapes"), "arch": "deeplabv3_resnet101", "crop": (512, 1024), "iterations": 40000, "momentum": 0.9}
+    common = {
+        **_published("cityscapes"), "arch": "deeplabv3_resnet101", "crop": (512, 1024), "iterations": 40000,
+        "momentum": 0.9,
+    }  # fmt: skip
     rows = {
         f"table5/deeplabv3/{name}": Row(
             {**common, "local_loss": "softmax", "modules": 2, **settings}, dict(zip(names, found)), note
         )
         for name, (settings, found) in TABLE5.items()
-    }  # fmt: skip
+    }
     of_others = (
-        "the table's row of the original paper, whose training was another: the table gives steps, batch size and crop, the other settings "
-        "are those of its e2e row"
+        "the table quotes the original DeepLab paper, which trained in another way: the table gives steps, "
+        "batch size and crop, and the other settings are those of its e2e row"
     )
-    for name, settings, found, more in (
+    others: list[tuple[str, dict[str, Any], tuple[float, ...], str]] = [
         ("e2e", {}, (79.12, 79.81, 80.02, 19.43), ""),
         ("e2e/60k", {"iterations": 60000}, (79.32, 79.95, 80.07, 19.43), ""),
         ("e2e/769x769", {"crop": (769, 769)}, (77.82, 79.06, 79.30), of_others),
-    ):
+    ]
+    for name, settings, found, more in others:
         settings = {**common, "local_loss": "none", "modules": 1, **settings}
-        rows[f"table5/deeplabv3/{name}"] = Row(settings, dict(zip(names, found)), "; ".join(filter(None, (more, note))))
+        notes = "; ".join(filter(None, (more, note)))
+        rows[f"table5/deeplabv3/{name}"] = Row(settings, dict(zip(names, found)), notes)
     rows["table5/deeplabv3/dgl"] = Row(
-        {**common, "local_loss": "dgl", "modules": 2}, dict(zip(names, (78.15, 79.40, 79.56))), untrained=NO_DENSE_DGL
+        {**common, "local_loss": "dgl", "modules": 2}, dict(zip(names, (78.15, 79.40, 79.56))),
+        untrained=NO_DENSE_DGL,
     )
     return rows
 
@@ -222,74 +251,64 @@ ROWS: dict[str, Row] = {**_table2(), **_table3(), **_table4(), **_table5()}
 
 
 def row(name: str) -> Row:
-    """Raises ConfigError naming what is near to a name that there is none of."""
+    """Return a row. Raises ConfigError, with rows of similar names, where there is none."""
     if name not in ROWS:
         near = [known for known in ROWS if name and (known.startswith(name) or name in known)]
+        near = near or difflib.get_close_matches(name, ROWS)
         hint = f"; there is {', '.join(near[:6])}{', ...' * (len(near) > 6)}" if near else ""
         raise ConfigError(f"recipe: no row of this name: {name!r}{hint}; `infopro-fast recipes` lists them")
     return ROWS[name]
 
 
 def settings(name: str) -> dict[str, Any]:
-    """The settings of a row. Raises ConfigError for one that is data alone."""
+    """Return the settings of a row. Raises ConfigError for a row that cannot be trained here."""
     found = row(name)
     if found.untrained:
         raise ConfigError(f"recipe {name} cannot be trained: {found.untrained}")
     return found.settings
 
 
-def settings_beside(name: str, given: Collection[str]) -> dict[str, Any]:
-    """The settings of a row that stay where those named in ``given`` are given.
+def settings_beside(name: str, given: Collection[str] = ()) -> dict[str, Any]:
+    """Return a row's name and settings, without those that follow from others. given: names to override.
 
-    Steps, which would stand in the place of epochs, go where epochs are given. The warm-up goes where either is, so that it is the data
-    set's, which is the row's, as far as a shorter run has room for it.
+    The warm-up follows from the data set, as far as a shorter run has room for it, and epochs follow from
+    iterations. Given epochs replace iterations.
     """
-    gone = ("iterations", "warmup") if "epochs" in given else ("warmup",) if "iterations" in given else ()
-    return {key: value for key, value in settings(name).items() if key not in gone}
+    found = settings(name)
+    gone = {"warmup", "iterations" if "epochs" in given or "iterations" not in found else "epochs"}
+    return {"recipe": name, **{key: value for key, value in found.items() if key not in gone}}
 
 
 def config(name: str, **overrides: Any) -> TrainConfig:
-    """The settings of a row, with others in the place of some of them. Raises ConfigError where there are none to train."""
-    return TrainConfig(**{**settings_beside(name, overrides), "recipe": name, **overrides})
-
-
-def as_flags(settings: dict[str, Any]) -> list[str]:
-    """Settings as flags of the command line; what comes behind them there overrides them."""
-    flags: list[str] = []
-    for key, value in settings.items():
-        flag = key.replace("_", "-")
-        if isinstance(value, bool):
-            flags.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            flags += [f"--{flag}", *_words(value)]
-    return flags
-
-
-def _words(value: Any) -> list[str]:
-    return [word for part in value for word in _words(part)] if isinstance(value, tuple) else [str(value)]
+    """Return the settings of a row, some overridden. Raises ConfigError for a row that is data alone."""
+    return TrainConfig(**{**settings_beside(name, overrides), **overrides})
 
 
 def difference(config: TrainConfig) -> dict[str, tuple[Any, Any]]:
-    """{setting: (of the recipe, of this run)} where they differ, those of the machine left out. config: resolved, with its ``recipe``."""
+    """Return {setting: (the recipe's, the run's)} for the settings that change the result and differ.
+
+    config: resolved, with its ``recipe``.
+    """
     settings = {**row(config.recipe).settings, "recipe": config.recipe, "device": config.device}
-    needs_root = {} if config.data_root is None else {"data_root": config.data_root}
-    published = TrainConfig(**settings, **needs_root).resolved()
-    found = {}
-    for entry in dataclasses.fields(TrainConfig):
-        ours, theirs = getattr(config, entry.name), getattr(published, entry.name)
-        counted_in_steps = entry.name == "epochs" and config.iterations is not None and published.iterations is not None
-        if ours != theirs and entry.name not in MACHINE and not counted_in_steps:
-            found[entry.name] = (theirs, ours)
-    return found
+    if config.data_root is not None:
+        settings["data_root"] = config.data_root
+    published = TrainConfig(**settings).resolved()
+    in_steps = config.iterations is not None and published.iterations is not None
+    return {
+        name: (getattr(published, name), getattr(config, name))
+        for name in different(published, config)
+        if not (in_steps and name == "epochs")  # then the iterations are compared
+    }
 
 
 def shared(config: TrainConfig, processes: int) -> TrainConfig:
-    """The settings with which this many processes, each with its part of every batch, make the run that one makes.
+    """Return the settings with which each of several processes makes the run that one process would make.
 
-    A row that accumulates stands for as many GPUs, each of which normalises its own images: these parts are divided among the
-    processes. The other rows' batch norms and contrastive losses are of the whole batch: those of all processes. An ``accumulate``
-    other than the row's is each process', as it is given. config: resolved; without a recipe it stays as it is.
-    Raises ConfigError where the parts cannot be divided, or the batch norms cannot be of all.
+    A row that accumulates stands for as many GPUs, each of which normalises its own images; the processes
+    divide these parts of a batch among themselves. In the other rows batch norms and contrastive losses see
+    the whole batch. An ``accumulate`` other than the row's is each process's own. config: resolved; without a
+    recipe it stays as it is. Raises ConfigError where the parts cannot be divided, or batch norms cannot see
+    the whole batch.
     """
     if config.recipe is None or processes == 1:
         return config
@@ -297,31 +316,35 @@ def shared(config: TrainConfig, processes: int) -> TrainConfig:
     if parts == 1:
         contrast = config.loss == "contrast" and config.accumulate == 1
         try:
-            return dataclasses.replace(config, sync_batch_norm=True, global_contrast=config.global_contrast or contrast)
+            return dataclasses.replace(
+                config, sync_batch_norm=True, global_contrast=config.global_contrast or contrast
+            )
         except ConfigError as error:
-            raise ConfigError(f"recipe {config.recipe}, whose batch norms are those of all {processes} processes: {error}") from error
+            raise ConfigError(
+                f"recipe {config.recipe}, whose batch norms are those of all {processes} processes: {error}"
+            ) from error
     if config.accumulate != parts:
         return config
     if parts % processes:
         numbers = ", ".join(str(n) for n in range(1, parts + 1) if parts % n == 0)
         raise ConfigError(
-            f"recipe {config.recipe}: a batch has {parts} parts, one a GPU of the paper, which {processes} processes cannot divide: "
-            f"expected {numbers} processes, or accumulate {max(1, parts // processes)}, the parts of each process"
+            f"recipe {config.recipe}: a batch has {parts} parts, one for each GPU of the paper, which "
+            f"{processes} processes cannot divide: expected {numbers} processes, or accumulate "
+            f"{max(1, parts // processes)}, the parts of each process"
         )
     return dataclasses.replace(config, accumulate=parts // processes)
 
 
 def expected_text(expected: dict[str, Any]) -> str:
-    """What a row reports, for people."""
+    """Return what the paper reports for a row, in words."""
     words = []
     if "error" in expected:
-        mean, deviation = expected["error"]
-        words.append(f"error {mean:.2f} ± {deviation:.2f} %")
+        words.append("error {:.2f} ± {:.2f} %".format(*expected["error"]))
     if "top1" in expected:
         words.append(f"error {expected['top1']:.2f} % (top-5 {expected['top5']:.2f} %)")
     if "miou" in expected:
-        scales = "/".join(f"{expected[name]:.2f}" for name in ("miou", "miou_multi_scale", "miou_multi_scale_flip"))
-        words.append(f"mIoU {scales} %")
+        scales = (f"{expected[name]:.2f}" for name in ("miou", "miou_multi_scale", "miou_multi_scale_flip"))
+        words.append(f"mIoU {'/'.join(scales)} %")
     if "memory_gb" in expected:
         words.append(f"{expected['memory_gb']:.2f} GB")
     return ", ".join(words)
