@@ -92,8 +92,8 @@ def _sources(content: dict[str, Any], taken: Sequence[tuple[Cell, int]]) -> list
         place = json.dumps(made.get((cell, seed), content["where"]))
         by_place.setdefault(place, {}).setdefault(cell, []).append(seed)
     found = []
-    for place, cells in by_place.items():
-        rows = [{**dataclasses.asdict(cell), "seeds": seeds} for cell, seeds in cells.items()]
+    for place, taken_cells in by_place.items():
+        rows = [{**dataclasses.asdict(cell), "seeds": seeds} for cell, seeds in taken_cells.items()]
         found.append({"where": json.loads(place), "cells": rows})
     return found
 
