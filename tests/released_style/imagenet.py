@@ -1,8 +1,7 @@
-"""ImageNet training in the style of the released code, small: two local modules, an auxiliary net of each
-kind, all of it plain torch.
+"""Small ImageNet training in the style of the authors' code: two local modules, plain torch.
 
-README shows how its loss lines change; `test_large_networks.test_diff_of_a_released_style_script` makes the
-change and runs both.
+README shows a change of its loss lines. `test_large_networks.test_diff_of_a_released_style_script` makes the change
+and runs both.
 
     python imagenet.py --steps 5 --dtype float32 --out state.pt
 """
@@ -30,6 +29,11 @@ def double():
     return nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True)
 
 
+def in_unit_range(image):
+    mean, std = (image.new_tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    return (image * std + mean).clamp(0, 1)
+
+
 class LocalResNet(nn.Module):
     """A ResNet-18 whose first module ends after layer2.0: 128 channels at an eighth of the image's size."""
 
@@ -50,9 +54,7 @@ class LocalResNet(nn.Module):
     def first_module(self, image, target):
         """Return features without their graph, for the next module, and the local loss."""
         x = self.first(image)
-        restored = (image * image.new_tensor(STD).view(3, 1, 1) + image.new_tensor(MEAN).view(3, 1, 1)).clamp(
-            0, 1
-        )
+        restored = in_unit_range(image)  # undoes the normalisation
         recons = F.binary_cross_entropy(self.decoder(x), restored)
         task = F.cross_entropy(self.head(x), target)
         return x.detach(), 5 * recons + 0.75 * task
