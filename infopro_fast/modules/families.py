@@ -1,4 +1,4 @@
-"""What `build` needs to know of a network: its blocks, its end, and the auxiliary nets that go with it."""
+"""Networks before they are cut: their blocks, their end, and the auxiliary nets of their modules."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ class InfoPro(LocalLoss):
     task(h, label).
 
     A net of weight 0 never runs and has no optimizer. It exists so that the authors' weights load and save by
-    name. (The authors' code runs it, without an effect on what is kept.)
+    name. (The authors' code runs it without an effect.)
     """
 
     def __init__(

@@ -1,6 +1,6 @@
 """Small ImageNet training in the style of the authors' code: two local modules, plain torch.
 
-README shows a change of its loss lines. `test_large_networks.test_diff_of_a_released_style_script` makes the change
+README shows a change of its loss lines. `test_large_networks.test_diff_of_a_released_style_script` makes it
 and runs both.
 
     python imagenet.py --steps 5 --dtype float32 --out state.pt
