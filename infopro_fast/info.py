@@ -135,5 +135,6 @@ def provenance() -> dict:
     versions = facts["versions"]
     return {
         "cpu": facts["cpu"]["model"], "cpus": os.cpu_count(), "isa": facts["cpu"]["isa"],
-        "gpu": facts["cuda"]["device"], **{name: versions[name] for name in ("torch", "infopro_fast", "commit")},
+        "gpu": facts["cuda"]["device"],
+        **{name: versions[name] for name in ("torch", "infopro_fast", "commit")},
     }  # fmt: skip
