@@ -181,9 +181,9 @@ def _segmenter(arch: str, num_classes: int | None, common: dict) -> Family:
     def make_end(last_module: Sequence[Unit]) -> LocalLoss:
         if not any(unit.block is tap for unit in last_module[1:]):  # the tap's gradient needs earlier blocks
             before = {unit.block: previous.position for previous, unit in zip(units, units[1:])}
-            reads, got = f"reads the output of {before[tap]}", before[last_module[0].block]
-            expected = f"expected a last cut before it, got {got}"
-            raise ValueError(f"build: modules, cuts: the auxiliary FCN head of {arch} {reads}: {expected}")
+            reads = f"the auxiliary FCN head of {arch} reads the output of {before[tap]}, inside the last module"
+            expected = f"expected a last cut before it, got {before[last_module[0].block]}"
+            raise ValueError(f"build: modules, cuts: {reads}: {expected}")
         return cityscapes.end(classes, tap, **options)
 
     kind = cityscapes.CityscapesInfoPro
