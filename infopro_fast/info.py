@@ -159,9 +159,15 @@ def _version(distribution: str) -> str | None:
 
 
 def provenance() -> dict:
-    """{"cpu" (model), "cpus", "isa" (of the kernels), "gpu" (or None), "torch", "infopro_fast", "commit" (None outside a checkout)}."""
+    """Return where a result was made, for the JSON of tables and analyses, without names of folders or hosts.
+
+    The keys are "cpu" (model), "cpus", "isa" (of the kernels), "gpu" (or None), "torch", "infopro_fast" and
+    "commit" (None outside a checkout).
+    """
     facts = collect()
+    versions = facts["versions"]
     return {
-        "cpu": facts["cpu"]["model"], "cpus": os.cpu_count(), "isa": facts["cpu"]["isa"], "gpu": facts["cuda"]["device"],
-        "torch": facts["versions"]["torch"], "infopro_fast": facts["versions"]["infopro_fast"], "commit": facts["versions"]["commit"],
+        "cpu": facts["cpu"]["model"], "cpus": os.cpu_count(), "isa": facts["cpu"]["isa"],
+        "gpu": facts["cuda"]["device"],
+        **{name: versions[name] for name in ("torch", "infopro_fast", "commit")},
     }  # fmt: skip

@@ -44,8 +44,7 @@ def shapes(net) -> dict[str, tuple[int, ...]]:
 def test_imagenet_networks_as_released(arch, ends):
     """The published cut, torchvision's names, and the authors' names of decoder and head."""
     net = meta(arch, 2, "softmax")
-    prefixes = [prefix for prefix, _ in net.released_modules()]
-    assert prefixes[len(net.stages[0]) - 1] == ends and net.cuts == split.PUBLISHED[arch, 2]
+    assert dict(net.released_modules())[ends] is net.stages[0][-1] and net.cuts == split.PUBLISHED[arch, 2]
     with torch.device("meta"):
         theirs = getattr(torchvision.models, arch)().state_dict()
     own = shapes(net)

@@ -1,4 +1,4 @@
-"""What `build` needs to know of a network: its blocks, its end, and the auxiliary nets that go with it."""
+"""Networks before they are cut: their blocks, their end, and the auxiliary nets of their modules."""
 
 from __future__ import annotations
 
@@ -181,9 +181,10 @@ def _segmenter(arch: str, num_classes: int | None, common: dict) -> Family:
     def make_end(last_module: Sequence[Unit]) -> LocalLoss:
         if not any(unit.block is tap for unit in last_module[1:]):  # the tap's gradient needs earlier blocks
             before = {unit.block: previous.position for previous, unit in zip(units, units[1:])}
-            reads, got = f"reads the output of {before[tap]}", before[last_module[0].block]
-            expected = f"expected a last cut before it, got {got}"
-            raise ValueError(f"build: modules, cuts: the auxiliary FCN head of {arch} {reads}: {expected}")
+            head, inside = f"the auxiliary FCN head of {arch}", "inside the last module"
+            reads = f"{head} reads the output of {before[tap]}, {inside}"
+            expected = f"expected a last cut before it, got {before[last_module[0].block]}"
+            raise ValueError(f"build: modules, cuts: {reads}: {expected}")
         return cityscapes.end(classes, tap, **options)
 
     kind = cityscapes.CityscapesInfoPro

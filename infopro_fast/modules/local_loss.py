@@ -81,11 +81,10 @@ class LocalLoss(nn.Module):
 
 
 class InfoPro(LocalLoss):
-    """InfoPro's upper bound (paper, eq. 6): reconstruction_weight * reconstruction(h, image) + task_weight *
-    task(h, label).
+    """InfoPro's upper bound (paper, eq. 6): weighted losses reconstruction(h, image) and task(h, label).
 
     A net of weight 0 never runs and has no optimizer. It exists so that the authors' weights load and save by
-    name. (The authors' code runs it, without an effect on what is kept.)
+    name. (The authors' code runs it without an effect.)
     """
 
     def __init__(

@@ -1,7 +1,7 @@
-"""ImageNet training in the style of the authors' code: two local modules, in plain torch.
+"""Small ImageNet training in the style of the authors' code: two local modules, plain torch.
 
-README shows how its loss lines change.
-`test_large_networks.test_diff_of_a_released_style_script` makes the change and runs both.
+README shows a change of its loss lines. `test_large_networks.test_diff_of_a_released_style_script` makes it
+and runs both.
 
     python imagenet.py --steps 5 --dtype float32 --out state.pt
 """
@@ -26,8 +26,9 @@ def double():
     return nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True)
 
 
-def denormalized(image):
-    return image * image.new_tensor(STD).view(3, 1, 1) + image.new_tensor(MEAN).view(3, 1, 1)
+def in_unit_range(image):
+    mean, std = (image.new_tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    return (image * std + mean).clamp(0, 1)
 
 
 class LocalResNet(nn.Module):
@@ -53,7 +54,7 @@ class LocalResNet(nn.Module):
     def first_module(self, image, target):
         """Return the features for the next module, detached, and the local loss."""
         x = self.first(image)
-        restored = denormalized(image).clamp(0, 1)
+        restored = in_unit_range(image)  # undoes the normalisation
         recons = F.binary_cross_entropy(self.decoder(x), restored)
         task = F.cross_entropy(self.head(x), target)
         return x.detach(), 5 * recons + 0.75 * task
