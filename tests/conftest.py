@@ -25,7 +25,7 @@ def need_cpu_kernels(config) -> None:
     """Skip in a reference-only run; fail where the kernels are not there, so that no run passes without them by accident."""
     if config.getoption("--reference-only"):
         pytest.skip("--reference-only")
-    reason = dispatch.UNAVAILABLE["cpu"]
+    reason = dispatch.load_cpu_kernels()
     if reason is not None:
         pytest.fail(f"the CPU kernels cannot run: {reason}; --reference-only tests the references alone", pytrace=False)
 
