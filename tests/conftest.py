@@ -29,7 +29,7 @@ def need_cpu_kernels(config) -> None:
     """Skip in a reference-only run; else fail where the kernels are missing."""
     if config.getoption("--reference-only"):
         pytest.skip("--reference-only")
-    reason = dispatch.UNAVAILABLE["cpu"]
+    reason = dispatch.load_cpu_kernels()
     if reason is not None:
         message = f"the CPU kernels cannot run: {reason}; --reference-only tests the references alone"
         pytest.fail(message, pytrace=False)

@@ -68,9 +68,14 @@ UNAVAILABLE = {
 }
 
 
+def load_cpu_kernels() -> str | None:
+    """Return why the CPU kernels cannot run, None if they can."""
+    return UNAVAILABLE["cpu"]
+
+
 def cpu_isa() -> str | None:
     """Return the CPU kernels' instruction set, "avx512", "avx2" or "baseline"; None if not loaded."""
-    if UNAVAILABLE["cpu"] is not None:
+    if load_cpu_kernels() is not None:
         return None
     return ("baseline", "avx2", "avx512")[torch.ops.infopro_fast._isa(-1)]
 
@@ -172,7 +177,7 @@ def missing(op: str, impl: str, device: torch.device) -> str | None:
     """Return why the kernels of ``impl`` cannot run on ``device``, None if they can."""
     kind = device.type
     if impl == "cpu":
-        return UNAVAILABLE["cpu"] if kind == "cpu" else f"runs on CPU tensors, not on {kind}"
+        return load_cpu_kernels() if kind == "cpu" else f"runs on CPU tensors, not on {kind}"
     if not has_kernels(op, impl):
         return f"{op} has no {'Triton' if impl == 'triton' else 'CUDA C++'} kernels"
     if impl == "triton" and kind == "cpu" and INTERPRETED:
