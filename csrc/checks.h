@@ -116,8 +116,7 @@ Buffer<T> numbers(const char* op, const char* name, const OptionalTensor& t, int
 }
 
 // Batch norm of C channels, as kernels read it: (x - center) scale + shift.
-template <class T>
-struct NormCoefficients {
+template <class T> struct NormCoefficients {
   Buffer<T> gamma, shift, center, inverse_std, scale;
 
   NormCoefficients(const char* op, const OptionalTensor& gamma_, const OptionalTensor& beta, int64_t C)

@@ -38,19 +38,15 @@ struct Axis {
 };
 
 // Integers as wide as T, so that a comparison of labels selects lanes of T.
-template <class T>
-struct Lane;
-template <>
-struct Lane<float> { using type = int32_t; };
-template <>
-struct Lane<double> { using type = int64_t; };
+template <class T> struct Lane;
+template <> struct Lane<float> { using type = int32_t; };
+template <> struct Lane<double> { using type = int64_t; };
 template <class T> using label = typename Lane<T>::type;
 
 enum class Pixel : int { bce, mse, l1 };
 
 // The mean loss over the pixels of images (N, 3, H, W).
-template <class T>
-struct PixelLoss {
+template <class T> struct PixelLoss {
   Maps image;
   bool restore;    // the target is image * std + mean, clamped to [0, 1]
   T image_mean[3], image_std[3];
@@ -60,8 +56,7 @@ struct PixelLoss {
 
 // One call of reconstruction_loss: N samples, features (C, h, w), K hidden channels, images (3, H, W). Here
 // and below, scale = gamma inverse_std.
-template <class T>
-struct Decoder : PixelLoss<T> {
+template <class T> struct Decoder : PixelLoss<T> {
   int64_t N, C, K, h, w, H, W;
   bool low_resolution;  // mix channels at the size of the features, then resize; else resize, then convolve
   bool winograd;        // run the first convolution, where it has the image's size, by Winograd's algorithm
@@ -85,8 +80,7 @@ struct SampleSums {
 
 // One convolution of a chain decoder, or upsample_conv3x3: x (N, C, h, w), resized to (H, W), is convolved to
 // z (N, K, H, W).
-template <class T>
-struct ChainStage : PixelLoss<T> {
+template <class T> struct ChainStage : PixelLoss<T> {
   int64_t N, C, K, h, w, H, W;
   int side;    // of the convolution's window: 3 or 1
   bool plain;  // 1x1 without a resize: one matrix product
@@ -114,16 +108,14 @@ struct ChainBand {
 };
 
 // One call of norm_relu_pool: maps (N, C, h, w).
-template <class T>
-struct NormPool {
+template <class T> struct NormPool {
   int64_t N, C, h, w;
   Maps x;
   const T *center, *inverse_std, *scale, *shift;  // (C): y = (x - center) scale + shift
 };
 
 // One call of norm_relu_pool after a convolution: x (N, C, h, w), of T, gives z (N, H, W, K).
-template <class T>
-struct ConvPool {
+template <class T> struct ConvPool {
   int64_t N, C, K, h, w, H, W, stride;
   Maps x, dx;       // dx has no data where no gradient is needed
   const T* weight;  // packed by Kernels::conv_pool_pack for forward or for backward
@@ -140,8 +132,7 @@ struct Labels {
 };
 
 // One call of upsample_cross_entropy: logits (N, C, h, w), resized to (H, W).
-template <class T>
-struct UpsampleCrossEntropy {
+template <class T> struct UpsampleCrossEntropy {
   int64_t N, C, h, w, H, W;
   Maps logits;
   Labels target;
@@ -163,8 +154,7 @@ struct UpsampleCrossEntropy {
 };
 
 // What a pass over the pixels of upsample_cross_entropy computes.
-template <class T>
-struct UpsampleOutputs {
+template <class T> struct UpsampleOutputs {
   T* loss;             // of every pixel (N, H, W), or null
   double* sums;        // of every gap, its loss and the weight of its targets; or null
   int64_t* confusion;  // (C, C) counts to add to, or null
@@ -175,8 +165,7 @@ struct UpsampleOutputs {
   int64_t upstream_n, upstream_y, upstream_x;
 };
 
-template <class T>
-struct Kernels {
+template <class T> struct Kernels {
   int mr, nr;  // rows and columns of a register tile: packed matrices are padded to multiples of them
   int width;   // elements of a vector
 

@@ -17,8 +17,7 @@ struct Norm {
 };
 
 // One call: the ChainStage that the kernels read, and the memory behind its pointers.
-template <class T>
-struct Call {
+template <class T> struct Call {
   const char* op;
   const Kernels<T>& kernel = kernels<T>();
   AxisTable rows, columns;
@@ -244,8 +243,7 @@ std::vector<int64_t> shape_of(const Tensor& t) { return {t.size(0), t.size(1), t
 
 // The results of a backward: the gradient of x, its sums, and the gradient of the weights, empty if not
 // needed.
-template <class T>
-struct Gradients {
+template <class T> struct Gradients {
   Tensor x, sums, weight;
 
   Gradients(const Tensor& of, const Norm& norm, const Tensor& w, bool needs_x, bool needs_weight)

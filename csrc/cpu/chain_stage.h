@@ -18,8 +18,7 @@
 namespace infopro::INFOPRO_ISA {
 
 // The layout of a thread's scratch.
-template <class T>
-struct ChainScratch {
+template <class T> struct ChainScratch {
   int64_t taps_rows, pitch, row;  // side^2 K; a padded row of a chunk's pixels; a padded row of z
   T *a, *da, *taps, *packed_a, *packed_b, *expanded, *dz, *line, *end;
 

@@ -36,8 +36,7 @@ INLINE void gather_taps(const double* v, int64_t row, double* w, int64_t w_row) 
 }
 
 // The layout of a thread's scratch; channels in whole vectors, x and z with a border.
-template <class T>
-struct ConvScratch {
+template <class T> struct ConvScratch {
   int64_t C, K, x_row, z_row;  // channels of x and of z; elements of a row of pixels
   int64_t across, tiles;       // Winograd tiles in a row and in all; 0 with stride 2
   T *x, *z, *dx;  // (h + 2, w + 2, C), one row or column more if h or w is odd; (H + 2, W + 2, K); (h, w, C)
@@ -99,8 +98,7 @@ void conv_pool_pack(const ConvPool<T>& d, const Maps& weight, T* packed, T* pack
 }
 
 // The taps of a row of pixels: the first pixel that each reads, and its rows of weights.
-template <class T>
-struct Taps {
+template <class T> struct Taps {
   int n = 0;
   const T *from[9], *weight[9];
 

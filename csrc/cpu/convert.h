@@ -34,23 +34,19 @@ template <class T> INLINE T widen(f16 x) {
   return T(as_float(sign | bits));
 }
 
-template <class S>
-struct Narrow;
+template <class S> struct Narrow;
 
-template <>
-struct Narrow<float> {
+template <> struct Narrow<float> {
   template <class T>
   static INLINE float from(T x) { return float(x); }
 };
 
-template <>
-struct Narrow<double> {
+template <> struct Narrow<double> {
   template <class T>
   static INLINE double from(T x) { return double(x); }
 };
 
-template <>
-struct Narrow<bf16> {  // to nearest, ties to even
+template <> struct Narrow<bf16> {  // to nearest, ties to even
   template <class T>
   static INLINE bf16 from(T x) {
     uint32_t bits = as_bits(float(x));
@@ -59,8 +55,7 @@ struct Narrow<bf16> {  // to nearest, ties to even
   }
 };
 
-template <>
-struct Narrow<f16> {  // to nearest, ties to even
+template <> struct Narrow<f16> {  // to nearest, ties to even
   template <class T>
   static INLINE f16 from(T x) {
     uint32_t bits = as_bits(float(x)), sign = (bits >> 16) & 0x8000, rest = bits & 0x7fffffff;

@@ -42,8 +42,7 @@ Matrix from_row(Matrix m, int64_t row, size_t element) {
 }
 
 // What both directions need of the arguments. Targets are padded to whole groups.
-template <class T>
-struct Batch {
+template <class T> struct Batch {
   const Kernels<T>& kernel = kernels<T>();
   int64_t N, D, C, padded;
   Matrix input, weight;
@@ -109,8 +108,7 @@ template <class F> void share_groups(int64_t groups, int64_t workers, const F& w
 }
 
 // The running state of every row in forward.
-template <class T>
-struct RowState {
+template <class T> struct RowState {
   Buffer<T> best, sum, weighted, at_target;
   Buffer<label<T>> argmax;
 
@@ -181,8 +179,7 @@ Tensors3 forward(const Tensor& input, const Tensor& weight, const Tensor& target
 }
 
 // The numbers of a row that softmax_gradient reads.
-template <class T>
-struct RowWeights {
+template <class T> struct RowWeights {
   Buffer<T> probability, smooth, at_target, lse;
 
   // upstream(i): the gradient of row i's loss
@@ -201,8 +198,7 @@ struct RowWeights {
 };
 
 // The backward sweep of one team over chunks of rows and, within them, of classes: its buffers and steps.
-template <class T>
-struct Backward {
+template <class T> struct Backward {
   const Batch<T>& b;
   const RowWeights<T>& weights;
   const Kernels<T>& kernel = b.kernel;

@@ -19,8 +19,7 @@ void check_conv(const Tensor& x, const Tensor& weight, int64_t stride) {
 }
 
 // The NormPool of one call, for maps (N, C, h, w), and the memory behind its pointers.
-template <class T>
-struct Call {
+template <class T> struct Call {
   const Kernels<T>& kernel = kernels<T>();
   NormPool<T> d = {};
   NormCoefficients<T> norm;
@@ -40,8 +39,7 @@ struct Call {
 };
 
 // The ConvPool of a convolution in front, and the memory behind its pointers.
-template <class T>
-struct Convolution {
+template <class T> struct Convolution {
   const Kernels<T>& kernel = kernels<T>();
   ConvPool<T> d;
   Buffer<T> packed;
@@ -109,8 +107,7 @@ Tensor channels_first(const Tensor& pixels) {
 }
 
 // What the sweep of backward needs, and the gradients of gamma and beta.
-template <class T>
-struct Backward {
+template <class T> struct Backward {
   Call<T> call;
   Tensor g_gamma, g_beta;
   Buffer<T> upstream, mean_dy, mean_dy_xhat;

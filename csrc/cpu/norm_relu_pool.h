@@ -69,8 +69,7 @@ INLINE void pixel_statistics(const T* rows, int64_t pixels, int64_t pitch, int64
 
 // The gradient in `left` channels of a pixel, from c on: scale (g [y > 0] - mean_dy - xhat mean_dy_xhat) with
 // g = upstream / pixels. d has the center, inverse_std, scale and shift of NormPool.
-template <class T>
-struct PixelGradient {
+template <class T> struct PixelGradient {
   vec<T> center, scale, shift, g, mean, slope;
 
   template <class D>

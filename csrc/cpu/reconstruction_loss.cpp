@@ -22,8 +22,7 @@ struct Given {
 };
 
 // One call: the Decoder that the kernels read, and the memory behind its pointers.
-template <class T>
-struct Call {
+template <class T> struct Call {
   const Kernels<T>& kernel = kernels<T>();
   AxisTable rows, columns;
   Decoder<T> d;

@@ -23,8 +23,7 @@
 namespace infopro::INFOPRO_ISA {
 
 // The layout of a thread's scratch.
-template <class T>
-struct Scratch {
+template <class T> struct Scratch {
   Plane<T> plane;
   Strips<T> strips;
   // Sizes at low resolution: a padded map, a padded row of W pixels, a row of transposed features.

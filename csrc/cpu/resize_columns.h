@@ -133,8 +133,7 @@ template <class T> INLINE typename Simd<T>::mask load_lanes(const T* p) {
 }
 
 // T (9 K, pixels), rows [dy][dx][k], and E (K, 3, h, row) of the algebra in reconstruction_loss.h.
-template <class T>
-struct TapsAndRows {
+template <class T> struct TapsAndRows {
   T *taps, *expanded;
   int64_t pixels, row;
 };

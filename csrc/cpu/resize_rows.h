@@ -7,8 +7,7 @@ namespace infopro::INFOPRO_ISA {
 
 // How row Y of z mixes rows of E (SIDE, in_rows, pitch), whose row 0 is row `first` of the features: two rows
 // for each dy, with weight 0 if Y + dy lies outside the resized map.
-template <int SIDE, class T>
-struct RowMix {
+template <int SIDE, class T> struct RowMix {
   int64_t row[2 * SIDE];
   vec<T> weight[2 * SIDE];
 
@@ -35,8 +34,7 @@ struct RowMix {
 };
 
 // The transpose: the rows of z that read row i of E, for rising i. row_of(Y): where row Y of z lies.
-template <class T>
-struct RowTakers {
+template <class T> struct RowTakers {
   T* weights;         // of the rows of z
   int64_t* rows;      // and where they lie
   int64_t count = 0;

@@ -10,11 +10,9 @@
 
 namespace infopro::INFOPRO_ISA {
 
-template <class T>
-struct Simd;
+template <class T> struct Simd;
 
-template <>
-struct Simd<float> {
+template <> struct Simd<float> {
   typedef float type __attribute__((vector_size(INFOPRO_BYTES)));
   typedef int32_t mask __attribute__((vector_size(INFOPRO_BYTES)));
   static constexpr int width = INFOPRO_BYTES / 4;
@@ -24,8 +22,7 @@ struct Simd<float> {
   static constexpr int exp_terms = 7, atanh_terms = 8;  // Taylor remainders below 2^-25 on the reduced ranges
 };
 
-template <>
-struct Simd<double> {
+template <> struct Simd<double> {
   typedef double type __attribute__((vector_size(INFOPRO_BYTES)));
   typedef int64_t mask __attribute__((vector_size(INFOPRO_BYTES)));
   static constexpr int width = INFOPRO_BYTES / 8;

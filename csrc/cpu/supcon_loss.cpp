@@ -49,8 +49,7 @@ template <class T> double dot(const T* a, const T* b, int64_t n) {
 
 // The rows z, normalised on request, padded to whole vectors, and packed for the tiles. inverse_norm is 0 for
 // a row of zeros.
-template <class T>
-struct Rows {
+template <class T> struct Rows {
   const Kernels<T>& kernel = kernels<T>();
   int64_t M, D, pitch, groups, padded;
   Buffer<T> z, inverse_norm, as_a, as_b, count;
@@ -117,8 +116,7 @@ template <class T> T similarity_bound(double temperature, bool normalize) {
 // Maxima, sums of exp(s / temperature - maximum), and sums of positives of every anchor. With a bound of the
 // similarities every pair is taken once and counts for both its samples; each thread then has its own sums
 // for all samples.
-template <class T>
-struct AnchorSums {
+template <class T> struct AnchorSums {
   const Rows<T>& rows;
   const Kernels<T>& kernel = rows.kernel;
   const T scale, bound;
@@ -187,8 +185,7 @@ template <class T> void norm_backward(T* dz, const T* z, int64_t D, T inverse_no
 }
 
 // What supcon_backward reads of a sample.
-template <class T>
-struct Weights {
+template <class T> struct Weights {
   Buffer<T> lse, push, pull;
 
   Weights(int64_t M, int64_t padded, const T* upstream, const T* log_sum, const T* count, T bound)
@@ -210,8 +207,7 @@ constexpr int64_t MOST_PARTS = int64_t(1) << 24;  // numbers of d z to hold so t
 // If pairs are taken once (`halves`), it is also multiplied by the anchors, which gives the others' share;
 // each thread then has its own d z. Otherwise the threads share one, in which each writes the rows of its
 // groups.
-template <class T>
-struct Gradient {
+template <class T> struct Gradient {
   const Rows<T>& rows;
   const Weights<T>& weights;
   const Kernels<T>& kernel = rows.kernel;

@@ -35,8 +35,7 @@ struct Ahead {
   }
 };
 
-template <class T>
-struct Plane {
+template <class T> struct Plane {
   int64_t H, W, pitch, origin, span, size;
 
   Plane(int64_t H, int64_t W)

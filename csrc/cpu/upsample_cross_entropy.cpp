@@ -47,8 +47,7 @@ int64_t value_of(const Labels& t, int64_t at) {
 }
 
 // One call: the UpsampleCrossEntropy that the kernels read, and the memory behind its pointers.
-template <class T>
-struct Call {
+template <class T> struct Call {
   const Kernels<T>& kernel = kernels<T>();
   AxisTable rows, columns;
   UpsampleCrossEntropy<T> d;

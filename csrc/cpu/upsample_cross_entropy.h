@@ -12,8 +12,7 @@
 
 namespace infopro::INFOPRO_ISA {
 
-template <class T>
-struct UpsampleScratch {
+template <class T> struct UpsampleScratch {
   static constexpr int width = Simd<T>::width;
   T *low, *high;            // (C, pitch): the source rows of the gap
   T *d_low, *d_high;        // (C, pitch): their gradients
@@ -142,8 +141,7 @@ INLINE bool read_labels(const UpsampleCrossEntropy<T>& d, int64_t n, int64_t Y, 
 }
 
 // A vector of pixels of one row, on its way through the steps below.
-template <class T>
-struct Pixels {
+template <class T> struct Pixels {
   using lanes = typename Simd<T>::mask;
   label<T> target[Simd<T>::width];
   lanes kept;                  // as a selection

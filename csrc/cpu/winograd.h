@@ -23,8 +23,7 @@ constexpr double TAP_TRANSFORM[POINTS][3] = {
     {1.0 / 4, 0, 0}, {-1.0 / 6, -1.0 / 6, -1.0 / 6}, {-1.0 / 6, 1.0 / 6, -1.0 / 6},
     {1.0 / 24, 1.0 / 12, 1.0 / 6}, {1.0 / 24, -1.0 / 12, 1.0 / 6}, {0, 0, 1}};
 
-template <class T>
-struct Strips {
+template <class T> struct Strips {
   int64_t number, W, pitch, origin, span, size;  // size of one of the 6 planes of a channel
 
   explicit Strips(const Plane<T>& p)

@@ -214,8 +214,7 @@ Tensors3 stage_backward(Tensor dy, Tensor z, Tensor z_mean, Tensor z_var, Option
   const OptionalTensor means =
       mean_dy ? OptionalTensor(torch::stable::contiguous(*mean_dy)) : OptionalTensor();
   const std::vector<int64_t> shape = {x.size(0), K, H, W};
-  const chain::Outer outer = {floats_of(OP, "dy", given, shape),
-                              floats_of(OP, "z", output, shape),
+  const chain::Outer outer = {floats_of(OP, "dy", given, shape), floats_of(OP, "z", output, shape),
                               outer_mean.numbers,
                               outer_var.numbers,
                               outer_gamma.numbers,
