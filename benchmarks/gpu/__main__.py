@@ -101,8 +101,9 @@ def measure_op(
                 results.append(_result(meter, *case, made[method][0] if with_error else None))
         except torch.OutOfMemoryError:  # where a method alone had room
             done = {r.method for r in results if r.direction == direction}
-            case, why = (direction, dtype), "out of memory"
-            results += [Row(op, workloads.label(shape), m, *case, note=why) for m in calls if m not in done]
+            how = dict(dtype=dtype, note="out of memory")
+            left = [m for m in calls if m not in done]
+            results += [Row(op, workloads.label(shape), m, direction, **how) for m in left]
     made.clear()
     if any("compile" in r.method and not r.note.startswith("not measured") for r in results):
         torch.compiler.reset()  # what was compiled keeps the memory of its CUDA graphs
@@ -116,7 +117,7 @@ def _result(
 ) -> Row:
     """workload: measures the error; None: no error."""
     host = meter.host_seconds(call, seconds)
-    found = Row(op, workloads.label(shape), method, direction, dtype, seconds, host)
+    found = Row(op, workloads.label(shape), method, direction, seconds, dtype, host)
     if method in workloads.OTHER_LOSS:
         found.note, workload = workloads.OTHER_LOSS[method], None
     elif meter.floor is not None:
