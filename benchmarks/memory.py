@@ -41,15 +41,15 @@ def peak_bytes(target: str, threads: int = 2, timeout: float = 600, **arguments)
         small call of the same kind to warm up with, or None. Both return the tensors that stay, so the
         transient bytes are the difference.
     """
-    case = dict(target=target, threads=threads, arguments=arguments)
+    case = dict(function=target, threads=threads, arguments=arguments)
     return in_a_process("benchmarks.memory:measured", timeout, **case)
 
 
-def measured(target: str, threads: int, arguments: dict) -> dict[str, int]:
+def measured(function: str, threads: int, arguments: dict) -> dict[str, int]:
     """`peak_bytes` in this process."""
     torch.set_num_threads(threads)
-    module, function = target.split(":")
-    call, small = getattr(importlib.import_module(module), function)(**arguments)
+    module, name = function.split(":")
+    call, small = getattr(importlib.import_module(module), name)(**arguments)
     for warm_up in (small, small) if small is not None else ():
         warm_up()
     results: list[torch.Tensor] = []

@@ -21,8 +21,8 @@ class Row:
     shape: str
     method: str
     direction: str = "both"
-    dtype: str = "float32"
     seconds: float | None = None
+    dtype: str = "float32"
     host_seconds: float | None = None
     multiple: float | None = None
     saved_bytes: int | None = None

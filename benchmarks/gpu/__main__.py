@@ -30,25 +30,21 @@ RESULTS = pathlib.Path(__file__).parents[1] / "results"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BY_NAME = (workloads.TRITON, workloads.CUDA)  # where "ours" is one of two
 COMPILED = ("compile", "compile channels_last", workloads.TUNED)
+MAPS, LAST = (workloads.OURS, "eager", "channels_last"), ("compile", workloads.TUNED)
 METHODS = {  # ours first, then what the claims compare with
-    "reconstruction_loss": (workloads.OURS, "eager", "channels_last", *BY_NAME, "checkpoint", *COMPILED),
-    "chain_decoder": (workloads.OURS, "eager", "channels_last", *BY_NAME, "checkpoint", *COMPILED),
-    "supcon_loss": (
-        workloads.OURS, "eager", "eager short", "checkpoint", "memeff", "compile", workloads.TUNED,
-    ),
-    "linear_cross_entropy": (
-        workloads.OURS, "eager", "checkpoint", "Liger", "cut-cross-entropy", "compile", workloads.TUNED,
-    ),
-    "upsample_cross_entropy": (
-        workloads.OURS, "eager", "channels_last", "checkpoint", "compile", workloads.TUNED,
-    ),
-    "upsample_conv3x3": (workloads.OURS, "eager", "channels_last", "checkpoint", *COMPILED),
-    "norm_relu_pool": (workloads.OURS, "eager", "channels_last", "checkpoint", "compile", workloads.TUNED),
+    "reconstruction_loss": (*MAPS, *BY_NAME, "checkpoint", *COMPILED),
+    "chain_decoder": (*MAPS, *BY_NAME, "checkpoint", *COMPILED),
+    "supcon_loss": (workloads.OURS, "eager", "eager short", "checkpoint", "memeff", *LAST),
+    "linear_cross_entropy": (workloads.OURS, "eager", "checkpoint", "Liger", "cut-cross-entropy", *LAST),
+    "upsample_cross_entropy": (*MAPS, "checkpoint", *LAST),
+    "upsample_conv3x3": (*MAPS, "checkpoint", *COMPILED),
+    "norm_relu_pool": (*MAPS, "checkpoint", *LAST),
 }
 OPS = tuple(METHODS)
 IN_BFLOAT16 = (workloads.OURS, "eager", *BY_NAME, *workloads.PEERS)
 IN_A_GRAPH = "in CUDA graphs, whose memory the allocator does not see"
 Rows = typing.Iterator[list[Row]]
+Todo = list[tuple[str, typing.NamedTuple]]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -105,8 +101,9 @@ def measure_op(
                 results.append(_result(meter, *case, made[method][0] if with_error else None))
         except torch.OutOfMemoryError:  # where a method alone had room
             done = {r.method for r in results if r.direction == direction}
-            case, why = (direction, dtype), "out of memory"
-            results += [Row(op, workloads.label(shape), m, *case, note=why) for m in calls if m not in done]
+            how = dict(dtype=dtype, note="out of memory")
+            left = [m for m in calls if m not in done]
+            results += [Row(op, workloads.label(shape), m, direction, **how) for m in left]
     made.clear()
     if any("compile" in r.method and not r.note.startswith("not measured") for r in results):
         torch.compiler.reset()  # what was compiled keeps the memory of its CUDA graphs
@@ -120,7 +117,7 @@ def _result(
 ) -> Row:
     """workload: measures the error; None: no error."""
     host = meter.host_seconds(call, seconds)
-    found = Row(op, workloads.label(shape), method, direction, dtype, seconds, host)
+    found = Row(op, workloads.label(shape), method, direction, seconds, dtype, host)
     if method in workloads.OTHER_LOSS:
         found.note, workload = workloads.OTHER_LOSS[method], None
     elif meter.floor is not None:
@@ -147,30 +144,26 @@ SMALL = {
 }  # fmt: skip
 
 
-def claimed_ops(small: bool) -> list[tuple[str, typing.NamedTuple]]:
+def claimed_ops(small: bool) -> Todo:
     if small:
         return [(op, SMALL[op]) for op in ("reconstruction_loss", "supcon_loss")]
-    return [
-        ("reconstruction_loss", claims.DECODER), ("supcon_loss", claims.SUPCON),
-        ("supcon_loss", claims.SUPCON_LARGE),
-    ]  # fmt: skip
+    supcon = [("supcon_loss", shape) for shape in (claims.SUPCON, claims.SUPCON_LARGE)]
+    return [("reconstruction_loss", claims.DECODER), *supcon]
 
 
-def other_ops(small: bool) -> list[tuple[str, typing.NamedTuple]]:
+def other_ops(small: bool) -> Todo:
     every = [(op, shape) for op in OPS for shape in ([SMALL[op]] if small else floors.KERNELS[op][2])]
     return [pair for pair in every if pair not in claimed_ops(small)]
 
 
-def measure_ops(meter: Meter, budget: Budget, todo: list[tuple[str, typing.NamedTuple]], dtype: str) -> Rows:
+def measure_ops(meter: Meter, budget: Budget, todo: Todo, dtype: str) -> Rows:
     """Measure the methods that need no compiler; every shape has a share of the time."""
     for i, (op, shape) in enumerate(todo):
         methods = [m for m in METHODS[op] if "compile" not in m and (dtype == "float32" or m in IN_BFLOAT16)]
         yield measure_op(meter, op, shape, dtype, methods, budget.share(1 / (len(todo) - i)))
 
 
-def measure_compiled(
-    meter: Meter, budget: Budget, todo: list[tuple[str, typing.NamedTuple]], tuned: bool
-) -> Rows:
+def measure_compiled(meter: Meter, budget: Budget, todo: Todo, tuned: bool) -> Rows:
     """Measure forward with backward of compiled methods, which take longest to make. tuned: max-autotune."""
     for op, shape in todo:
         if getattr(shape, "N", 0) > 8192:  # dense maps of 17 GB each

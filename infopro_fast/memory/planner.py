@@ -127,22 +127,16 @@ def largest_batch(
     arch: str, image_size: int | tuple[int, int] | None, *, modules: int, budget: int, **options: str
 ) -> Plan:
     """Return the plan of the largest batch that fits into ``budget`` bytes; options as in `make_plan`."""
-
-    def make(n: int) -> Plan:
-        return make_plan(arch, n, image_size, modules=modules, budget=budget, **options)
-
-    return _largest(make, f"{arch}: a batch", 1)
+    how = dict(modules=modules, budget=budget, **options)
+    return _largest(lambda n: make_plan(arch, n, image_size, **how), f"{arch}: a batch", 1)
 
 
 def largest_image(
     arch: str, batch_size: int, *, modules: int, budget: int, step: int = 8, **options: str
 ) -> Plan:
     """Return the plan of the largest square image that fits, its side a multiple of ``step`` pixels."""
-
-    def make(n: int) -> Plan:
-        return make_plan(arch, batch_size, step * n, modules=modules, budget=budget, **options)
-
-    return _largest(make, f"{arch}: images of {step}", step)
+    how = dict(modules=modules, budget=budget, **options)
+    return _largest(lambda n: make_plan(arch, batch_size, step * n, **how), f"{arch}: images of {step}", step)
 
 
 def _largest(make: Callable[[int], Plan], what: str, unit: int) -> Plan:
