@@ -25,7 +25,8 @@ def released_sgd(
     if state != "float32":
         return functools.partial(LowBitSGD, lr=lr, momentum=momentum, weight_decay=weight_decay, state=state)
     nesterov = nesterov and momentum > 0
-    return functools.partial(torch.optim.SGD, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, fused=True)
+    options = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
+    return functools.partial(torch.optim.SGD, **options, fused=True)
 
 
 def learning_rate(config: TrainConfig, epoch: int, batch: int, batches: int) -> float:
