@@ -13,9 +13,10 @@ from .settings.config import TrainConfig
 
 
 def released_sgd(
-    lr: float, momentum: float = 0.9, weight_decay: float = 1e-4, state: str = "float32", nesterov: bool = True
-) -> Callable[[Iterable[torch.Tensor]], torch.optim.Optimizer]:
-    """make_optimizer of the released recipe: SGD with Nesterov momentum, decay on all parameters; one fused pass a module.
+    lr: float, momentum: float = 0.9, weight_decay: float = 1e-4, state: str = "float32",
+    nesterov: bool = True,
+) -> Callable[[Iterable[torch.Tensor]], torch.optim.Optimizer]:  # fmt: skip
+    """Return make_optimizer of the authors' recipe: fused SGD, Nesterov momentum, decay on all parameters.
 
     state: "float32", or the momentum's in "bfloat16" or "8bit" (`LowBitSGD`, always Nesterov's). nesterov:
     False on Cityscapes.
