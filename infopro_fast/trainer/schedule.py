@@ -14,12 +14,13 @@ from .settings.config import TrainConfig
 def released_sgd(
     lr: float, momentum: float = 0.9, weight_decay: float = 1e-4, nesterov: bool = True
 ) -> Callable[[Iterable[torch.Tensor]], torch.optim.Optimizer]:
-    """make_optimizer of the released recipe: SGD with Nesterov momentum, decay on all parameters; one fused pass a module.
+    """Return make_optimizer of the authors' recipe: fused SGD, Nesterov momentum, decay on all parameters.
 
     nesterov: False on Cityscapes.
     """
     nesterov = nesterov and momentum > 0
-    return functools.partial(torch.optim.SGD, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, fused=True)
+    options = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
+    return functools.partial(torch.optim.SGD, **options, fused=True)
 
 
 def learning_rate(config: TrainConfig, epoch: int, batch: int, batches: int) -> float:
