@@ -1,8 +1,8 @@
 """Compile every Triton kernel, at every configuration that is shipped, for every architecture. Needs no GPU.
-With any version of Triton: shared memory fits, and what is meant for the tensor cores uses them. Registers
-and spills are a version's
-own: with a version in ``triton_statistics.json`` they are no more than there. With another one, a warning
-says what is more than with the newest version there, and a kernel fails only above SPILL_BOUND.
+
+With any version of Triton, shared memory fits, and what is meant for the tensor cores uses them. Registers
+and spills depend on the version: they do not exceed its rows in ``triton_statistics.json``. Without a row, a
+warning compares with the newest version there, and a kernel fails only if it spills more than SPILL_BOUND.
 """
 
 from __future__ import annotations
@@ -41,15 +41,17 @@ def test_kernels_fit_the_architecture(module, cc, pool):
 def compare(found, cc: int, version: str, table) -> tuple[list[str], list[str]]:
     """What to tell about registers and spills, and what fails. found: {kernel: (registers, spilled)}."""
     at = triton_aot.CAPABILITIES.index(cc)
-    known, none = version in table, [0] * len(triton_aot.CAPABILITIES)
-    reference = version if known else max(table, key=lambda v: [int(n) for n in v.split(".")])
+    none = [0] * len(triton_aot.CAPABILITIES)
     told, failures = [], []
     for name, numbers in found.items():
-        row = table[reference].get(name)
+        known = name in table.get(version, {})
+        newest_first = sorted(table, key=lambda v: [int(n) for n in v.split(".")], reverse=True)
+        reference = version if known else next((v for v in newest_first if name in table[v]), None)
+        row = table[reference][name] if reference else None
         for kind, number in zip(("registers", "spilled"), numbers):
             before = None if row is None else row.get(kind, none)[at]
             line = f"sm_{cc} {name}: {kind}: {number} with Triton {version}, {before} as of {reference}"
-            if known and (before is None or number > before):
+            if known and number > before:
                 failures.append(f"{line}; python -m tests.triton_aot writes it anew")
             elif not known and kind == "spilled" and number > SPILL_BOUND:
                 failures.append(f"{line}; more than {SPILL_BOUND} bytes")
@@ -68,7 +70,7 @@ ROWS = {"a._k": {"registers": [10, 20, 30, 40], "spilled": [0, 8, 0, 0]}, "a._l"
         ("3.8", {"a._k": (19, 0)}, [], []),
         ("3.8", {"a._k": (21, 8)}, [], ["registers: 21"]),
         ("3.8", {"a._l": (2, 4)}, [], ["spilled: 4"]),
-        ("3.8", {"a._new": (2, 0)}, [], ["registers: 2", "spilled: 0"]),
+        ("3.8", {"a._new": (2, 65)}, ["registers: 2"], ["spilled: 65"]),
         ("3.9", {"a._k": (20, 8), "a._l": (2, 0)}, [], []),
         ("3.9", {"a._k": (25, 0), "a._l": (2, 64)}, ["registers: 25", "spilled: 0", "spilled: 64"], []),
         ("3.9", {"a._l": (2, 65)}, [], ["spilled: 65"]),

@@ -143,22 +143,27 @@ def _disassembled(cubin: bytes) -> str:
 
 
 def _write_table(names: list[str], count: int) -> None:
-    found: dict[str, dict[str, list[int]]] = {}
     with processes(count) as pool:
         for module in names:
+            found: dict[str, dict[str, list[int]]] = {}
             for cc in CAPABILITIES:
                 for name, numbers in most(module, compile_all(module, cc, pool)).items():
                     row = found.setdefault(name, {"registers": [], "spilled": []})
                     for column, number in zip(row.values(), numbers):
                         column.append(number)
-                print(f"{module} sm_{cc}", flush=True)
-    for row in found.values():
-        if not any(row["spilled"]):
-            del row["spilled"]
-    others = table().get(triton_version(), {})
-    found |= {name: row for name, row in others.items() if name.partition(".")[0] not in names}
+            for row in found.values():
+                if not any(row["spilled"]):
+                    del row["spilled"]
+            _write_rows(module, found)
+            print(module, flush=True)
+
+
+def _write_rows(module: str, found: dict[str, dict[str, list[int]]]) -> None:
+    """Replace the module's rows of the installed version."""
+    version, versions = triton_version(), table()
+    others = {k: row for k, row in versions.get(version, {}).items() if k.partition(".")[0] != module}
+    versions[version] = dict(sorted((others | found).items()))
     blocks = []
-    versions = table() | {triton_version(): dict(sorted(found.items()))}
     for version, rows in sorted(versions.items(), key=lambda item: [int(n) for n in item[0].split(".")]):
         lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items())
         blocks.append(f'  "{version}": {{\n{lines}\n  }}')

@@ -9,16 +9,15 @@ import torch
 import triton
 import triton.language as tl
 
-# Whether kernels are interpreted on the CPU. There bfloat16 is not computed with: it is widened right after a
-# load.
+# Whether kernels are interpreted, on the CPU: there bfloat16 is widened right after a load.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
-LAUNCH_OPTIONS = {"enable_fp_fusion": True}  # the default until Triton 3.10
+# Fused multiply-adds: the default until Triton 3.9, which warns that 3.10 will not fuse them unless asked.
+LAUNCH_OPTIONS = {"enable_fp_fusion": True}
 
-# Where three TF32 products a float32 one (as exact as a float32 product is) are faster than the GPU's float32
-# units.
+# Capabilities on which three TF32 products, as exact as a float32 product, are faster than float32 units.
 _SPLIT_FLOAT32 = (80, 90, 100, 103)
 
 
