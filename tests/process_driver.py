@@ -43,12 +43,12 @@ class Group:
         folder.mkdir(parents=True, exist_ok=True)
         port = free_port()
         self.folder, self.codes = folder, {}
-        self._keeper = _fork(lambda: _keep_store(port)) if keeper else None
+        self._keeper = fork(lambda: _keep_store(port)) if keeper else None
         variables = {
             "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
             "TORCHELASTIC_USE_AGENT_STORE": keeper,
         }  # fmt: skip
-        self.pids = [_fork(lambda rank=rank: self._child(rank, variables, work)) for rank in range(size)]
+        self.pids = [fork(lambda rank=rank: self._child(rank, variables, work)) for rank in range(size)]
 
     def _child(self, rank: int, variables: dict, work: Callable[[int], object]) -> None:
         os.environ.update(
@@ -91,7 +91,7 @@ class Group:
         return [(self.folder / f"err{rank}").read_text() for rank in range(len(self.pids))]
 
 
-def _fork(work: Callable[[], object]) -> int:
+def fork(work: Callable[[], object]) -> int:
     pid = os.fork()
     if pid:
         return pid

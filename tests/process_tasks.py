@@ -22,7 +22,7 @@ from infopro_fast.trainer.processes import watch
 from infopro_fast.trainer.processes.reduction import CommHook, all_reduce
 from infopro_fast.trainer.processes.wire import Packet, Receiver, Sender
 from tests.kill_driver import kill_before, kill_in_write, nth
-from tests.process_driver import Group, _fork, command
+from tests.process_driver import Group, fork, command
 
 TINY = [
     "train", "--arch", "resnet20", "--modules", "3", "--lambdas", "1", "0", "1", "1", "--epochs", "3",
@@ -42,13 +42,13 @@ def tiny(folder: Path, size: int, name: str, *words: object) -> dict:
     run = folder / name
     group = Group(
         max(size, 1),
-        lambda rank: (command if size else _alone)(*TINY, "--out", run, *words),
+        lambda rank: (command if size else alone)(*TINY, "--out", run, *words),
         folder / f"{name}-output",
     )
     return {"codes": group.wait(), "errors": group.errors(), "run": str(run)}
 
 
-def _alone(*words):
+def alone(*words):
     for name in ("RANK", "WORLD_SIZE"):
         del os.environ[name]
     command(*words)
@@ -371,7 +371,7 @@ def back_pressure(folder: Path) -> dict:
 # Faults: in the 7th step of 12, in the second epoch
 
 
-def _in_step(number: int, action) -> None:
+def in_step(number: int, action) -> None:
     step, count = LocalTrainer.step_from, 0
 
     def patched(self, *batch):
@@ -391,7 +391,7 @@ def _saved(run: Path) -> bool:
     return True
 
 
-def _kill(_) -> None:
+def kill(_) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -425,7 +425,7 @@ def _terminate(_) -> None:
 
 
 FAULTS = {
-    "killed": _kill, "stopped": _stop, "stands_still": _stand_still, "out_of_memory": _exhaust_memory,
+    "killed": kill, "stopped": _stop, "stands_still": _stand_still, "out_of_memory": _exhaust_memory,
     "not_finite": _explode, "disk_full": _fill_disk, "terminated": _terminate,
 }  # fmt: skip
 MODES = {
@@ -443,7 +443,7 @@ AGAIN = {
 def _begin(folder: Path, mode: str, fault: str, rank: int) -> Group:
     def work(own: int) -> None:
         if own == rank:
-            _in_step(7, lambda trainer: _saved(folder / "run") and FAULTS[fault](trainer))
+            in_step(7, lambda trainer: _saved(folder / "run") and FAULTS[fault](trainer))
         command(*TINY, "--out", folder / "run", *MODES[mode], "--patience", "4")
 
     return Group(
@@ -451,10 +451,10 @@ def _begin(folder: Path, mode: str, fault: str, rank: int) -> Group:
     )
 
 
-def _continue(folder: Path, run: Path | str, size: int, *words: object) -> dict:
+def continue_run(folder: Path, run: Path | str, size: int, *words: object) -> dict:
     """Continue a run among ``size`` processes, 0: without torchrun. words: beside --resume."""
     again = Group(
-        max(size, 1), lambda own: (command if size else _alone)("train", "--resume", run, *words), folder
+        max(size, 1), lambda own: (command if size else alone)("train", "--resume", run, *words), folder
     )
     return {"codes": again.wait(), "errors": again.errors()}
 
@@ -472,7 +472,7 @@ def _fail_and_continue(folder: Path, cases: list[tuple[str, str, int]]) -> dict:
             "checkpoints": [path.name for path in checkpoint.list_checkpoints(run / "checkpoints")],
         }  # fmt: skip
     for name, one in found.items():
-        one["again"] = _continue(
+        one["again"] = continue_run(
             folder / name / "again", one["run"], AGAIN.get(name, SIZES.get(name.partition("-")[0], 2))
         )
     return found
@@ -538,8 +538,8 @@ def full_disk(folder: Path) -> dict:
                 reserve = feature_cache.CacheFile.reserve
                 feature_cache.CacheFile.reserve = nth(reserve, 1, lambda file: (_fill(disk), reserve(file)))
             elif own == writer:
-                _in_step(7, lambda _: _fill(disk))
-            (command if size else _alone)(*TINY, "--out", disk / "run", *words)
+                in_step(7, lambda _: _fill(disk))
+            (command if size else alone)(*TINY, "--out", disk / "run", *words)
 
         group = Group(max(size, 1), work, folder / f"{mode}-output")
         found[mode] = {
@@ -554,7 +554,7 @@ def full_disk(folder: Path) -> dict:
         found[mode]["trained"] = [path.name for path in (disk / "run").glob("trained/*")]
         found[mode]["aside"] = [path.name for path in (disk / "run").rglob(whole_files.ASIDE + "*")]
         (disk / "of_others").unlink()
-        found[mode]["again"] = _continue(folder / f"{mode}-again", disk / "run", size)
+        found[mode]["again"] = continue_run(folder / f"{mode}-again", disk / "run", size)
         shutil.copytree(disk / "run", folder / mode)  # these mounts end with this driver
     return found
 
@@ -599,7 +599,7 @@ def others(folder: Path) -> dict:
             shutil.rmtree(run / "checkpoints" / checkpoint.name_of(3, 0), ignore_errors=True)
             (run / run_folder.WEIGHTS).unlink()
             found[f"{kind}/{name}"] = {
-                **_continue(folder / f"{kind}-{name}-output", run, size, *words),
+                **continue_run(folder / f"{kind}-{name}-output", run, size, *words),
                 "run": str(run),
             }
             found[f"{kind}/{name}"]["parallel"] = run_folder.read_config(run).parallel
@@ -639,11 +639,11 @@ def _stop_evaluation(mark: Path) -> None:
         forward = last.forward
         last.forward = lambda h: forward(h) if last.training else _for_ever(mark)
 
-    _in_step(7, patched)
+    in_step(7, patched)
 
 
 def _stop_disk(mark: Path) -> None:
-    _in_step(7, lambda trainer: setattr(os, "fsync", lambda descriptor: _for_ever(mark)))
+    in_step(7, lambda trainer: setattr(os, "fsync", lambda descriptor: _for_ever(mark)))
 
 
 def _stop_reader_of_output(mark: Path) -> None:
@@ -659,7 +659,7 @@ def _stop_reader_of_output(mark: Path) -> None:
         os.dup2(write, 1)
         mark.touch()
 
-    _in_step(7, patched)
+    in_step(7, patched)
 
 
 def _stop_cache(mark: Path) -> None:
@@ -724,7 +724,7 @@ def _begin_stall(folder: Path, name: str, images: tuple[str, ...]) -> Group:
             stop(folder / "stalled")
         patience = () if name == DEFAULT_PATIENCE else ("--patience", PATIENCE)
         settings = ("train", *images) if name == "reader" else TINY
-        (command if size else _alone)(*settings, "--out", folder / "run", *words, *patience)
+        (command if size else alone)(*settings, "--out", folder / "run", *words, *patience)
 
     return Group(max(size, 1), work, folder / "output")
 
@@ -735,7 +735,7 @@ def starved(folder: Path) -> dict:
     def work(_: int) -> None:
         cpu = min(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cpu})
-        other = _fork(_compute_for_ever)
+        other = fork(_compute_for_ever)
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
         watch.TICK = 0.25
         ended: list[str] = []
@@ -792,7 +792,7 @@ def stalls(folder: Path) -> dict:
         found[name]["seconds"] = said - mark.stat().st_mtime if mark.exists() else None
     for name in ("disk_of_last_stage", "cache"):
         size = STALLS[name][2]
-        found[name]["again"] = _continue(folder / name / "again", found[name]["run"], size)
+        found[name]["again"] = continue_run(folder / name / "again", found[name]["run"], size)
     return found
 
 
@@ -834,7 +834,7 @@ def in_turn(folder: Path) -> dict:
 
         def killed(rank: int, prepare=prepare, run=run) -> None:
             prepare()
-            _alone(*TINY, "--out", run, *words)
+            alone(*TINY, "--out", run, *words)
 
         first = Group(1, killed, folder / f"{name}-output")
         codes = first.wait()
@@ -845,11 +845,11 @@ def in_turn(folder: Path) -> dict:
 
             def killed_again(rank: int, prepare=AGAIN_KILLED[name], run=run) -> None:
                 prepare()
-                _alone("train", "--resume", run)
+                alone("train", "--resume", run)
 
             second = Group(1, killed_again, folder / f"{name}-second")
             codes, errors = [*codes, *second.wait()], errors + second.errors()
-        again = _continue(folder / f"{name}-again", run, 0)
+        again = continue_run(folder / f"{name}-again", run, 0)
         found[name] = {
             "codes": [*codes, *again["codes"]],
             "errors": errors + again["errors"],
@@ -859,7 +859,7 @@ def in_turn(folder: Path) -> dict:
     with open(run / "cache" / "module001" / "epoch0002.bin", "r+b") as file:
         file.seek(70_000)
         file.write(b"other")
-    found["damaged"] = _continue(folder / "damaged-output", run, 0)
+    found["damaged"] = continue_run(folder / "damaged-output", run, 0)
     shutil.rmtree(run / "cache")
-    found["made_anew"] = {**_continue(folder / "damaged-again", run, 0), "run": str(run)}
+    found["made_anew"] = {**continue_run(folder / "damaged-again", run, 0), "run": str(run)}
     return found

@@ -25,7 +25,7 @@ from infopro_fast.trainer.settings.config import TrainConfig
 from infopro_fast.trainer.step import local_step
 from tests import compare, tiny_run
 from tests.test_distributed import drive
-from tests.test_step import Recorder, _recorded
+from tests.test_step import Recorder, recorded_gradients
 
 DOC = Path(__file__).parents[1] / "docs" / "local_losses.md"
 LOCAL = [name for name in LOCAL_LOSSES if name != "none"]
@@ -50,7 +50,7 @@ def gradients(net) -> list[list[torch.Tensor]]:
     """Return the gradients of every stage's parameters, from a step that updates nothing."""
     trainer = infopro_fast.LocalTrainer(net, Recorder)
     trainer.step(IMAGE, LABEL)
-    recorded = _recorded(trainer)
+    recorded = recorded_gradients(trainer)
     return [[recorded[p][0] for p in stage.parameters()] for stage in net.stages]
 
 

@@ -62,8 +62,8 @@ def test_best_cuts_errors():
 
 
 @functools.cache
-def chain(arch: str, losses: str, recompute: str, batch_size: int, image_size: int | None) -> planner._Chain:
-    return planner._Chain(arch, batch_size, planner._size(arch, image_size), recompute, losses, timed=False)
+def chain(arch: str, losses: str, recompute: str, batch_size: int, image_size: int | None) -> planner.MeasuredChain:
+    return planner.MeasuredChain(arch, batch_size, planner.image_sides(arch, image_size), recompute, losses, timed=False)
 
 
 def plan(
@@ -198,7 +198,7 @@ def test_largest_batch_and_image_in_a_budget():
 def test_balanced_time(monkeypatch):
     """The slowest module is as fast as possible; a block of the first stage takes ten times the others."""
     monkeypatch.setattr(planner.costs, "_seconds", lambda call: (call(), 0.0)[1])
-    chain = planner._Chain("resnet20", 2, (32, 32), "none", "ours", timed=True)
+    chain = planner.MeasuredChain("resnet20", 2, (32, 32), "none", "ours", timed=True)
     blocks = [block._replace(seconds=10.0 if i < 4 else 1.0) for i, block in enumerate(chain.seconds.blocks)]
     chain.seconds = planner.ChainCosts(blocks, chain.seconds.losses, chain.seconds.image)
     assert chain.plan(4, "time").cuts == ((0, 0), (1, 0), (1, 1))
