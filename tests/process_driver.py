@@ -1,7 +1,7 @@
 """Runs of several processes, forked from one that has imported everything and never started a thread.
 
-Run as: python -m tests.process_driver FOLDER TASK..., where a task is a name in `tests.process_tasks`. Prints
-what happened as JSON.
+Run as: python -m tests.process_driver FOLDER TASK..., where a task is a function of `tests.process_tasks` or
+`tests.process_faults`. Prints what happened as JSON.
 """
 
 import importlib
@@ -123,8 +123,9 @@ def command(*words: object) -> None:
 def main(folder: Path, tasks: list[str]) -> None:
     torch.set_num_threads(1)
     small_and_plain()
-    known = importlib.import_module("tests.process_tasks")
-    found = {name: getattr(known, name)(folder / name) for name in tasks}
+    parts = [importlib.import_module(f"tests.process_{part}") for part in ("tasks", "faults")]
+    known = {name: task for part in parts for name, task in vars(part).items()}
+    found = {name: known[name](folder / name) for name in tasks}
     print(json.dumps(found))
 
 

@@ -19,7 +19,7 @@ from infopro_fast import whole_files
 from infopro_fast.trainer import checkpoint, run_folder
 from infopro_fast.trainer.processes import watch
 from infopro_fast.trainer.processes.watch import cause_of, is_of_communication
-from tests.process_tasks import FULL
+from tests.process_faults import FULL
 from tests.test_distributed import ROOT, drive, lines, same
 
 pytestmark = pytest.mark.xdist_group("faults")

@@ -15,7 +15,7 @@ from infopro_fast.trainer.processes.layout import Layout
 from infopro_fast.trainer.processes.wire import Packet
 from infopro_fast.trainer.share import Share
 from tests import tiny_run
-from tests.process_tasks import DEFAULT_PATIENCE, STALLS
+from tests.process_faults import DEFAULT_PATIENCE, STALLS
 from tests.test_distributed import drive
 
 pytest.importorskip("PIL.Image")
