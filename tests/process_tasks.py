@@ -145,7 +145,7 @@ class _Collectives(TorchDispatchMode):
 
 
 def _tiny_trainer(hook: CommHook, accumulate: int = 1) -> tuple[LocalTrainer, torch.Tensor, torch.Tensor]:
-    """Of three modules, and a batch."""
+    """Return a trainer of three modules, and a batch."""
     torch.manual_seed(0)
     net = build("resnet20", 3, "softmax", lambdas=(1, 0.5, 0.5, 1), image_size=16)
     trainer = LocalTrainer(

@@ -138,7 +138,7 @@ KILLED = [f"{mode}-killed-{rank}" for mode in ("three", "mixed") for rank in WHO
 
 @pytest.mark.parametrize("case", KILLED)
 def test_any_process_of_a_larger_layout_is_killed(kills, case):
-    """Of a pipeline of three, and of two pipelines of two that share the batches."""
+    """In a pipeline of three, and in two pipelines of two that share the batches."""
     assert_all_stop_with_one_message(kills[case], case)
     assert_no_checkpoint_is_lost(kills[case])
     again = kills[case]["again"]

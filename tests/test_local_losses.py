@@ -126,7 +126,8 @@ def test_a_part_of_the_modules_trains_to_the_same_bits(name):
         ended, others = rest.step_from(features, None if name == "infopro_l" else IMAGE, LABEL)
         found |= others
         assert ended is None
-        assert found.keys() == expected.keys() and all(torch.equal(found[n], expected[n]) for n in found), step
+        assert found.keys() == expected.keys(), step
+        assert all(torch.equal(found[n], expected[n]) for n in found), step
     assert all(torch.equal(t, whole.state_dict()[n]) for n, t in net.state_dict().items())
 
 
@@ -433,7 +434,8 @@ def test_an_optimizer_with_state_of_8_bits():
     scope = {"net": build("contrast", 2), "infopro_fast": infopro_fast}
     exec(compile(code, str(DOC), "exec"), scope)
     losses = [scope["trainer"].step(IMAGE, LABEL)["loss"].item() for _ in range(5)]
-    kept = [type(t).__name__ for o in scope["trainer"].optimizers for state in o.state.values() for t in state.values()]
+    states = [state for o in scope["trainer"].optimizers for state in o.state.values()]
+    kept = [type(t).__name__ for state in states for t in state.values()]
     assert losses[-1] < losses[0] and "OptimState8bit" in kept
 
 

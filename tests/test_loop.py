@@ -376,8 +376,9 @@ def test_what_a_run_had_in_training_alone_is_not_needed_to_evaluate_it(finished,
 def test_a_run_with_an_optimizer_state_of_fewer_bits_is_refused(finished, tmp_path):
     content = json.loads((finished / run_folder.CONFIG).read_text())
     (tmp_path / run_folder.CONFIG).write_text(json.dumps(content | {"optimizer_state": "8bit"}))
+    message = "optimizer_state: expected float32, .* got 8bit"
     for call in (resume, evaluate_run):
-        with pytest.raises((ConfigError, errors.RunError), match="optimizer_state: expected float32, .* got 8bit"):
+        with pytest.raises((ConfigError, errors.RunError), match=message):
             call(tmp_path)
 
 

@@ -62,8 +62,9 @@ def test_best_cuts_errors():
 
 
 @functools.cache
-def chain(arch: str, losses: str, recompute: str, batch_size: int, image_size: int | None) -> planner.MeasuredChain:
-    return planner.MeasuredChain(arch, batch_size, planner.image_sides(arch, image_size), recompute, losses, timed=False)
+def chain(arch: str, losses: str, recompute: str, batch_size: int, image_size: int | None):
+    sides = planner.image_sides(arch, image_size)
+    return planner.MeasuredChain(arch, batch_size, sides, recompute, losses, timed=False)
 
 
 def plan(
@@ -394,7 +395,7 @@ def test_bytes_for_people():
 
 
 def test_table_of_a_comparison():
-    """Of compiled code only what autograd and the system see is known."""
+    """Only what autograd and the system see of compiled code is known."""
     base = Measured(Way(), 100, 90, 1000, memory.Bytes(0, 0, 900, 100), 1100, 2.0, 2.0)
     compiled = dataclasses.replace(base, way=Way(budget=0.5), saved=500, peak=None, resident=550, seconds=1.0)
     rows = figures.comparison_rows([base, compiled])

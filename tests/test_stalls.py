@@ -119,7 +119,7 @@ def test_large_files_are_written_in_pieces(tmp_path, monkeypatch):
 
 
 def test_a_pulse_is_a_move(monkeypatch):
-    """Of its own place alone."""
+    """A pulse belongs to its own place alone."""
     one, pulse = watch.Watch(watch.dist.HashStore(), 0, 1, "rank 0", lambda: "", 4), [0]
     one.at("reading images", pulse=lambda: pulse[0])
     for tick in range(20):
