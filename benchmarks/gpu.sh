@@ -3,10 +3,11 @@
 #
 #     benchmarks/gpu.sh
 #
-# Builds the package where it is (with the torch, setuptools and ninja that are installed), runs the tests that need a GPU, checks the
-# CUDA C++ kernels with compute-sanitizer where there is one, and measures every op and the whole step. Results, with device and
-# versions, go to benchmarks/results/<gpu>/. Takes less than 9 minutes: the benchmarks have what the rest leaves. Environment: PYTHON
-# (default: python3), SECONDS_IN_ALL (525), SECONDS_FOR_TESTS (150), MAX_JOBS.
+# Builds the package where it is, with the installed torch, setuptools and ninja. Runs the tests that need a
+# GPU, checks the CUDA C++ kernels with compute-sanitizer where there is one, and measures every op and the
+# whole step. Results, with device and versions, go to benchmarks/results/<gpu>/. Takes less than 9 minutes:
+# the benchmarks have what the rest leaves.
+# Environment: PYTHON (default: python3), SECONDS_IN_ALL (525), SECONDS_FOR_TESTS (150), MAX_JOBS.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python3}
@@ -28,14 +29,16 @@ import sys
 import torch
 if not torch.cuda.is_available():
     sys.exit("benchmarks/gpu.sh: torch sees no CUDA device")
-print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}, Python {sys.version.split()[0]}")
+print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}", end=", ")
+print(f"Python {sys.version.split()[0]}")
 END
 arch=$("$python" -c 'import torch; print("{}.{}".format(*torch.cuda.get_device_capability()))')
 
 # For this GPU alone: a sixth of the time.
 export TORCH_CUDA_ARCH_LIST=$arch
 check "build" 180 "$python" -m pip install --quiet --no-build-isolation --no-deps --editable . || {
-    check "build, without pip" 120 "$python" setup.py --quiet build_ext --inplace && failed=0 # all the rest needs is there
+    # the build is all that the rest needs
+    check "build, without pip" 120 "$python" setup.py --quiet build_ext --inplace && failed=0
 }
 "$python" - <<'END'
 from infopro_fast import ops
@@ -47,16 +50,16 @@ if "$python" -c 'import pytest' 2>/dev/null; then
     # Most of their time Triton and torch.compile compile, on one core each.
     parallel=()
     "$python" -c 'import xdist' 2>/dev/null && parallel=(-n $(($(nproc) < 8 ? $(nproc) : 8)))
-    check "tests" "${SECONDS_FOR_TESTS:-150}" "$python" -m pytest -q --maxfail=30 --tb=short -p no:cacheprovider --noconftest -o addopts= \
-        "${parallel[@]}" tests/test_cuda.py
+    check "tests" "${SECONDS_FOR_TESTS:-150}" "$python" -m pytest -q --maxfail=30 --tb=short \
+        -p no:cacheprovider --noconftest -o addopts= "${parallel[@]}" tests/test_cuda.py
 else
     echo "-- pytest is not installed: the tests are left out, errors are in the results' column"
 fi
 sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | head -n 1)
 if [[ $sanitizer ]]; then
-    for tool in memcheck racecheck; do # of this package's kernels, by their namespace: torch's own would take the time
-        check "compute-sanitizer $tool" 45 "$sanitizer" --tool "$tool" --kernel-name kernel_substring=infopro --error-exitcode 1 \
-            "$python" -m benchmarks.cuda_smoke
+    for tool in memcheck racecheck; do # this package's kernels alone: torch's own would take the time
+        check "compute-sanitizer $tool" 45 "$sanitizer" --tool "$tool" \
+            --kernel-name kernel_substring=infopro --error-exitcode 1 "$python" -m benchmarks.cuda_smoke
     done
 else
     echo "-- no compute-sanitizer on this machine"

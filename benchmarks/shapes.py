@@ -115,7 +115,7 @@ SUPCON = (SupConShape(1024), SupConShape(4096))
 SUPCON_LARGER = (SupConShape(128), SupConShape(1024, classes=100))
 SUPCON_PLOT = tuple(SupConShape(n) for n in (128, 256, 512, 1024, 2048, 4096, 8192))
 
-# A head of the released nets (feature_dim 128, 10 classes); many classes; the local head of ImageNet.
+# A head of the authors' networks (feature_dim 128, 10 classes); many classes; the local head of ImageNet.
 LINEAR = (LinearShape(4096, 1024, 10000), LinearShape(1024, 128, 10))
 LINEAR_LARGER = (LinearShape(1024, 64, 10), LinearShape(4096, 64, 1000), LinearShape(1024, 2048, 1000))
 LINEAR_PLOT = tuple(LinearShape(1024, 256, c) for c in (10, 100, 1000, 10000, 30000))
@@ -128,7 +128,7 @@ DENSE_PLOT = tuple(DenseShape(2, c, 64, 64, 512, 512) for c in (2, 8, 19, 60, 15
 # What a local head of ResNet-32 pools: after its strided convolution, or in the last stage.
 POOL = (PoolShape(1024, 32, 16), PoolShape(1024, 64, 8))
 
-# The released heads of its three stages, the convolution with them.
+# The authors' heads of its three stages, the convolution with them.
 HEAD = (HeadShape(128, 16, 32, 32, 2), HeadShape(128, 32, 16, 64, 2), HeadShape(128, 64, 8, 64, 1))
 
 # ResNet-32 at batch 128: {K: (reconstruction and task weights of the first module, and of the last but one)}.

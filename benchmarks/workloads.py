@@ -221,6 +221,7 @@ def linear(method: str, shape: shapes.LinearShape, dtype=torch.float32, device="
     weight = (draw(shape.C, shape.D, dtype=dtype, device=device) / shape.D**0.5).requires_grad_()
     target = labels(shape.N, shape.C, device)
     formula = baselines.cross_entropy
+
     def chunked() -> typing.Callable:
         return functools.partial(F.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions())
 
@@ -275,6 +276,7 @@ def head(method: str, shape: shapes.HeadShape, dtype=torch.float32, device="cpu"
     if method.endswith("channels_last"):
         x, conv = x.to(memory_format=torch.channels_last), conv.to(memory_format=torch.channels_last)
     x.requires_grad_()
+
     def fused(x, conv, bn, impl):
         return ops.norm_relu_pool(x, bn, conv=conv, impl=impl)
 

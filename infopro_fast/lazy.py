@@ -1,7 +1,7 @@
 """Packages that import their names at first use, as their stub (`__init__.pyi`) lists them.
 
-So `import infopro_fast.ops` needs torch alone, and the command line starts without torch. A type checker reads
-the stub and sees every name with its type. The scheme is that of Scientific Python's SPEC 1.
+So `import infopro_fast.ops` needs torch alone, and the command line starts without torch. A type checker
+reads the stub and sees every name with its type. The scheme is that of Scientific Python's SPEC 1.
 """
 
 from __future__ import annotations

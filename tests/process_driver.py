@@ -1,7 +1,7 @@
 """Runs of several processes, forked from one that has imported everything and never started a thread.
 
-Run as: python -m tests.process_driver FOLDER TASK..., where a task is a name in `tests.process_tasks`. Prints
-what happened as JSON.
+Run as: python -m tests.process_driver FOLDER TASK..., where a task is a function of `tests.process_tasks` or
+`tests.process_faults`. Prints what happened as JSON.
 """
 
 import importlib
@@ -43,12 +43,12 @@ class Group:
         folder.mkdir(parents=True, exist_ok=True)
         port = free_port()
         self.folder, self.codes = folder, {}
-        self._keeper = _fork(lambda: _keep_store(port)) if keeper else None
+        self._keeper = fork(lambda: _keep_store(port)) if keeper else None
         variables = {
             "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
             "TORCHELASTIC_USE_AGENT_STORE": keeper,
         }  # fmt: skip
-        self.pids = [_fork(lambda rank=rank: self._child(rank, variables, work)) for rank in range(size)]
+        self.pids = [fork(lambda rank=rank: self._child(rank, variables, work)) for rank in range(size)]
 
     def _child(self, rank: int, variables: dict, work: Callable[[int], object]) -> None:
         os.environ.update(
@@ -91,7 +91,7 @@ class Group:
         return [(self.folder / f"err{rank}").read_text() for rank in range(len(self.pids))]
 
 
-def _fork(work: Callable[[], object]) -> int:
+def fork(work: Callable[[], object]) -> int:
     pid = os.fork()
     if pid:
         return pid
@@ -123,8 +123,9 @@ def command(*words: object) -> None:
 def main(folder: Path, tasks: list[str]) -> None:
     torch.set_num_threads(1)
     small_and_plain()
-    known = importlib.import_module("tests.process_tasks")
-    found = {name: getattr(known, name)(folder / name) for name in tasks}
+    parts = [importlib.import_module(f"tests.process_{part}") for part in ("tasks", "faults")]
+    known = {name: task for part in parts for name, task in vars(part).items()}
+    found = {name: known[name](folder / name) for name in tasks}
     print(json.dumps(found))
 
 

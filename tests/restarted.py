@@ -1,4 +1,7 @@
-"""A small run that loses a process in its first life, for torchrun. Run as: torchrun ... -m tests.restarted OUT MODE RANK."""
+"""A small run for torchrun, which loses a process in its first life.
+
+Run as: torchrun ... -m tests.restarted OUT MODE RANK.
+"""
 
 import os
 import sys
@@ -7,7 +10,8 @@ from pathlib import Path
 import torch
 
 from tests.process_driver import command
-from tests.process_tasks import MODES, TINY, _in_step, _kill
+from tests.process_faults import MODES, in_step, kill
+from tests.process_tasks import TINY
 from tests.tiny_run import small_and_plain
 
 
@@ -15,7 +19,7 @@ def main(out: Path, mode: str, rank: int) -> None:
     torch.set_num_threads(1)
     small_and_plain()
     if int(os.environ["RANK"]) == rank and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-        _in_step(7, _kill)
+        in_step(7, kill)
     command(*TINY, "--out", out, *MODES[mode])
 
 

@@ -499,7 +499,10 @@ def wrong(name, runs, folder):
 
 
 def test_seeds_that_other_processes_trained(tmp_path):
-    """A pipeline and other kernels train the same; processes whose batch norms see parts of a batch, or that round, do not."""
+    """A pipeline and other kernels train the same.
+
+    Batch norms that see parts of a batch do not, nor do processes that round what they send.
+    """
 
     def subject(seed, **settings):
         config = tiny_run.config(None, seed=seed, local_loss="greedy", lambdas=None, **settings)
@@ -507,7 +510,8 @@ def test_seeds_that_other_processes_trained(tmp_path):
 
     pipeline = subject(1, parallel="pipeline", in_flight=3, threads=2, impl="reference", recompute="block")
     analyze.check_comparable([subject(0), pipeline, subject(2, parallel="data", sync_batch_norm=True)])
-    for settings, name in ((dict(parallel="data"), "parallel"), (dict(parallel="pipeline", wire="bfloat16"), "wire")):
+    rounded = dict(parallel="pipeline", wire="bfloat16")
+    for settings, name in ((dict(parallel="data"), "parallel"), (rounded, "wire")):
         with pytest.raises(errors.ConfigError, match=rf"differ in more than their seed.*: {name} \("):
             analyze.check_comparable([subject(0), subject(1, **settings)])
 

@@ -52,7 +52,7 @@ def built(request, cpu) -> str:
 
 
 def assert_portable(path):
-    """Assert any torch from 2.10 on, any Python, no relocated code, no executable stack, no further library."""
+    """Assert any torch from 2.10 on, any Python, no relocated code, no executable stack, no other library."""
     verdict = inspect_extension(path)
     assert verdict.error is None
     assert verdict.torch.uses_torch and verdict.torch.stable, verdict.torch.unstable_symbols
@@ -204,7 +204,8 @@ def test_wheel(project):
     files = glob.glob(os.path.join(ROOT, "infopro_fast", "**", "*.py*"), recursive=True)
     sources = {os.path.relpath(p, ROOT) for p in files if p.endswith((".py", ".pyi", "py.typed"))}
     assert {"infopro_fast/py.typed", "infopro_fast/__init__.pyi"} <= sources
-    data = {os.path.relpath(p, ROOT) for p in glob.glob(os.path.join(ROOT, "infopro_fast", "data", "embedded", "*"))}
+    embedded = os.path.join(ROOT, "infopro_fast", "data", "embedded", "*")
+    data = {os.path.relpath(p, ROOT) for p in glob.glob(embedded)}
     assert data
     assert names == sources | data | {"infopro_fast/_cpu.abi3.so", "infopro_fast/_build.json"}
 

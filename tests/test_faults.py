@@ -19,7 +19,7 @@ from infopro_fast import whole_files
 from infopro_fast.trainer import checkpoint, run_folder
 from infopro_fast.trainer.processes import watch
 from infopro_fast.trainer.processes.watch import cause_of, is_of_communication
-from tests.process_tasks import FULL
+from tests.process_faults import FULL
 from tests.test_distributed import ROOT, drive, lines, same
 
 pytestmark = pytest.mark.xdist_group("faults")
@@ -138,7 +138,7 @@ KILLED = [f"{mode}-killed-{rank}" for mode in ("three", "mixed") for rank in WHO
 
 @pytest.mark.parametrize("case", KILLED)
 def test_any_process_of_a_larger_layout_is_killed(kills, case):
-    """Of a pipeline of three, and of two pipelines of two that share the batches."""
+    """In a pipeline of three, and in two pipelines of two that share the batches."""
     assert_all_stop_with_one_message(kills[case], case)
     assert_no_checkpoint_is_lost(kills[case])
     again = kills[case]["again"]

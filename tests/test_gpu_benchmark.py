@@ -93,7 +93,8 @@ def test_the_step_is_compared_with_the_best_end_to_end_and_graph_with_graph():
     sixteen, one = claims.step_label("resnet32", 16, 1024), claims.step_label("resnet32", 1, 1024)
     seconds = {
         (sixteen, "ours"): 9.0, (sixteen, train_step.GRAPH): 6.0, (one, train_step.GRAPH): 5.0,
-        (one, "ours"): 8.0, (one, "compile"): 4.0, (one, "released"): 9.0, (one, "released channels_last"): 9.0,
+        (one, "ours"): 8.0, (one, "compile"): 4.0, (one, "released"): 9.0,
+        (one, "released channels_last"): 9.0,
     }  # fmt: skip
     rows = set_seconds(rows_of_the_claims(), seconds)
     graphs, best = claims.claims(rows)[5:7]

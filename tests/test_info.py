@@ -58,7 +58,7 @@ RECORD = {"torch": "2.12.0", "torch_target": "2.10", "compiler": "c++ 12.2.0", "
 @pytest.mark.parametrize(
     ("cuda", "expected"),
     [
-        
+
         (
             {"built": False, "reason": "INFOPRO_NO_CUDA was set"},
             "CUDA kernels    not built: INFOPRO_NO_CUDA was set",

@@ -25,7 +25,7 @@ from infopro_fast.trainer.settings.config import TrainConfig
 from infopro_fast.trainer.step import local_step
 from tests import compare, tiny_run
 from tests.test_distributed import drive
-from tests.test_step import Recorder, _recorded
+from tests.test_step import Recorder, recorded_gradients
 
 DOC = Path(__file__).parents[1] / "docs" / "local_losses.md"
 LOCAL = [name for name in LOCAL_LOSSES if name != "none"]
@@ -50,7 +50,7 @@ def gradients(net) -> list[list[torch.Tensor]]:
     """Return the gradients of every stage's parameters, from a step that updates nothing."""
     trainer = infopro_fast.LocalTrainer(net, Recorder)
     trainer.step(IMAGE, LABEL)
-    recorded = _recorded(trainer)
+    recorded = recorded_gradients(trainer)
     return [[recorded[p][0] for p in stage.parameters()] for stage in net.stages]
 
 
@@ -126,7 +126,8 @@ def test_a_part_of_the_modules_trains_to_the_same_bits(name):
         ended, others = rest.step_from(features, None if name == "infopro_l" else IMAGE, LABEL)
         found |= others
         assert ended is None
-        assert found.keys() == expected.keys() and all(torch.equal(found[n], expected[n]) for n in found), step
+        assert found.keys() == expected.keys(), step
+        assert all(torch.equal(found[n], expected[n]) for n in found), step
     assert all(torch.equal(t, whole.state_dict()[n]) for n, t in net.state_dict().items())
 
 
@@ -433,7 +434,8 @@ def test_an_optimizer_with_state_of_8_bits():
     scope = {"net": build("contrast", 2), "infopro_fast": infopro_fast}
     exec(compile(code, str(DOC), "exec"), scope)
     losses = [scope["trainer"].step(IMAGE, LABEL)["loss"].item() for _ in range(5)]
-    kept = [type(t).__name__ for o in scope["trainer"].optimizers for state in o.state.values() for t in state.values()]
+    states = [state for o in scope["trainer"].optimizers for state in o.state.values()]
+    kept = [type(t).__name__ for state in states for t in state.values()]
     assert losses[-1] < losses[0] and "OptimState8bit" in kept
 
 

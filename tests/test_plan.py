@@ -62,8 +62,9 @@ def test_best_cuts_errors():
 
 
 @functools.cache
-def chain(arch: str, losses: str, recompute: str, batch_size: int, image_size: int | None) -> planner._Chain:
-    return planner._Chain(arch, batch_size, planner._size(arch, image_size), recompute, losses, timed=False)
+def chain(arch: str, losses: str, recompute: str, batch_size: int, image_size: int | None):
+    sides = planner.image_sides(arch, image_size)
+    return planner.MeasuredChain(arch, batch_size, sides, recompute, losses, timed=False)
 
 
 def plan(
@@ -198,7 +199,7 @@ def test_largest_batch_and_image_in_a_budget():
 def test_balanced_time(monkeypatch):
     """The slowest module is as fast as possible; a block of the first stage takes ten times the others."""
     monkeypatch.setattr(planner.costs, "_seconds", lambda call: (call(), 0.0)[1])
-    chain = planner._Chain("resnet20", 2, (32, 32), "none", "ours", timed=True)
+    chain = planner.MeasuredChain("resnet20", 2, (32, 32), "none", "ours", timed=True)
     blocks = [block._replace(seconds=10.0 if i < 4 else 1.0) for i, block in enumerate(chain.seconds.blocks)]
     chain.seconds = planner.ChainCosts(blocks, chain.seconds.losses, chain.seconds.image)
     assert chain.plan(4, "time").cuts == ((0, 0), (1, 0), (1, 1))
@@ -394,7 +395,7 @@ def test_bytes_for_people():
 
 
 def test_table_of_a_comparison():
-    """Of compiled code only what autograd and the system see is known."""
+    """Only what autograd and the system see of compiled code is known."""
     base = Measured(Way(), 100, 90, 1000, memory.Bytes(0, 0, 900, 100), 1100, 2.0, 2.0)
     compiled = dataclasses.replace(base, way=Way(budget=0.5), saved=500, peak=None, resident=550, seconds=1.0)
     rows = figures.comparison_rows([base, compiled])

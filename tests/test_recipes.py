@@ -93,8 +93,10 @@ def test_published_rows(name, settings, expected):
 
 @pytest.mark.parametrize("channels, side", [(16, 32), (32, 16), (64, 8)])
 def test_the_head_of_greedy_plus_costs_nearest_to_infopro(channels, side):
-    """Of the released heads, by multiply-adds of one image, against the decoder and 1c2f; the note says that
-    this is our choice."""
+    """Multiply-adds of one image decide among the authors' heads, against the decoder and 1c2f.
+
+    The note says that this is our choice.
+    """
 
     def cost(layers, side):
         with torch.device("meta"), FlopCounterMode(display=False) as counted:
@@ -480,7 +482,7 @@ def test_init(few_scenes, tmp_path):
 
 
 def test_ema_is_what_is_tested_and_written(few_scenes, tmp_path):
-    """Of one step: decay * first weights + (1 - decay) * second (the first update copies)."""
+    """decay * the first step's weights + (1 - decay) * the second's; the first update copies."""
     runs = {}
     for steps in (1, 2):
         for decay in (None, 0.75):

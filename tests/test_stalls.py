@@ -15,7 +15,7 @@ from infopro_fast.trainer.processes.layout import Layout
 from infopro_fast.trainer.processes.wire import Packet
 from infopro_fast.trainer.share import Share
 from tests import tiny_run
-from tests.process_tasks import DEFAULT_PATIENCE, STALLS
+from tests.process_faults import DEFAULT_PATIENCE, STALLS
 from tests.test_distributed import drive
 
 pytest.importorskip("PIL.Image")
@@ -119,7 +119,7 @@ def test_large_files_are_written_in_pieces(tmp_path, monkeypatch):
 
 
 def test_a_pulse_is_a_move(monkeypatch):
-    """Of its own place alone."""
+    """A pulse belongs to its own place alone."""
     one, pulse = watch.Watch(watch.dist.HashStore(), 0, 1, "rank 0", lambda: "", 4), [0]
     one.at("reading images", pulse=lambda: pulse[0])
     for tick in range(20):

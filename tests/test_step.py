@@ -39,7 +39,7 @@ class Recorder(torch.optim.Optimizer):
                     self.seen.setdefault(p, []).append(p.grad.clone())
 
 
-def _recorded(trainer) -> dict[nn.Parameter, list[torch.Tensor]]:
+def recorded_gradients(trainer) -> dict[nn.Parameter, list[torch.Tensor]]:
     return {p: grads for optimizer in trainer.optimizers for p, grads in optimizer.seen.items()}
 
 
@@ -92,7 +92,7 @@ def test_golden(case, impl):
                 name, metrics[f"module{k}/{term}"] if found is None else found, expected[name]
             )
 
-    gradients, seen = _recorded(trainer), 0
+    gradients, seen = recorded_gradients(trainer), 0
     for prefix, module in net.released_modules():
         for name, p in module.named_parameters():
             digest = case["grads"][prefix + name]
@@ -212,7 +212,7 @@ def test_no_gradient_crosses_a_boundary():
             net.classifier.fc.weight.mul_(scale)
         trainer = infopro_fast.LocalTrainer(net, Recorder)
         trainer.step(IMAGE.double(), LABEL)
-        gradients = _recorded(trainer)
+        gradients = recorded_gradients(trainer)
         first = [*net.stages[0].parameters(), *net.local_losses[0].parameters()]
         recorded.append(
             ([gradients[p][0] for p in first], [gradients[p][0] for p in net.stages[1].parameters()])
@@ -416,7 +416,7 @@ def test_a_local_loss_of_ones_own():
     twin = copy.deepcopy(net.stages[0])
     metrics = trainer.step(IMAGE.double(), LABEL)
     (0.5 * twin(IMAGE.double()).square().mean()).backward()
-    gradients = _recorded(trainer)
+    gradients = recorded_gradients(trainer)
     for p, q in zip(net.stages[0].parameters(), twin.parameters()):
         compare.assert_close(gradients[p][0], q.grad, scale=max(1e-3, q.grad.abs().max().item()))
     assert list(metrics) == ["module1/norm", "loss", "correct"]

@@ -61,10 +61,12 @@ def test_cells_of_the_tables():
 def test_settings_of_a_cell():
     study = tables.Study("table2", scale="small")
     differing = {"local_loss", "modules", "lambdas"}
-    assert known.settings_of_a_cell(study, tables.Cell("greedy", 8)) == {"local_loss": "greedy", "modules": 8, "lambdas": None}
+    greedy = {"local_loss": "greedy", "modules": 8, "lambdas": None}
+    assert known.settings_of_a_cell(study, tables.Cell("greedy", 8)) == greedy
     assert set(known.settings_of_a_cell(study, tables.Cell("e2e", 1))) == differing
     table3 = tables.Study("table3", scale="full")
-    assert set(known.settings_of_a_cell(table3, tables.Cell("checkpoint", 1))) == differing | {"balanced", "recompute"}
+    checkpointed = known.settings_of_a_cell(table3, tables.Cell("checkpoint", 1))
+    assert set(checkpointed) == differing | {"balanced", "recompute"}
     config = tables.config(study, tables.Cell("contrast", 8), 3)
     assert (config.modules, config.local_loss, config.shrink, config.seed) == (8, "contrast", 2, 3)
     full = tables.config(tables.Study("table2", scale="full"), tables.Cell("contrast", 8), 0)
@@ -576,7 +578,8 @@ def test_known_tables_of_other_settings_are_an_error(study, tmp_path):
     ):
         reproduce(dataclasses.replace(study, known=(tmp_path / "other.json",), out=tmp_path))
     content = json.loads(path.read_text())
-    content["settings"] |= {"device": "cuda", "threads": 64, "impl": "triton", "in_flight": 2, "gone": 1}  # no result of these
+    # none of these changes a result
+    content["settings"] |= {"device": "cuda", "threads": 64, "impl": "triton", "in_flight": 2, "gone": 1}
     (tmp_path / "elsewhere.json").write_text(json.dumps(content))
     assert len(known.read(dataclasses.replace(study, known=(tmp_path / "elsewhere.json",))).runs) == 2
     for text in ("{", "[]", "{}", "3"):

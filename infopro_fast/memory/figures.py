@@ -20,7 +20,7 @@ KINDS = (("parameters", "C7"), ("optimizer", "C4"), ("gradients", "C3"), ("saved
 def plan_table(plan: Plan) -> str:
     """Return one line a module, then what is always there, the total, and the comparison with end to end."""
     size = "x".join(str(n) for n in plan.image_size)
-    how = {"ours": "our losses", "released": "released losses"}[plan.losses]
+    how = {"ours": "our losses", "released": "the authors' losses"}[plan.losses]
     what = f"{plan.arch}, images {size}, batch {plan.batch_size}"
     head = f"{what}, {how}, recompute {plan.recompute}; by {plan.objective}"
     timed = ["time"] * (plan.objective == "time")

@@ -101,11 +101,11 @@ def make_plan(
     Raises PlanError if nothing fits, and for arguments out of range.
     """
     _check(objective, losses, recompute, modules, budget, batch_size)
-    size = _size(arch, image_size)
+    size = image_sides(arch, image_size)
     if modules is None and budget is None:
         raise PlanError("plan: expected modules or a budget")
     try:
-        chain = _Chain(arch, batch_size, size, recompute, losses, objective == "time")
+        chain = MeasuredChain(arch, batch_size, size, recompute, losses, objective == "time")
     except PlanError:
         raise
     except (ValueError, ImportError) as error:  # of `build`, or of a batch norm with a single value
@@ -155,7 +155,7 @@ def _largest(make: Callable[[int], Plan], what: str, unit: int) -> Plan:
     return plan
 
 
-class _Chain:
+class MeasuredChain:
     """A network measured block by block for one batch."""
 
     def __init__(
@@ -206,7 +206,8 @@ class _Chain:
         return Plan(*what, tuple(found), resident, end_to_end)
 
 
-def _size(arch: str, image_size: int | tuple[int, int] | None) -> tuple[int, int]:
+def image_sides(arch: str, image_size: int | tuple[int, int] | None) -> tuple[int, int]:
+    """Height and width of the images; None: the published size."""
     if image_size is None:
         return chains.published_size(arch)
     size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)

@@ -1,7 +1,7 @@
 """Auxiliary heads: networks that predict the label from a local module's features.
 
-`AuxClassifier` and `SupConLoss` replace the authors' classes of these names (networks/util.py). `DGLHead` is
-the published head of Decoupled Greedy Learning.
+`AuxClassifier` and `SupConLoss` replace the authors' classes of these names (networks/auxiliary_nets.py and
+networks/losses.py). `DGLHead` is the published head of Decoupled Greedy Learning.
 """
 
 from __future__ import annotations

@@ -147,7 +147,8 @@ def _check_same_but_seed(a: Subject, b: Subject) -> None:
     differing = [name for name in different(a.config, b.config) if name != "seed"]
     if differing:
         said = ", ".join(f"{n} ({getattr(a.config, n)} and {getattr(b.config, n)})" for n in differing)
-        raise ConfigError(f"{where} differ in more than their seed, so their mean has no meaning: {said}; analyze them into two folders")
+        problem = f"differ in more than their seed, so their mean has no meaning: {said}"
+        raise ConfigError(f"{where} {problem}; analyze them into two folders")
     if a.config.seed == b.config.seed:
         raise ConfigError(f"{where} have the same seed {a.config.seed}: they are one run, with no error bar")
 

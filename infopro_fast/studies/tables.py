@@ -184,8 +184,8 @@ def config(study: Study, cell: Cell, seed: int) -> TrainConfig:
         settings["epochs"] = study.epochs
         settings["warmup"] = min(settings.get("warmup", 0), study.epochs - 1)
     settings |= _method(study, cell)
-    machine: dict[str, Any] = {"threads": study.threads, "device": study.device, "data_root": study.data_root}
-    return TrainConfig(dataset=study.dataset, arch=study.network, seed=seed, out=folder, **settings, **machine)
+    settings |= {"threads": study.threads, "device": study.device, "data_root": study.data_root}
+    return TrainConfig(dataset=study.dataset, arch=study.network, seed=seed, out=folder, **settings)
 
 
 def _recipe(study: Study, cell: Cell) -> dict[str, Any]:
@@ -257,5 +257,5 @@ def _table3(study: Study, cell: Cell):
 
 
 def same_run(wanted: TrainConfig, there: TrainConfig) -> Sequence[str]:
-    """Return the names of the settings that change the result and in which a run differs from the one wanted."""
+    """Return the names of the result-changing settings in which a run differs from the one wanted."""
     return different(wanted.resolved(), there)

@@ -22,6 +22,7 @@ from .processes.reduction import CommHook, GradientReduction, all_reduce, gather
 
 Metrics = dict[str, torch.Tensor]
 
+
 def local_step(
     stage: nn.Module,
     local_loss: LocalLoss,

@@ -85,7 +85,7 @@ def test_layouts(layout, C):
 
 @pytest.mark.parametrize("C", (7, 3000))
 def test_a_class_masked_by_its_bias(C):
-    """Of 3000 classes the whole first tile."""
+    """The whole first tile of 3000 classes."""
     case = linear_ce(N=6, D=5, C=C, class_weight=False, label_smoothing=0.0)
     case.tensors["bias"][: 3 * C // 4] = -torch.inf
     case.tensors["target"].copy_(C - 1 - torch.arange(6) % (C // 7))

@@ -50,8 +50,8 @@ def test_shapes(shape, mode):
 @pytest.mark.parametrize("shape", STRIPS)
 def test_strips(shape, mode):
     N, C, h, w, H, W, K = STRIPS[shape].values()
-    shape = Shape(N, C, h, w, H, W, K, mode == "nearest")
-    cuts = [plan(shape, sweep, 4) for sweep in ("statistics", "loss", "backward")]
+    whole = Shape(N, C, h, w, H, W, K, mode == "nearest")
+    cuts = [plan(whole, sweep, 4) for sweep in ("statistics", "loss", "backward")]
     assert all(cut.strips > 1 for cut in cuts)
     check(reconstruction(**STRIPS[shape], interpolate_mode=mode), "triton", torch.float32)
 

@@ -101,11 +101,10 @@ def _pool_kernel(
     x, mean, var, gamma, beta, saved, pooled, N, C, stride_n, stride_c, stride_p, eps, HW: tl.constexpr,
     AFFINE: tl.constexpr, RUNNING: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Of BLOCK_C maps of one sample: the pooled map; how many y are positive, and the sum of their normalised
-    x, into ``saved``.
+    """Pool BLOCK_C maps of one sample.
 
-    RUNNING: mean and variance are the layer's, and the first sample's programs write them into ``saved`` as
-    float32.
+    ``saved`` gets, for each map, the number of positive y and the sum of their normalised x. RUNNING: mean
+    and variance are the layer's, and the first sample's programs write them into ``saved`` as float32.
     """
     n, channels = tl.program_id(0), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     centre, inverse, scale, shift = _load_norm(mean, var, gamma, beta, channels, C, eps, AFFINE)

@@ -1,42 +1,57 @@
-"""Triton kernels of `reconstruction_loss`: three sweeps over the batch, each one launch, no map of the batch ever written.
+"""Triton kernels of `reconstruction_loss`: three sweeps over the batch, one launch each.
 
-A program takes one item at a time: a sample, or a strip of its rows where there are fewer samples than places to run or the maps are
-large. Between the phases of an item its maps lie in the program's own scratch, small enough to stay in the caches, and a barrier
-lets all of the program's threads see them:
+No map of the whole batch is ever written. A program takes one item at a time. An item is a sample, or a strip
+of its rows where there are fewer samples than programs or the maps are large. Between the phases of an item,
+its maps lie in the program's own scratch memory, which is small enough to stay in the caches. A barrier makes
+them visible to all of the program's threads.
 
-    resized features                                     no resize
-    T[tap, k] = W1[tap, k, :] h         tl.dot           z = conv3x3(h) + b1                  tl.dot over taps and channels
+With resized features:
+
+    T[tap, k] = W1[tap, k, :] h                       tl.dot
     E[dy, k]  = T expanded in x, shifted by dx
     z[k]      = E expanded in y, shifted by dy, + b1
-    statistics:  count, mean, squares of z               per item, merged in float64 by a second kernel
+
+Without a resize:
+
+    z = conv3x3(h) + b1                               tl.dot over taps and channels
+
+With both:
+
+    statistics:  count, mean, squares of z            per item, merged in float64 by a second kernel
     x = (z - mean) / std;  a = relu(gamma x + beta);  s = conv3x3(a) + b2;  loss and g = d loss / d s
-    loss:        da = conv3x3^T(g), sums of dy, dy x     tl.dot with the 27 shifted values of g around a pixel
-                 dW2 = g a^T                             tl.dot with the same
-    backward:    dz = batch norm's backward of da        and then
-                 dE = y-expansion^T dz, dT = x-expansion^T dE                                   dh = conv3x3^T(dz)
-                 dh = W1^T dT, dW1 = dT h^T              tl.dot           dW1 = dz u^T          tl.dot
+    loss:        da = conv3x3^T(g), sums of dy, dy x  tl.dot with the 27 shifted values of g around a pixel
+                 dW2 = g a^T                          tl.dot with the same
+    backward:    dz = batch norm's backward of da
 
-Cost a sample, bytes of DRAM where the scratch stays in the caches, e bytes a feature and 4 a pixel value (multiply-adds):
+Then the backward of resized features, and without a resize:
 
-    statistics   e C h w                              P = 9 K C h w + K (18 h W + 6 H W)      [no resize: P = 9 K C H W]
-    loss         e C h w + 12 H W                     P + 81 K H W                            (27 K H W for s, dW2, da each)
-    backward     2 e C h w + 12 H W                   2 P + 54 K H W + 9 K C h w              (P again for dT: transposes)
+    dE = y-expansion^T dz, dT = x-expansion^T dE
+    dh = W1^T dT, dW1 = dT h^T                        tl.dot
+    dh = conv3x3^T(dz), dW1 = dz u^T                  tl.dot, without a resize
 
-and beside them the partial sums of every program: 4 (29 K + 4) bytes after the loss, 36 K C after the backward. A strip computes
-rows around its own again: two of the image on each side for the loss, about the resize's ratio plus three backward.
+Cost of a sample where the scratch memory stays in the caches; e is the number of bytes of a feature, and a
+pixel value has 4:
 
-Transient memory: programs x `Plan.scratch` x 4 bytes, at most `scratch_budget` (a quarter of the resized map, or 32 MiB), and those
-partial sums. Kept for backward: the inputs and 31 K + 3 numbers, as on the CPU.
+    sweep        bytes of DRAM         multiply-adds
+    statistics   e C h w               P = 9 K C h w + K (18 h W + 6 H W); without a resize P = 9 K C H W
+    loss         e C h w + 12 H W      P + 81 K H W: 27 K H W each for s, dW2 and da
+    backward     2 e C h w + 12 H W    2 P + 54 K H W + 9 K C h w; the second P is for dT, by the transposes
 
-Phases are functions of their own (noinline): a program's registers are then those of its hungriest phase, 128 a thread, where the
-compiler otherwise holds what all phases have in common over the whole item and spills. For the same reason the number of strips is an
-argument that is never specialised.
+Every program also writes its partial sums: 4 (29 K + 4) bytes after the loss, 36 K C after the backward. A
+strip recomputes the rows around it: two rows of the image on each side for the loss, about three more than
+the resize's ratio for the backward.
 
-Deterministic: sums are kept per program, in the order of its items, and added up by a second kernel in the order of programs; the
+Transient memory: programs x `Plan.scratch` x 4 bytes, and the partial sums. The former is at most
+`scratch_budget`: a quarter of the resized map, or 32 MiB. Kept for backward: the inputs and 31 K + 3 numbers,
+as on the CPU.
+
+Each phase is a function that is not inlined. A program then needs the registers of its largest phase, 128 a
+thread. Inlined, the values that all phases share would be live over the whole item, and registers would
+spill. For the same reason the number of strips is an argument that is never specialised.
+
+Deterministic: each program adds up its items in order, and a second kernel adds up the programs in order. The
 number of programs depends on shape and device alone.
 """
-
-# ruff: noqa: E501
 
 from __future__ import annotations
 
@@ -54,21 +69,26 @@ from .target import INTERPRETED, capability, compilation, dot_precision, launche
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------
 # The resize of one axis. `source` and `first_output` of reconstruction_loss_plan.py say the same in Python.
 
 
 @triton.jit
 def _source(p, IN: tl.constexpr, OUT: tl.constexpr, NEAREST: tl.constexpr):
-    """The two inputs that output p (inside 0..OUT) takes, and the weight of the second: exact integers, no rounded positions."""
+    """Return the two inputs that output p (inside 0..OUT) takes, and the weight of the second.
+
+    Positions are exact integers, never rounded.
+    """
     if NEAREST:
-        low = tl.minimum((p.to(tl.float32) * (IN / OUT)).to(tl.int32), IN - 1)  # F.interpolate: a float32 scale
+        # F.interpolate has a float32 scale
+        low = tl.minimum((p.to(tl.float32) * (IN / OUT)).to(tl.int32), IN - 1)
         return low, low, low.to(tl.float32) * 0
     LAST: tl.constexpr = OUT - 1 if OUT > 1 else 1
     low = p * (IN - 1) // LAST
     rest = (p * (IN - 1) - low * LAST).to(tl.float32)
     weight = rest * (1 / LAST)
-    weight += (rest - weight * LAST) * (1 / LAST)  # rest / LAST to half a unit in the last place; a division would call a function
+    # rest / LAST to half a unit in the last place; a division would call a function
+    weight += (rest - weight * LAST) * (1 / LAST)
     return low, tl.minimum(low + 1, IN - 1), weight
 
 
@@ -96,8 +116,11 @@ def _shifted_source(p, IN: tl.constexpr, OUT: tl.constexpr, NEAREST: tl.constexp
 
 
 @triton.jit
-def _write_table(table, IN: tl.constexpr, OUT: tl.constexpr, COUNT: tl.constexpr, NEAREST: tl.constexpr, BLOCK: tl.constexpr):
-    """table[i, t] = weight of input i in output first_output(i) + t, for t < COUNT: the transpose of the resize."""
+def _write_table(
+    table, IN: tl.constexpr, OUT: tl.constexpr, COUNT: tl.constexpr, NEAREST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The resize's transpose: table[i, t] = weight of input i in output first_output(i) + t, t < COUNT."""
     for e0 in range(0, IN * COUNT, BLOCK):
         e = e0 + tl.arange(0, BLOCK)
         i = e // COUNT
@@ -114,19 +137,21 @@ def _dot(a, b, acc, PRECISION: tl.constexpr):
     if _INTERPRETED:  # which computes garbage from bfloat16
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     elif WIDEN:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="tf32" if PRECISION == "tf32" else "ieee")
+        return tl.dot(
+            a.to(tl.float32), b.to(tl.float32), acc, input_precision="tf32" if PRECISION == "tf32" else "ieee"
+        )
     else:
         return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------
 # z
 
 
 @triton.jit(noinline=True)
 def _write_taps(
-    features, s_c, s_y, s_x, w_taps, taps, t0, t1, C: tl.constexpr, w: tl.constexpr, K: tl.constexpr, TP: tl.constexpr,
-    PRECISION: tl.constexpr, M: tl.constexpr, P: tl.constexpr, D: tl.constexpr,
+    features, s_c, s_y, s_x, w_taps, taps, t0, t1, C: tl.constexpr, w: tl.constexpr, K: tl.constexpr,
+    TP: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, P: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """taps[tap * K + k][p] = sum over c of W1 features, at the pixels of the feature rows t0..t1."""
     count = (t1 - t0) * w
@@ -138,16 +163,20 @@ def _write_taps(
             acc = tl.zeros((M, P), tl.float32)
             for c0 in range(0, C, D):
                 c = c0 + tl.arange(0, D)
-                weight = tl.load(w_taps + m[:, None] * C + c[None, :], mask=(m[:, None] < 9 * K) & (c[None, :] < C), other=0.0)
-                x = tl.load(features + c[:, None] * s_c + at[None, :], mask=(c[:, None] < C) & (p[None, :] < count), other=0.0)
+                valid = (m[:, None] < 9 * K) & (c[None, :] < C)
+                weight = tl.load(w_taps + m[:, None] * C + c[None, :], mask=valid, other=0.0)
+                valid = (c[:, None] < C) & (p[None, :] < count)
+                x = tl.load(features + c[:, None] * s_c + at[None, :], mask=valid, other=0.0)
                 acc = _dot(weight, x, acc, PRECISION)
-            tl.store(taps + m[:, None] * TP + p[None, :], acc, mask=(m[:, None] < 9 * K) & (p[None, :] < count))
+            tl.store(
+                taps + m[:, None] * TP + p[None, :], acc, mask=(m[:, None] < 9 * K) & (p[None, :] < count)
+            )
 
 
 @triton.jit(noinline=True)
 def _write_expanded(
-    taps, expanded, rows, w: tl.constexpr, W: tl.constexpr, K: tl.constexpr, TP: tl.constexpr, EP: tl.constexpr, NEAREST: tl.constexpr,
-    KB: tl.constexpr, B: tl.constexpr,
+    taps, expanded, rows, w: tl.constexpr, W: tl.constexpr, K: tl.constexpr, TP: tl.constexpr,
+    EP: tl.constexpr, NEAREST: tl.constexpr, KB: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """expanded[dy * K + k][i, X] = sum over dx of taps[dy, dx, k][i], resized in x, at X + dx - 1."""
     for e0 in range(0, rows * W, B):
@@ -172,10 +201,13 @@ def _write_expanded(
 
 @triton.jit(noinline=True)
 def _write_rows(
-    expanded, b1, x, a0, a1, t0, h: tl.constexpr, H: tl.constexpr, W: tl.constexpr, K: tl.constexpr, EP: tl.constexpr, XP: tl.constexpr,
-    NEAREST: tl.constexpr, KB: tl.constexpr, B: tl.constexpr,
+    expanded, b1, x, a0, a1, t0, h: tl.constexpr, H: tl.constexpr, W: tl.constexpr, K: tl.constexpr,
+    EP: tl.constexpr, XP: tl.constexpr, NEAREST: tl.constexpr, KB: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
-    """x[k][Y - a0, X] = z = b1 + sum over dy of expanded[dy, k], resized in y, at Y + dy - 1, for the rows a0..a1 of the image."""
+    """x[k][Y - a0, X] = z for the rows a0..a1 of the image.
+
+    z = b1 + sum over dy of expanded[dy, k], resized in y, at Y + dy - 1.
+    """
     count = (a1 - a0) * W
     for p0 in range(0, count, B):
         p = p0 + tl.arange(0, B)
@@ -204,8 +236,9 @@ def _write_rows(
 
 @triton.jit(noinline=True)
 def _write_convolved(
-    features, s_c, s_y, s_x, w_taps, b1, x, a0, a1, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, K: tl.constexpr, XP: tl.constexpr,
-    PRECISION: tl.constexpr, P: tl.constexpr, KT: tl.constexpr, D: tl.constexpr,
+    features, s_c, s_y, s_x, w_taps, b1, x, a0, a1, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr,
+    K: tl.constexpr, XP: tl.constexpr, PRECISION: tl.constexpr, P: tl.constexpr, KT: tl.constexpr,
+    D: tl.constexpr,
 ):  # fmt: skip
     """x[k][Y - a0, X] = z = conv3x3(features) + b1, where the features have the image's size."""
     count = (a1 - a0) * W
@@ -219,7 +252,9 @@ def _write_convolved(
                 tap, c = step % 9, step // 9 * D + tl.arange(0, D)
                 y, xx = Y + tap // 3 - 1, X + tap % 3 - 1
                 inside = (p < count) & _inside(y, H) & _inside(xx, W)
-                u = tl.load(features + (y * s_y + xx * s_x)[:, None] + c[None, :] * s_c, mask=inside[:, None] & (c[None, :] < C), other=0.0)
+                valid = inside[:, None] & (c[None, :] < C)
+                at = (y * s_y + xx * s_x)[:, None] + c[None, :] * s_c
+                u = tl.load(features + at, mask=valid, other=0.0)
                 at = (tap * K + k)[None, :] * C + c[:, None]
                 weight = tl.load(w_taps + at, mask=(k[None, :] < K) & (c[:, None] < C), other=0.0)
                 acc = _dot(u, weight, acc, PRECISION)
@@ -230,12 +265,12 @@ def _write_convolved(
 
 @triton.jit
 def _write_pre_norm(
-    features, s_c, s_y, s_x, w_taps, b1, x, low, a0, a1, C: tl.constexpr, h: tl.constexpr, w: tl.constexpr, H: tl.constexpr,
-    W: tl.constexpr, K: tl.constexpr, RESIZE: tl.constexpr, NEAREST: tl.constexpr, AR: tl.constexpr, TR: tl.constexpr,
-    PRECISION: tl.constexpr, M: tl.constexpr, P: tl.constexpr, D: tl.constexpr, PC: tl.constexpr, KT: tl.constexpr, KB: tl.constexpr,
-    B: tl.constexpr,
+    features, s_c, s_y, s_x, w_taps, b1, x, low, a0, a1, C: tl.constexpr, h: tl.constexpr, w: tl.constexpr,
+    H: tl.constexpr, W: tl.constexpr, K: tl.constexpr, RESIZE: tl.constexpr, NEAREST: tl.constexpr,
+    AR: tl.constexpr, TR: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, P: tl.constexpr,
+    D: tl.constexpr, PC: tl.constexpr, KT: tl.constexpr, KB: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
-    """x[k][Y - a0, X] = z for the rows a0..a1 of the image; `low` is scratch for 9 K TR w + 3 K TR W numbers."""
+    """x[k][Y - a0, X] = z for the rows a0..a1 of the image; low: scratch for 9 K TR w + 3 K TR W numbers."""
     if RESIZE:
         t0, _, _ = _source(tl.maximum(a0 - 1, 0), h, H, NEAREST)
         _, t1, _ = _source(tl.minimum(a1, H - 1), h, H, NEAREST)
@@ -247,11 +282,13 @@ def _write_pre_norm(
         tl.debug_barrier()
         _write_rows(expanded, b1, x, a0, a1, t0, h, H, W, K, TR * W, AR * W, NEAREST, KB, B)
     else:
-        _write_convolved(features, s_c, s_y, s_x, w_taps, b1, x, a0, a1, C, H, W, K, AR * W, PRECISION, PC, KT, D)
+        _write_convolved(
+            features, s_c, s_y, s_x, w_taps, b1, x, a0, a1, C, H, W, K, AR * W, PRECISION, PC, KT, D
+        )
     tl.debug_barrier()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------
 # From z to the gradient in the logits
 
 
@@ -274,9 +311,13 @@ def _write_norm(norm, mean, var, gamma, beta, eps, K: tl.constexpr, KP: tl.const
 
 @triton.jit(noinline=True)
 def _write_activation(
-    x, a, norm, a0, a1, H: tl.constexpr, W: tl.constexpr, K: tl.constexpr, XP: tl.constexpr, AP: tl.constexpr, B: tl.constexpr,
+    x, a, norm, a0, a1, H: tl.constexpr, W: tl.constexpr, K: tl.constexpr, XP: tl.constexpr, AP: tl.constexpr,
+    B: tl.constexpr,
 ):  # fmt: skip
-    """x becomes (z - mean) / std; a = relu(gamma x + beta), a plane with a border of zeros: rows a0 - 1..a1 + 1 of W + 2."""
+    """x becomes (z - mean) / std; a = relu(gamma x + beta).
+
+    a is a plane with a border of zeros: rows a0 - 1..a1 + 1 of W + 2.
+    """
     count = (a1 - a0 + 2) * (W + 2)
     for p0 in range(0, count, B):
         p = p0 + tl.arange(0, B)
@@ -287,7 +328,9 @@ def _write_activation(
             normalized = (tl.load(at, mask=inside, other=0.0) - tl.load(norm + k)) * tl.load(norm + K + k)
             tl.store(at, normalized, mask=inside)
             y = normalized * tl.load(norm + 2 * K + k) + tl.load(norm + 3 * K + k)
-            tl.store(a + k * AP + (row + 1) * (W + 2) + X + 1, tl.where(inside & (y > 0), y, 0.0), mask=p < count)
+            tl.store(
+                a + k * AP + (row + 1) * (W + 2) + X + 1, tl.where(inside & (y > 0), y, 0.0), mask=p < count
+            )
 
 
 @triton.jit
@@ -305,10 +348,14 @@ def _add(to, value, fresh):
 
 @triton.jit(noinline=True)
 def _write_gradient(
-    a, g, image, i_c, i_y, i_x, w2, b2, weight, m0, m1, m2, d0, d1, d2, sums, fresh, a0, g0, g1, y0, y1, W: tl.constexpr,
-    K: tl.constexpr, AP: tl.constexpr, GP: tl.constexpr, RESTORE: tl.constexpr, LOSS: tl.constexpr, SUMS: tl.constexpr, B: tl.constexpr,
+    a, g, image, i_c, i_y, i_x, w2, b2, weight, m0, m1, m2, d0, d1, d2, sums, fresh, a0, g0, g1, y0, y1,
+    W: tl.constexpr, K: tl.constexpr, AP: tl.constexpr, GP: tl.constexpr, RESTORE: tl.constexpr,
+    LOSS: tl.constexpr, SUMS: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
-    """g[o] = weight * d loss / d s, a plane with a border of zeros; if SUMS, sums (4) += those of g and of the loss over y0..y1."""
+    """g[o] = weight * d loss / d s, a plane with a border of zeros.
+
+    If SUMS, the sums of g and of the loss over the rows y0..y1 are added to sums (4).
+    """
     PITCH: tl.constexpr = W + 2
     count = (g1 - g0) * W
     total = tl.zeros((B,), tl.float32)
@@ -356,7 +403,10 @@ def _write_gradient(
 
 @triton.jit
 def _around(g, p, count, first, g0, W: tl.constexpr, GP: tl.constexpr):
-    """(P, 32): for the pixels p of the rows from `first` on, g[o] where tap meets the pixel, in column o * 9 + tap; the rest 0."""
+    """Return (P, 32): g[o] where the tap meets the pixel, in column o * 9 + tap; the rest is 0.
+
+    The pixels p are those of the rows from `first` on.
+    """
     q = tl.arange(0, 32)
     at = (first + p // W - g0 + 1) * (W + 2) + p % W + 1
     off = q // 9 * GP - (q % 9 // 3 - 1) * (W + 2) - (q % 3 - 1)  # q % 9 % 3 is q % 3
@@ -373,10 +423,10 @@ def _weights_around(w2, k, K: tl.constexpr):
 
 @triton.jit(noinline=True)
 def _add_sums(
-    x, a, g, w2, partial, fresh, a0, g0, y0, y1, W: tl.constexpr, K: tl.constexpr, XP: tl.constexpr, AP: tl.constexpr, GP: tl.constexpr,
-    KT: tl.constexpr, P: tl.constexpr,
+    x, a, g, w2, partial, fresh, a0, g0, y0, y1, W: tl.constexpr, K: tl.constexpr, XP: tl.constexpr,
+    AP: tl.constexpr, GP: tl.constexpr, KT: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """partial += over the rows y0..y1: d gamma (K), d beta (K), d w2 (3, K, 9); what is there counts unless `fresh`."""
+    """partial += d gamma (K), d beta (K), d w2 (3, K, 9) over the rows y0..y1; fresh: starts from 0."""
     count = (y1 - y0) * W
     q = tl.arange(0, 32)
     for k0 in range(0, K, KT):
@@ -390,7 +440,9 @@ def _add_sums(
             mask = (p[:, None] < count) & (k[None, :] < K)
             Y, X = y0 + p // W, p % W
             around = _around(g, p, count, y0, g0, W, GP)
-            activation = tl.load(a + ((Y - a0 + 1) * (W + 2) + X + 1)[:, None] + k[None, :] * AP, mask=mask, other=0.0)
+            activation = tl.load(
+                a + ((Y - a0 + 1) * (W + 2) + X + 1)[:, None] + k[None, :] * AP, mask=mask, other=0.0
+            )
             normalized = tl.load(x + ((Y - a0) * W + X)[:, None] + k[None, :] * XP, mask=mask, other=0.0)
             dy = _dot(around, weight, tl.zeros((P, KT), tl.float32), "ieee")
             dy = tl.where(activation > 0, dy, 0.0)
@@ -406,28 +458,35 @@ def _add_sums(
         tl.store(to_w2, d_w2 + tl.load(to_w2, mask=valid & spread(fresh == 0, valid), other=0.0), mask=valid)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------
 # From the gradient in the logits to those of the features and W1
 
 
 @triton.jit(noinline=True)
 def _write_norm_backward(
     x, a, g, w2, to, t_row, t_plane, t_origin, norm, d_gamma, d_beta, scale_sums, a0, g0, r0, r1,
-    W: tl.constexpr, K: tl.constexpr, XP: tl.constexpr, AP: tl.constexpr, GP: tl.constexpr, KT: tl.constexpr, P: tl.constexpr,
+    W: tl.constexpr, K: tl.constexpr, XP: tl.constexpr, AP: tl.constexpr, GP: tl.constexpr, KT: tl.constexpr,
+    P: tl.constexpr,
 ):  # fmt: skip
-    """to = gradient in z of the rows r0..r1, in the place of x or of a. scale_sums: upstream / count, 0 in eval mode."""
+    """to = gradient in z of the rows r0..r1, in the place of x or of a.
+
+    scale_sums: upstream / count, 0 in eval mode.
+    """
     count = (r1 - r0) * W
     for k0 in range(0, K, KT):
         k = k0 + tl.arange(0, KT)
         weight = _weights_around(w2, k, K)
-        scale = tl.load(norm + K + k, mask=k < K, other=0.0) * tl.load(norm + 2 * K + k, mask=k < K, other=0.0)
+        scale = tl.load(norm + K + k, mask=k < K, other=0.0)
+        scale *= tl.load(norm + 2 * K + k, mask=k < K, other=0.0)
         mean_dy = tl.load(d_beta + k, mask=k < K, other=0.0) * scale_sums
         mean_dy_x = tl.load(d_gamma + k, mask=k < K, other=0.0) * scale_sums
         for p0 in range(0, count, P):
             p = p0 + tl.arange(0, P)
             mask = (p[:, None] < count) & (k[None, :] < K)
             Y, X = r0 + p // W, p % W
-            activation = tl.load(a + ((Y - a0 + 1) * (W + 2) + X + 1)[:, None] + k[None, :] * AP, mask=mask, other=0.0)
+            activation = tl.load(
+                a + ((Y - a0 + 1) * (W + 2) + X + 1)[:, None] + k[None, :] * AP, mask=mask, other=0.0
+            )
             normalized = tl.load(x + ((Y - a0) * W + X)[:, None] + k[None, :] * XP, mask=mask, other=0.0)
             dy = _dot(_around(g, p, count, r0, g0, W, GP), weight, tl.zeros((P, KT), tl.float32), "ieee")
             dy = tl.where(activation > 0, dy, 0.0)
@@ -437,8 +496,9 @@ def _write_norm_backward(
 
 @triton.jit(noinline=True)
 def _gather_rows(
-    dz, table, d_expanded, i0, i1, a0, h: tl.constexpr, H: tl.constexpr, W: tl.constexpr, K: tl.constexpr, XP: tl.constexpr,
-    EP: tl.constexpr, COUNT: tl.constexpr, NEAREST: tl.constexpr, KB: tl.constexpr, B: tl.constexpr,
+    dz, table, d_expanded, i0, i1, a0, h: tl.constexpr, H: tl.constexpr, W: tl.constexpr, K: tl.constexpr,
+    XP: tl.constexpr, EP: tl.constexpr, COUNT: tl.constexpr, NEAREST: tl.constexpr, KB: tl.constexpr,
+    B: tl.constexpr,
 ):  # fmt: skip
     """The transpose of `_write_rows`, for the feature rows i0..i1."""
     count = (i1 - i0) * W
@@ -453,16 +513,20 @@ def _gather_rows(
             acc = tl.zeros((KB, B), tl.float32)
             for t in range(COUNT):
                 Y = (first + t)[None, :] - dy[:, None]
-                weight = tl.load(tl.broadcast_to(table + (i * COUNT + t)[None, :], (KB, B)), mask=mask, other=0.0)
+                weight = tl.load(
+                    tl.broadcast_to(table + (i * COUNT + t)[None, :], (KB, B)), mask=mask, other=0.0
+                )
                 valid = mask & _inside(Y, H) & (weight != 0)
-                acc += weight * tl.load(dz + (q % K * XP)[:, None] + (Y - a0) * W + X[None, :], mask=valid, other=0.0)
+                acc += weight * tl.load(
+                    dz + (q % K * XP)[:, None] + (Y - a0) * W + X[None, :], mask=valid, other=0.0
+                )
             tl.store(d_expanded + q[:, None] * EP + e[None, :], acc, mask=mask)
 
 
 @triton.jit(noinline=True)
 def _gather_columns(
-    d_expanded, table, d_taps, rows, w: tl.constexpr, W: tl.constexpr, K: tl.constexpr, EP: tl.constexpr, TP: tl.constexpr,
-    COUNT: tl.constexpr, NEAREST: tl.constexpr, KB: tl.constexpr, B: tl.constexpr,
+    d_expanded, table, d_taps, rows, w: tl.constexpr, W: tl.constexpr, K: tl.constexpr, EP: tl.constexpr,
+    TP: tl.constexpr, COUNT: tl.constexpr, NEAREST: tl.constexpr, KB: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """The transpose of `_write_expanded`."""
     count = rows * w
@@ -478,15 +542,17 @@ def _gather_columns(
             acc = tl.zeros((KB, B), tl.float32)
             for t in range(COUNT):
                 X = (first + t)[None, :] - dx[:, None]
-                weight = tl.load(tl.broadcast_to(table + (j * COUNT + t)[None, :], (KB, B)), mask=mask, other=0.0)
+                weight = tl.load(
+                    tl.broadcast_to(table + (j * COUNT + t)[None, :], (KB, B)), mask=mask, other=0.0
+                )
                 acc += weight * tl.load(at + X, mask=mask & _inside(X, W) & (weight != 0), other=0.0)
             tl.store(d_taps + m[:, None] * TP + e[None, :], acc, mask=mask)
 
 
 @triton.jit(noinline=True)
 def _write_features_from_taps(
-    d_taps, w_taps, d_features, s_c, s_y, s_x, i0, i1, C: tl.constexpr, w: tl.constexpr, K: tl.constexpr, TP: tl.constexpr,
-    PRECISION: tl.constexpr, M: tl.constexpr, P: tl.constexpr, D: tl.constexpr,
+    d_taps, w_taps, d_features, s_c, s_y, s_x, i0, i1, C: tl.constexpr, w: tl.constexpr, K: tl.constexpr,
+    TP: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, P: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """d features = W1^T d taps, of the feature rows i0..i1."""
     count = (i1 - i0) * w
@@ -497,8 +563,10 @@ def _write_features_from_taps(
             acc = tl.zeros((M, P), tl.float32)
             for m0 in range(0, 9 * K, D):
                 m = m0 + tl.arange(0, D)
-                weight = tl.load(w_taps + m[None, :] * C + c[:, None], mask=(m[None, :] < 9 * K) & (c[:, None] < C), other=0.0)
-                x = tl.load(d_taps + m[:, None] * TP + p[None, :], mask=(m[:, None] < 9 * K) & (p[None, :] < count), other=0.0)
+                valid = (m[None, :] < 9 * K) & (c[:, None] < C)
+                weight = tl.load(w_taps + m[None, :] * C + c[:, None], mask=valid, other=0.0)
+                valid = (m[:, None] < 9 * K) & (p[None, :] < count)
+                x = tl.load(d_taps + m[:, None] * TP + p[None, :], mask=valid, other=0.0)
                 acc = _dot(weight, x, acc, PRECISION)
             to = d_features + c[:, None] * s_c + ((i0 + p // w) * s_y + p % w * s_x)[None, :]
             tl.store(to, acc, mask=(c[:, None] < C) & (p[None, :] < count))
@@ -506,8 +574,9 @@ def _write_features_from_taps(
 
 @triton.jit(noinline=True)
 def _add_w1_from_taps(
-    d_taps, features, s_c, s_y, s_x, partial, fresh, i0, i1, C: tl.constexpr, w: tl.constexpr, K: tl.constexpr, TP: tl.constexpr,
-    PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
+    d_taps, features, s_c, s_y, s_x, partial, fresh, i0, i1, C: tl.constexpr, w: tl.constexpr,
+    K: tl.constexpr, TP: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    D: tl.constexpr,
 ):  # fmt: skip
     """partial[tap * K + k][c] += d taps features^T over the feature rows i0..i1."""
     count = (i1 - i0) * w
@@ -518,9 +587,11 @@ def _add_w1_from_taps(
             acc = tl.zeros((M, N), tl.float32)
             for p0 in range(0, count, D):
                 p = p0 + tl.arange(0, D)
-                x = tl.load(d_taps + m[:, None] * TP + p[None, :], mask=(m[:, None] < 9 * K) & (p[None, :] < count), other=0.0)
+                valid = (m[:, None] < 9 * K) & (p[None, :] < count)
+                x = tl.load(d_taps + m[:, None] * TP + p[None, :], mask=valid, other=0.0)
                 at = ((i0 + p // w) * s_y + p % w * s_x)[:, None] + c[None, :] * s_c
-                acc = _dot(x, tl.load(features + at, mask=(p[:, None] < count) & (c[None, :] < C), other=0.0), acc, PRECISION)
+                valid = (p[:, None] < count) & (c[None, :] < C)
+                acc = _dot(x, tl.load(features + at, mask=valid, other=0.0), acc, PRECISION)
             mask = (m[:, None] < 9 * K) & (c[None, :] < C)
             to = partial + m[:, None] * C + c[None, :]
             tl.store(to, acc + tl.load(to, mask=mask & spread(fresh == 0, mask), other=0.0), mask=mask)
@@ -528,10 +599,10 @@ def _add_w1_from_taps(
 
 @triton.jit(noinline=True)
 def _write_features_convolved(
-    dz, w_taps, d_features, s_c, s_y, s_x, i0, i1, a0, C: tl.constexpr, W: tl.constexpr, K: tl.constexpr, AP: tl.constexpr,
-    PRECISION: tl.constexpr, P: tl.constexpr, N: tl.constexpr, KT: tl.constexpr,
+    dz, w_taps, d_features, s_c, s_y, s_x, i0, i1, a0, C: tl.constexpr, W: tl.constexpr, K: tl.constexpr,
+    AP: tl.constexpr, PRECISION: tl.constexpr, P: tl.constexpr, N: tl.constexpr, KT: tl.constexpr,
 ):  # fmt: skip
-    """d features = conv3x3^T(dz) of the rows i0..i1, where there is no resize; dz is a plane with a border of zeros."""
+    """d features = conv3x3^T(dz) of the rows i0..i1, without a resize; dz has a border of zeros."""
     count = (i1 - i0) * W
     for p0 in range(0, count, P):
         p = p0 + tl.arange(0, P)
@@ -543,8 +614,10 @@ def _write_features_convolved(
             for step in range(0, 9 * ((K + KT - 1) // KT)):
                 tap, k = step % 9, step // 9 * KT + tl.arange(0, KT)
                 off = at - (tap // 3 - 1) * (W + 2) - (tap % 3 - 1)
-                x = tl.load(dz + off[:, None] + k[None, :] * AP, mask=(p[:, None] < count) & (k[None, :] < K), other=0.0)
-                weight = tl.load(w_taps + (tap * K + k)[:, None] * C + c[None, :], mask=(k[:, None] < K) & (c[None, :] < C), other=0.0)
+                valid = (p[:, None] < count) & (k[None, :] < K)
+                x = tl.load(dz + off[:, None] + k[None, :] * AP, mask=valid, other=0.0)
+                valid = (k[:, None] < K) & (c[None, :] < C)
+                weight = tl.load(w_taps + (tap * K + k)[:, None] * C + c[None, :], mask=valid, other=0.0)
                 acc = _dot(x, weight, acc, PRECISION)
             to = d_features + (Y * s_y + X * s_x)[:, None] + c[None, :] * s_c
             tl.store(to, acc, mask=(p[:, None] < count) & (c[None, :] < C))
@@ -552,10 +625,14 @@ def _write_features_convolved(
 
 @triton.jit(noinline=True)
 def _add_w1_convolved(
-    dz, features, s_c, s_y, s_x, partial, fresh, i0, i1, a0, C: tl.constexpr, W: tl.constexpr, K: tl.constexpr, AP: tl.constexpr,
-    PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
+    dz, features, s_c, s_y, s_x, partial, fresh, i0, i1, a0, C: tl.constexpr, W: tl.constexpr,
+    K: tl.constexpr, AP: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    D: tl.constexpr,
 ):  # fmt: skip
-    """partial[tap * K + k][c] += sum over the pixels of the rows i0..i1 of the features times dz where the tap carries them."""
+    """partial[tap * K + k][c] += sum of the features times dz where the tap carries them.
+
+    The sum runs over the pixels of the rows i0..i1.
+    """
     count = (i1 - i0) * W
     for m0 in range(0, 9 * K, M):
         m = m0 + tl.arange(0, M)
@@ -570,22 +647,25 @@ def _add_w1_convolved(
                 at = to_tap[:, None] + ((Y - a0 + 1) * (W + 2) + X + 1)[None, :]
                 x = tl.load(dz + at, mask=(m[:, None] < 9 * K) & (p[None, :] < count), other=0.0)
                 u = features + (Y * s_y + X * s_x)[:, None] + c[None, :] * s_c
-                acc = _dot(x, tl.load(u, mask=(p[:, None] < count) & (c[None, :] < C), other=0.0), acc, PRECISION)
+                acc = _dot(
+                    x, tl.load(u, mask=(p[:, None] < count) & (c[None, :] < C), other=0.0), acc, PRECISION
+                )
             mask = (m[:, None] < 9 * K) & (c[None, :] < C)
             to = partial + m[:, None] * C + c[None, :]
             tl.store(to, acc + tl.load(to, mask=mask & spread(fresh == 0, mask), other=0.0), mask=mask)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------
 # The sweeps
 
 
 @launched(do_not_specialize=["strips"])
 def statistics_kernel(
-    scratch, items, strips, features, s_n, s_c, s_y, s_x, w_taps, b1, means, squares,
-    C: tl.constexpr, h: tl.constexpr, w: tl.constexpr, H: tl.constexpr, W: tl.constexpr, K: tl.constexpr, NEAREST: tl.constexpr,
-    ROWS: tl.constexpr, AR: tl.constexpr, TR: tl.constexpr, SCRATCH: tl.constexpr, PRECISION: tl.constexpr,
-    M: tl.constexpr, P: tl.constexpr, D: tl.constexpr, PC: tl.constexpr, KT: tl.constexpr, KB: tl.constexpr, B: tl.constexpr,
+    scratch, items, strips, features, s_n, s_c, s_y, s_x, w_taps, b1, means, squares, C: tl.constexpr,
+    h: tl.constexpr, w: tl.constexpr, H: tl.constexpr, W: tl.constexpr, K: tl.constexpr,
+    NEAREST: tl.constexpr, ROWS: tl.constexpr, AR: tl.constexpr, TR: tl.constexpr, SCRATCH: tl.constexpr,
+    PRECISION: tl.constexpr, M: tl.constexpr, P: tl.constexpr, D: tl.constexpr, PC: tl.constexpr,
+    KT: tl.constexpr, KB: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """means, squares (K, items), float64: of z over an item, the squares about its mean."""
     x = scratch + tl.program_id(0).to(tl.int64) * SCRATCH
@@ -595,8 +675,8 @@ def statistics_kernel(
         y1 = tl.minimum(y0 + ROWS, H)
         sample = features + (item // strips).to(tl.int64) * s_n
         _write_pre_norm(
-            sample, s_c, s_y, s_x, w_taps, b1, x, x + K * AR * W, y0, y1, C, h, w, H, W, K, h != H or w != W, NEAREST, AR, TR, PRECISION,
-            M, P, D, PC, KT, KB, B,
+            sample, s_c, s_y, s_x, w_taps, b1, x, x + K * AR * W, y0, y1, C, h, w, H, W, K, h != H or w != W,
+            NEAREST, AR, TR, PRECISION, M, P, D, PC, KT, KB, B,
         )  # fmt: skip
         count = (y1 - y0) * W
         for k0 in range(0, K, KB):
@@ -604,14 +684,16 @@ def statistics_kernel(
             total = tl.zeros((KB, B), tl.float32)
             for p0 in range(0, count, B):
                 p = p0 + tl.arange(0, B)
-                total += tl.load(x + k[:, None] * (AR * W) + p[None, :], mask=(k[:, None] < K) & (p[None, :] < count), other=0.0)
+                valid = (k[:, None] < K) & (p[None, :] < count)
+                total += tl.load(x + k[:, None] * (AR * W) + p[None, :], mask=valid, other=0.0)
             center = tl.sum(total, 1) / count
             square = tl.zeros((KB, B), tl.float32)
             rest = tl.zeros((KB, B), tl.float32)
             for p0 in range(0, count, B):
                 p = p0 + tl.arange(0, B)
                 mask = (k[:, None] < K) & (p[None, :] < count)
-                off = tl.where(mask, tl.load(x + k[:, None] * (AR * W) + p[None, :], mask=mask, other=0.0) - center[:, None], 0.0)
+                z = tl.load(x + k[:, None] * (AR * W) + p[None, :], mask=mask, other=0.0)
+                off = tl.where(mask, z - center[:, None], 0.0)
                 square += off * off
                 rest += off
             # the center was rounded: what the deviations leave over corrects it and the sum of squares
@@ -624,8 +706,9 @@ def statistics_kernel(
 
 @launched
 def merge_statistics_kernel(
-    means, squares, saved, items, H: tl.constexpr, W: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, B: tl.constexpr
-):
+    means, squares, saved, items, H: tl.constexpr, W: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
+    B: tl.constexpr,
+):  # fmt: skip
     """saved[k], saved[K + k] = mean and biased variance of channel k, which is the program's."""
     STRIPS: tl.constexpr = (H + ROWS - 1) // ROWS
     k = tl.program_id(0)
@@ -641,21 +724,27 @@ def merge_statistics_kernel(
         i = i0 + tl.arange(0, B)
         count = tl.minimum(H - i % STRIPS * ROWS, ROWS) * W
         off = tl.load(means + k * items + i, mask=i < items, other=0.0) - mean
-        total += tl.where(i < items, tl.load(squares + k * items + i, mask=i < items, other=0.0) + off * off * count, 0.0)
+        total += tl.where(
+            i < items, tl.load(squares + k * items + i, mask=i < items, other=0.0) + off * off * count, 0.0
+        )
     tl.store(saved + k, mean.to(tl.float32))
     tl.store(saved + K + k, (tl.sum(total, 0) / pixels).to(tl.float32))
 
 
 @launched(do_not_specialize=["strips"])
 def loss_kernel(
-    scratch, items, strips, features, s_n, s_c, s_y, s_x, image, i_n, i_c, i_y, i_x, w_taps, b1, gamma, beta, w2, b2, mean, var, partial,
-    eps, weight, m0, m1, m2, d0, d1, d2,
-    C: tl.constexpr, h: tl.constexpr, w: tl.constexpr, H: tl.constexpr, W: tl.constexpr, K: tl.constexpr, NEAREST: tl.constexpr,
-    RESTORE: tl.constexpr, LOSS: tl.constexpr, NEEDS_GRAD: tl.constexpr, ROWS: tl.constexpr, AR: tl.constexpr, GR: tl.constexpr,
-    TR: tl.constexpr, SCRATCH: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, P: tl.constexpr, D: tl.constexpr,
-    PC: tl.constexpr, PS: tl.constexpr, KP: tl.constexpr, KT: tl.constexpr, KB: tl.constexpr, B: tl.constexpr, BS: tl.constexpr,
+    scratch, items, strips, features, s_n, s_c, s_y, s_x, image, i_n, i_c, i_y, i_x, w_taps, b1, gamma, beta,
+    w2, b2, mean, var, partial, eps, weight, m0, m1, m2, d0, d1, d2, C: tl.constexpr, h: tl.constexpr,
+    w: tl.constexpr, H: tl.constexpr, W: tl.constexpr, K: tl.constexpr, NEAREST: tl.constexpr,
+    RESTORE: tl.constexpr, LOSS: tl.constexpr, NEEDS_GRAD: tl.constexpr, ROWS: tl.constexpr, AR: tl.constexpr,
+    GR: tl.constexpr, TR: tl.constexpr, SCRATCH: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr,
+    P: tl.constexpr, D: tl.constexpr, PC: tl.constexpr, PS: tl.constexpr, KP: tl.constexpr, KT: tl.constexpr,
+    KB: tl.constexpr, B: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
-    """partial (programs, 29 K + 4): d gamma, d beta, d w2, d b2 of the mean loss (if NEEDS_GRAD), and the sum of the loss."""
+    """partial (programs, 29 K + 4): the sum of the loss, after d gamma, d beta, d w2, d b2 of the mean loss.
+
+    The gradients are written if NEEDS_GRAD.
+    """
     XP: tl.constexpr = AR * W
     AP: tl.constexpr = (AR + 2) * (W + 2)
     GP: tl.constexpr = (GR + 2) * (W + 2)
@@ -674,16 +763,16 @@ def loss_kernel(
         a0, a1 = tl.maximum(y0 - 2, 0), tl.minimum(y1 + 2, H)
         n = (item // strips).to(tl.int64)
         _write_pre_norm(
-            features + n * s_n, s_c, s_y, s_x, w_taps, b1, x, a, a0, a1, C, h, w, H, W, K, h != H or w != W, NEAREST, AR, TR, PRECISION,
-            M, P, D, PC, KT, KB, B,
+            features + n * s_n, s_c, s_y, s_x, w_taps, b1, x, a, a0, a1, C, h, w, H, W, K, h != H or w != W,
+            NEAREST, AR, TR, PRECISION, M, P, D, PC, KT, KB, B,
         )  # fmt: skip
         _write_activation(x, a, norm, a0, a1, H, W, K, XP, AP, BS)
         _fill_zero(g, 3 * GP, BS)
         tl.debug_barrier()
         fresh = item == program
         _write_gradient(
-            a, g, image + n * i_n, i_c, i_y, i_x, w2, b2, weight, m0, m1, m2, d0, d1, d2, mine + 29 * K, fresh, a0, g0, g1, y0, y1, W, K,
-            AP, GP, RESTORE, LOSS, True, BS,
+            a, g, image + n * i_n, i_c, i_y, i_x, w2, b2, weight, m0, m1, m2, d0, d1, d2, mine + 29 * K,
+            fresh, a0, g0, g1, y0, y1, W, K, AP, GP, RESTORE, LOSS, True, BS,
         )  # fmt: skip
         tl.debug_barrier()
         if NEEDS_GRAD:
@@ -692,7 +781,10 @@ def loss_kernel(
 
 
 @launched
-def reduce_sums_kernel(partial, saved, loss, programs, weight, K: tl.constexpr, NEEDS_GRAD: tl.constexpr, R: tl.constexpr, N: tl.constexpr):
+def reduce_sums_kernel(
+    partial, saved, loss, programs, weight, K: tl.constexpr, NEEDS_GRAD: tl.constexpr, R: tl.constexpr,
+    N: tl.constexpr,
+):  # fmt: skip
     """saved[2 K..] and the loss from the partial sums of `loss_kernel`."""
     ROW: tl.constexpr = 29 * K + 4
     column = tl.program_id(0) * N + tl.arange(0, N)
@@ -710,16 +802,20 @@ def reduce_sums_kernel(partial, saved, loss, programs, weight, K: tl.constexpr, 
 
 @launched(do_not_specialize=["strips"])
 def backward_kernel(
-    scratch, items, strips, features, s_n, s_c, s_y, s_x, image, i_n, i_c, i_y, i_x, w_taps, b1, gamma, beta, w2, b2, saved, grad,
-    d_features, f_n, f_c, f_y, f_x, partial, eps, weight, scale_sums, m0, m1, m2, d0, d1, d2,
-    C: tl.constexpr, h: tl.constexpr, w: tl.constexpr, H: tl.constexpr, W: tl.constexpr, K: tl.constexpr, NEAREST: tl.constexpr,
-    RESTORE: tl.constexpr, LOSS: tl.constexpr, NEEDS_FEATURES: tl.constexpr, NEEDS_W1: tl.constexpr, ROWS: tl.constexpr,
-    AR: tl.constexpr, GR: tl.constexpr, TR: tl.constexpr, NY: tl.constexpr, NX: tl.constexpr, SCRATCH: tl.constexpr,
-    PRECISION: tl.constexpr, M: tl.constexpr, P: tl.constexpr, D: tl.constexpr, PC: tl.constexpr, PS: tl.constexpr, MW: tl.constexpr,
-    NW: tl.constexpr, NC: tl.constexpr, DC: tl.constexpr, KP: tl.constexpr, KT: tl.constexpr, KB: tl.constexpr, B: tl.constexpr,
+    scratch, items, strips, features, s_n, s_c, s_y, s_x, image, i_n, i_c, i_y, i_x, w_taps, b1, gamma, beta,
+    w2, b2, saved, grad, d_features, f_n, f_c, f_y, f_x, partial, eps, weight, scale_sums, m0, m1, m2, d0, d1,
+    d2, C: tl.constexpr, h: tl.constexpr, w: tl.constexpr, H: tl.constexpr, W: tl.constexpr, K: tl.constexpr,
+    NEAREST: tl.constexpr, RESTORE: tl.constexpr, LOSS: tl.constexpr, NEEDS_FEATURES: tl.constexpr,
+    NEEDS_W1: tl.constexpr, ROWS: tl.constexpr, AR: tl.constexpr, GR: tl.constexpr, TR: tl.constexpr,
+    NY: tl.constexpr, NX: tl.constexpr, SCRATCH: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr,
+    P: tl.constexpr, D: tl.constexpr, PC: tl.constexpr, PS: tl.constexpr, MW: tl.constexpr, NW: tl.constexpr,
+    NC: tl.constexpr, DC: tl.constexpr, KP: tl.constexpr, KT: tl.constexpr, KB: tl.constexpr, B: tl.constexpr,
     BS: tl.constexpr, BG: tl.constexpr, KG: tl.constexpr,
 ):  # fmt: skip
-    """d features, and partial (programs, 9 K, C): d W1 in order (tap, k, c). An item is a strip of ROWS feature rows."""
+    """d features, and partial (programs, 9 K, C): d W1 in order (tap, k, c).
+
+    An item is a strip of ROWS feature rows.
+    """
     RESIZE: tl.constexpr = h != H or w != W
     XP: tl.constexpr = AR * W
     AP: tl.constexpr = (AR + 2) * (W + 2)
@@ -755,20 +851,21 @@ def backward_kernel(
         fresh = item == program
         sample = features + n * s_n
         _write_pre_norm(
-            sample, s_c, s_y, s_x, w_taps, b1, x, a, a0, a1, C, h, w, H, W, K, RESIZE, NEAREST, AR, TR, PRECISION, M, P, D, PC, KT, KB, B
-        )
+            sample, s_c, s_y, s_x, w_taps, b1, x, a, a0, a1, C, h, w, H, W, K, RESIZE, NEAREST, AR, TR,
+            PRECISION, M, P, D, PC, KT, KB, B,
+        )  # fmt: skip
         _write_activation(x, a, norm, a0, a1, H, W, K, XP, AP, BS)
         _fill_zero(g, 3 * GP, BS)
         tl.debug_barrier()
         _write_gradient(
-            a, g, image + n * i_n, i_c, i_y, i_x, w2, b2, weight, m0, m1, m2, d0, d1, d2, g, False, a0, g0, g1, y0, y1, W, K, AP, GP,
-            RESTORE, LOSS, False, BS,
+            a, g, image + n * i_n, i_c, i_y, i_x, w2, b2, weight, m0, m1, m2, d0, d1, d2, g, False, a0, g0,
+            g1, y0, y1, W, K, AP, GP, RESTORE, LOSS, False, BS,
         )  # fmt: skip
         tl.debug_barrier()
         if RESIZE:
             _write_norm_backward(
-                x, a, g, w2, x, W, XP, 0, norm, d_gamma, d_beta, scale_sums * upstream, a0, g0, r0, r1, W, K, XP, AP,
-                GP, KT, PS,
+                x, a, g, w2, x, W, XP, 0, norm, d_gamma, d_beta, scale_sums * upstream, a0, g0, r0, r1, W, K,
+                XP, AP, GP, KT, PS,
             )  # fmt: skip
             tl.debug_barrier()
             d_taps = a + 3 * K * ROWS * W
@@ -778,44 +875,57 @@ def backward_kernel(
             tl.debug_barrier()
             if NEEDS_FEATURES:
                 to = d_features + n * f_n
-                _write_features_from_taps(d_taps, w_taps, to, f_c, f_y, f_x, i0, i1, C, w, K, TP, PRECISION, NC, P, D)
+                _write_features_from_taps(
+                    d_taps, w_taps, to, f_c, f_y, f_x, i0, i1, C, w, K, TP, PRECISION, NC, P, D
+                )
             if NEEDS_W1:
-                _add_w1_from_taps(d_taps, sample, s_c, s_y, s_x, mine, fresh, i0, i1, C, w, K, TP, PRECISION, MW, NW, D)
+                _add_w1_from_taps(
+                    d_taps, sample, s_c, s_y, s_x, mine, fresh, i0, i1, C, w, K, TP, PRECISION, MW, NW, D
+                )
         else:
             _write_norm_backward(
-                x, a, g, w2, a, W + 2, AP, W + 3, norm, d_gamma, d_beta, scale_sums * upstream, a0, g0, r0, r1, W, K,
-                XP, AP, GP, KT, PS,
+                x, a, g, w2, a, W + 2, AP, W + 3, norm, d_gamma, d_beta, scale_sums * upstream, a0, g0, r0,
+                r1, W, K, XP, AP, GP, KT, PS,
             )  # fmt: skip
             tl.debug_barrier()
             if NEEDS_FEATURES:
                 to = d_features + n * f_n
-                _write_features_convolved(a, w_taps, to, f_c, f_y, f_x, i0, i1, a0, C, W, K, AP, PRECISION, PC, NC, KT)
+                _write_features_convolved(
+                    a, w_taps, to, f_c, f_y, f_x, i0, i1, a0, C, W, K, AP, PRECISION, PC, NC, KT
+                )
             if NEEDS_W1:
-                _add_w1_convolved(a, sample, s_c, s_y, s_x, mine, fresh, i0, i1, a0, C, W, K, AP, PRECISION, MW, NW, DC)
+                _add_w1_convolved(
+                    a, sample, s_c, s_y, s_x, mine, fresh, i0, i1, a0, C, W, K, AP, PRECISION, MW, NW, DC
+                )
         tl.debug_barrier()
 
 
 @launched
-def reduce_w1_kernel(partial, d_w1, programs, C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, N: tl.constexpr):
+def reduce_w1_kernel(
+    partial, d_w1, programs, C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, N: tl.constexpr
+):
     """d W1 (K, C, 3, 3) from the partial sums of `backward_kernel`."""
     column = tl.program_id(0) * N + tl.arange(0, N)
     total = tl.zeros((R, N), tl.float32)
     for r0 in range(0, programs, R):
         r = r0 + tl.arange(0, R)
         at = r.to(tl.int64)[:, None] * (9 * K * C) + column[None, :]
-        total += tl.load(partial + at, mask=(r[:, None] < programs) & (column[None, :] < 9 * K * C), other=0.0)
+        total += tl.load(
+            partial + at, mask=(r[:, None] < programs) & (column[None, :] < 9 * K * C), other=0.0
+        )
     to = column % (K * C) * 9 + column // (K * C)
     tl.store(d_w1 + to, tl.sum(total, 0), mask=column < 9 * K * C)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------
 # Tiles, all chosen before launch
 
 
 class Tiles(typing.NamedTuple):
     """Sizes of tiles, powers of two: of the products (rows, columns, depth) and of what is not a product."""
 
-    M: int  # taps and hidden channels (9 K), times P pixels of the features; times NW channels of the features: d W1
+    # taps and hidden channels (9 K), times P pixels of the features; times NW channels of the features: d W1
+    M: int
     P: int
     D: int  # depth of a product
     PC: int  # pixels of the image, times KT hidden channels: the first convolution without resize
@@ -847,28 +957,34 @@ def _power_of_two(n: int, low: int, high: int) -> int:
 
 
 def choose_tiles(cc: int, shape: Shape, precision: str) -> Tiles:
-    """The table. Two programs of eight warps fill a multiprocessor, at 128 registers a thread and half of its shared memory."""
-    KP, channels, pixels = _power_of_two(shape.K, 1, 2**20), _power_of_two(shape.C, 16, 64), _power_of_two(shape.h * shape.w, 16, 64)
+    """Return the sizes of tiles.
+
+    Two programs of eight warps fill a multiprocessor, at 128 registers a thread and half its shared memory.
+    """
+    KP, channels = _power_of_two(shape.K, 1, 2**20), _power_of_two(shape.C, 16, 64)
+    pixels = _power_of_two(shape.h * shape.w, 16, 64)
     taps = _power_of_two(9 * shape.K, 64, 128)
     if INTERPRETED:  # where a tile costs the same whatever its size
         return Tiles(
-            M=taps, P=64, D=channels, PC=512, PS=512, MW=taps, NW=channels, NC=channels, DC=256, KP=KP, KT=16, KB=32, B=256, BS=1024, BG=64,
-            KG=128, num_warps=4, per_sm=1,
+            M=taps, P=64, D=channels, PC=512, PS=512, MW=taps, NW=channels, NC=channels, DC=256, KP=KP, KT=16,
+            KB=32, B=256, BS=1024, BG=64, KG=128, num_warps=4, per_sm=1,
         )  # fmt: skip
     multiply_add = precision != "tf32"  # then all of a product's depth is in registers at a time
     second = 128 if cc in SMALL_SHARED_MEMORY or shape.K > 16 else 256
     return Tiles(
-        M=taps, P=pixels, D=16 if multiply_add or not shape.resize else 32, PC=256, PS=second, MW=64 if shape.resize else taps,
-        NW=channels, NC=channels, DC=64 if multiply_add and shape.C <= 16 else 16, KP=KP, KT=16, KB=4, B=256, BS=1024, BG=64, KG=16,
+        M=taps, P=pixels, D=16 if multiply_add or not shape.resize else 32, PC=256, PS=second,
+        MW=64 if shape.resize else taps, NW=channels, NC=channels,
+        DC=64 if multiply_add and shape.C <= 16 else 16, KP=KP, KT=16, KB=4, B=256, BS=1024, BG=64, KG=16,
         num_warps=8, per_sm=2,
     )  # fmt: skip
 
 
 def choose_precision(cc: int, allow_tf32: bool) -> str:
-    """Of the products: "tf32", "ieee" or, where both operands are made float32 before, "widened".
+    """Return the products' precision: "tf32", "ieee", or "widened", which first makes both operands float32.
 
-    Blackwell's tensor cores cannot be used from a function of its own (tensor memory belongs to a kernel), and these products are too
-    small to pay for a kernel that holds all phases' registers. tf32x3 needs no fewer instructions than multiply-adds at these sizes.
+    A function that is not inlined cannot use Blackwell's tensor cores, because tensor memory belongs to a
+    kernel. These products are too small to pay for a kernel that holds the registers of all phases. tf32x3
+    needs no fewer instructions than multiply-adds at these sizes.
     """
     return "widened" if cc >= 100 else "tf32" if allow_tf32 else "ieee"
 
@@ -876,7 +992,7 @@ def choose_precision(cc: int, allow_tf32: bool) -> str:
 SMALL_SHARED_MEMORY = (86, 89, 120)  # 100 KiB a multiprocessor
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------
 # Launchers: the arguments of the ops' schemas
 
 
@@ -893,7 +1009,9 @@ def _contiguous(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...
 def _constants(sweep: str, shape: Shape, cut: Plan, tiles: Tiles, precision: str) -> dict[str, typing.Any]:
     """What a sweep is compiled for, but for what the caller asks of it."""
     N, C, h, w, H, W, K, nearest = shape
-    found = dict(C=C, h=h, w=w, H=H, W=W, K=K, NEAREST=nearest, ROWS=cut.rows, AR=cut.activation_rows, TR=cut.tap_rows)
+    found = dict(
+        C=C, h=h, w=w, H=H, W=W, K=K, NEAREST=nearest, ROWS=cut.rows, AR=cut.activation_rows, TR=cut.tap_rows
+    )
     found |= dict(SCRATCH=cut.scratch, PRECISION=precision)
     if sweep != "statistics":
         found |= dict(GR=cut.gradient_rows)
@@ -924,21 +1042,29 @@ class _Call:
         scratch = new_scratch(cut.programs * cut.scratch, self.device)
         kernel[(cut.programs,)](
             scratch, self.shape.N * cut.strips, cut.strips, self.features, *self.features.stride(), *args,
-            **_constants(sweep, self.shape, cut, self.tiles, self.precision), **flags, num_warps=self.tiles.num_warps, num_stages=1,
+            **_constants(sweep, self.shape, cut, self.tiles, self.precision), **flags,
+            num_warps=self.tiles.num_warps, num_stages=1,
         )  # fmt: skip
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device)
 
 
-def forward(features, image, w1, b1, gamma, beta, w2, b2, running_mean, running_var, restore, eps, mode, loss, needs_grad):
-    """`reconstruction_loss_forward` on CUDA tensors (or any, in the interpreter); a map that spans 2^31 elements is copied first."""
+def forward(
+    features, image, w1, b1, gamma, beta, w2, b2, running_mean, running_var, restore, eps, mode, loss,
+    needs_grad,
+):  # fmt: skip
+    """`reconstruction_loss_forward` on CUDA tensors, or any in the interpreter.
+
+    A map that spans 2^31 elements is copied first.
+    """
     K, restored = w1.shape[0], bool(restore)
     if features.shape[0] == 0:
-        return features.new_zeros((), dtype=torch.float32), features.new_zeros(31 * K + 3, dtype=torch.float32)
+        return tuple(features.new_zeros(size, dtype=torch.float32) for size in ((), 31 * K + 3))
     with _guard(features.device):
         call = _Call(features, image, w1, mode, restore)
-        b1, gamma, beta, w2, b2, running_mean, running_var = _contiguous(b1, gamma, beta, w2, b2, running_mean, running_var)
+        b1, gamma, beta, w2, b2 = _contiguous(b1, gamma, beta, w2, b2)
+        running_mean, running_var = _contiguous(running_mean, running_var)
         value, saved = call.empty(), call.empty(31 * K + 3)
         mean, var = saved[:K], saved[K : 2 * K]
         if running_mean is None:
@@ -950,8 +1076,9 @@ def forward(features, image, w1, b1, gamma, beta, w2, b2, running_mean, running_
         partial = call.empty(cut.programs, 29 * K + 4)
         weight = 1.0 / (3 * image.shape[0] * image.shape[2] * image.shape[3])
         call.launch(
-            loss_kernel, "loss", cut, call.image, *call.image.stride(), call.w_taps, b1, gamma, beta, w2, b2, mean, var, partial, eps,
-            weight, *call.restore, RESTORE=restored, LOSS=loss, NEEDS_GRAD=needs_grad,
+            loss_kernel, "loss", cut, call.image, *call.image.stride(), call.w_taps, b1, gamma, beta, w2, b2,
+            mean, var, partial, eps, weight, *call.restore, RESTORE=restored, LOSS=loss,
+            NEEDS_GRAD=needs_grad,
         )  # fmt: skip
         reduce_sums_kernel[(triton.cdiv(29 * K + 4, 32),)](
             partial, saved, value, cut.programs, weight, K=K, NEEDS_GRAD=needs_grad, R=32, N=32
@@ -965,12 +1092,15 @@ def _statistics(call: _Call, b1: torch.Tensor | None, saved: torch.Tensor) -> No
     K, items = call.shape.K, call.shape.N * cut.strips
     means, squares = call.empty(K, items, dtype=torch.float64), call.empty(K, items, dtype=torch.float64)
     call.launch(statistics_kernel, "statistics", cut, call.w_taps, b1, means, squares)
-    merge_statistics_kernel[(K,)](means, squares, saved, items, H=call.shape.H, W=call.shape.W, K=K, ROWS=cut.rows, B=1024)
+    merge_statistics_kernel[(K,)](
+        means, squares, saved, items, H=call.shape.H, W=call.shape.W, K=K, ROWS=cut.rows, B=1024
+    )
 
 
 def backward(
-    grad, features, image, w1, b1, gamma, beta, w2, b2, saved, restore, batch_statistics, eps, mode, loss, needs_features, needs_w1
-):
+    grad, features, image, w1, b1, gamma, beta, w2, b2, saved, restore, batch_statistics, eps, mode, loss,
+    needs_features, needs_w1,
+):  # fmt: skip
     """`reconstruction_loss_backward`, as `forward`; the gradient of the features has their strides."""
     K, restored = w1.shape[0], bool(restore)
     d_features = torch.empty_like(features) if needs_features else features.new_empty(0)
@@ -993,12 +1123,15 @@ def backward(
         scale_sums = 1.0 / counted if batch_statistics else 0.0
         partial = call.empty(cut.programs if needs_w1 else 0, w1.numel())
         call.launch(
-            backward_kernel, "backward", cut, call.image, *call.image.stride(), call.w_taps, b1, gamma, beta, w2, b2, saved, grad,
-            d_features, *(d_features.stride() if needs_features else (0, 0, 0, 0)), partial, eps, 1.0 / (3 * counted), scale_sums,
-            *call.restore, RESTORE=restored, LOSS=loss, NEEDS_FEATURES=needs_features, NEEDS_W1=needs_w1,
+            backward_kernel, "backward", cut, call.image, *call.image.stride(), call.w_taps, b1, gamma, beta,
+            w2, b2, saved, grad, d_features, *(d_features.stride() if needs_features else (0, 0, 0, 0)),
+            partial, eps, 1.0 / (3 * counted), scale_sums, *call.restore, RESTORE=restored, LOSS=loss,
+            NEEDS_FEATURES=needs_features, NEEDS_W1=needs_w1,
         )  # fmt: skip
         if needs_w1:
-            reduce_w1_kernel[(triton.cdiv(w1.numel(), 64),)](partial, d_w1, cut.programs, C=shape.C, K=K, R=32, N=64)
+            reduce_w1_kernel[(triton.cdiv(w1.numel(), 64),)](
+                partial, d_w1, cut.programs, C=shape.C, K=K, R=32, N=64
+            )
     return d_features, d_w1, d_b1
 
 
@@ -1006,7 +1139,7 @@ def _guard(device: torch.device) -> contextlib.AbstractContextManager:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------
 # Ahead of time
 
 _KERNELS = {"statistics": statistics_kernel, "loss": loss_kernel, "backward": backward_kernel}
@@ -1036,11 +1169,16 @@ def configurations(cc: int) -> typing.Iterator[tuple]:
 def _compilation(cc: int, sweep: str, shape: Shape, precision: str, dtype: str = "*fp32") -> tuple:
     """dtype: of the features and of W1."""
     kernel, chosen = _KERNELS[sweep], choose_tiles(cc, shape, precision)
-    constants = _constants(sweep, shape, plan(shape, sweep, chosen.per_sm * _PROCESSORS[cc]), chosen, precision)
+    constants = _constants(
+        sweep, shape, plan(shape, sweep, chosen.per_sm * _PROCESSORS[cc]), chosen, precision
+    )
     flags = {} if sweep == "statistics" else dict(RESTORE=True, LOSS=0)
-    flags |= dict(NEEDS_GRAD=True) if sweep == "loss" else dict(NEEDS_FEATURES=True, NEEDS_W1=True) if sweep == "backward" else {}
-    types = dict.fromkeys(_POINTERS, "*fp32") | dict.fromkeys(_FLOATS, "fp32") | dict(means="*fp64", squares="*fp64")
-    types |= dict(features=dtype, w_taps=dtype, d_features=dtype)
+    if sweep == "loss":
+        flags |= dict(NEEDS_GRAD=True)
+    elif sweep == "backward":
+        flags |= dict(NEEDS_FEATURES=True, NEEDS_W1=True)
+    types = dict.fromkeys(_POINTERS, "*fp32") | dict.fromkeys(_FLOATS, "fp32")
+    types |= dict(means="*fp64", squares="*fp64", features=dtype, w_taps=dtype, d_features=dtype)
     tensor_cores = precision == "tf32" or (precision == "ieee" and dtype != "*fp32")
     integers = dict.fromkeys(kernel.arg_names, "i32") | types
     unaligned = [name for name, kind in integers.items() if kind[0] != "*"]
@@ -1050,8 +1188,10 @@ def _compilation(cc: int, sweep: str, shape: Shape, precision: str, dtype: str =
 def _small_compilations() -> typing.Iterator[tuple]:
     """The kernels that add up what programs found."""
     cases = [
-        (merge_statistics_kernel, dict(means="*fp64", squares="*fp64", saved="*fp32"), dict(H=32, W=32, K=12, ROWS=32, B=1024)),
-        (reduce_sums_kernel, dict(partial="*fp32", saved="*fp32", loss="*fp32", weight="fp32"), dict(K=12, NEEDS_GRAD=True, R=32, N=32)),
+        (merge_statistics_kernel, dict(means="*fp64", squares="*fp64", saved="*fp32"),
+         dict(H=32, W=32, K=12, ROWS=32, B=1024)),
+        (reduce_sums_kernel, dict(partial="*fp32", saved="*fp32", loss="*fp32", weight="fp32"),
+         dict(K=12, NEEDS_GRAD=True, R=32, N=32)),
         (reduce_w1_kernel, dict(partial="*fp32", d_w1="*fp32"), dict(C=64, K=12, R=32, N=64)),
     ]
     for kernel, types, constants in cases:

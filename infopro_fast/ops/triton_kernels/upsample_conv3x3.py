@@ -536,4 +536,3 @@ def configurations(cc: int) -> typing.Iterator[Compilation]:
             fixed |= {"BLOCK_X": block_x, "BLOCK_P": block_x}
             warps = EXPAND_WARPS if kernel is _expand_kernel else WARPS
             yield compilation(kernel, types, fixed, ("COUNT_Y", "COUNT_X"), warps)
-

@@ -277,6 +277,7 @@ def backward(
 
 BACKWARD_WARPS = 8  # four would need every register they can have
 
+
 class Tiles(typing.NamedTuple):
     block_c: int
     forward_p: int  # BLOCK_P of each pass
