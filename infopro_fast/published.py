@@ -42,7 +42,7 @@ AUX_DEPTH = 3  # blocks of AugLocal's first auxiliary network, in the authors' s
 
 
 def default_lambdas(
-    arch: str, modules: int, local_loss: str, *, balanced: bool, image_size: int, dataset: str = ""
+    arch: str, modules: int, local_loss: object, *, balanced: bool, image_size: int, dataset: str = ""
 ) -> Lambdas:
     """Return the published weights of a run, else INFOPRO_L_LAMBDAS or DEFAULT_LAMBDAS."""
     if local_loss == "infopro_l":

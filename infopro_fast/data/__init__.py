@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from infopro_fast.errors import DataError
@@ -29,6 +30,7 @@ def load(
     root: folder with the original files. download: fetch missing files into ``root`` (not for the last two).
     crop, workers: for "imagenet" and "cityscapes" (`imagenet.load`, `cityscapes.load`).
     """
+    embedded: dict[str, Callable[[], ImageSet]]
     embedded = {"fashion_mnist": fashion_mnist.load, "shapes_seg": shapes_seg.load}
     if name in embedded:
         return embedded[name]()

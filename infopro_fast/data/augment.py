@@ -88,8 +88,8 @@ def normalize(
     images: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
     """Return (x / 255 - mean) / std per channel of (N, C, H, W) uint8, with the rounding of torchvision."""
-    mean, std = (per_channel(tuple(v), dtype, images.device) for v in (mean, std))
-    return images.to(dtype).div_(255).sub_(mean).div_(std)
+    offset, scale = (per_channel(tuple(v), dtype, images.device) for v in (mean, std))
+    return images.to(dtype).div_(255).sub_(offset).div_(scale)
 
 
 @functools.lru_cache(maxsize=64)

@@ -99,7 +99,7 @@ class Augmented:
             image, label = image.flip(-1), label.flip(-1)
         return self._padded(self.distort(image), label)
 
-    def _window(self, label: torch.Tensor) -> tuple[slice, slice]:
+    def _window(self, label: torch.Tensor) -> tuple[slice, ...]:
         for _ in range(TRIES):
             most = [max(0, side - want) for side, want in zip(label.shape, self.crop)]
             at = [int(torch.randint(last + 1, ())) for last in most]

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from .image_set import Batch, Epochs, epoch_seed, part_of
 
-Transform = Callable[[Any, Any], Batch]
+Transform = Callable[[Any, Any], tuple[torch.Tensor, Any]]
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class FolderSet(Epochs):
     """
 
     name: str
-    train: Dataset
-    test: Dataset
+    train: Any  # with a length, which Dataset lacks
+    test: Any
     train_transform: Transform
     test_transform: Transform
     num_classes: int
@@ -79,7 +79,7 @@ class FolderSet(Epochs):
 class Samples(Dataset):
     """Transformed pairs. Each transform draws from a generator seeded with (seed, epoch, index)."""
 
-    def __init__(self, pairs: Dataset, transform: Transform, place: tuple[int, int], read: torch.Tensor):
+    def __init__(self, pairs: Any, transform: Transform, place: tuple[int, int], read: torch.Tensor):
         self.pairs, self.transform, self.place, self.read = pairs, transform, place, read
 
     def __len__(self) -> int:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -19,6 +20,13 @@ Batch = tuple[torch.Tensor, torch.Tensor]  # images and labels
 
 class Epochs:
     """Normalised batches of training and test images: what `ImageSet` and `FolderSet` share."""
+
+    train: Any
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    device: Any
+    uint8_batches: Callable[..., Iterable[Batch]]
+    uint8_test_batches: Callable[..., Iterable[Batch]]
 
     @property
     def train_count(self) -> int:

@@ -25,8 +25,8 @@ class SegmentationSet(ImageSet):
         if labels.dtype != torch.uint8 or labels.shape != expected:
             raise DataError(f"{where}: expected {expected} uint8, got {tuple(labels.shape)} {labels.dtype}")
         if not ((labels < self.num_classes) | (labels == IGNORE)).all():
-            expected = f"below {self.num_classes} or {IGNORE}"
-            raise DataError(f"{where}: expected {expected}, got up to {labels.max():d}")
+            allowed = f"below {self.num_classes} or {IGNORE}"
+            raise DataError(f"{where}: expected {allowed}, got up to {labels.max():d}")
 
     def augment_labels(self, labels: torch.Tensor, draws: Draws) -> torch.Tensor:
         inverted = augment((IGNORE - labels)[:, None], self.augmentation, draws)

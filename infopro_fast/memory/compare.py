@@ -71,8 +71,9 @@ def measure(
     threads: int | None = None,
 ) -> Measured:  # fmt: skip
     """Measure a way. rounds: timed steps of it, and as many end to end."""
-    case = dict(way=asdict(way), arch=arch, batch_size=batch_size, image_size=image_size, device=device)
-    case["threads"] = threads = threads or torch.get_num_threads()
+    threads = threads or torch.get_num_threads()
+    case: dict[str, Any] = dict(arch=arch, batch_size=batch_size, image_size=image_size, threads=threads)
+    case |= dict(way=asdict(way), device=device)
     found = in_a_process("infopro_fast.memory.compare:_bytes_here", **case)
     times = in_a_process("infopro_fast.memory.compare:_seconds_here", malloc=KEEPING, rounds=rounds, **case)
     found["seconds"], found["end_to_end"] = times
@@ -105,12 +106,12 @@ def write(found: list[Measured], arch: str, batch_size: int, image_size: int, fo
 
 def trainer_of(way: Way, arch: str, batch_size: int, image_size: int, device: str = "cpu") -> LocalTrainer:
     """Return a trainer of the way's network, planned, or in an equal or published split."""
-    make_optimizer, options = released_sgd(lr=0.01), dict(image_size=image_size, recompute=way.recompute)
+    options: dict[str, Any] = dict(image_size=image_size, recompute=way.recompute)
     if way.modules == 1:
         options |= dict(local_loss="none")
     elif way.planned:
         options |= dict(cuts=make_plan(arch, batch_size, modules=way.modules, **options).cuts)
-    net = build(arch, way.modules, **options).to(device)
+    net, make_optimizer = build(arch, way.modules, **options).to(device), released_sgd(lr=0.01)
     if way.losses == "released":
         return ReleasedTrainer(with_released_losses(net), make_optimizer)
     if way.budget is not None:

@@ -124,10 +124,10 @@ def measure_chain(
     net.train()
     blocks: list[BlockCost] = []
     losses: list[LossCost | None] = []
-    known: dict[object, object] = {}
+    known: dict[object, typing.Any] = {}
     h, batch, tapped = image, (image, label), None
     for stage, local_loss in zip(net.stages, net.local_losses):
-        key = (repr(stage), h.shape, len(blocks) > 0)
+        key: tuple = (repr(stage), h.shape, len(blocks) > 0)
         if key not in known:
             known[key] = _measure_block(stage, h, first=not blocks, timed=timed)
         cost, h = known[key]
@@ -192,12 +192,13 @@ def _measure_loss(
     """Measure a step of a loss alone. tapped: the last tap before it, which a head may read, and its map."""
     h = h.detach().requires_grad_()
     parameters = local_loss.trained_parameters()
+    no_optimizer = typing.cast(torch.optim.Optimizer, _NoOptimizer(parameters))
 
     def run() -> None:
         if tapped is not None:
             tap, at = tapped
             tap(at)
-        local_step(nn.Identity(), local_loss, _NoOptimizer(parameters), h, image, label)
+        local_step(nn.Identity(), local_loss, no_optimizer, h, image, label)
         h.grad = None
 
     loaded = [*local_loss.parameters(), *local_loss.buffers(), h, image, label, *(tapped or ())[1:]]

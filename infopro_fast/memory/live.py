@@ -8,6 +8,7 @@ device. Workspaces that an op allocates and frees inside (convolution libraries,
 from __future__ import annotations
 
 import contextlib
+import functools
 import typing
 import weakref
 from collections.abc import Iterable, Iterator
@@ -81,7 +82,7 @@ class LiveBytes:
         for t in tensors:
             if t is not None:
                 key = self._add(t)
-                self._change(key, lambda key=key: self._owner.setdefault(key, kind))
+                self._change(key, functools.partial(self._owner.setdefault, key, kind))
 
     def watch_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> contextlib.AbstractContextManager:
         """Return a context in which the ``.grad`` of these parameters counts as gradients."""
@@ -102,7 +103,7 @@ class LiveBytes:
             yield
         finally:
             for key in [key for key, number in self._number.items() if number >= first]:
-                self._change(key, lambda key=key: self._owner.setdefault(key, SAVED))
+                self._change(key, functools.partial(self._owner.setdefault, key, SAVED))
 
     def _add(self, t: torch.Tensor) -> int:
         storage = t.untyped_storage()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 from infopro_fast.errors import PlanError
 from infopro_fast.plan import Plan, PlannedModule, for_people
@@ -127,7 +128,7 @@ def largest_batch(
     arch: str, image_size: int | tuple[int, int] | None, *, modules: int, budget: int, **options: str
 ) -> Plan:
     """Return the plan of the largest batch that fits into ``budget`` bytes; options as in `make_plan`."""
-    how = dict(modules=modules, budget=budget, **options)
+    how: dict[str, Any] = dict(modules=modules, budget=budget, **options)
     return _largest(lambda n: make_plan(arch, n, image_size, **how), f"{arch}: a batch", 1)
 
 
@@ -135,7 +136,7 @@ def largest_image(
     arch: str, batch_size: int, *, modules: int, budget: int, step: int = 8, **options: str
 ) -> Plan:
     """Return the plan of the largest square image that fits, its side a multiple of ``step`` pixels."""
-    how = dict(modules=modules, budget=budget, **options)
+    how: dict[str, Any] = dict(modules=modules, budget=budget, **options)
     return _largest(lambda n: make_plan(arch, batch_size, step * n, **how), f"{arch}: images of {step}", step)
 
 
@@ -193,8 +194,7 @@ class MeasuredChain:
         spans = list(zip([0, *(end + 1 for end in ends)], ends))
         found = []
         for a, b in spans:
-            parts = (*costs.blocks[a : b + 1], costs.losses[b])
-            parameters = sum(part.parameters for part in parts)
+            parameters = costs.losses[b].parameters + sum(c.parameters for c in costs.blocks[a : b + 1])
             seconds = self.seconds.seconds(a, b) if objective == "time" else 0.0
             name = ".".join(str(i) for i in self.net.positions[b])
             saved, peak = costs.saved(a, b), costs.peak(a, b)
@@ -210,7 +210,7 @@ def image_sides(arch: str, image_size: int | tuple[int, int] | None) -> tuple[in
     """Height and width of the images; None: the published size."""
     if image_size is None:
         return chains.published_size(arch)
-    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    size = (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
     if min(size) < 4:
         raise PlanError(f"plan: image_size: expected at least 4, got {size[0]}x{size[1]}")
     return size
@@ -223,6 +223,6 @@ def _check(
     for (name, known), value in zip(choices.items(), (objective, losses, recompute)):
         if value not in known:
             raise PlanError(f"plan: {name}: expected one of {known}, got {value!r}")
-    for name, value in (("modules", modules), ("budget", budget), ("batch_size", batch_size)):
-        if value is not None and value < 1:
-            raise PlanError(f"plan: {name}: expected at least 1, got {value}")
+    for name, count in (("modules", modules), ("budget", budget), ("batch_size", batch_size)):
+        if count is not None and count < 1:
+            raise PlanError(f"plan: {name}: expected at least 1, got {count}")

@@ -6,6 +6,7 @@ both. The image is restored at every boundary, and all gradients stay until one 
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Callable
 
 import torch
@@ -106,7 +107,8 @@ class ReleasedEnd(LocalLoss):
     def terms(self, features, image, label):
         if self.dense:
             terms = list(self.end.terms(features, image, label))
-            yield Term("cross_entropy", 1.0, sum(term.weight * term.loss for term in terms), terms[0].correct)
+            loss = typing.cast(torch.Tensor, sum(term.weight * term.loss for term in terms))
+            yield Term("cross_entropy", 1.0, loss, terms[0].correct)
         else:
             logits = self.end(features)
             loss, correct = F.cross_entropy(logits, label), (logits.argmax(1) == label).sum()
@@ -134,7 +136,7 @@ class ReleasedTrainer(LocalTrainer):
     def __init__(
         self, net: LocalNetwork, make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer]
     ):
-        super().__init__(net, lambda parameters: _Later())
+        super().__init__(net, lambda parameters: typing.cast(torch.optim.Optimizer, _Later()))
         losses = [p for local_loss in net.local_losses for p in local_loss.trained_parameters()]
         self.optimizers[-1] = make_optimizer([*net.stages.parameters(), *losses])
 

@@ -81,7 +81,7 @@ def measure_step(trainer: LocalTrainer, image: torch.Tensor, label: torch.Tensor
             live.reset()
             allocated = _start(image.device)
             given = 0 if h.untyped_storage()._cdata == image.untyped_storage()._cdata else nbytes([h])
-            how = dict(autocast=trainer.autocast, scaler=scaler)
+            how: dict[str, typing.Any] = dict(autocast=trainer.autocast, scaler=scaler)
             h, _ = local_step(stage, local_loss, optimizer, h, image, label, **how)
             peak = live.peak._replace(optimizer=live.peak.optimizer - sum(states))
             measured = None
@@ -107,7 +107,7 @@ def recomputed_is_saved(net: LocalNetwork, live: LiveBytes) -> Iterator[None]:
     """Count maps that a second forward leaves for backward as saved."""
     stages = [stage for stage in net.stages if isinstance(stage, Stage)]
 
-    def counted(stage: Stage, own):
+    def counted(stage: typing.Any, own):
         @contextlib.contextmanager
         def second_forward(segment):
             with live.keeping(), own(segment):

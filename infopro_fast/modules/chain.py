@@ -202,7 +202,7 @@ def units_of(links: Sequence[Link], image_size: tuple[int, int]) -> list[Unit]:
         stage, block = (stage, block + 1) if container == parent else (stage + 1, 0)
         parent = container
         module, prefix = _joined(group)
-        size = tuple(shape[2:]) if len(shape) == 4 else (0, 0)
+        size = (shape[2], shape[3]) if len(shape) == 4 else (0, 0)
         channels, downscale = shape[1] if len(shape) > 1 else 0, image_size[0] / size[0] if size[0] else 0
         units.append(Unit((stage, block), prefix, module, channels, downscale, head.name, size))
     return units

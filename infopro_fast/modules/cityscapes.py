@@ -99,5 +99,5 @@ def units(arch: str) -> tuple[list[Unit], Tap]:
 def end(class_num: int, tap: Tap, *, label_smoothing: float = 0.0, impl: str = "auto") -> DeepLabEnd:
     """Return the loss of the last module, which contains ``tap``."""
     auxiliary = (tap, dense_head(1024, 256, class_num, bias=False), AUXILIARY_WEIGHT)
-    options = {"label_smoothing": label_smoothing, "impl": impl}
-    return DeepLabEnd(ASPP(2048, 512, class_num), class_num, auxiliary, **options)
+    head = ASPP(2048, 512, class_num)
+    return DeepLabEnd(head, class_num, auxiliary, label_smoothing=label_smoothing, impl=impl)

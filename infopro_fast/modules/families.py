@@ -6,6 +6,7 @@ import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -47,21 +48,21 @@ class Family:
     dense: bool = False
     ours: bool = True
     reasons: dict[str, str] = field(default_factory=dict)
-    infopro: type[InfoPro] = InfoPro
+    infopro: Callable[..., InfoPro] = InfoPro
 
     def size(self, unit: Unit) -> tuple[int, int]:
         """Return (h, w) of a block's output."""
         if unit.size != (0, 0):
             return unit.size
-        return tuple(math.ceil(side / unit.downscale) for side in self.image_size)
+        return math.ceil(self.image_size[0] / unit.downscale), math.ceil(self.image_size[1] / unit.downscale)
 
     def places(self, ends: Sequence[int]) -> list[Place]:
         """Return the places of the modules that end with these units. ValueError: there is no map."""
         found, given = [], (3, self.image_size)
         for module, end in enumerate(ends):
             output = self._map(self.units[end])
-            about = (self.image_size, self.num_classes, end)
-            found.append(Place(module, len(ends) + 1, *output, *given, *about))
+            about = (module, len(ends) + 1, *output, *given)
+            found.append(Place(*about, self.image_size, self.num_classes, end))
             given = output
         return found
 
@@ -82,7 +83,7 @@ class Family:
     ) -> LocalLoss:  # fmt: skip
         """Return the loss ``name`` of the local module at ``place``. weights: of reconstruction and task."""
         unit = self.units[place.end]
-        options = {"label_smoothing": self.label_smoothing, "impl": self.impl}
+        options: dict[str, Any] = {"label_smoothing": self.label_smoothing, "impl": self.impl}
         if name == "dgl":
             return HeadLoss("dgl", DGLHead(unit.channels, max(place.size), self.num_classes, **options))
         if name == "auglocal":
@@ -102,7 +103,7 @@ class Family:
         return self.infopro(decoder, head, *weights, alone=place.modules == 2)
 
     def _head(self, name: str, unit: Unit, net_config: str | None, widen: float, feature_dim: int):
-        options = {"label_smoothing": self.label_smoothing, "impl": self.impl}
+        options: dict[str, Any] = {"label_smoothing": self.label_smoothing, "impl": self.impl}
         if self.dense:
             return segmentation.DenseHead(unit.channels, self.num_classes, **options)
         mode = "contrast" if name == "contrast" else "cross_entropy"
@@ -113,7 +114,8 @@ class Family:
         return imagenet.StridedHead(unit.channels, size, self.num_classes, mode, feature_dim, **options)
 
     def _decoder(self, unit: Unit, widen: float):
-        options = {"image_mean": self.image_mean, "image_std": self.image_std, "impl": self.decoder_impl}
+        options: dict[str, Any] = {"image_mean": self.image_mean, "image_std": self.image_std}
+        options["impl"] = self.decoder_impl
         if self.cifar:
             return Decoder(unit.channels, self.image_size[0], widen=widen, **options)
         return ChainDecoder(unit.channels, self.size(unit), self.image_size, **options)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -140,8 +141,9 @@ def classify(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return mean cross entropy and number of right rows of a head that ends in a Linear layer."""
     rows, last = run_head(head[:-1], features, impl), head[-1]
-    options = {"return_correct": True, "label_smoothing": label_smoothing, "impl": impl}
-    return ops.linear_cross_entropy(rows, last.weight, target, bias=last.bias, **options)
+    options: dict[str, Any] = {"return_correct": True, "label_smoothing": label_smoothing, "impl": impl}
+    loss, correct = ops.linear_cross_entropy(rows, last.weight, target, bias=last.bias, **options)
+    return loss, correct
 
 
 class SupConLoss(nn.Module):
@@ -184,8 +186,8 @@ class SupConLoss(nn.Module):
         elif labels.shape not in ((N,), (N, 1)):
             raise ValueError(f"SupConLoss: labels: expected ({N},) or ({N}, 1), got {tuple(labels.shape)}")
         T = self.temperature if temperature is None else temperature
-        options = {"temperature": T, "normalize": False, "impl": self.impl}
-        loss = ops.supcon_loss(features.flatten(2), labels.reshape(N), **options)
+        rows, labels = features.flatten(2), labels.reshape(N)
+        loss = ops.supcon_loss(rows, labels, temperature=T, normalize=False, impl=self.impl)
         return loss * (T / self.base_temperature)
 
 

@@ -39,7 +39,7 @@ class FeatureDecoder(nn.Module):
         if hidden < 1:
             least = 1 / max(HIDDEN, planes)
             raise ValueError(f"FeatureDecoder: widen: expected at least {least:.3f}, got {widen}")
-        self.size, self.impl = tuple(size), impl
+        self.size, self.impl = (size[0], size[1]), impl
         self.decoder = nn.Sequential(
             nn.Conv2d(inplanes, hidden, 3, padding=1),
             nn.BatchNorm2d(hidden),
@@ -56,8 +56,8 @@ class FeatureDecoder(nn.Module):
         if tuple(features.shape[-2:]) == self.size:
             x = first(features)
         else:
-            options = {"align_corners": True, "impl": self.impl}
-            x = ops.upsample_conv3x3(features, first.weight, first.bias, self.size, **options)
+            weight, bias = first.weight, first.bias
+            x = ops.upsample_conv3x3(features, weight, bias, self.size, align_corners=True, impl=self.impl)
         x = self.decoder[1:](x)
         dtype = torch.promote_types(x.dtype, torch.float32)
         target = given.detach().to(dtype)

@@ -146,9 +146,11 @@ class Classifier(LocalLoss):
         return self.fc(self.pool(features))
 
     def terms(self, features, image, label):
-        options = {"return_correct": True, "label_smoothing": self.label_smoothing, "impl": self.impl}
         rows, fc = self.pool(features), self.fc
-        found = ops.linear_cross_entropy(rows, fc.weight, label, bias=fc.bias, **options)
+        found = ops.linear_cross_entropy(
+            rows, fc.weight, label, bias=fc.bias, label_smoothing=self.label_smoothing, return_correct=True,
+            impl=self.impl,
+        )  # fmt: skip
         yield Term("cross_entropy", 1.0, *found)
 
     def trained_parameters(self):

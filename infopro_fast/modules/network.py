@@ -7,6 +7,7 @@ import math
 import operator
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -62,10 +63,13 @@ class Stage(nn.Sequential):
             if isinstance(segment, Tap):  # keeps no map and must run once
                 x = segment(x)
                 continue
+
+            def contexts(segment=segment):
+                return contextlib.nullcontext(), self.second_forward(segment)
+
             x = run_checkpointed(
-                segment, x, use_reentrant=False, preserve_rng_state=self.random,
-                context_fn=lambda segment=segment: (contextlib.nullcontext(), self.second_forward(segment)),
-            )  # fmt: skip
+                segment, x, use_reentrant=False, preserve_rng_state=self.random, context_fn=contexts
+            )
         return x
 
     def second_forward(self, segment: nn.Module) -> contextlib.AbstractContextManager:
@@ -234,7 +238,7 @@ def build(
         why = "; ".join(f"not after {name}, since {reason}" for name, reason in some)
         most = f"{found.name} can be cut into {len(units)} at most"
         raise ValueError(f"build: modules: {most}, got {modules}: {why}")
-    options = {"balanced": balanced, "image_size": found.image_size[0]}
+    options: dict[str, Any] = {"balanced": balanced, "image_size": found.image_size[0]}
     if lambdas is None:  # the published weights belong to the published splits
         lambdas = default_lambdas(found.name if cuts is None else "", modules, local_loss, **options)
     if cuts is None:
@@ -250,7 +254,7 @@ def build(
         if local_loss in WEIGHTED and weights == (0, 0):
             module = f"local module {place.module + 1} of {modules}"
             raise ValueError(f"build: lambdas: {tuple(lambdas)} leave {module} without any loss")
-        nets = {"net_config": net_config, "widen": widen, "feature_dim": feature_dim}
+        nets: dict[str, Any] = {"net_config": net_config, "widen": widen, "feature_dim": feature_dim}
         return found.local_loss(local_loss, place, weights, **nets, aux_depth=aux_depth or AUX_DEPTH)
 
     ends = [positions.index(cut) for cut in cuts]

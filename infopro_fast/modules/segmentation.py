@@ -6,6 +6,8 @@ H, W) and skips the pixels labelled IGNORE.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -27,8 +29,8 @@ def pixel_loss(
     logits: (N, classes, h, w), resized bilinearly to label: (N, H, W) integers in [0, classes) or IGNORE.
     Both results are 0 where no pixel is labelled.
     """
-    options = {"align_corners": align_corners, "label_smoothing": label_smoothing, "impl": impl}
-    options |= {"ignore_index": IGNORE, "return_confusion": True}
+    options: dict[str, Any] = {"align_corners": align_corners, "label_smoothing": label_smoothing}
+    options |= {"ignore_index": IGNORE, "return_confusion": True, "impl": impl}
     loss, confusion = ops.upsample_cross_entropy(logits, label, **options)
     return loss, confusion.diagonal().sum() / confusion.sum().clamp(min=1) * label.shape[0]
 
@@ -56,7 +58,7 @@ class DenseHead(Head):
         super().__init__(head, "cross_entropy", label_smoothing, impl)
 
     def loss_and_correct(self, features, target):
-        options = {"label_smoothing": self.label_smoothing, "impl": self.impl}
+        options: dict[str, Any] = {"label_smoothing": self.label_smoothing, "impl": self.impl}
         return pixel_loss(self.head(features), target, align_corners=True, **options)
 
 
@@ -105,10 +107,11 @@ class PixelClassifier(LocalLoss):
         super().__init__()
         self.head, self.class_num = head, class_num
         self.align_corners, self.label_smoothing, self.impl = align_corners, label_smoothing, impl
-        self.auxiliary_head, self._tap, self.auxiliary_weight = None, (), 0.0
+        self.auxiliary_head, self.auxiliary_weight = None, 0.0
+        self._tap: tuple[Tap, ...] = ()  # a tuple, so that the block is not a submodule here too
         if auxiliary is not None:
             tap, self.auxiliary_head, self.auxiliary_weight = auxiliary
-            self._tap = (tap,)  # a tuple, so that this block of the network is not a submodule here too
+            self._tap = (tap,)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Return logits (N, classes, h', w')."""

@@ -93,7 +93,7 @@ def check_cuts(
 
     labels: names of the units; a cut may be a name too. reasons: why a module cannot end at other names.
     """
-    found = []
+    found: list = []
     for cut in cuts:
         if isinstance(cut, str):
             if cut not in labels:

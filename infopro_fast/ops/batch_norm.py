@@ -31,7 +31,7 @@ def update_running_statistics(
     if not (norm.training and norm.track_running_stats and norm.running_mean is not None):
         return
     norm.num_batches_tracked.add_(1)
-    weight = norm.momentum
+    weight: float | torch.Tensor | None = norm.momentum
     if weight is None:  # a cumulative average
         weight = 1.0 / norm.num_batches_tracked.to(norm.running_mean.dtype)
     norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), weight)

@@ -51,7 +51,7 @@ def chain_loss(
     for i, (norm, resize, group) in enumerate(zip(norms, layers.resizes, layers.groups, strict=False)):
         count = features.shape[0] * resize.H * resize.W if group is None else next(synced)
         if layers.batch_statistics[i] and (features.shape[0] or group is not None):
-            update_running_statistics(norm, *statistics[2 * i : 2 * i + 2], count)
+            update_running_statistics(norm, statistics[2 * i], statistics[2 * i + 1], count)
     return value
 
 
@@ -209,7 +209,7 @@ def _gradients(ctx, grad):
     earlier = [needs_features]
     for need in needed[:-1]:
         earlier.append(earlier[-1] or any(need))
-    grads = [[None] * PER_STAGE for _ in range(number)]
+    grads: list[list[typing.Any]] = [[None] * PER_STAGE for _ in range(number)]
 
     dy, sums, grads[-1][0], grads[-1][1] = _LOSS_BACKWARD[plan.impls[-1]](
         grad, inputs[-1], *norms[-1], *last[:2], image, list(plan.restore), *_sampling(plan.resizes[-1]),

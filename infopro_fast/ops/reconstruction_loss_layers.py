@@ -113,7 +113,8 @@ def decoder_stages(decoder: nn.Sequential) -> tuple[Stage, ...]:
 
 
 def _check_convolution(conv: nn.Conv2d, place: int, last: bool, inputs: int) -> None:
-    padding = {(3, 3): ((1, 1), "same"), (1, 1): ((0, 0), "same", "valid")}.get(conv.kernel_size, ())
+    known: dict[tuple[int, ...], tuple] = {(3, 3): ((1, 1), "same"), (1, 1): ((0, 0), "same", "valid")}
+    padding = known.get(conv.kernel_size, ())
     options = (conv.padding_mode, conv.stride, conv.dilation, conv.groups)
     plain = conv.padding in padding and options == ("zeros", (1, 1), (1, 1), 1)
     if not plain or (last and (conv.kernel_size != (3, 3) or conv.out_channels != 3)):

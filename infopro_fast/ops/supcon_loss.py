@@ -98,7 +98,7 @@ def _anchors(features, labels):
 def _check(features, labels, temperature, base_temperature, reduction):
     check_floating(OP, {"features": features})
     if features.dim() not in (2, 3) or features.shape[-1] == 0:
-        got = tuple(features.shape)
+        got: object = tuple(features.shape)
         raise ValueError(f"{OP}: features: expected (N, D) or (N, views, D), D > 0, got {got}")
     if not isinstance(labels, torch.Tensor) or labels.is_floating_point() or labels.is_complex():
         got = getattr(labels, "dtype", type(labels).__name__)
@@ -108,7 +108,8 @@ def _check(features, labels, temperature, base_temperature, reduction):
     for name, value in (("temperature", temperature), ("base_temperature", base_temperature)):
         if name == "base_temperature" and value is None:
             continue
-        if not isinstance(value, numbers.Real) or not 0 < value < math.inf:
+        is_number = isinstance(value, numbers.Real)
+        if not is_number or not 0 < value < math.inf:
             raise ValueError(f"{OP}: {name}: expected a positive finite number, got {value!r}")
     if reduction not in REDUCTIONS:
         raise ValueError(f"{OP}: reduction: expected one of {REDUCTIONS}, got {reduction!r}")

@@ -90,7 +90,8 @@ def analyze(
         for subject in subjects:
             if subject not in left:
                 show(f"{subject.run}: in {out / JSON} already")
-        images, began = None, time.monotonic()
+        images: Any = None  # an ImageSet: `check_comparable` refuses files
+        began = time.monotonic()
         for number, subject in enumerate(left, 1):
             count = threads or torch.get_num_threads()
             config = subject.config.to_look_at(threads=count, device=device, data_root=data_root)
@@ -124,7 +125,8 @@ def check_comparable(subjects: Sequence[Subject]) -> None:
     """Raise ConfigError unless all share data set, size and network, and a method's runs all but the seed."""
     if not subjects:
         raise ConfigError("analyze: expected at least one run folder, got none")
-    first, methods = subjects[0], {}
+    first = subjects[0]
+    methods: dict[str, list[Subject]] = {}
     for subject in subjects:
         c = subject.config
         if c.dataset in ("imagenet", "cityscapes", "shapes_seg"):

@@ -60,8 +60,8 @@ def _against_memory(results: Sequence[Result]):
         for at, r in zip(x, line):
             where = {"xytext": (3, 3), "textcoords": "offset points"}
             panel.annotate(str(r.cell.modules), (at, r.mean), fontsize=7, **where)
-    x = "MiB at the highest point of a step, beyond model, optimizer and batch"
-    panel.set(xlabel=x, ylabel="test error (%)", xscale="log")
+    xlabel = "MiB at the highest point of a step, beyond model, optimizer and batch"
+    panel.set(xlabel=xlabel, ylabel="test error (%)", xscale="log")
     for set_formatter in (panel.xaxis.set_major_formatter, panel.xaxis.set_minor_formatter):
         set_formatter("{x:g}")
     _finish(panel)

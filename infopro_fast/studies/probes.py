@@ -85,7 +85,9 @@ class LinearProbe(nn.Module):
     def loss_and_correct(self, h: torch.Tensor, label: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return mean cross entropy and number of right rows. h: (N, C, height, width); label: (N,)."""
         rows = self.standardize(self.pool(h))
-        return ops.linear_cross_entropy(rows, self.fc.weight, label, bias=self.fc.bias, return_correct=True)
+        weight, bias = self.fc.weight, self.fc.bias
+        loss, correct = ops.linear_cross_entropy(rows, weight, label, bias=bias, return_correct=True)
+        return loss, correct
 
 
 class ResidualClassifier(nn.Module):
@@ -108,7 +110,9 @@ class ResidualClassifier(nn.Module):
     def loss_and_correct(self, h: torch.Tensor, label: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return what `LinearProbe.loss_and_correct` returns."""
         rows = self.pool(self.blocks(h))
-        return ops.linear_cross_entropy(rows, self.fc.weight, label, bias=self.fc.bias, return_correct=True)
+        weight, bias = self.fc.weight, self.fc.bias
+        loss, correct = ops.linear_cross_entropy(rows, weight, label, bias=bias, return_correct=True)
+        return loss, correct
 
 
 class Probes(nn.Module):

@@ -100,7 +100,7 @@ def _start(job: Job) -> subprocess.Popen:
     arguments = ["--resume", str(job.folder)] if begun else flags(job.config)
     command = [sys.executable, "-m", "infopro_fast", "train", *arguments]
     with open(_log(job), "ab") as log:
-        streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
+        streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
         return subprocess.Popen(command, **streams, env={**KEEPING, **os.environ}, start_new_session=True)
 
 
@@ -177,7 +177,8 @@ class Bars(Lines):
     """Progress in a terminal: a bar over all runs, and one for each running job."""
 
     def __init__(self, total: int, done: int, bars: Any):
-        self.bars, self.total, self.done, self.lines = bars, total, done, {}
+        self.bars, self.total, self.done = bars, total, done
+        self.lines: dict[Job, Any] = {}
         self.all = bars.add_task("runs", total=total, completed=done, status="")
 
     def update(self, job: Job) -> None:

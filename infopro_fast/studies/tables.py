@@ -14,7 +14,7 @@ from infopro_fast.errors import ConfigError
 from infopro_fast.trainer.settings import recipes
 from infopro_fast.trainer.settings.config import TrainConfig
 from infopro_fast.trainer.settings.continuing import different
-from infopro_fast.trainer.settings.data_sets import CIFAR_RESNETS, IMAGE_SIZES
+from infopro_fast.trainer.settings.data_sets import CIFAR_RESNETS, IMAGE_SIZES, Arch
 from infopro_fast.trainer.settings.fields import SAID
 
 Method = Literal[
@@ -102,7 +102,7 @@ class Study:
             raise ConfigError(f"modules: expected numbers of at least 2, got {self.modules}")
 
     @property
-    def network(self) -> str:
+    def network(self) -> Arch:
         return self.arch or ("resnet110" if self.table == "table3" else "resnet32")
 
 

@@ -35,7 +35,7 @@ def draw_learning_curve(folder: Path, title: str) -> Path | None:
         panel.set_title(f"{term} loss, train")
     tested = [record for record in epochs if record["test"] is not None]  # sequential: the last module's
     if tested:
-        _draw_network(*panels[-2:], tested)
+        _draw_network(panels[-2], panels[-1], tested)
     for panel in panels:
         panel.set_xlabel("epoch")
         panel.xaxis.get_major_locator().set_params(integer=True)

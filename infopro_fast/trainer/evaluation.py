@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -91,7 +92,8 @@ def _classification(net: LocalNetwork, batches: Batches) -> dict[str, float]:
 def _segmentation(
     net: LocalNetwork, batches: Batches, scales: tuple[float, ...], flip: bool
 ) -> dict[str, float]:
-    counts, loss_sum, count, plain = None, 0.0, 0, scales == (1.0,) and not flip
+    counts, count, plain = None, 0, scales == (1.0,) and not flip
+    loss_sum: float | torch.Tensor = 0.0
     end = net.classifier
     for image, label in batches:
         if plain:
@@ -146,7 +148,8 @@ def class_probabilities(
     image: (N, 3, H, W), normalised.
     """
     H, W = image.shape[-2:]
-    total, corners = 0.0, net.classifier.align_corners
+    corners = net.classifier.align_corners
+    total: Any = 0.0
     for scale in scales:
         scaled = image
         if scale != 1:

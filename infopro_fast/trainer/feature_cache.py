@@ -113,7 +113,7 @@ class CacheFile:
             self._expected = self.sums
         raw = self._map[self._starts[i] : self._starts[i + 1]]
         if i not in self._checked:
-            if digest(raw.numpy()) != self._expected[i]:
+            if digest(raw.numpy().data) != self._expected[i]:
                 advice = f"remove {self.path.parent} and continue the run, which makes it anew"
                 raise RunError(f"{self.path}, batch {i}, is damaged: {advice}")
             self._checked.add(i)
@@ -136,7 +136,7 @@ def to_bytes(batch: torch.Tensor, features: Features, count: int, what: str) -> 
         raise ValueError(f"{what}: expected {count} of {features}, got {tuple(batch.shape)} {batch.dtype}")
     own = batch.detach().to("cpu")
     own = own.permute(0, 2, 3, 1) if features.channels_last else own
-    return memoryview(own.contiguous().view(-1).view(torch.uint8).numpy())
+    return own.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def check_space(folder: Path, needed: int, what: str) -> None:

@@ -98,15 +98,15 @@ class Clock:
         self._steps, self._steps_left = 0, steps_left
         self.new_epoch()
 
+    def new_epoch(self) -> None:
+        self._images, self._busy, self._mark = 0, 0.0, time.monotonic()
+
     def step(self, images: int) -> None:
         """Note that a step of ``images`` images has ended."""
         now = time.monotonic()
         self._busy, self._mark = self._busy + now - self._mark, now
         self._images += images
         self._steps, self._steps_left = self._steps + 1, self._steps_left - 1
-
-    def new_epoch(self) -> None:
-        self._images, self._busy, self._mark = 0, 0.0, time.monotonic()
 
     def saved(self) -> None:
         """Note that a checkpoint was written; its time is not part of the next step's."""

@@ -19,8 +19,9 @@ def released_sgd(
     nesterov: False on Cityscapes.
     """
     nesterov = nesterov and momentum > 0
-    options = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
-    return functools.partial(torch.optim.SGD, **options, fused=True)
+    return functools.partial(
+        torch.optim.SGD, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, fused=True
+    )
 
 
 def learning_rate(config: TrainConfig, epoch: int, batch: int, batches: int) -> float:

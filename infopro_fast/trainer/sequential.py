@@ -232,7 +232,8 @@ class OneModule(Share):
     def whole(self, own: dict[str, Any]) -> dict[str, Any]:
         return own
 
-    own = whole
+    def own(self, whole: dict[str, Any]) -> dict[str, Any]:
+        return whole
 
     def weights(self, net: modules.LocalNetwork, saved: dict[str, Any]) -> None:
         """Return None: the network is written when all modules are trained."""

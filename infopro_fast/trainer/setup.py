@@ -54,7 +54,7 @@ def _read_init(path: Path) -> dict[str, Any]:
     """Return the contents of a file of weights, by name. Raises ConfigError naming a file of another kind."""
     try:
         if path.suffix == ".safetensors":
-            state = safetensors.torch.load_file(path)
+            state: Any = safetensors.torch.load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # another file can fail in any way: as a pickle, a zip archive, a JSON header
@@ -88,7 +88,7 @@ def check_batches(config: TrainConfig, images: data.ImageSet | data.FolderSet, r
 def load_data(config: TrainConfig) -> data.ImageSet | data.FolderSet:
     """Return the run's images. Raises DataError or ConfigError."""
     c = config
-    images = data.load(c.dataset, c.data_root, c.download, crop=c.crop, workers=c.workers or 0)
+    images: Any = data.load(c.dataset, c.data_root, c.download, crop=c.crop, workers=c.workers or 0)
     if config.shrink > 1:
         images = images.shrunk(config.shrink)
     if config.hold_out > 0:

@@ -141,7 +141,7 @@ class Share:
         flag = torch.tensor([REQUESTS.index(own)])
         with self.here.watch.waiting():
             dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.here.data_group)
-        return REQUESTS[flag.item()]
+        return REQUESTS[int(flag)]
 
     def pass_on(self, packet: Packet) -> dict[str, torch.Tensor] | None:
         """Send a batch on and return None; where the network ends, return the metrics of all modules."""

@@ -253,7 +253,7 @@ class LocalTrainer:
         features = []
         for i, part in enumerate(parts):
             fraction = len(part[-1]) / len(label)
-            out, metrics = self._part(*part, share * fraction, update=i == len(parts) - 1)
+            out, metrics = self._part(part[0], part[1], part[2], share * fraction, update=i == len(parts) - 1)
             features.append(out)
             for name, value in metrics.items():
                 value = value if name.endswith("correct") else value * fraction
@@ -318,11 +318,11 @@ class LocalTrainer:
     def load_state_dict(self, state: dict[str, list[dict]]) -> None:
         """Take a state from `state_dict`. Raises ValueError for another number of modules or scalers."""
         scalers = [scaler for scaler in self.scalers if scaler is not None]
-        for what, own in (("optimizers", self.optimizers), ("scalers", scalers)):
+        for what, those in (("optimizers", self.optimizers), ("scalers", scalers)):
             got = len(state.get(what, []))
-            if got != len(own):
+            if got != len(those):
                 name = what.replace("scalers", "gradient scalers")
-                raise ValueError(f"LocalTrainer: expected the state of {len(own)} {name}, got {got}")
+                raise ValueError(f"LocalTrainer: expected the state of {len(those)} {name}, got {got}")
         for optimizer, own in zip(self.optimizers, state["optimizers"]):
             optimizer.load_state_dict(own)
             for p, entry in optimizer.state.items():
@@ -336,7 +336,7 @@ class LocalTrainer:
             self._prepare_graph()
 
 
-def _laid_out_otherwise(value: object, p: nn.Parameter) -> bool:
+def _laid_out_otherwise(value: object, p: torch.Tensor) -> bool:
     return isinstance(value, torch.Tensor) and value.shape == p.shape and value.stride() != p.stride()
 
 

@@ -14,6 +14,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -82,7 +83,7 @@ class Processes:
         """Whether torchrun started this run (one process of --parallel, too)."""
         return dist.is_initialized()
 
-    def share(self, value: object, source: int) -> object:
+    def share(self, value: Any, source: int) -> Any:
         """Return the object that process ``source`` has; for small ones."""
         if self.layout.size == 1:
             return value
@@ -128,16 +129,17 @@ def connected(config: TrainConfig) -> Iterator[Processes]:
     dist.init_process_group(backend, store=_store(rank), rank=rank, world_size=size, timeout=TIMEOUT)
     processes = Processes(place)
     if place.replicas > 1:  # every process makes every group
-        groups = [dist.new_group(place.ranks_of_stage(stage)) for stage in range(place.stages)]
+        groups: list[Any] = [dist.new_group(place.ranks_of_stage(stage)) for stage in range(place.stages)]
         processes.data_group = groups[place.stage]
     keeps, patience = rank == 0 and not _agent_keeps_store(), config.patience or PATIENCE
-    processes.watch = Watch(_store(), rank, size, place.title, processes.hint, patience, keeps_store=keeps)
-    processes.watch.start()
-    with _sigterm_noted(processes.watch), _told(processes):
+    watch = Watch(_store(), rank, size, place.title, processes.hint, patience, keeps_store=keeps)
+    processes.watch = watch
+    watch.start()
+    with _sigterm_noted(watch), _told(processes, watch):
         yield processes
-        with processes.watch.waiting():
+        with watch.waiting():
             dist.all_reduce(torch.zeros(1))  # no process leaves before all are done
-    processes.watch.close()
+    watch.close()
     dist.destroy_process_group()
 
 
@@ -160,9 +162,8 @@ def _sigterm_noted(watch: Watch) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _told(processes: Processes) -> Iterator[None]:
+def _told(processes: Processes, watch: Watch) -> Iterator[None]:
     """Tell the other processes of an exception."""
-    watch = processes.watch
     try:
         yield
     except Stopped:  # all processes stop at the same place

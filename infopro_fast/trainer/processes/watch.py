@@ -57,6 +57,11 @@ class Unwatched:
         """As `Watch.waiting`."""
         return contextlib.nullcontext()
 
+    @property
+    def stop_asked(self) -> bool:
+        """As `Watch.stop_asked`."""
+        return self.stops
+
 
 class _Place(NamedTuple):
     """Where a process is. limit: ticks that it may be there without a move."""

@@ -147,7 +147,7 @@ def _unpacked(spec: dict[str, Any], tensors: dict[int, torch.Tensor]) -> Packet:
     if spec["order"] == "channels_last":
         features = features.permute(0, 3, 1, 2)
     metrics = dict(zip(spec["metrics"], tensors[METRICS].unbind())) if spec["metrics"] else {}
-    request = REQUESTS[tensors[REQUEST].item()]
+    request = REQUESTS[int(tensors[REQUEST])]
     return Packet(features, tensors.get(IMAGE), tensors[LABEL], metrics, request)
 
 
