@@ -48,7 +48,7 @@ CXX_FLAGS = [
     # overflow from UBSan.
     "-ffp-contract=fast", "-fno-math-errno", "-fno-wrapv",
     f"-ffile-prefix-map={ROOT}{os.sep}=",  # no folder of the build machine in the objects
-]  # fmt: skip
+]
 OPTIMIZE = ["-O3", "-g0", "-DNDEBUG"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 DEBUG = ["-O1", "-g", "-UNDEBUG", *SANITIZERS]
@@ -97,7 +97,7 @@ def cuda_extension(home: str) -> setuptools.Extension:
             *LINK_FLAGS, "-Wl,-z,defs", "-Wl,--exclude-libs,ALL",
             *(f"-L{folder}" for folder in toolkit_folders(home, "lib")),
             "-ltorch_cuda", "-ltorch_cpu", "-lcudart_static", "-lrt", "-lpthread", "-ldl",
-        ],  # fmt: skip
+        ],
         language="c++",
         py_limited_api=True,
     )

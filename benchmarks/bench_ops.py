@@ -8,7 +8,7 @@ from benchmarks.device import provenance
 LARGER = {
     "reconstruction_loss": shapes.DECODER_LARGER, "supcon_loss": shapes.SUPCON_LARGER,
     "linear_cross_entropy": shapes.LINEAR_LARGER, "upsample_cross_entropy": shapes.DENSE_LARGER,
-}  # fmt: skip
+}
 SHAPES = {op: over for op, (over, _) in report.CLAIMS.items()} | {"norm_relu_pool": shapes.POOL}
 CASES = [
     pytest.param(op, shape, method, id=f"{op}-{workloads.label(shape)}-{method}", marks=marks)

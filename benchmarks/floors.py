@@ -345,7 +345,7 @@ def table() -> str:
                 times = [
                     f"{1e6 * found.seconds(device, precision):.1f} {found.bound(device, precision)[0]}"
                     for key, device in DEVICES.items() if key != "H200" for precision in ("float32", "tf32")
-                ]  # fmt: skip
+                ]
                 cells = (op, label(shape), direction, *_counts(found), *times)
                 lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -219,7 +219,7 @@ PLOTS = {
     "reconstruction_loss": (shapes.DECODER_PLOT, "N", MAPS), "supcon_loss": (shapes.SUPCON_PLOT, "N", PAIRS),
     "linear_cross_entropy": (shapes.LINEAR_PLOT, "C", LOGITS),
     "upsample_cross_entropy": (shapes.DENSE_PLOT, "C", MAPS),
-}  # fmt: skip
+}
 
 
 def over_size(op: str, limit: int, rounds: int) -> list[Row]:
@@ -272,7 +272,7 @@ CLAIMS = {
     "linear_cross_entropy": (shapes.LINEAR, linear_bars), "chain_decoder": (shapes.CHAIN, chain_bars),
     "upsample_conv3x3": (shapes.UPSAMPLE_CONV, upsample_conv_bars),
     "conv_norm_relu_pool": (shapes.HEAD, head_bars), "upsample_cross_entropy": (shapes.DENSE, dense_bars),
-}  # fmt: skip
+}
 
 
 def arguments() -> argparse.Namespace:

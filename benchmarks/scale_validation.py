@@ -231,7 +231,7 @@ def train(
         "--cuts", *(str(number) for cut in net.cuts for number in cut), "--batch-size", str(batch_size),
         "--iterations", str(steps), "--hold-out", "64", "--log-every", str(steps // 8), "--threads", "1",
         "--warmup", "0", "--out", str(out), *words,
-    ]  # fmt: skip
+    ]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}\n{done.stderr}")

@@ -21,7 +21,7 @@ LABELS = {
     "released": "released formulation, eager",
     "released channels_last": "released formulation, channels_last",
     "reference": "here, the losses in plain PyTorch", "ours": "here",
-}  # fmt: skip
+}
 COLORS = {"released": "C7", "released channels_last": "C1", "reference": "C0", "ours": "C2"}
 
 
@@ -71,7 +71,7 @@ def markdown(rows: Sequence[Row]) -> str:
         grid(time),
         "Peak: MiB by which a process' resident set rises in a step.",
         grid(lambda row: f"{row.peak_bytes / 2**20:.0f}"),
-    ]  # fmt: skip
+    ]
     return "\n\n".join(parts) + "\n"
 
 

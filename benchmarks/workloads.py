@@ -134,7 +134,7 @@ def compile_methods(function: typing.Callable) -> dict[str, typing.Callable[[], 
 
 MAP_METHODS = (
     "eager", "channels_last", "compile", "compile channels_last", "compile budget 0", "checkpoint", OURS,
-)  # fmt: skip
+)
 DECODER_METHODS = (*MAP_METHODS[:-2], "compile reordered", *MAP_METHODS[-2:])
 
 

@@ -47,7 +47,7 @@ class Info:
 COMMANDS: dict[str, type] = {
     "train": Train, "eval": Eval, "plan": MakePlan, "memory": CompareMemory, "recipes": Recipes,
     "scale": Scale, "analyze": Analyze, "reproduce": Reproduce, "info": Info,
-}  # fmt: skip
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

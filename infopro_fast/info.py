@@ -170,4 +170,4 @@ def provenance() -> dict:
         "cpu": facts["cpu"]["model"], "cpus": os.cpu_count(), "isa": facts["cpu"]["isa"],
         "gpu": facts["cuda"]["device"],
         **{name: versions[name] for name in ("torch", "infopro_fast", "commit")},
-    }  # fmt: skip
+    }

@@ -21,7 +21,7 @@ PUBLISHED_LAMBDAS: dict[tuple[str, int | str, bool], dict[int, Lambdas]] = {
     ("resnet110", "svhn", False): {
         2: (1.0, 0.1, 0.0, 0.0), 4: (5.0, 0.0, 0.5, 1.0), 8: (5.0, 0.0, 0.5, 2.0), 16: (5.0, 0.2, 0.5, 1.0),
     },
-}  # fmt: skip
+}
 
 # Weights of the ImageNet and Cityscapes runs, which have one local module and the softmax loss.
 PUBLISHED_SOFTMAX: dict[str, Lambdas] = {

@@ -240,7 +240,7 @@ def chain(
     N=3, C=5, h=4, w=3, stages=((None, 1, 7), (ODD, 3, 4)), last=None, size=None, *, bias=True, training=True,
     norm=None, magnified=None,
     **options,
-) -> Case:  # fmt: skip
+) -> Case:
     """Return a case of `reconstruction_loss` with a chain decoder. size: (H, W) without an Upsample."""
     last = doubled() if last is None and size is None else last
     decoder = make_chain(C, stages, last, bias=bias, **(norm or {})).train(training)
@@ -333,7 +333,7 @@ def _reconstruction(decoder: nn.Sequential, shape, size, magnified: float | None
     return Case(
         "reconstruction_loss", tensors | names, ("features", *names), function, plain, zero,
         magnified=magnified,
-    )  # fmt: skip
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -360,7 +360,7 @@ def up_conv(N=3, C=5, h=4, w=3, H=9, W=7, K=6, *, bias=True, mode="bilinear", al
         lambda impl: lambda t: ops.upsample_conv3x3(
             t["x"], t["weight"], t.get("bias"), (H, W), impl=impl, **options
         ), plain, rounded=True,
-    )  # fmt: skip
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -402,7 +402,7 @@ def supcon(
         lambda impl: lambda t: ops.supcon_loss(t["features"], t["labels"], impl=impl, **options),
         lambda t: plain_supcon(t["features"], t["labels"], **options),
         condition=max(1.0, largest / temperature),
-    )  # fmt: skip
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -462,7 +462,7 @@ def upsample_ce(
     N=2, C=5, h=3, w=4, H=10, W=19, *, align_corners=False, class_weight=True, ignored=0.2, ignore_index=-100,
     label_smoothing=0.1,
     reduction="none", size=1.0,
-) -> Case:  # fmt: skip
+) -> Case:
     """Return a case of `upsample_cross_entropy`.
 
     ignored: the share of pixels, all if 1. size: magnitude of the logits.
@@ -537,7 +537,7 @@ def norm_pool(N=3, C=5, h=4, w=3, *, training=True, **norm) -> Case:
         "norm_relu_pool", tensors, tuple(tensors),
         lambda impl: bind(lambda x, bn: ops.norm_relu_pool(x, bn, impl=impl)),
         bind(lambda x, bn: F.relu(bn(x)).mean((2, 3))), rounded=True,
-    )  # fmt: skip
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -571,5 +571,5 @@ SMALL = {
     "reconstruction_loss": reconstruction, "supcon_loss": supcon, "linear_cross_entropy": linear_ce,
     "norm_relu_pool": norm_pool,
     "upsample_cross_entropy": upsample_ce, "upsample_conv3x3": up_conv,
-}  # fmt: skip
+}
 FORMS = SMALL | {"reconstruction_loss, chain": chain}  # forms with kernels of their own, too

@@ -47,7 +47,7 @@ class Group:
         variables = {
             "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
             "TORCHELASTIC_USE_AGENT_STORE": keeper,
-        }  # fmt: skip
+        }
         self.pids = [fork(lambda rank=rank: self._child(rank, variables, work)) for rank in range(size)]
 
     def _child(self, rank: int, variables: dict, work: Callable[[int], object]) -> None:

@@ -81,11 +81,11 @@ def _terminate(_) -> None:
 FAULTS = {
     "killed": kill, "stopped": _stop, "stands_still": _stand_still, "out_of_memory": _exhaust_memory,
     "not_finite": _explode, "disk_full": _fill_disk, "terminated": _terminate,
-}  # fmt: skip
+}
 MODES = {
     "data": ("--parallel", "data"), "pipeline": ("--parallel", "pipeline"), "three": ("--parallel",
     "pipeline"), "mixed": ("--parallel", "pipeline", "--pipeline-modules", "1", "2"),
-}  # fmt: skip
+}
 SIZES = {"three": 3, "mixed": 4}  # processes, where there are more than two
 AGAIN = {
     "pipeline-killed-1": 3,
@@ -116,7 +116,7 @@ def _fail_and_continue(folder: Path, cases: list[tuple[str, str, int]]) -> dict:
         found["-".join(map(str, case))] = {
             "codes": ended, "errors": group.errors(), "run": str(run),
             "checkpoints": [path.name for path in checkpoint.list_checkpoints(run / "checkpoints")],
-        }  # fmt: skip
+        }
     for name, one in found.items():
         one["again"] = continue_run(
             folder / name / "again", one["run"], AGAIN.get(name, SIZES.get(name.partition("-")[0], 2))
@@ -158,7 +158,7 @@ def kills(folder: Path) -> dict:
 FULL = {  # run, processes, who writes
     "alone": ((), 0, 0), "data": (MODES["data"], 2, 0), "pipeline": (MODES["pipeline"], 2, 1),
     "cache": (("--order", "sequential"), 0, 0),
-}  # fmt: skip
+}
 ROOM = 300_000  # bytes that are left on it: less than a checkpoint or a file of the cache has
 
 
@@ -173,7 +173,7 @@ def full_disk(folder: Path) -> dict:
     found = {
         "data-undisturbed": tiny(folder, 2, "data-undisturbed", *MODES["data"]), "undisturbed": tiny(folder,
         0, "undisturbed"), "cache-undisturbed": tiny(folder, 0, "cache-undisturbed", *FULL["cache"][0]),
-    }  # fmt: skip
+    }
     for mode, (words, size, writer) in FULL.items():
         disk = folder / f"disk-{mode}"
         disk.mkdir()
@@ -297,7 +297,7 @@ def _image_files(root: Path) -> tuple[str, ...]:
         "--dataset", "imagenet", "--data-root", str(root), "--arch", "resnet18", "--crop", "32", "32",
         "--modules", "2", "--lambdas", "1", "0", "1", "1", "--epochs", "1", "--batch-size", "6", "--lr",
         "0.05", "--log-every", "1", "--threads", "1", "--workers", "1",
-    )  # fmt: skip
+    )
 
 
 def _slow() -> None:

@@ -21,7 +21,7 @@ from tests.process_driver import Group, command
 TINY = [
     "train", "--arch", "resnet20", "--modules", "3", "--lambdas", "1", "0", "1", "1", "--epochs", "3",
     "--warmup", "1", "--batch-size", "16", "--lr", "0.05", "--log-every", "3", "--threads", "1",
-]  # fmt: skip
+]
 
 GLOBAL = [
     "--sync-batch-norm",
@@ -401,7 +401,7 @@ def others(folder: Path) -> dict:
         "pipeline", "--in-flight", "3"), "data": tiny(folder, 2, "data", *wide, "--parallel", "data",
         *SHARED), "parts": tiny(folder, 2, "parts", "--parallel", "data"), "in_turn": tiny(folder, 0,
         "in_turn", "--order", "sequential", "--epochs", "1", "--warmup", "0"),
-    }  # fmt: skip
+    }
     for kind, cases in (("others", OTHERS), ("refused", REFUSED)):
         for name, (source, size, words) in cases.items():
             run = folder / kind / name

@@ -492,7 +492,7 @@ def wrong(name, runs, folder):
         "segmentation": dict(
             dataset="shapes_seg", arch="fcn_resnet20", local_loss="softmax", modules=2, shrink=1
         ),
-    }  # fmt: skip
+    }
     return (
         [greedy, greedy] if name == "twice" else [greedy, changed(greedy, folder / "other", **others[name])]
     )

@@ -201,7 +201,7 @@ def test_wheel(project):
     wheel, unpacked = build_wheel(project, INFOPRO_NO_CUDA="1")
 
     names = {name for name in wheel.namelist() if ".dist-info/" not in name}
-    files = glob.glob(os.path.join(ROOT, "infopro_fast", "**", "*.py*"), recursive=True)
+    files = glob.glob(os.path.join(ROOT, "infopro_fast", "**", "*py*"), recursive=True)
     sources = {os.path.relpath(p, ROOT) for p in files if p.endswith((".py", ".pyi", "py.typed"))}
     assert {"infopro_fast/py.typed", "infopro_fast/__init__.pyi"} <= sources
     embedded = os.path.join(ROOT, "infopro_fast", "data", "embedded", "*")

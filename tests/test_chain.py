@@ -145,7 +145,7 @@ def test_positions_and_names():
     )
     assert [(unit.position, unit.label) for unit in found] == [
         ((0, 0), "0"), ((1, 0), "1.0"), ((1, 1), "1.1"), ((2, 0), "2"), ((2, 1), "3"),
-    ]  # fmt: skip
+    ]
 
 
 def test_a_residual_sum_is_not_cut():

@@ -118,7 +118,7 @@ FORMS = {
     "SyncBatchNorm, eval": dict(norm=dict(norm=nn.SyncBatchNorm), training=False),
     "mse": dict(loss="mse"),
     "l1, restored": dict(loss="l1", image_mean=MEAN, image_std=STD),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32))
@@ -197,7 +197,7 @@ def test_a_layer_in_two_places(impl):
         nn.Conv2d(5, 6, 1), nn.BatchNorm2d(6), relu, up,
         nn.Conv2d(6, 4, 3, padding="same"), nn.BatchNorm2d(4), relu, up,
         nn.Conv2d(4, 3, 3, padding=1), nn.Sigmoid(),
-    ).double()  # fmt: skip
+    ).double()
     features, image = (
         torch.randn(2, 5, 3, 4, dtype=torch.float64), torch.rand(2, 3, 12, 16, dtype=torch.float64)
     )
@@ -298,7 +298,7 @@ def assert_synced(sizes: tuple[int, ...], impl: str, dtype: torch.dtype, folder)
         compare.assert_close(
             total, p.grad, scale=max(p.grad.abs().max().item(), decoder[0].weight.grad.abs().max().item()),
             what=name,
-        )  # fmt: skip
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -310,7 +310,7 @@ def layers(**swap) -> nn.Sequential:
     plain = [
         nn.Conv2d(5, 7, 1), nn.BatchNorm2d(7), nn.ReLU(), doubled(), nn.Conv2d(7, 3, 3, padding=1),
         nn.Sigmoid(),
-    ]  # fmt: skip
+    ]
     return nn.Sequential(*(swap.get(f"at{i}", layer) for i, layer in enumerate(plain)))
 
 
@@ -346,7 +346,7 @@ MESSAGES = [
     (dict(features=features[:1, :, :1, :1], image=image[:1, :, :2, :2]),
      "image: expected more than 1 value per channel when training, got (1, 7, 1, 1) in front of "
      "BatchNorm2d(7"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("wrong, words", MESSAGES, ids=[words[:50] for _, words in MESSAGES])

@@ -17,7 +17,7 @@ from tests.op_cases import FORMS, SMALL, Case, Tensors, gradients, upstream
 MAPS = (
     "reconstruction_loss", "reconstruction_loss, chain", "norm_relu_pool", "upsample_cross_entropy",
     "upsample_conv3x3",
-)  # fmt: skip
+)
 OTHERS = [(op, layout) for op in FORMS for layout in op_cases.LAYOUTS if layout != "channels_last"]
 CHANNELS_LAST = [(op, "channels_last") for op in MAPS]
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -565,7 +565,7 @@ def test_a_batch_norm_with_a_weight_alone(impl):
         "decoder": (op_cases.make_decoder(4, 6), 1),
         "chain": (op_cases.make_chain(4, ((None, 1, 6),), torch.nn.Upsample((5, 5))), 1),
         "pool": (torch.nn.BatchNorm2d(4).double(), None),
-    }  # fmt: skip
+    }
     for name, (layers, place) in calls.items():
         norm, found = layers if place is None else layers[place], []
         for bias in (torch.nn.Parameter(torch.zeros_like(norm.weight)), None):

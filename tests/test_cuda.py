@@ -191,7 +191,7 @@ def test_compiled_equals_eager(case, kernel):
         compare.assert_close(
             t, expected[name].double(), what=name,
             scale=expected[case.zero.get(name, name)].abs().max().item(),
-        )  # fmt: skip
+        )
 
 
 def test_compiled_layer(kernel):
@@ -333,7 +333,7 @@ def batches(count: int, N: int = 16):
         (torch.randn(N, 3, 32, 32, generator=generator).cuda(),
          torch.randint(10, (N,), generator=generator).cuda())
         for _ in range(count)
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.parametrize("amp", (None, torch.bfloat16))

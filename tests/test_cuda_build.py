@@ -34,7 +34,7 @@ THREADS = {
     "chain_prepare": 256, "chain_loss": 256, "chain_gradient": 256, "chain_reduce_loss": 512,
     "chain_reduce": 512, "chain_stage": 256, "chain_stage_gradient": 256, "chain_outer": 256,
     "chain_statistics": 256,
-}  # fmt: skip
+}
 VARIANTS = ("decoder_statistics", "decoder_loss", "decoder_backward")  # of two each
 # two blocks to a multiprocessor
 SWEEPS = (*VARIANTS, "chain_loss", "chain_gradient", "chain_stage", "chain_stage_gradient")

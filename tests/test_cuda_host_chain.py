@@ -248,7 +248,7 @@ ORDERED = {
     "stages": chain(
         N=2, C=13, h=6, w=5, stages=((doubled(), 3, 5), (doubled(), 3, 4)), last=scaled(1.0, 1.0),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", ORDERED)
@@ -312,7 +312,7 @@ REFUSED = {
         r"an earlier stage has Triton kernels alone \(a 1x1 convolution is left to cuBLAS\): "
         r"an Upsample by \(1.7, 2.4\) makes maps .*",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -462,7 +462,7 @@ def test_a_decoder_of_plain_layers(library, on_host):
         nn.Conv2d(5, 6, 1), nn.BatchNorm2d(6), nn.ReLU(), doubled(),
         nn.Conv2d(6, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), doubled(),
         nn.Conv2d(4, 3, 3, padding=1), nn.Sigmoid(),
-    )  # fmt: skip
+    )
     other = copy.deepcopy(decoder).double()
     features, image = torch.randn(2, 5, 3, 4), torch.rand(2, 3, 12, 16)
     loss = reconstruction_loss(features, image, decoder, impl="cuda")

@@ -65,7 +65,7 @@ def test_triton_is_imported_when_a_kernel_runs():
     ran = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", textwrap.dedent(script)], capture_output=True, text=True,
         cwd=ROOT,
-    )  # fmt: skip
+    )
     assert ran.returncode == 0, ran.stderr
 
 
@@ -129,7 +129,7 @@ def test_auto_on_cuda_takes_triton_for_more_hidden_channels_than_shared_memory_h
             layers = (
                 nn.Conv2d(2, K, 3, padding=1), nn.BatchNorm2d(K), nn.ReLU(), nn.Conv2d(K, 3, 3, padding=1),
                 nn.Sigmoid(),
-            )  # fmt: skip
+            )
         with _Calls() as calls:
             features, image = torch.empty(2, 2, 8, 8, device="cuda"), torch.empty(2, 3, H, H, device="cuda")
             ops.reconstruction_loss(features, image, nn.Sequential(*layers), impl=impl)

@@ -135,7 +135,7 @@ def test_reductions_go_on_while_the_next_module_computes(reductions):
         assert found["events"] == [
             "forward 1", "reduce 1", "forward 2", "reduce 2", "wait 1", "forward 3", "reduce 3", "wait 2",
             "wait 3",
-        ]  # fmt: skip
+        ]
         assert found["in_time"] == [True] * 3
         assert same(*found["nets"])
 

@@ -94,7 +94,7 @@ def test_every_section_of_results_has_its_command():
         "infopro-fast reproduce table2 --seeds 0", "infopro-fast train --recipe table4/resnet7",
         "python -m benchmarks.report --plot-all", "python -m benchmarks.floors write",
     ],
-)  # fmt: skip
+)
 def test_wrong_commands_do_not(command):
     with pytest.raises((SystemExit, ValueError)):
         check(command)

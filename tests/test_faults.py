@@ -47,7 +47,7 @@ CASES = [
     "pipeline-stopped-1", "data-stands_still-0", "pipeline-stands_still-0", "data-out_of_memory-1",
     "pipeline-out_of_memory-0", "data-not_finite-0", "pipeline-not_finite-1", "data-disk_full-0",
     "pipeline-disk_full-1",
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +207,7 @@ def test_torchrun_restarts(faults, tmp_path, mode):
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
         "--max-restarts", "1", "-m", "tests.restarted", str(tmp_path / "run"), mode, str(rank),
-    ]  # fmt: skip
+    ]
     done = subprocess.run(
         command,
         cwd=ROOT,

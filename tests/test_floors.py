@@ -64,7 +64,7 @@ def test_chain_decoder_is_what_torch_counts():
     calls = [
         (torch.randn(2, C, side, side, requires_grad=True), torch.randn(K, C, 1, 1, requires_grad=True))
         for C, K, side in layers
-    ]  # fmt: skip
+    ]
     forward = [_macs(lambda x=x, w=w: F.conv2d(x, w)) for x, w in calls]
     whole = [_macs(lambda x=x, w=w: F.conv2d(x, w).sum().backward()) for x, w in calls]
     assert floors.chain_forward(s).macs == sum(forward)

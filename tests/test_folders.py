@@ -107,7 +107,7 @@ def test_imagenet_crops(imagenet_root):
         imagenet_root / "val",
         transforms.Compose([transforms.Resize(37), transforms.CenterCrop(32), transforms.ToTensor(),
                             transforms.Normalize(imagenet.MEAN, imagenet.STD)]),
-    )  # fmt: skip
+    )
     found = list(images.test_batches(4))
     torch.testing.assert_close(
         torch.cat([image for image, _ in found]), torch.stack([image for image, _ in theirs])
@@ -194,7 +194,7 @@ def test_distortion_is_drawn_in_its_ranges():
     "name, amount",
     [("brightness", -31.5), ("brightness", 30.2), ("contrast", 0.6), ("contrast", 1.5), ("saturation", 0.5),
      ("saturation", 1.5), ("hue", -0.1), ("hue", 0.04)],
-)  # fmt: skip
+)
 def test_distortion_by_the_pixel(name, amount):
     """Equals Python's colorsys, within the unit and a half that fractions may take."""
     import colorsys
@@ -274,7 +274,7 @@ RUNS = {
         arch="fcn_resnet20", lambdas=(1, 1, 1, 1), crop=(32, 64), batch_size=2, iterations=5, lr=0.01,
         log_every=2, threads=1
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", RUNS)

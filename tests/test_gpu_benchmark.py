@@ -59,7 +59,7 @@ def test_the_first_parts_measure_all_that_the_claims_need():
     ("resnet32", 1, 1024, "compile"), ("resnet32", 1, 1024, train_step.GRAPH),
     ("resnet32", 1, 1024, "released channels_last"), ("resnet32", 1, 1024, "ours"),
     ("resnet32", 16, 128, "released channels_last"), ("resnet32", 16, 128, train_step.GRAPH),
-])  # fmt: skip
+])
 def test_no_claim_of_a_step_holds_against_what_is_missing(arch, K, N, method):
     label = claims.step_label(arch, K, N)
     rest = [r for r in rows_of_the_claims() if (r.shape, r.method) != (label, method)]
@@ -95,7 +95,7 @@ def test_the_step_is_compared_with_the_best_end_to_end_and_graph_with_graph():
         (sixteen, "ours"): 9.0, (sixteen, train_step.GRAPH): 6.0, (one, train_step.GRAPH): 5.0,
         (one, "ours"): 8.0, (one, "compile"): 4.0, (one, "released"): 9.0,
         (one, "released channels_last"): 9.0,
-    }  # fmt: skip
+    }
     rows = set_seconds(rows_of_the_claims(), seconds)
     graphs, best = claims.claims(rows)[5:7]
     assert graphs.value == 6.0 / 5.0 and graphs.holds() is True
@@ -160,7 +160,7 @@ def test_a_step_that_checkpoints_trains_as_it_would_without(method, cpu, threads
 @pytest.mark.parametrize("method, K, count, mode", (
     ("compile", 1, 1, None), ("released compile", 4, 4 + 3 + 3, None),
     ("released compile max-autotune", 4, 10, "max-autotune"),
-))  # fmt: skip
+))
 def test_compiled_steps_are_compiled_for_their_batch_size(method, K, count, mode, cpu, threads, monkeypatch):
     """Stages, and the authors' decoders and heads; dynamic shapes would change the program."""
     threads(1)

@@ -98,7 +98,7 @@ def test_the_tested_versions_are_told():
         ("2.16.0", True), ("2.16.0.dev20261130+cpu", True), ("2.100.0", True), ("3.0.0", True),
         ("2.9.1", False),
     ],
-)  # fmt: skip
+)
 def test_an_untested_newer_torch_is_named_and_not_refused(monkeypatch, version, newer):
     monkeypatch.setattr(torch, "__version__", version)
     (line,) = [line for line in info.report().splitlines() if line.startswith("torch ")]

@@ -65,7 +65,7 @@ def test_imagenet_networks_as_released(arch, ends):
         "head.6.weight": (512, 256, 3, 3), "head.7.weight": (512,),
         "head.9.weight": (2048, 512, 1, 1), "head.10.weight": (2048,),
         "head.14.weight": (1000, 2048),
-    }  # fmt: skip
+    }
     assert "decoder.decoder.0.bias" in own and "head.0.bias" not in own and "head.14.bias" in own
     loss = net.local_losses[0]
     assert (loss.reconstruction_weight, loss.task_weight) == (5, 1 if arch == "resnet152" else 0.75)
@@ -84,7 +84,7 @@ def test_the_step_of_a_large_network_takes_shapes_alone():
         )
         assert list(metrics) == [
             *(f"module{k}/{term}" for k in (1, 2, 3) for term in TERMS), "loss", "correct",
-        ]  # fmt: skip
+        ]
         names = set(shapes(net))
         assert any(name.startswith("decoder_") for name in names) and not any(
             name.startswith("decoder.") for name in names
@@ -307,7 +307,7 @@ def test_deeplab_as_released():
         "auxiliary_head.conv_seg.weight": (19, 256, 1, 1), "decoder_inter.0.weight": (128, 1024, 1, 1),
         "decoder_inter.12.bias": (3,),
         "head_inter.0.weight": (512, 1024, 3, 3), "head_inter.4.weight": (19, 512, 1, 1),
-    }.items():  # fmt: skip
+    }.items():
         assert own[name] == shape, name
     assert len(own) == len(net.state_dict())
     third, fourth = (

@@ -27,7 +27,7 @@ def test_options(label_smoothing, class_weight, bias, ignored, reduction, impl):
     options = dict(
         label_smoothing=label_smoothing, class_weight=class_weight, bias=bias, ignored=ignored,
         reduction=reduction,
-    )  # fmt: skip
+    )
     for dtype in FLOATS:
         check(linear_ce(N=23, D=11, C=13, **options), impl, dtype)
 
@@ -256,7 +256,7 @@ def any_case(draw):
         bias=draw(st.booleans()), class_weight=draw(st.booleans()), ignored=draw(st.integers(0, N - 1)),
         size=draw(st.floats(0.01, 20)), label_smoothing=draw(st.sampled_from((0.0, 0.1, 0.5))),
         reduction=draw(st.sampled_from(("mean", "sum", "none"))),
-    )  # fmt: skip
+    )
     case = linear_ce(N, D, C, **options)
     layouts = {k: draw(st.sampled_from(("contiguous", "transposed", "slice", "step"))) for k in case.tensors}
     return case, layouts, draw(st.sampled_from(FLOATS))

@@ -460,7 +460,7 @@ def test_places():
     assert seen == [
         Place(0, 3, 16, (16, 16), 3, (16, 16), (16, 16), 5, 2),
         Place(1, 3, 32, (8, 8), 16, (16, 16), (16, 16), 5, 4),
-    ]  # fmt: skip
+    ]
     with pytest.raises(
         ValueError, match="local_loss: expected the function to return a LocalLoss, got NoneType"
     ):

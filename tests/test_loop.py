@@ -164,7 +164,7 @@ def test_metrics_are_means_over_images(finished):
          lambda e: schedule.cosine(e, 9, 0.8, warmup_epochs=0, zero_last_epoch=False)),
         (dict(schedule="step", epochs=160), lambda e: schedule.step(e, 160, 0.8)),
     ],
-)  # fmt: skip
+)
 def test_released_learning_rates(settings, released):
     config = TrainConfig(lr=0.8, **settings).resolved()
     for epoch in range(config.epochs):
@@ -482,7 +482,7 @@ def test_live_table_shows_everything():
         "a title", "reconstruction", "contrast", "0.2500", "0.5000", "3.2500", "1.5000", "62.50 %",
         "75.12 %", "epoch 2/8", "30/63", "321 images/s", "peak 500 MiB", "1:02:05", "best test 76.00 %",
         "rate 0.1",
-    ):  # fmt: skip
+    ):
         assert expected in text, expected
     screen = display.LiveDisplay(console)
     with screen:
@@ -501,7 +501,7 @@ def test_plain_lines():
     for expected in (
         "epoch 2/8", "loss 1.5000", "train accuracy 62.50%", "test accuracy 75.12%",
         "m1/reconstruction 0.2500", "m2/contrast 3.2500", "321 images/s", "peak 500 MiB", "left 1:02:05",
-    ):  # fmt: skip
+    ):
         assert expected in line, expected
     screen._last -= display.PLAIN_SECONDS + 1
     screen.update(status())

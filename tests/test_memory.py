@@ -208,7 +208,7 @@ PUBLISHED_SPLITS = [
     ("resnet110", 32, 4, False, 3.381), ("resnet110", 32, 8, False, 2.056),
     ("resnet110", 32, 16, False, 1.056), ("resnet110", 32, 2, True, 4.249),
     ("resnet110", 32, 3, True, 3.060), ("resnet110", 32, 4, True, 2.308), ("resnet110", 96, 4, True, 20.7),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("arch, image_size, modules, balanced, expected", PUBLISHED_SPLITS)
@@ -282,4 +282,4 @@ def test_a_failing_process_is_told():
             "infopro_fast.memory.compare:_bytes_here", way=dict(modules=1), arch="nonsense", batch_size=1,
             image_size=32,
             device="cpu", threads=1,
-        )  # fmt: skip
+        )

@@ -22,7 +22,7 @@ TRAIN_STEPS = golden.cases("train_step")
     "arch, blocks, parameters",
     [("resnet20", 10, 272474), ("resnet32", 16, 466906), ("resnet44", 22, 661338), ("resnet56", 28, 855770),
      ("resnet110", 55, 1730714)],
-)  # fmt: skip
+)
 def test_depths(arch, blocks, parameters):
     # The parameter counts of He et al. 2016 (0.27 M, 0.46 M, 0.66 M, 0.85 M, 1.7 M), with the two conv1x1
     # shortcuts.

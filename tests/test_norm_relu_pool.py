@@ -20,7 +20,7 @@ from tests.op_cases import norm_pool
 SHAPES = [
     (128, 32, 16, 16), (2, 1, 1, 1), (1, 7, 1, 2), (3, 17, 5, 3), (2, 64, 8, 8), (5, 100, 1, 1),
     (2, 3, 7, 31),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32))
@@ -44,7 +44,7 @@ def test_every_instruction_set(isa, layout):
     "options", [{"training": False}, {"affine": False}, {"track_running_stats": False},
     {"training": False, "track_running_stats": False},
                 {"momentum": None}, {"eps": 0.3}], ids=str
-)  # fmt: skip
+)
 def test_layer_options(impl, options):
     op_cases.check(norm_pool(4, 6, 3, 5, **options), impl, torch.float64)
 
@@ -196,7 +196,7 @@ CONVOLUTIONS = [  # N, C, K, h, w, stride
     (128, 16, 32, 32, 32, 2), (16, 64, 64, 8, 8, 1), (3, 5, 7, 9, 11, 2), (2, 17, 35, 8, 6, 1),
     (5, 3, 4, 1, 1, 2), (3, 20, 13, 7, 5, 1),
     (3, 3, 4, 2, 3, 2), (7, 1, 1, 33, 31, 2), (8, 6, 9, 1, 9, 1),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32))
@@ -219,7 +219,7 @@ shapes = st.tuples(
 @given(
     size=shapes, stride=st.sampled_from((1, 2)), training=st.booleans(),
     layout=st.sampled_from(op_cases.LAYOUTS),
-)  # fmt: skip
+)
 def test_convolution_of_any_shape_and_layout(size, stride, training, layout):
     N, C, K, h, w = size
     if N * -(-h // stride) * -(-w // stride) <= 2:
@@ -328,7 +328,7 @@ def test_convolution_compiles(fused, stride):
     for a, b in zip(
         pooled_and_gradients(compiled, x, conv, bn), pooled_and_gradients(ours(fused), x, conv, bn),
         strict=True,
-    ):  # fmt: skip
+    ):
         compare.assert_close(a, b, what="compiled")
 
 
@@ -414,13 +414,13 @@ def test_other_convolutions_are_the_layers_own(cpu, impl):
         nn.Conv2d(4, 20, 3, padding=1), nn.Conv2d(4, 20, 1, bias=False),
         nn.Conv2d(4, 20, 3, 2, 1, groups=2, bias=False), nn.Conv2d(4, 5, 3, padding=1, bias=False),
         nn.Conv2d(4, 20, 3, padding=1, padding_mode="reflect", bias=False),
-    ):  # fmt: skip
+    ):
         bn = nn.BatchNorm2d(conv.out_channels)
         assert not MODULE.fuses(x, conv)
         compare.assert_same(
             ops.norm_relu_pool(x, bn, conv=conv, impl=impl), ops.norm_relu_pool(conv(x), bn, impl=impl),
             str(conv),
-        )  # fmt: skip
+        )
     conv, bn = nn.Conv2d(4, 20, 3, padding=1, bias=False), nn.BatchNorm2d(20)
     assert MODULE.fuses(x, conv) and not MODULE.fuses(x.bfloat16(), conv.bfloat16())
     conv.float()
@@ -429,7 +429,7 @@ def test_other_convolutions_are_the_layers_own(cpu, impl):
         compare.assert_same(
             ops.norm_relu_pool(x, bn, conv=conv, impl=impl), ops.norm_relu_pool(conv(x), bn, impl=impl),
             "autocast",
-        )  # fmt: skip
+        )
 
 
 def test_convolution_messages():

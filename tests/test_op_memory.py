@@ -41,7 +41,7 @@ def test_reconstruction_loss_keeps_numbers_per_channel(training, dtype, cpu):
     for options in (
         {}, dict(loss="l1", interpolate_mode="nearest"),
         dict(image_mean=(0.4, 0.5, 0.6), image_std=(0.2, 0.3, 0.2)),
-    ):  # fmt: skip
+    ):
         found = memory.saved_bytes(
             lambda options=options: ops.reconstruction_loss(features, image, decoder, impl=cpu, **options),
             beside,

@@ -148,7 +148,7 @@ def test_saved_at_the_peak(recompute, bars):
         ("resnet50", 2, "none", "released"),
         ("deeplabv3_resnet101", 2, "none", "ours"), ("deeplabv3_resnet101", 1, "none", "released"),
     ],
-)  # fmt: skip
+)
 def test_sums_of_blocks_are_the_step(arch, modules, recompute, losses):
     """Every module takes what a step of the planned network is measured to take."""
     N = 64 if arch in backbones.BLOCKS else 2
@@ -405,7 +405,7 @@ def test_table_of_a_comparison():
         "E2E", "E2E + norms rebuilt", "E2E checkpoint/block", "E2E checkpoint/sqrt",
         "E2E compiled, budget 0.5",
         "released K=4", "ours K=4", "ours K=4 + norms rebuilt", "ours K=4 + recompute",
-    ]  # fmt: skip
+    ]
 
 
 def test_every_block_has_a_place():

@@ -301,7 +301,7 @@ def test_a_graph_is_captured_on_the_device_of_its_batch(monkeypatch):
         "device": on, "stream": lambda stream: on(stream.device), "Stream": make_stream,
         "current_stream": make_stream, "graph": capture,
         "CUDAGraph": lambda: SimpleNamespace(replay=lambda: None),
-    }  # fmt: skip
+    }
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
 

@@ -84,7 +84,7 @@ def test_there_is_every_row():
         ("table5/deeplabv3/512x1024/bs12", {"lambdas": (1, 0.1, 0, 0), "batch_size": 12, "lr": 0.015},
          {"miou": 79.99, "miou_multi_scale": 81.09, "miou_multi_scale_flip": 81.20, "memory_gb": 16.62}),
     ],
-)  # fmt: skip
+)
 def test_published_rows(name, settings, expected):
     config = recipes.config(name, data_root="data").resolved()
     assert {key: getattr(config, key) for key in settings} == settings
@@ -199,7 +199,7 @@ def test_epochs_in_the_place_of_a_rows_steps(capsys):
                       f"--recipe {warm} --epochs 4", f"--recipe {warm} --epochs 4 --warmup 2",
                       f"--recipe {warm} --iterations 100",
                       f"--recipe {steps} --epochs 108")
-    )  # fmt: skip
+    )
     assert (as_many.epochs, as_many.iterations) == (108, None)  # the number of the data set's recipe, given
     assert (one.epochs, one.iterations) == (1, None) and again == one
     assert recipes.config(steps, data_root="d", epochs=1).resolved() == one
@@ -382,7 +382,7 @@ def test_segmentation_in_steps_with_everything(few_scenes, tmp_path, capsys):
         dataset="shapes_seg", iterations=5, batch_size=4, lr=0.05, schedule="poly", ema=0.5, accumulate=2,
         label_smoothing=0.1, threads=1,
         log_every=1,
-    )  # fmt: skip
+    )
     run = fit(TrainConfig(out=tmp_path / "a", **settings))
     steps = run_folder.read_metrics(run, "step")
     assert [(s["epoch"], s["batch"]) for s in steps] == [(1, 1), (1, 2), (1, 3), (1, 4), (2, 1)]
@@ -490,7 +490,7 @@ def test_ema_is_what_is_tested_and_written(few_scenes, tmp_path):
                 dataset="shapes_seg", iterations=steps, batch_size=4, lr=0.05, schedule="step", ema=decay,
                 threads=1,
                 out=tmp_path / f"{steps}{decay}",
-            )  # fmt: skip
+            )
             runs[steps, decay] = run_folder.read_weights(fit(config))
     first, second, mean = runs[1, None], runs[2, None], runs[2, 0.75]
     assert all(torch.equal(tensor, runs[1, 0.75][name]) for name, tensor in first.items())

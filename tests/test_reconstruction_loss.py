@@ -402,7 +402,7 @@ MESSAGES = [
      "BatchNorm2d(7"),
     (dict(impl="liger"), ValueError,
      "impl: expected one of ('auto', 'reference', 'cpu', 'triton', 'cuda'), got 'liger'"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("wrong, kind, words", MESSAGES, ids=[words[:40] for _, _, words in MESSAGES])
@@ -415,7 +415,7 @@ def test_a_named_impl_runs_or_raises(impl):
     decoder, features, image = (
         sequential().to("meta"), torch.zeros(2, 5, 4, 4, device="meta"),
         torch.zeros(2, 3, 8, 8, device="meta"),
-    )  # fmt: skip
+    )
     if impl == "cpu":
         with pytest.raises(
             ValueError, match="reconstruction_loss: impl='cpu' cannot run this call: features is on meta"

@@ -24,7 +24,7 @@ MODES = (
 SIZES = [
     *itertools.product(range(1, 8), range(1, 13)), (9, 1), (13, 64), (28, 224), (5, 37), (64, 13), (60, 61),
     (41, 299), (300, 7),
-]  # fmt: skip
+]
 CENTRE = torch.zeros(1, 1, 3, 3, dtype=torch.float64)  # a convolution that changes nothing
 CENTRE[..., 1, 1] = 1
 

@@ -153,7 +153,7 @@ def test_errors(capsys, monkeypatch):
         (["--threads", "0"], "threads: expected numbers of at least 1, got 0"),
         (["--modules", "0"], "modules: expected numbers of at least 1, got 0"),
         (["--modules", "11"], "modules: expected 1 to 10 for resnet20, got 11"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(SystemExit) as stop:
             cli.main(["scale", "--arch", "resnet20", *words])
         assert stop.value.code == 2 and message in capsys.readouterr().err

@@ -42,7 +42,7 @@ def test_each_module_is_trained_in_turn(runs):
     assert [r["test"] is None for r in records] == [True] * 6 + [False] * 3
     assert [sorted(r["train"]) for r in records[::3]] == [
         ["module1/reconstruction"], ["module2/contrast", "module2/reconstruction"], ["accuracy", "loss"],
-    ]  # fmt: skip
+    ]
     assert (run / run_folder.CURVE).is_file() and not (run / "cache").exists()
     assert (
         "the cache of 3 epochs takes up to 16.5 MiB in " in (run.parent / "never-output" / "out0").read_text()

@@ -164,6 +164,6 @@ def test_the_first_step_of_a_shape_is_given_longer_on_a_gpu(tmp_path):
         ("in evaluation", True), ("in module 1", False), ("in module 1", False),
         ("in evaluation", True), ("in module 1", False), ("in module 1", False),
         *[("in a step", False), ("in module 1", False), ("in module 1", False)] * 3,
-    ]  # fmt: skip
+    ]
     assert seen("cuda") == expected
     assert seen("cpu") == [(place, False) for place, _ in expected]

@@ -150,7 +150,7 @@ ORDER = ", other numbers: what can be compared is the order of the methods."
         ),
         (dict(dataset="stl10", scale="full"), f"on STL-10 after 160 epochs. Another schedule{ORDER}"),
     ],
-)  # fmt: skip
+)
 def test_what_the_text_says_of_the_papers_numbers(tmp_path, settings, text):
     root = {"data_root": tmp_path} if "dataset" in settings else {}
     whole = summary.markdown(
@@ -236,7 +236,7 @@ def test_stopped_study_goes_on(tmp_path):
     command = [
         sys.executable, "-m", "infopro_fast", "reproduce", "table2", "--scale", "tiny", "--arch", "resnet20",
         "--methods", "e2e", "--seeds", "1", "--epochs", "4", "--no-measure", "--out", str(tmp_path / "study"),
-    ]  # fmt: skip
+    ]
     folder = tmp_path / "study/runs/fashion_mnist-resnet20-tiny/e2e-k1-seed0"
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
@@ -263,7 +263,7 @@ def test_comparison():
         result("e2e", 1, (10, 11, 12), cost), result("greedy", 8, (20, 21, 22), cost),
         result("softmax", 8, (15, 16, 17), cost),
         result("contrast", 8, (14, 15, 16), cost),
-    ]  # fmt: skip
+    ]
     (row,) = results_module.compare(results)
     assert (
         row["which"] == "contrast"
@@ -298,7 +298,7 @@ def test_every_method_against_greedy():
         result("e2e", 1, (10, 11)), result("greedy", 8, (20, 21, 22)), result("dgl", 8, (22, 23, 24)),
         result("contrast", 8, (14, 15, 16)),
         result("contrast", 4, (1, 3)), result("greedy", 2, (7,)), result("softmax", 2, (5,)),
-    ]  # fmt: skip
+    ]
     found = {cell.name: difference for cell, difference in results_module.below_greedy(results).items()}
     assert set(found) == {"dgl-k8", "contrast-k8", "softmax-k2"}
     assert found["dgl-k8"] == pytest.approx((-2, math.sqrt(2 / 3))) and found["contrast-k8"] == pytest.approx(

@@ -251,7 +251,7 @@ def any_case(draw) -> tuple[Case, str, torch.dtype]:
     return (
         case, draw(st.sampled_from(("contiguous", "transposed", "slice", "step"))),
         draw(st.sampled_from(FLOATS)),
-    )  # fmt: skip
+    )
 
 
 @given(any_case())

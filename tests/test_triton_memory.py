@@ -60,14 +60,14 @@ def test_reconstruction_loss(N, C, h, monkeypatch):
         module, monkeypatch, lambda: module.forward(
             features, image, *parameters, None, None, [], 1e-5, 0, 0, True
         )
-    )  # fmt: skip
+    )
     assert forward == own["statistics"] + own["loss"] + 4 * (1 + 31 * K + 3)
     saved, grad = torch.empty(31 * K + 3, device="meta"), torch.empty((), device="meta")
     backward = allocated(
         module, monkeypatch, lambda: module.backward(
             grad, features, image, *parameters, saved, [], True, 1e-5, 0, 0, True, True
         )
-    )  # fmt: skip
+    )
     assert backward == own["backward"] + 4 * (features.numel() + w1.numel())
 
 

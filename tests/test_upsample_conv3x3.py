@@ -21,7 +21,7 @@ SIZES = {
     "mixed": dict(h=11, w=3, H=4, W=35), "one pixel": dict(h=1, w=1, H=5, W=3), "to one": dict(H=1, W=1),
     "wide": dict(h=3, w=37, H=6, W=74), "channels": dict(C=70, K=45, h=4, w=4, H=8, W=8),
     "one channel": dict(C=1, K=1),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32))
@@ -44,7 +44,7 @@ def any_case(draw):
         N=draw(st.integers(1, 3)), C=draw(st.integers(1, 20)), K=draw(st.integers(1, 20)), h=draw(size),
         w=draw(size), H=draw(size), W=draw(size), bias=draw(st.booleans()),
         **MODES[draw(st.sampled_from(sorted(MODES)))],
-    )  # fmt: skip
+    )
     return case, {k: draw(st.sampled_from(("contiguous", *op_cases.LAYOUTS))) for k in case.tensors}
 
 

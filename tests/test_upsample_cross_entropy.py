@@ -54,7 +54,7 @@ def test_options(align_corners, label_smoothing, class_weight, reduction, impl):
     options = dict(
         align_corners=align_corners, label_smoothing=label_smoothing, class_weight=class_weight,
         reduction=reduction,
-    )  # fmt: skip
+    )
     for dtype, ignored in zip(FLOATS, (0.3, 0.0)):
         check(upsample_ce(N=2, C=7, h=4, w=5, H=17, W=37, ignored=ignored, **options), impl, dtype)
 
@@ -78,7 +78,7 @@ SIZES = [
     (8, 16, 64, 128), (3, 5, 24, 40), (7, 3, 20, 33), (9, 9, 9, 9), (5, 40, 5, 40), (33, 70, 12, 17),
     (4, 200, 9, 7), (50, 2, 3, 31),
     (1, 1, 1, 1), (1, 1, 9, 17), (6, 1, 13, 1), (1, 6, 1, 13), (2, 2, 2, 65), (3, 4, 1, 1), (17, 16, 34, 31),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("align_corners", (False, True))
@@ -170,7 +170,7 @@ def test_targets(ignore_index, target_dtype, impl):
         compare.assert_close(
             gradients(found, narrow)["logits"], gradients(wanted, exact, retain_graph=True)["logits"],
             what=layout,
-        )  # fmt: skip
+        )
 
 
 @pytest.mark.parametrize("reduction", ("mean", "sum", "none"))
@@ -416,7 +416,7 @@ def any_case(draw):
         ignored=draw(st.sampled_from((0.0, 0.2, 0.9))),
         size=draw(st.floats(0.01, 20)), label_smoothing=draw(st.sampled_from((0.0, 0.1, 0.5))),
         reduction=draw(st.sampled_from(("mean", "sum", "none"))),
-    )  # fmt: skip
+    )
     case = upsample_ce(N, C, *sizes, **options)
     layouts = {
         k: draw(st.sampled_from(("contiguous", "transposed", "slice", "step", "channels_last")))

@@ -53,7 +53,7 @@ Todo = list[tuple[str, typing.NamedTuple]]
 
 SECONDS_TO_START = {
     "released compile max-autotune": 150, "released compile": 90, "max-autotune": 45, "compile": 20,
-}  # fmt: skip
+}
 
 
 def seconds_to_start(method: str) -> float:
@@ -71,7 +71,7 @@ def why_not(method: str, left: float) -> str:
 def measure_op(
     meter: Meter, op: str, shape, dtype: str, methods: typing.Sequence[str], budget: Budget,
     directions: typing.Sequence[str] = ("forward", "both"), with_error: bool = True,
-) -> list[Row]:  # fmt: skip
+) -> list[Row]:
     """Measure every method that runs. directions: torch.compile makes a program for each."""
     results, made = [], {}
     for method in methods:
@@ -141,7 +141,7 @@ SMALL = {
     "upsample_cross_entropy": shapes.DenseShape(1, 5, 4, 8, 16, 32),
     "upsample_conv3x3": shapes.UpsampleConvShape(2, 8, 4, 6),
     "norm_relu_pool": shapes.PoolShape(4, 8, 4),
-}  # fmt: skip
+}
 
 
 def claimed_ops(small: bool) -> Todo:
@@ -222,7 +222,7 @@ def claimed_steps(small: bool) -> list[Step]:
         Step("resnet32", 16, 1024, own), Step("resnet32", 1, 1024, (*own, *released)),
         Step("resnet32", 16, 128, (train_step.GRAPH, *released)),
         Step("resnet110", 4, 1024, ("ours",), balanced=True), Step("resnet110", 1, 1024, ("released",)),
-    ]  # fmt: skip
+    ]
 
 
 def claimed_compiled_steps(small: bool) -> list[Step]:
@@ -243,7 +243,7 @@ def other_steps(small: bool) -> list[Step]:
             "resnet32", 16, 1024,
             ("released checkpoint", "released compile", "released compile max-autotune"),
         ),
-    ]  # fmt: skip
+    ]
 
 
 def measure_steps(meter: Meter, budget: Budget, todo: list[Step], needed: float) -> Rows:

@@ -89,4 +89,4 @@ def claims(results: typing.Iterable[Row]) -> list[Claim]:
             against=against(released),
         ),
         Claim("ResNet-110, K 4 balanced, N 1024, peak over end to end", peak, 0.30),
-    ]  # fmt: skip
+    ]

@@ -39,7 +39,7 @@ def write(folder: pathlib.Path, results: list[Row]) -> None:
     texts = {
         "results.jsonl": "".join(json.dumps(dataclasses.asdict(r) | where) + "\n" for r in results),
         "results.md": gpu_markdown(results) + foot, "bars.md": claims_table(claims(results)) + foot,
-    }  # fmt: skip
+    }
     for name, text in texts.items():
         replace_file(folder / name, text.encode())
 

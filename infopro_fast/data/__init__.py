@@ -16,7 +16,7 @@ from .segmentation_set import SegmentationSet
 __all__ = [
     "Augmentation", "DataError", "FolderSet", "ImageSet", "SegmentationSet", "Split", "augment", "draw",
     "load", "normalize", "part_of",
-]  # fmt: skip
+]
 
 
 def load(
@@ -38,7 +38,7 @@ def load(
     readers = {
         "fashion_mnist_full": fashion_mnist_full.load, "cifar10": cifar10.load, "svhn": svhn.load,
         "stl10": stl10.load,
-    }  # fmt: skip
+    }
     if name not in {**readers, **folders}:
         raise DataError(f"load: name: expected one of {(*embedded, *readers, *folders)}, got {name!r}")
     if root is None:

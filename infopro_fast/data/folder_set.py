@@ -56,7 +56,7 @@ class FolderSet(Epochs):
     def uint8_batches(
         self, batch_size: int, seed: int, epoch: int, first: int, drop_last: bool, augmented: bool,
         part: tuple[int, int],
-    ) -> Iterable[Batch]:  # fmt: skip
+    ) -> Iterable[Batch]:
         """Return the batches of `train_epoch` before they are copied and normalised."""
         generator = torch.Generator().manual_seed(epoch_seed(seed, epoch))
         order = torch.randperm(len(self.train), generator=generator).tolist()

@@ -146,7 +146,7 @@ class ImageSet(Epochs):
     def uint8_batches(
         self, batch_size: int, seed: int, epoch: int, first: int, drop_last: bool, augmented: bool,
         part: tuple[int, int],
-    ) -> Iterator[Batch]:  # fmt: skip
+    ) -> Iterator[Batch]:
         """Yield the batches of `train_epoch` before they are copied and normalised.
 
         All random numbers of an epoch are drawn at once.

@@ -46,7 +46,7 @@ def load(root: str | Path, *, crop: tuple[int, int] = (224, 224), workers: int =
         Images(v2.Compose([v2.RandomResizedCrop(crop), v2.RandomHorizontalFlip(), v2.PILToTensor()])),
         Images(v2.Compose([v2.Resize(shorter), v2.CenterCrop(crop), v2.PILToTensor()])),
         len(train.classes), MEAN, STD, crop, workers=workers,
-    )  # fmt: skip
+    )
 
 
 class Images:

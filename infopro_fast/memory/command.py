@@ -55,7 +55,7 @@ class MakePlan:
         how: dict[str, Any] = dict(
             modules=self.modules, budget=budget,
             recompute=self.recompute, losses=self.losses, objective=self.objective,
-        )  # fmt: skip
+        )
         batch_size = 128 if self.batch_size is None else self.batch_size
         grow = self.grow or ("batch" if budget and self.modules and self.batch_size is None else None)
         if grow == "batch":

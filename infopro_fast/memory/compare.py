@@ -45,7 +45,7 @@ def ways(modules: list[int], budgets: list[float]) -> list[Way]:
 def check(
     arch: str, batch_size: int, image_size: int, modules: Sequence[int], budgets: Sequence[float], *,
     rounds: int, device: str, threads: int | None,
-) -> None:  # fmt: skip
+) -> None:
     """Check all arguments before anything is measured. Raises PlanError."""
     least = {"batch_size": 1, "image_size": 4, "rounds": 1, "threads": 1}
     for (name, smallest), value in zip(least.items(), (batch_size, image_size, rounds, threads)):
@@ -69,7 +69,7 @@ def check(
 def measure(
     way: Way, arch: str, batch_size: int, image_size: int, *, rounds: int = 5, device: str = "cpu",
     threads: int | None = None,
-) -> Measured:  # fmt: skip
+) -> Measured:
     """Measure a way. rounds: timed steps of it, and as many end to end."""
     threads = threads or torch.get_num_threads()
     case: dict[str, Any] = dict(arch=arch, batch_size=batch_size, image_size=image_size, threads=threads)

@@ -158,7 +158,7 @@ def _measure_block(stage: Stage, x: torch.Tensor, first: bool, timed: bool) -> t
 
 def _block_bytes(
     stage: Stage, x: torch.Tensor, parameters: Sequence[torch.Tensor], outlived: bool
-) -> tuple[int, int, int, torch.Tensor]:  # fmt: skip
+) -> tuple[int, int, int, torch.Tensor]:
     """Return bytes kept with the output, at forward's highest point, of backward's rise; a like output.
 
     outlived: the output stays alive until the end of backward.
@@ -188,7 +188,7 @@ def _run_block(stage, x, grad, parameters):
 def _measure_loss(
     local_loss: LocalLoss, h: torch.Tensor, image: torch.Tensor, label: torch.Tensor,
     tapped: tuple[Tap, torch.Tensor] | None, timed: bool,
-) -> LossCost:  # fmt: skip
+) -> LossCost:
     """Measure a step of a loss alone. tapped: the last tap before it, which a head may read, and its map."""
     h = h.detach().requires_grad_()
     parameters = local_loss.trained_parameters()

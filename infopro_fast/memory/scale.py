@@ -101,7 +101,7 @@ def measure(arch: str, modules: int, batch_size: int, *, speedup: float = 1.0) -
 def _network(
     arch: str, modules: int, batch_size: int, times: ChainCosts, bytes_of: ChainCosts, carried: int,
     positions, speedup: float,
-) -> Network:  # fmt: skip
+) -> Network:
     """times: measured costs. bytes_of: costs of fake tensors, whose bytes are exact."""
     n = len(times)
     try:

@@ -16,4 +16,4 @@ __all__ = [
     "ChainDecoder", "Classifier", "DGLHead", "Decoder", "DenseHead", "FeatureDecoder", "HeadLoss",
     "InfoPro", "InfoProL", "LocalLoss", "LocalNetwork", "PixelClassifier", "Place", "Stage",
     "StridedHead", "SupConLoss", "SyncBatchNorm", "Tap", "Term", "build", "convert_sync_batch_norm",
-]  # fmt: skip
+]

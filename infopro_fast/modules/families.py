@@ -80,7 +80,7 @@ class Family:
     def local_loss(
         self, name: str, place: Place, weights: tuple[float, float], *, net_config: str | None, widen: float,
         feature_dim: int, aux_depth: int,
-    ) -> LocalLoss:  # fmt: skip
+    ) -> LocalLoss:
         """Return the loss ``name`` of the local module at ``place``. weights: of reconstruction and task."""
         unit = self.units[place.end]
         options: dict[str, Any] = {"label_smoothing": self.label_smoothing, "impl": self.impl}
@@ -139,7 +139,7 @@ def family(
     common = {
         "image_size": size, "image_mean": mean, "image_std": std, "label_smoothing": label_smoothing,
         "impl": others, "decoder_impl": impl,
-    }  # fmt: skip
+    }
     if own or arch in imagenet.ARCHS:
         return _classifier_of_maps(arch, num_classes, common)
     if arch in cityscapes.ARCHS or arch in SMALL:

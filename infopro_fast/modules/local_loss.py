@@ -150,7 +150,7 @@ class Classifier(LocalLoss):
         found = ops.linear_cross_entropy(
             rows, fc.weight, label, bias=fc.bias, label_smoothing=self.label_smoothing, return_correct=True,
             impl=self.impl,
-        )  # fmt: skip
+        )
         yield Term("cross_entropy", 1.0, *found)
 
     def trained_parameters(self):

@@ -106,7 +106,7 @@ class LocalNetwork(nn.Module):
     def __init__(
         self, stages: Sequence[Stage], local_losses: Sequence[LocalLoss], cuts: Sequence[split.Cut],
         prefixes: Sequence[str],
-    ):  # fmt: skip
+    ):
         super().__init__()
         self.stages = nn.ModuleList(stages)
         self.local_losses = nn.ModuleList(local_losses)

@@ -93,7 +93,7 @@ class _NormReluConv(torch.autograd.Function):
         need = [need_norm, need_weight, need_bias]
         through, grad_weight, grad_bias = aten.convolution_backward(
             grad, y, weight, ctx.bias_sizes, *geometry, False, [0, 0], groups, need
-        )  # fmt: skip
+        )
         if not need_norm:
             return None, None, None, grad_weight, grad_bias, None, None, None
         # In place: no more maps than in autograd's own backward.
@@ -102,7 +102,7 @@ class _NormReluConv(torch.autograd.Function):
         need = [need_x, need_gamma, need_beta]
         found = aten.native_batch_norm_backward(
             through.to(x.dtype), x, gamma, running_mean, running_var, mean, invstd, training, eps, need
-        )  # fmt: skip
+        )
         return *found, grad_weight, grad_bias, None, None, None
 
 

@@ -23,14 +23,14 @@ EQUAL: dict[tuple[str, int], tuple[Cut, ...]] = {
     ("resnet32", 8): (*_stage(1, 0, 2, 4), *_stage(2, 1, 3), *_stage(3, 0, 2)),
     ("resnet32", 16): (
         *_stage(0, 0), *_stage(1, 0, 1, 2, 3, 4), *_stage(2, 0, 1, 2, 3, 4), *_stage(3, 0, 1, 2, 3),
-    ),  # fmt: skip
+    ),
     ("resnet110", 2): _stage(2, 8),
     ("resnet110", 3): (*_stage(1, 17), *_stage(2, 17)),
     ("resnet110", 4): (*_stage(1, 11), *_stage(2, 7), *_stage(3, 3)),
     ("resnet110", 8): (*_stage(1, 4, 11), *_stage(2, 0, 7, 14), *_stage(3, 3, 10)),
     ("resnet110", 16): (
         *_stage(1, 1, 4, 7, 10, 13, 16), *_stage(2, 1, 4, 7, 11, 15), *_stage(3, 1, 5, 9, 13),
-    ),  # fmt: skip
+    ),
 }
 
 # The only published splits of the larger networks (InfoPro*, K = 2).
@@ -88,7 +88,7 @@ def split(
 def check_cuts(
     arch: str, positions: Sequence[Cut], cuts: Sequence[Sequence[int] | str], modules: int,
     labels: Sequence[str] = (), reasons: Mapping[str, str] | None = None,
-) -> tuple[Cut, ...]:  # fmt: skip
+) -> tuple[Cut, ...]:
     """Return a user's cuts as tuples, after a check: modules - 1 units of ``arch``, in order, each once.
 
     labels: names of the units; a cut may be a name too. reasons: why a module cannot end at other names.

@@ -12,4 +12,4 @@ from .upsample_cross_entropy import upsample_cross_entropy
 __all__ = [
     "OPS", "available", "cpu_isa", "has_kernels", "linear_cross_entropy", "norm_relu_pool",
     "reconstruction_loss", "supcon_loss", "upsample_conv3x3", "upsample_cross_entropy",
-]  # fmt: skip
+]

@@ -23,7 +23,7 @@ LIBRARY.define("_isa(int level) -> int")  # the CPU kernels' instruction set; a 
 OPS = (
     "reconstruction_loss", "supcon_loss", "linear_cross_entropy", "norm_relu_pool", "upsample_cross_entropy",
     "upsample_conv3x3",
-)  # fmt: skip
+)
 IMPLEMENTATIONS = ("reference", "cpu", "triton", "cuda")
 
 SUFFIX = {"cpu": "", "triton": "_triton", "cuda": "_cuda"}  # of a torch op's name, by implementation

@@ -65,7 +65,7 @@ def linear_cross_entropy(
         loss, correct = linear_cross_entropy_ref(
             input, weight, target, bias=bias, class_weight=class_weight, ignore_index=ignore_index,
             reduction=reduction, label_smoothing=label_smoothing,
-        )  # fmt: skip
+        )
     else:
         options = (ignore_index, float(label_smoothing), REDUCTIONS.index(reduction))
         loss, correct = _LinearCrossEntropy.apply(input, weight, target, bias, class_weight, options, chosen)
@@ -144,7 +144,7 @@ def _forward_fake(input, weight, target, bias, class_weight, ignore_index, label
 def _backward_fake(
     grad, input, weight, target, bias, class_weight, lse, ignore_index, label_smoothing, reduction,
     needs_input, needs_weight,
-):  # fmt: skip
+):
     dtype = compute_dtype(input, weight, bias)
     g_input = torch.empty(input.shape if needs_input else (0,), dtype=dtype, device=input.device)
     g_weight = torch.empty(weight.shape if needs_weight else (0,), dtype=dtype, device=input.device)
@@ -186,5 +186,5 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 g_input.to(input.dtype) if needs[0] else None,
                 g_weight.to(weight.dtype) if needs[1] else None, None,
                 g_bias.to(bias.dtype) if needs[3] else None, None, None, None,
-            )  # fmt: skip
+            )
         return first_order(OP, (input, weight, bias, grad), found)

@@ -185,7 +185,7 @@ class _NormReluPool(torch.autograd.Function):
             found = (
                 g_x if needs[0] else None, g_gamma.to(gamma.dtype) if needs[1] else None,
                 g_beta.to(beta.dtype) if needs[2] else None, None, None, None, None,
-            )  # fmt: skip
+            )
         return first_order(OP, (x, gamma, beta, grad), found)
 
 
@@ -197,7 +197,7 @@ def _conv_forward_fake(x, weight, stride, gamma, beta, running_mean, running_var
 
 def _conv_backward_fake(
     grad, x, weight, stride, z, gamma, beta, saved, batch_statistics, eps, needs_x, needs_weight
-):  # fmt: skip
+):
     K = weight.shape[0]
     g_x = torch.empty_like(x) if needs_x else x.new_empty((0,))
     g_weight = torch.empty_like(weight) if needs_weight else x.new_empty((0,))
@@ -242,5 +242,5 @@ class _ConvNormReluPool(torch.autograd.Function):
                 g_x if needs[0] else None, g_weight if needs[1] else None, None,
                 g_gamma.to(gamma.dtype) if needs[3] else None, g_beta.to(beta.dtype) if needs[4] else None,
                 None, None, None,
-            )  # fmt: skip
+            )
         return first_order(OP, (x, weight, gamma, beta, grad), found)

@@ -69,26 +69,26 @@ def _gradients_fake(x, mean, weight, dtype, needs_x, needs_weight):
     return (
         g_x if needs_x else x.new_empty((0,)), x.new_empty((2, x.shape[1]), dtype=dtype),
         x.new_empty(weight.shape if needs_weight else (0,), dtype=dtype),
-    )  # fmt: skip
+    )
 
 
 def _stage_backward_fake(
     dy, z, z_mean, z_var, z_gamma, z_eps, mean_dy, x, mean, var, gamma, beta, eps, weight, mode, factors,
     needs_x, needs_weight,
-):  # fmt: skip
+):
     return _gradients_fake(x, mean, weight, dy.dtype, needs_x, needs_weight)
 
 
 def _loss_forward_fake(
     x, mean, var, gamma, beta, eps, weight, bias, image, restore, mode, factors, loss, in_f64
-):  # fmt: skip
+):
     return x.new_empty((), dtype=torch.float64 if in_f64 else torch.float32)
 
 
 def _loss_backward_fake(
     grad, x, mean, var, gamma, beta, eps, weight, bias, image, restore, mode, factors, loss, needs_x,
     needs_weight,
-):  # fmt: skip
+):
     found = _gradients_fake(x, mean, weight, grad.dtype, needs_x, needs_weight)
     return *found, x.new_empty((3,), dtype=grad.dtype)
 
@@ -214,7 +214,7 @@ def _gradients(ctx, grad):
     dy, sums, grads[-1][0], grads[-1][1] = _LOSS_BACKWARD[plan.impls[-1]](
         grad, inputs[-1], *norms[-1], *last[:2], image, list(plan.restore), *_sampling(plan.resizes[-1]),
         plan.loss, earlier[-1], needed[-1][0],
-    )  # fmt: skip
+    )
     for i in range(number - 2, -1, -1):
         if not earlier[i + 1]:
             break
@@ -232,7 +232,7 @@ def _gradients(ctx, grad):
         dy, sums, grads[i][0] = _STAGE_BACKWARD[plan.impls[i]](
             dy, maps[i], mean, var, gamma, eps, mean_dy, inputs[i], *norms[i], stages[i][0],
             *_sampling(plan.resizes[i]), earlier[i], needed[i][0],
-        )  # fmt: skip
+        )
     given = [
         g.to(t.dtype) if need else None
         for stage, own, need_of in zip([*stages, last], grads, needed, strict=True)

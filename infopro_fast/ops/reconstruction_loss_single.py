@@ -44,7 +44,7 @@ def single_loss(
 def _forward_fake(
     features, image, w1, b1, gamma, beta, w2, b2, running_mean, running_var, restore, eps, mode, loss,
     needs_grad,
-):  # fmt: skip
+):
     dtype, K = compute_dtype(features, image, w1), w1.shape[0]
     # saved: mean, variance, d gamma, d beta, dW2, db2
     return features.new_empty((), dtype=dtype), features.new_empty((4 * K + 27 * K + 3,), dtype=dtype)
@@ -53,7 +53,7 @@ def _forward_fake(
 def _backward_fake(
     grad, features, image, w1, b1, gamma, beta, w2, b2, saved, restore, batch_statistics, eps, mode, loss,
     needs_features, needs_w1,
-):  # fmt: skip
+):
     dtype = compute_dtype(features, image, w1)
     g_features = torch.empty_like(features) if needs_features else features.new_empty((0,))
     g_w1 = torch.empty(w1.shape if needs_w1 else (0,), dtype=dtype, device=features.device)
@@ -85,7 +85,7 @@ class _SingleLoss(torch.autograd.Function):
     def forward(
         ctx, features, image, w1, b1, gamma, beta, w2, b2, running_mean, running_var, options, impl,
         needs_grad,
-    ):  # fmt: skip
+    ):
         value, saved = _FORWARD[impl](
             features, image, w1, b1, gamma, beta, w2, b2, running_mean, running_var, *options, needs_grad
         )
@@ -118,7 +118,7 @@ def _gradients(ctx, grad):
         g_features, g_w1, g_b1 = _BACKWARD[ctx.impl](
             grad, features, image, w1, b1, gamma, beta, w2, b2, saved, restore, ctx.batch_statistics, *others,
             needs[0], needs[2],
-        )  # fmt: skip
+        )
 
     def give(index, value, like):
         return value.view(like.shape).to(like.dtype) if needs[index] else None
@@ -127,4 +127,4 @@ def _gradients(ctx, grad):
         g_features if needs[0] else None, None, give(2, g_w1, w1), give(3, g_b1, b1),
         give(4, g_gamma * grad, gamma), give(5, g_beta * grad, beta), give(6, g_w2 * grad, w2),
         give(7, g_b2 * grad, b2), None, None, None, None, None,
-    )  # fmt: skip
+    )

@@ -80,7 +80,7 @@ def upsample_cross_entropy(
             logits, target, align_corners=align_corners, ignore_index=ignore_index,
             class_weight=class_weight, label_smoothing=label_smoothing, reduction=reduction,
             return_confusion=return_confusion,
-        )  # fmt: skip
+        )
     else:
         # Inside, ctx.needs_input_grad is True under no_grad too.
         needs_grad = torch.is_grad_enabled() and logits.requires_grad
@@ -88,7 +88,7 @@ def upsample_cross_entropy(
         options = (
             bool(align_corners), ignore_index, float(label_smoothing), REDUCTIONS.index(reduction),
             KEEP.index(keep),
-        )  # fmt: skip
+        )
         loss, confusion = _UpsampleCrossEntropy.apply(
             logits, target, class_weight, options, bool(return_confusion), chosen
         )
@@ -150,7 +150,7 @@ def _check(logits, target, class_weight):
 def _forward_fake(
     logits, target, class_weight, align_corners, ignore_index, label_smoothing, reduction, keep,
     needs_confusion,
-):  # fmt: skip
+):
     dtype, C = compute_dtype(logits), logits.shape[1]
     shapes = {"nothing": (0,), "lse": target.shape, "gradient": logits.shape}
     loss = logits.new_empty(target.shape if REDUCTIONS[reduction] == "none" else (), dtype=dtype)
@@ -162,7 +162,7 @@ def _forward_fake(
 def _backward_fake(
     grad, logits, target, class_weight, kept, divisor, align_corners, ignore_index, label_smoothing,
     reduction, keep,
-):  # fmt: skip
+):
     return torch.empty_like(logits)
 
 

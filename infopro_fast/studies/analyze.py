@@ -36,11 +36,11 @@ JSON, TABLE, FIGURE = "analysis.json", "analysis.md", "analysis.png"
 METHODS = {
     "none": "end to end", "greedy": "greedy", "dgl": "DGL", "softmax": "InfoPro, softmax",
     "contrast": "InfoPro, contrast", "infopro_l": "InfoProL", "auglocal": "AugLocal",
-}  # fmt: skip
+}
 QUANTITIES = (
     "reconstruction", "pixel_information", "classifier_loss", "label_information", "label_information_bits",
     "classifier_accuracy", "linear_accuracy",
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ def _entry(
         "train_images": len(images.train), "test_images": len(images.test),
         "baseline": baseline(images.train, images.test), "blocks": blocks,
         "seconds": round(time.monotonic() - began, 1),
-    }  # fmt: skip
+    }
 
 
 def _read(path: Path) -> dict:
@@ -244,7 +244,7 @@ def summarize(entries: Sequence[dict]) -> list[dict]:
         methods.setdefault(entry["method"], []).append(entry)
     same = (
         "dataset", "hold_out", "network", "image_size", "classes", "train_images", "test_images", "baseline",
-    )  # fmt: skip
+    )
     found = []
     for method, group in methods.items():
         blocks = [

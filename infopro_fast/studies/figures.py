@@ -14,7 +14,7 @@ from .tables import NAMES, Study
 COLORS = {
     "e2e": "black", "checkpoint": "C7", "greedy": "C3", "dgl": "C1", "softmax": "C0", "contrast": "C2",
     "async": "C8", "infopro_l": "C4", "auglocal": "C5", "plain": "C6",
-}  # fmt: skip
+}
 
 
 def draw(study: Study, results: Sequence[Result]) -> list[Path]:

@@ -341,5 +341,5 @@ def probe_network(
             "classifier_accuracy": classifier["accuracy"],
             "linear_accuracy": linear["accuracy"], "linear_loss": linear["loss"],
             "best_epoch": {probe: best[probe].epoch for probe in PROBES},
-        })  # fmt: skip
+        })
     return found

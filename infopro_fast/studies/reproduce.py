@@ -49,7 +49,7 @@ def write(study: tables.Study, found: Sequence[results.Result], there: known.Kno
          "cross_entropies": r.cross_entropies, "curves": r.curves, "cost": r.cost, "paper": r.paper,
          "paper_memory_gb": tables.published_memory(study, r.cell)}
         for r in found
-    ]  # fmt: skip
+    ]
     settings = json.loads(tables.jobs(study)[0].config.resolved().to_json())
     for name in ("out", "data_root", "seed"):  # folders belong to a machine, the seed to a run
         del settings[name]

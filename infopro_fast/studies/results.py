@@ -108,7 +108,7 @@ def compare(results: Sequence[Result]) -> list[dict[str, Any]]:
             "margin": margin, "standard_error": None if math.isnan(error) else error,
             "in_standard_errors": margin / error if error > 0 else None,
             "gap_to_e2e": None if end_to_end is None else best.mean - end_to_end.mean,
-        })  # fmt: skip
+        })
     return found
 
 

@@ -19,13 +19,13 @@ from infopro_fast.trainer.settings.fields import SAID
 
 Method = Literal[
     "e2e", "greedy", "dgl", "softmax", "contrast", "async", "checkpoint", "infopro_l", "auglocal"
-]  # fmt: skip
+]
 NAMES = {
     "e2e": "end to end", "greedy": "greedy SL", "dgl": "DGL", "softmax": "InfoPro, softmax",
     "contrast": "InfoPro, contrast", "async": "InfoPro, contrast, asynchronous",
     "checkpoint": "end to end, checkpointed", "infopro_l": "InfoProL", "auglocal": "AugLocal",
     "plain": "InfoPro, contrast, plain losses",
-}  # fmt: skip
+}
 
 PAPERS = {"cifar10": "CIFAR-10", "svhn": "SVHN", "stl10": "STL-10"}  # data sets of its Table 2
 
@@ -138,7 +138,7 @@ def cells(study: Study) -> list[Cell]:
     default_methods = {
         "table2": ("e2e", "greedy", "dgl", "softmax", "contrast"),
         "table3": ("e2e", "checkpoint", "contrast"),
-    }  # fmt: skip
+    }
     default_modules = {"table2": (2, 4, 8, 16), "table3": (2, 3, 4), "lambdas": (8, 16), "fused": (4,)}
     columns = study.modules or default_modules[study.table]
     if study.table == "fused" and study.methods is not None:

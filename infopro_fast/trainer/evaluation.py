@@ -100,7 +100,7 @@ def _segmentation(
             loss, found = ops.upsample_cross_entropy(
                 net(image), label, align_corners=end.align_corners, ignore_index=IGNORE,
                 return_confusion=True, impl=end.impl,
-            )  # fmt: skip
+            )
         else:
             chances = class_probabilities(net, image, label.shape[-2:], scales, flip)
             found = confusion(chances.argmax(1), label, chances.shape[1])
@@ -142,7 +142,7 @@ def intersection_over_union(counts: torch.Tensor) -> torch.Tensor:
 def class_probabilities(
     net: LocalNetwork, image: torch.Tensor, size: Sequence[int], scales: Sequence[float] = (1.0,),
     flip: bool = False,
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     """Return (N, C, *size): softmax of the resized logits, averaged over the scaled and mirrored images.
 
     image: (N, 3, H, W), normalised.

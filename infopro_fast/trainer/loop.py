@@ -148,7 +148,7 @@ class Training:
             "kind": "epoch", "epoch": self.epoch + 1, "train": train, "test": self.test, "best": self.best,
             "seconds": self.clock.seconds, "images_per_second": self.clock.images_per_second,
             "peak_memory_bytes": display.peak_memory(self.device), **about,
-        })  # fmt: skip
+        })
         self.screen.epoch(self.status(train, lr))
 
         # Save at the beginning of the next epoch.
@@ -192,7 +192,7 @@ class Training:
                 "config": self.config.to_json(), "epoch": self.epoch, "batch": self.batch, "best": self.best,
                 "test": self.test, "meters": self.meters.state_dict(), "rng": setup.rng_state(self.device),
                 "seconds": self.clock.seconds, "metrics_bytes": self.log.sync(), "torch": torch.__version__,
-            }  # fmt: skip
+            }
             name = checkpoint.name_of(self.epoch, self.batch)
             checkpoint.save(self.checkpoints, name, self.saved, self.watch.moved)
         self.clock.saved()
@@ -266,7 +266,7 @@ class Training:
             self.title, self.epoch + 1, self.config.epochs, self.batch, self.batches_here, lr, train,
             self.test, self.best, self.clock.images_per_second, display.peak_memory(self.device),
             self.clock.seconds_left,
-        )  # fmt: skip
+        )
 
     @property
     def place(self) -> str:

@@ -75,7 +75,7 @@ def resume(
 def _continue(
     here: Processes, held: contextlib.ExitStack, run: Path, anew: TrainConfig | None = None,
     previous: bool = False,
-) -> Path | None:  # fmt: skip
+) -> Path | None:
     """Continue a run. anew: its settings from now on, in the main process; None: as they are."""
     here.run, path, content, before = run, None, None, None
     if here.layout.is_main:
@@ -148,7 +148,7 @@ class _Opened:
     def run_to_end(
         self, path: Path | None = None, content: dict[str, Any] | None = None, previous: bool = False,
         longer: str = "",
-    ) -> Path | None:  # fmt: skip
+    ) -> Path | None:
         """Train to the end and return the run folder, or None where this process does not write it.
 
         path, content: the checkpoint to continue from; sequential training finds its own, or with

@@ -48,7 +48,7 @@ def _write_recipe(folder: Path, config: TrainConfig) -> None:
     content = {
         "recipe": config.recipe, "expected": found.expected, "note": found.note,
         "difference": {name: list(values) for name, values in recipes.difference(config).items()},
-    }  # fmt: skip
+    }
     replace_file(folder / RECIPE, (json.dumps(content, indent=2, default=str) + "\n").encode())
 
 

@@ -44,7 +44,7 @@ def learning_rate(config: TrainConfig, epoch: int, batch: int, batches: int) -> 
 def cosine(
     epoch: int, epochs: int, lr: float, *,
     warmup_epochs: int = 10, warmup_start: float = 0.01, zero_last_epoch: bool = True,
-) -> float:  # fmt: skip
+) -> float:
     """Learning rate of 1-based ``epoch``: half a cosine from ``lr``, with a linear warm-up.
 
     base = lr / 2 (1 + cos(pi epoch / epochs)).

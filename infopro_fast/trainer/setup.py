@@ -114,7 +114,7 @@ def build(config: TrainConfig, images: data.ImageSet | data.FolderSet) -> module
             images.mean, images.std, cuts=c.cuts, net_config=c.net_config, widen=c.widen,
             feature_dim=c.feature_dim, aux_depth=c.aux_depth, label_smoothing=c.label_smoothing,
             recompute=c.recompute, impl=c.impl,
-        )  # fmt: skip
+        )
     except (ImportError, ValueError) as error:
         raise ConfigError(str(error).removeprefix("build: ")) from error
     return net.to(config.device, getattr(torch, config.dtype))

@@ -43,7 +43,7 @@ class Images:
         batches = self.images.train_epoch(
             c.batch_size, seed=c.seed, epoch=epoch, first=first, drop_last=c.drop_last, augmented=c.augment,
             dtype=self.dtype, device=self.device, part=self.part,
-        )  # fmt: skip
+        )
         return (Packet(image, image, label) for _, (image, label) in zip(range(first, last), batches))
 
     def test(self) -> Iterator[Packet]:
@@ -119,7 +119,7 @@ class Share:
             "first": self.layout.modules.start, "modules": c.modules, "accumulate": c.accumulate,
             "cuda_graph": c.cuda_graph, "group": self.here.data_group, "global_contrast": c.global_contrast,
             "waiting": self.here.watch.waiting,
-        }  # fmt: skip
+        }
 
     # ----------------------------------------------------------------------------------------------------
     # A step

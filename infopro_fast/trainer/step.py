@@ -274,7 +274,7 @@ class LocalTrainer:
             h, found = local_step(
                 stage, local_loss, optimizer, h, image, label,
                 autocast=self.autocast, scaler=scaler, share=share, update=update and not reduces,
-            )  # fmt: skip
+            )
             if reduces:
                 self.reductions[i].start()
                 if i:

@@ -84,7 +84,7 @@ class _Call(ctypes.Structure):
         *((name, ctypes.c_int64) for name in _LIMITS),
         *((name, _Array) for name in _ARRAYS),
         ("restore", ctypes.POINTER(ctypes.c_double)),
-    ]  # fmt: skip
+    ]
 
 
 def _array(t: torch.Tensor | None) -> _Array:
@@ -119,7 +119,7 @@ class Kernels:
         return value, saved
 
     def backward(self, grad, features, image, w1, b1, gamma, beta, w2, b2, saved, restore, batch_statistics,
-                 eps, mode, loss, needs_features, needs_w1):  # fmt: skip
+                 eps, mode, loss, needs_features, needs_w1):
         parameters = self._contiguous(w1=w1, b1=b1, gamma=gamma, beta=beta, w2=w2, b2=b2)
         call = self._call(features, image, parameters, restore, eps, mode, loss)
         grad, saved = grad.contiguous(), saved.contiguous()
@@ -132,7 +132,7 @@ class Kernels:
             _pointer(grad), _pointer(saved), ctypes.c_int64(batch_statistics),
             ctypes.byref(_array(d_features if needs_features else None)),
             _pointer(d_w1) if needs_w1 else None, _pointer(d_b1),
-        )  # fmt: skip
+        )
         self._check(self.library.decoder_backward(ctypes.byref(call), *arguments))
         return d_features, d_w1, d_b1
 
@@ -186,7 +186,7 @@ class _ChainCall(ctypes.Structure):
         *((name, ctypes.c_int64) for name in _LIMITS),
         *((name, _Array) for name in ("x", "image", "weight", "bias", "mean", "var", "gamma", "beta")),
         ("restore", ctypes.POINTER(ctypes.c_double)),
-    ]  # fmt: skip
+    ]
 
 
 class _Outer(ctypes.Structure):
@@ -194,7 +194,7 @@ class _Outer(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("dy", "z", "mean_dy")),
         *((name, _Array) for name in ("mean", "var", "gamma")),
         ("eps", ctypes.c_double),
-    ]  # fmt: skip
+    ]
 
 
 class ChainKernels:
@@ -248,7 +248,7 @@ class ChainKernels:
         return z, statistics
 
     def stage_backward(self, dy, z, z_mean, z_var, z_gamma, z_eps, mean_dy, x, mean, var, gamma, beta, eps,
-                       weight, mode, factors, needs_x, needs_weight):  # fmt: skip
+                       weight, mode, factors, needs_x, needs_weight):
         found = self._gradients(x, mean, weight, needs_x, needs_weight)
         if not len(x):
             return tuple(t.zero_() for t in found)

@@ -91,7 +91,7 @@ def test_what_is_made_for_a_chunk_is_no_larger_than_it_may_be(monkeypatch):
         monkeypatch.setattr(
             kind, "__getitem__", lambda self, samples,
             make=make: made.append(found := make(self, samples)) or found,
-        )  # fmt: skip
+        )
     monkeypatch.setattr(module, "MOST", 325)
     up = test_chain_decoder.resized(8, 8)
     check(chain(N=3, C=3, h=2, w=2, stages=((None, 1, 40), (up, 3, 2)), last=up), "triton", torch.float32)
@@ -139,7 +139,7 @@ def test_factors_of_no_whole_size_are_refused(form):
     with pytest.raises(
         ValueError,
         match=r"impl='triton' cannot run this call: an Upsample by \(.*\) makes maps of .* no whole size",
-    ):  # fmt: skip
+    ):
         case.function("triton")(case.inputs(torch.float32))
 
 

@@ -54,7 +54,7 @@ def test_size_of_the_logits(size, C):
     check(
         dataclasses.replace(case, magnified=max(1.0, case.condition / 8) if C > 64 else 1.0), "triton",
         torch.float32,
-    )  # fmt: skip
+    )
 
 
 @CLASSES

@@ -101,7 +101,7 @@ def test_a_zero_row_is_a_zero_and_gets_no_gradient(length, dtype):
     compare.assert_close(
         found, op_cases.plain_supcon(z, labels, normalize=False, reduction="none"), scale=1 / 0.07,
         what="loss",
-    )  # fmt: skip
+    )
     found.sum().backward()
     assert torch.isfinite(x.grad).all() and not x.grad[4].any() and x.grad[3].any()
 

@@ -17,7 +17,7 @@ SIZES = {
     "one pixel": dict(h=1, w=1, H=4, W=3), "to one": dict(h=4, w=3, H=1, W=1),
     "several tiles": dict(h=1, w=70, H=2, W=140), "several strips": dict(h=9, w=1, H=19, W=2),
     "channels": dict(C=19, K=35, h=2, w=2, H=4, W=4), "one channel": dict(C=1, K=1),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("size, mode", [(size, tuple(MODES)[i % 3]) for i, size in enumerate(SIZES)])

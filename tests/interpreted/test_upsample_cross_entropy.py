@@ -37,7 +37,7 @@ def test_options(label_smoothing, class_weight, reduction):
     options = dict(
         label_smoothing=label_smoothing, class_weight=class_weight, reduction=reduction,
         align_corners=class_weight,
-    )  # fmt: skip
+    )
     check(upsample_ce(N=2, C=7, h=2, w=5, H=6, W=23, **options), "triton", torch.float32)
 
 
@@ -46,7 +46,7 @@ def test_options(label_smoothing, class_weight, reduction):
     "h, w, H, W", [
         (1, 1, 1, 1), (1, 1, 3, 9), (4, 1, 7, 1), (3, 3, 3, 3), (9, 50, 4, 13), (2, 40, 3, 160),
         (3, 35, 4, 40), (5, 4, 1, 1),
-    ]  # fmt: skip
+    ]
 )
 def test_sizes(h, w, H, W, align_corners):
     check(upsample_ce(1, 5, h, w, H, W, align_corners=align_corners), "triton", torch.float32)
@@ -215,5 +215,5 @@ def test_sizes_beyond_its_counters_are_refused():
     with pytest.raises(
         ValueError,
         match="upsample_cross_entropy: impl='triton' cannot run this call: logits .* need more than 32 bits",
-    ):  # fmt: skip
+    ):
         upsample_cross_entropy(logits, target, impl="triton")

@@ -45,11 +45,11 @@ class LocalResNet(nn.Module):
         self.decoder = nn.Sequential(
             *conv_norm_relu(128, 64, 1, bias=True), double(), *conv_norm_relu(64, 32, 3, bias=True), double(),
             *conv_norm_relu(32, 12, 3, bias=True), double(), nn.Conv2d(12, 3, 3, padding=1), nn.Sigmoid(),
-        )  # fmt: skip
+        )
         self.head = nn.Sequential(
             *conv_norm_relu(128, 32, 1), *conv_norm_relu(32, 64, 3, stride=2), *conv_norm_relu(64, 256, 1),
             nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(256, CLASSES),
-        )  # fmt: skip
+        )
 
     def first_module(self, image, target):
         """Return the features for the next module, detached, and the local loss."""

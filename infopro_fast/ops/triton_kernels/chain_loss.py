@@ -44,10 +44,10 @@ def _pixels(s, image, W, HW, stride_n, stride_o, stride_y, stride_x, m0, m1, m2,
 def _loss_kernel(
     s, image, partial, W, HW, stride_n, stride_o, stride_y, stride_x, m0, m1, m2, d0, d1, d2,
     RESTORE: tl.constexpr, LOSS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     logit, target, place, inside = _pixels(
         s, image, W, HW, stride_n, stride_o, stride_y, stride_x, m0, m1, m2, d0, d1, d2, RESTORE, BLOCK
-    )  # fmt: skip
+    )
     loss, slope = pixel_loss(logit, target, LOSS)
     tl.store(partial + tl.program_id(0), tl.sum(tl.where(inside, loss, 0.0)))
 
@@ -56,11 +56,11 @@ def _loss_kernel(
 def _gradient_kernel(
     s, image, grad, weight, W, HW, stride_n, stride_o, stride_y, stride_x, m0, m1, m2, d0, d1, d2,
     RESTORE: tl.constexpr, LOSS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     """Replace s by grad * weight * d loss / d s."""
     logit, target, place, inside = _pixels(
         s, image, W, HW, stride_n, stride_o, stride_y, stride_x, m0, m1, m2, d0, d1, d2, RESTORE, BLOCK
-    )  # fmt: skip
+    )
     loss, slope = pixel_loss(logit, target, LOSS)
     tl.store(s + place, slope * (tl.load(grad).to(tl.float32) * weight), mask=inside)
 
@@ -96,7 +96,7 @@ def forward(x, mean, var, gamma, beta, eps, weight, bias, image, restore, mode, 
 def backward(
     grad, x, mean, var, gamma, beta, eps, weight, bias, image, restore, mode, factors, loss, needs_x,
     needs_weight,
-):  # fmt: skip
+):
     """`chain_loss_backward`: the results of `chain_stage_backward`, and the bias's gradient (3,)."""
     norm = stage.norm_of(mean, var, gamma, beta, eps)
     if x.shape[0] == 0:
@@ -116,7 +116,7 @@ def configurations(cc: int) -> typing.Iterator[Compilation]:
     cases = [
         ("fp32", 0, True, {"stride_x": 1}), ("bf16", 1, True, {"stride_o": 1}),
         ("fp16", 2, False, {"W": 1, "HW": 1, "stride_x": 1}),
-    ]  # fmt: skip
+    ]
     for dtype, loss, restore, fixed in cases:
         for kernel in (_loss_kernel, _gradient_kernel):
             floats = dict.fromkeys(("weight", "m0", "m1", "m2", "d0", "d1", "d2"), "fp32")

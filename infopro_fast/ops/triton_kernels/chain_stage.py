@@ -68,7 +68,7 @@ def _activation_kernel(z, mean, var, gamma, beta, out, C, HW, eps, AFFINE: tl.co
 def _normalised_gradient_kernel(
     dy, z, mean, var, gamma, mean_dy, out, C, HW, eps, AFFINE: tl.constexpr, BATCH_STATISTICS: tl.constexpr,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     """dz from dy, both (n, C, HW). mean_dy (2, C): means of dy and dy x, which batch statistics subtract."""
     plane, block, pixel, at = _block_of_map(HW, BLOCK)
     c = plane % C
@@ -167,7 +167,7 @@ class NormalisedGradient(_Made):
             _normalised_gradient_kernel[_grid(z)](
                 dy, z, mean, var, gamma, self.mean_dy.contiguous() if of_batch else mean, out, z.shape[1],
                 z.shape[2] * z.shape[3], self.norm.eps, self.norm.gamma is not None, of_batch, BLOCK,
-            )  # fmt: skip
+            )
         return out
 
 
@@ -203,7 +203,7 @@ def convolve(
 def gradients(
     grad: torch.Tensor | NormalisedGradient, x: torch.Tensor | Activation, weight: torch.Tensor, mode: int,
     needs_x: bool, needs_weight: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of x (float32, or like the features) and weight (float32); (0,) where not needed."""
     (h, w), (H, W), side = x.shape[2:], grad.shape[2:], weight.shape[-1]
     like = x.z if isinstance(x, Activation) else x
@@ -248,13 +248,13 @@ def forward(x, mean, var, gamma, beta, eps, weight, bias, H, W, mode, factors, i
 def backward(
     dy, z, z_mean, z_var, z_gamma, z_eps, mean_dy, x, mean, var, gamma, beta, eps, weight, mode, factors,
     needs_x, needs_weight,
-):  # fmt: skip
+):
     """`chain_stage_backward`: gradient of x (or its batch norm's output), sums (2, C), g_weight."""
     outer = norm_of(z_mean, z_var, z_gamma, z_gamma, z_eps)
     return through(
         NormalisedGradient(dy, z, outer, mean_dy), x, norm_of(mean, var, gamma, beta, eps), weight, mode,
         needs_x, needs_weight,
-    )  # fmt: skip
+    )
 
 
 def through(grad, x, norm, weight, mode, needs_x, needs_weight) -> tuple[

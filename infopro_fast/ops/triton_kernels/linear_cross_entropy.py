@@ -52,7 +52,7 @@ def _load_targets(target, class_weight, rows, N, C, ignore_index, WEIGHTED):
 def _logits(
     x, weight, bias, rows, classes, N, D, C, stride_n, stride_d, weight_stride_c, weight_stride_d, BIAS,
     PRECISION, BLOCK_N, BLOCK_C, BLOCK_D,
-):  # fmt: skip
+):
     """All logits of a row block, -inf beyond the last class."""
     s = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     for d in range(0, D, BLOCK_D):
@@ -79,12 +79,12 @@ def _few_forward_kernel(
     weight_stride_d, ignore_index, label_smoothing, BIAS: tl.constexpr, WEIGHTED: tl.constexpr,
     SMOOTH: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
-):  # fmt: skip
+):
     rows, classes = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_C)
     s = _logits(
         x, weight, bias, rows, classes, N, D, C, stride_n, stride_d, weight_stride_c, weight_stride_d,
         BIAS, PRECISION, BLOCK_N, BLOCK_C, BLOCK_D,
-    )  # fmt: skip
+    )
     t, w, kept = _load_targets(target, class_weight, rows, N, C, ignore_index, WEIGHTED)
     largest = tl.max(s, 1)
     l = largest + tl.log(tl.sum(tl.exp(s - largest[:, None]), 1))
@@ -107,7 +107,7 @@ def _few_backward_kernel(
     stride_d, weight_stride_c, weight_stride_d, ignore_index, label_smoothing, BIAS: tl.constexpr,
     WEIGHTED: tl.constexpr, NEEDS_INPUT: tl.constexpr, NEEDS_WEIGHT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+):
     """Gradient of the rows of every num_programs-th block; their share of those of W and b in ``partial``.
 
     partial: (programs, C D + C).
@@ -126,7 +126,7 @@ def _few_backward_kernel(
         s = _logits(
             x, weight, bias, rows, classes, N, D, C, stride_n, stride_d, weight_stride_c, weight_stride_d,
             BIAS, PRECISION, BLOCK_N, BLOCK_C, BLOCK_D,
-        )  # fmt: skip
+        )
         t, w, kept = _load_targets(target, class_weight, rows, N, C, ignore_index, WEIGHTED)
         e = tl.exp(s - tl.max(s, 1)[:, None])  # more exact than by l, which is rounded to an ulp of a logit
         p = e / tl.sum(e, 1)[:, None]
@@ -180,7 +180,7 @@ def _many_forward_kernel(
     logits, bias, target, class_weight, every_sum, loss, lse, right, N, C, ignore_index, label_smoothing,
     BIAS: tl.constexpr, WEIGHTED: tl.constexpr, SMOOTH: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
-):  # fmt: skip
+):
     """Row statistics of logits (N, C) without bias, in one sweep."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     t, w, kept = _load_targets(target, class_weight, rows, N, C, ignore_index, WEIGHTED)
@@ -222,7 +222,7 @@ def _many_backward_kernel(
     row_grad, unit, logits, out, bias, target, class_weight, every_sum, lse, N, C, row_grad_stride,
     ignore_index, label_smoothing, BIAS: tl.constexpr, WEIGHTED: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+):
     """Gradient of the logits (N, C), without bias, times ``unit`` if UNIT; ``out`` may be ``logits``."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     classes = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -250,7 +250,7 @@ def _many_backward_kernel(
 def _reduce_kernel(
     loss, right, target, class_weight, out, correct, N, C, ignore_index, REDUCE: tl.constexpr,
     MEAN_OF: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     """One program: how many rows are right; REDUCE: the sum of losses; MEAN_OF: over the targets' weights."""
     total = tl.zeros((BLOCK,), tl.float32)
     weights = tl.zeros((BLOCK,), tl.float32)
@@ -304,7 +304,7 @@ def forward(input, weight, target, bias, class_weight, ignore_index, label_smoot
             input, weight, b, target, w, losses, lse, right, N, D, C, *input.stride(), *weight.stride(),
             ignore_index, label_smoothing, PRECISION=precision, **flags, **tiles.constexprs(),
             num_warps=tiles.warps, num_stages=forward_stages(capability(device), precision),
-        )  # fmt: skip
+        )
     else:
         every_sum = class_weight.sum() if class_weight is not None else losses
         input, weight = _same_dtype(input, weight)
@@ -315,20 +315,20 @@ def forward(input, weight, target, bias, class_weight, ignore_index, label_smoot
                 logits, b, target[start:stop], w, every_sum, losses[start:stop], lse[start:stop],
                 right[start:stop], stop - start, C, ignore_index, label_smoothing, **flags, BLOCK_N=block_n,
                 BLOCK_C=block_c,
-            )  # fmt: skip
+            )
     loss = losses if reduction == NONE else torch.empty((), dtype=torch.float32, device=device)
     correct = torch.empty((), dtype=torch.int64, device=device)
     _reduce_kernel[(1,)](
         losses, right, target, w, loss, correct, N, C, ignore_index,
         reduction != NONE, reduction == MEAN, class_weight is not None, ROWS_AT_ONCE, num_warps=8,
-    )  # fmt: skip
+    )
     return loss, lse, correct
 
 
 def backward(
     grad, input, weight, target, bias, class_weight, lse, ignore_index, label_smoothing, reduction,
     needs_input, needs_weight,
-):  # fmt: skip
+):
     """Gradients of input (N, D), weight (C, D), where needed, and bias (C,), float32."""
     (N, D), C, device = input.shape, weight.shape[0], input.device
     target, bias, class_weight = _prepared(target, bias, class_weight)
@@ -356,7 +356,7 @@ def backward(
 def _few_backward(
     row_grad, row_grad_stride, input, weight, bias, target, class_weight, lse, ignore_index, label_smoothing,
     g_input, g_weight, g_bias,
-):  # fmt: skip
+):
     (N, D), C = input.shape, weight.shape[0]
     b, w = lse if bias is None else bias, lse if class_weight is None else class_weight
     needs_weight = g_weight.numel() > 0
@@ -369,7 +369,7 @@ def _few_backward(
         *weight.stride(), ignore_index, label_smoothing, BIAS=bias is not None,
         WEIGHTED=class_weight is not None, NEEDS_INPUT=g_input.numel() > 0, NEEDS_WEIGHT=needs_weight,
         PRECISION=_precision(input, weight), **tiles.constexprs(), num_warps=tiles.warps, num_stages=1,
-    )  # fmt: skip
+    )
     if needs_weight:
         _add_up_kernel[(triton.cdiv(C * D + C, 256),)](partial, g_weight, g_bias, programs, C * D, C, 256)
     else:  # the bias's numbers lie behind the weight's, which nobody has written
@@ -379,7 +379,7 @@ def _few_backward(
 def _many_backward(
     row_grad, row_grad_stride, input, weight, bias, target, class_weight, lse, ignore_index, label_smoothing,
     g_input, g_weight, g_bias,
-):  # fmt: skip
+):
     N, C = input.shape[0], weight.shape[0]
     b, w = lse if bias is None else bias, lse if class_weight is None else class_weight
     every_sum = class_weight.sum() if class_weight is not None else lse
@@ -395,7 +395,7 @@ def _many_backward(
             b, target[start:stop], w, every_sum, lse[start:stop], stop - start, C, row_grad_stride,
             ignore_index, label_smoothing, BIAS=bias is not None, WEIGHTED=class_weight is not None,
             UNIT=unit is not None, BLOCK_N=block_n, BLOCK_C=block_c,
-        )  # fmt: skip
+        )
         if g_input.numel():
             _multiply(g, weight, g_input[start:stop])
         if g_weight.numel():

@@ -34,7 +34,7 @@ def _merge(count, mean, m2, more, more_mean, more_m2):
 def _statistics_kernel(
     x, partial, N, C, stride_n, stride_c, stride_p, HW: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
-):  # fmt: skip
+):
     """Mean and sum of squared deviations of BLOCK_C channels over this program's share of the N HW pixels:
     partial (SPLITS, 2, C).
 
@@ -100,7 +100,7 @@ def _load_norm(mean, var, gamma, beta, channels, C, eps, AFFINE):
 def _pool_kernel(
     x, mean, var, gamma, beta, saved, pooled, N, C, stride_n, stride_c, stride_p, eps, HW: tl.constexpr,
     AFFINE: tl.constexpr, RUNNING: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
-):  # fmt: skip
+):
     """Pool BLOCK_C maps of one sample.
 
     ``saved`` gets, for each map, the number of positive y and the sum of their normalised x. RUNNING: mean
@@ -138,7 +138,7 @@ def _pool_kernel(
 def _sums_kernel(
     grad, saved, g_gamma, g_beta, N, C, grad_stride_n, grad_stride_c, HW: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
-):  # fmt: skip
+):
     """Gradients of beta and gamma: sums over all pixels of dy, and of dy times normalised x."""
     channels = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     sum_dy = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
@@ -162,7 +162,7 @@ def _gradient_kernel(
     grad, x, saved, gamma, beta, g_gamma, g_beta, out, N, C, grad_stride_n, grad_stride_c, stride_n, stride_c,
     stride_p, out_stride_n, out_stride_c, out_stride_p, eps, HW: tl.constexpr, AFFINE: tl.constexpr,
     BATCH_STATISTICS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
-):  # fmt: skip
+):
     """Gradient of BLOCK_C maps of one sample."""
     n, channels = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     centre, inverse, scale, shift = _load_norm(saved, saved + C, gamma, beta, channels, C, eps, AFFINE)
@@ -236,7 +236,7 @@ def backward(grad, x, gamma, beta, saved, batch_statistics, eps):
     _gradient_kernel[(N, triton.cdiv(C, block_c))](
         grad, x, saved, gamma, beta, g_gamma, g_beta, flat, N, C, *grad.stride(), *strides, *out_strides, eps,
         HW, affine, batch_statistics, block_c, block_p, num_warps=GRADIENT_WARPS,
-    )  # fmt: skip
+    )
     return out if flat is out else out.copy_(flat), g_gamma, g_beta
 
 

@@ -119,7 +119,7 @@ def _shifted_source(p, IN: tl.constexpr, OUT: tl.constexpr, NEAREST: tl.constexp
 def _write_table(
     table, IN: tl.constexpr, OUT: tl.constexpr, COUNT: tl.constexpr, NEAREST: tl.constexpr,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     """The resize's transpose: table[i, t] = weight of input i in output first_output(i) + t, t < COUNT."""
     for e0 in range(0, IN * COUNT, BLOCK):
         e = e0 + tl.arange(0, BLOCK)
@@ -152,7 +152,7 @@ def _dot(a, b, acc, PRECISION: tl.constexpr):
 def _write_taps(
     features, s_c, s_y, s_x, w_taps, taps, t0, t1, C: tl.constexpr, w: tl.constexpr, K: tl.constexpr,
     TP: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, P: tl.constexpr, D: tl.constexpr,
-):  # fmt: skip
+):
     """taps[tap * K + k][p] = sum over c of W1 features, at the pixels of the feature rows t0..t1."""
     count = (t1 - t0) * w
     for p0 in range(0, count, P):
@@ -177,7 +177,7 @@ def _write_taps(
 def _write_expanded(
     taps, expanded, rows, w: tl.constexpr, W: tl.constexpr, K: tl.constexpr, TP: tl.constexpr,
     EP: tl.constexpr, NEAREST: tl.constexpr, KB: tl.constexpr, B: tl.constexpr,
-):  # fmt: skip
+):
     """expanded[dy * K + k][i, X] = sum over dx of taps[dy, dx, k][i], resized in x, at X + dx - 1."""
     for e0 in range(0, rows * W, B):
         e = e0 + tl.arange(0, B)
@@ -203,7 +203,7 @@ def _write_expanded(
 def _write_rows(
     expanded, b1, x, a0, a1, t0, h: tl.constexpr, H: tl.constexpr, W: tl.constexpr, K: tl.constexpr,
     EP: tl.constexpr, XP: tl.constexpr, NEAREST: tl.constexpr, KB: tl.constexpr, B: tl.constexpr,
-):  # fmt: skip
+):
     """x[k][Y - a0, X] = z for the rows a0..a1 of the image.
 
     z = b1 + sum over dy of expanded[dy, k], resized in y, at Y + dy - 1.
@@ -239,7 +239,7 @@ def _write_convolved(
     features, s_c, s_y, s_x, w_taps, b1, x, a0, a1, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr,
     K: tl.constexpr, XP: tl.constexpr, PRECISION: tl.constexpr, P: tl.constexpr, KT: tl.constexpr,
     D: tl.constexpr,
-):  # fmt: skip
+):
     """x[k][Y - a0, X] = z = conv3x3(features) + b1, where the features have the image's size."""
     count = (a1 - a0) * W
     for p0 in range(0, count, P):
@@ -269,7 +269,7 @@ def _write_pre_norm(
     H: tl.constexpr, W: tl.constexpr, K: tl.constexpr, RESIZE: tl.constexpr, NEAREST: tl.constexpr,
     AR: tl.constexpr, TR: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, P: tl.constexpr,
     D: tl.constexpr, PC: tl.constexpr, KT: tl.constexpr, KB: tl.constexpr, B: tl.constexpr,
-):  # fmt: skip
+):
     """x[k][Y - a0, X] = z for the rows a0..a1 of the image; low: scratch for 9 K TR w + 3 K TR W numbers."""
     if RESIZE:
         t0, _, _ = _source(tl.maximum(a0 - 1, 0), h, H, NEAREST)
@@ -313,7 +313,7 @@ def _write_norm(norm, mean, var, gamma, beta, eps, K: tl.constexpr, KP: tl.const
 def _write_activation(
     x, a, norm, a0, a1, H: tl.constexpr, W: tl.constexpr, K: tl.constexpr, XP: tl.constexpr, AP: tl.constexpr,
     B: tl.constexpr,
-):  # fmt: skip
+):
     """x becomes (z - mean) / std; a = relu(gamma x + beta).
 
     a is a plane with a border of zeros: rows a0 - 1..a1 + 1 of W + 2.
@@ -351,7 +351,7 @@ def _write_gradient(
     a, g, image, i_c, i_y, i_x, w2, b2, weight, m0, m1, m2, d0, d1, d2, sums, fresh, a0, g0, g1, y0, y1,
     W: tl.constexpr, K: tl.constexpr, AP: tl.constexpr, GP: tl.constexpr, RESTORE: tl.constexpr,
     LOSS: tl.constexpr, SUMS: tl.constexpr, B: tl.constexpr,
-):  # fmt: skip
+):
     """g[o] = weight * d loss / d s, a plane with a border of zeros.
 
     If SUMS, the sums of g and of the loss over the rows y0..y1 are added to sums (4).
@@ -425,7 +425,7 @@ def _weights_around(w2, k, K: tl.constexpr):
 def _add_sums(
     x, a, g, w2, partial, fresh, a0, g0, y0, y1, W: tl.constexpr, K: tl.constexpr, XP: tl.constexpr,
     AP: tl.constexpr, GP: tl.constexpr, KT: tl.constexpr, P: tl.constexpr,
-):  # fmt: skip
+):
     """partial += d gamma (K), d beta (K), d w2 (3, K, 9) over the rows y0..y1; fresh: starts from 0."""
     count = (y1 - y0) * W
     q = tl.arange(0, 32)
@@ -467,7 +467,7 @@ def _write_norm_backward(
     x, a, g, w2, to, t_row, t_plane, t_origin, norm, d_gamma, d_beta, scale_sums, a0, g0, r0, r1,
     W: tl.constexpr, K: tl.constexpr, XP: tl.constexpr, AP: tl.constexpr, GP: tl.constexpr, KT: tl.constexpr,
     P: tl.constexpr,
-):  # fmt: skip
+):
     """to = gradient in z of the rows r0..r1, in the place of x or of a.
 
     scale_sums: upstream / count, 0 in eval mode.
@@ -499,7 +499,7 @@ def _gather_rows(
     dz, table, d_expanded, i0, i1, a0, h: tl.constexpr, H: tl.constexpr, W: tl.constexpr, K: tl.constexpr,
     XP: tl.constexpr, EP: tl.constexpr, COUNT: tl.constexpr, NEAREST: tl.constexpr, KB: tl.constexpr,
     B: tl.constexpr,
-):  # fmt: skip
+):
     """The transpose of `_write_rows`, for the feature rows i0..i1."""
     count = (i1 - i0) * W
     for e0 in range(0, count, B):
@@ -527,7 +527,7 @@ def _gather_rows(
 def _gather_columns(
     d_expanded, table, d_taps, rows, w: tl.constexpr, W: tl.constexpr, K: tl.constexpr, EP: tl.constexpr,
     TP: tl.constexpr, COUNT: tl.constexpr, NEAREST: tl.constexpr, KB: tl.constexpr, B: tl.constexpr,
-):  # fmt: skip
+):
     """The transpose of `_write_expanded`."""
     count = rows * w
     for e0 in range(0, count, B):
@@ -553,7 +553,7 @@ def _gather_columns(
 def _write_features_from_taps(
     d_taps, w_taps, d_features, s_c, s_y, s_x, i0, i1, C: tl.constexpr, w: tl.constexpr, K: tl.constexpr,
     TP: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, P: tl.constexpr, D: tl.constexpr,
-):  # fmt: skip
+):
     """d features = W1^T d taps, of the feature rows i0..i1."""
     count = (i1 - i0) * w
     for p0 in range(0, count, P):
@@ -577,7 +577,7 @@ def _add_w1_from_taps(
     d_taps, features, s_c, s_y, s_x, partial, fresh, i0, i1, C: tl.constexpr, w: tl.constexpr,
     K: tl.constexpr, TP: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     D: tl.constexpr,
-):  # fmt: skip
+):
     """partial[tap * K + k][c] += d taps features^T over the feature rows i0..i1."""
     count = (i1 - i0) * w
     for m0 in range(0, 9 * K, M):
@@ -601,7 +601,7 @@ def _add_w1_from_taps(
 def _write_features_convolved(
     dz, w_taps, d_features, s_c, s_y, s_x, i0, i1, a0, C: tl.constexpr, W: tl.constexpr, K: tl.constexpr,
     AP: tl.constexpr, PRECISION: tl.constexpr, P: tl.constexpr, N: tl.constexpr, KT: tl.constexpr,
-):  # fmt: skip
+):
     """d features = conv3x3^T(dz) of the rows i0..i1, without a resize; dz has a border of zeros."""
     count = (i1 - i0) * W
     for p0 in range(0, count, P):
@@ -628,7 +628,7 @@ def _add_w1_convolved(
     dz, features, s_c, s_y, s_x, partial, fresh, i0, i1, a0, C: tl.constexpr, W: tl.constexpr,
     K: tl.constexpr, AP: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     D: tl.constexpr,
-):  # fmt: skip
+):
     """partial[tap * K + k][c] += sum of the features times dz where the tap carries them.
 
     The sum runs over the pixels of the rows i0..i1.
@@ -666,7 +666,7 @@ def statistics_kernel(
     NEAREST: tl.constexpr, ROWS: tl.constexpr, AR: tl.constexpr, TR: tl.constexpr, SCRATCH: tl.constexpr,
     PRECISION: tl.constexpr, M: tl.constexpr, P: tl.constexpr, D: tl.constexpr, PC: tl.constexpr,
     KT: tl.constexpr, KB: tl.constexpr, B: tl.constexpr,
-):  # fmt: skip
+):
     """means, squares (K, items), float64: of z over an item, the squares about its mean."""
     x = scratch + tl.program_id(0).to(tl.int64) * SCRATCH
     for i in range(tl.program_id(0), items, tl.num_programs(0)):
@@ -677,7 +677,7 @@ def statistics_kernel(
         _write_pre_norm(
             sample, s_c, s_y, s_x, w_taps, b1, x, x + K * AR * W, y0, y1, C, h, w, H, W, K, h != H or w != W,
             NEAREST, AR, TR, PRECISION, M, P, D, PC, KT, KB, B,
-        )  # fmt: skip
+        )
         count = (y1 - y0) * W
         for k0 in range(0, K, KB):
             k = k0 + tl.arange(0, KB)
@@ -708,7 +708,7 @@ def statistics_kernel(
 def merge_statistics_kernel(
     means, squares, saved, items, H: tl.constexpr, W: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
     B: tl.constexpr,
-):  # fmt: skip
+):
     """saved[k], saved[K + k] = mean and biased variance of channel k, which is the program's."""
     STRIPS: tl.constexpr = (H + ROWS - 1) // ROWS
     k = tl.program_id(0)
@@ -740,7 +740,7 @@ def loss_kernel(
     GR: tl.constexpr, TR: tl.constexpr, SCRATCH: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr,
     P: tl.constexpr, D: tl.constexpr, PC: tl.constexpr, PS: tl.constexpr, KP: tl.constexpr, KT: tl.constexpr,
     KB: tl.constexpr, B: tl.constexpr, BS: tl.constexpr,
-):  # fmt: skip
+):
     """partial (programs, 29 K + 4): the sum of the loss, after d gamma, d beta, d w2, d b2 of the mean loss.
 
     The gradients are written if NEEDS_GRAD.
@@ -765,7 +765,7 @@ def loss_kernel(
         _write_pre_norm(
             features + n * s_n, s_c, s_y, s_x, w_taps, b1, x, a, a0, a1, C, h, w, H, W, K, h != H or w != W,
             NEAREST, AR, TR, PRECISION, M, P, D, PC, KT, KB, B,
-        )  # fmt: skip
+        )
         _write_activation(x, a, norm, a0, a1, H, W, K, XP, AP, BS)
         _fill_zero(g, 3 * GP, BS)
         tl.debug_barrier()
@@ -773,7 +773,7 @@ def loss_kernel(
         _write_gradient(
             a, g, image + n * i_n, i_c, i_y, i_x, w2, b2, weight, m0, m1, m2, d0, d1, d2, mine + 29 * K,
             fresh, a0, g0, g1, y0, y1, W, K, AP, GP, RESTORE, LOSS, True, BS,
-        )  # fmt: skip
+        )
         tl.debug_barrier()
         if NEEDS_GRAD:
             _add_sums(x, a, g, w2, mine, fresh, a0, g0, y0, y1, W, K, XP, AP, GP, KT, PS)
@@ -784,7 +784,7 @@ def loss_kernel(
 def reduce_sums_kernel(
     partial, saved, loss, programs, weight, K: tl.constexpr, NEEDS_GRAD: tl.constexpr, R: tl.constexpr,
     N: tl.constexpr,
-):  # fmt: skip
+):
     """saved[2 K..] and the loss from the partial sums of `loss_kernel`."""
     ROW: tl.constexpr = 29 * K + 4
     column = tl.program_id(0) * N + tl.arange(0, N)
@@ -811,7 +811,7 @@ def backward_kernel(
     P: tl.constexpr, D: tl.constexpr, PC: tl.constexpr, PS: tl.constexpr, MW: tl.constexpr, NW: tl.constexpr,
     NC: tl.constexpr, DC: tl.constexpr, KP: tl.constexpr, KT: tl.constexpr, KB: tl.constexpr, B: tl.constexpr,
     BS: tl.constexpr, BG: tl.constexpr, KG: tl.constexpr,
-):  # fmt: skip
+):
     """d features, and partial (programs, 9 K, C): d W1 in order (tap, k, c).
 
     An item is a strip of ROWS feature rows.
@@ -853,20 +853,20 @@ def backward_kernel(
         _write_pre_norm(
             sample, s_c, s_y, s_x, w_taps, b1, x, a, a0, a1, C, h, w, H, W, K, RESIZE, NEAREST, AR, TR,
             PRECISION, M, P, D, PC, KT, KB, B,
-        )  # fmt: skip
+        )
         _write_activation(x, a, norm, a0, a1, H, W, K, XP, AP, BS)
         _fill_zero(g, 3 * GP, BS)
         tl.debug_barrier()
         _write_gradient(
             a, g, image + n * i_n, i_c, i_y, i_x, w2, b2, weight, m0, m1, m2, d0, d1, d2, g, False, a0, g0,
             g1, y0, y1, W, K, AP, GP, RESTORE, LOSS, False, BS,
-        )  # fmt: skip
+        )
         tl.debug_barrier()
         if RESIZE:
             _write_norm_backward(
                 x, a, g, w2, x, W, XP, 0, norm, d_gamma, d_beta, scale_sums * upstream, a0, g0, r0, r1, W, K,
                 XP, AP, GP, KT, PS,
-            )  # fmt: skip
+            )
             tl.debug_barrier()
             d_taps = a + 3 * K * ROWS * W
             _gather_rows(x, rows_table, a, i0, i1, a0, h, H, W, K, XP, ROWS * W, NY, NEAREST, KB, B)
@@ -886,7 +886,7 @@ def backward_kernel(
             _write_norm_backward(
                 x, a, g, w2, a, W + 2, AP, W + 3, norm, d_gamma, d_beta, scale_sums * upstream, a0, g0, r0,
                 r1, W, K, XP, AP, GP, KT, PS,
-            )  # fmt: skip
+            )
             tl.debug_barrier()
             if NEEDS_FEATURES:
                 to = d_features + n * f_n
@@ -968,7 +968,7 @@ def choose_tiles(cc: int, shape: Shape, precision: str) -> Tiles:
         return Tiles(
             M=taps, P=64, D=channels, PC=512, PS=512, MW=taps, NW=channels, NC=channels, DC=256, KP=KP, KT=16,
             KB=32, B=256, BS=1024, BG=64, KG=128, num_warps=4, per_sm=1,
-        )  # fmt: skip
+        )
     multiply_add = precision != "tf32"  # then all of a product's depth is in registers at a time
     second = 128 if cc in SMALL_SHARED_MEMORY or shape.K > 16 else 256
     return Tiles(
@@ -976,7 +976,7 @@ def choose_tiles(cc: int, shape: Shape, precision: str) -> Tiles:
         MW=64 if shape.resize else taps, NW=channels, NC=channels,
         DC=64 if multiply_add and shape.C <= 16 else 16, KP=KP, KT=16, KB=4, B=256, BS=1024, BG=64, KG=16,
         num_warps=8, per_sm=2,
-    )  # fmt: skip
+    )
 
 
 def choose_precision(cc: int, allow_tf32: bool) -> str:
@@ -1044,7 +1044,7 @@ class _Call:
             scratch, self.shape.N * cut.strips, cut.strips, self.features, *self.features.stride(), *args,
             **_constants(sweep, self.shape, cut, self.tiles, self.precision), **flags,
             num_warps=self.tiles.num_warps, num_stages=1,
-        )  # fmt: skip
+        )
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device)
@@ -1053,7 +1053,7 @@ class _Call:
 def forward(
     features, image, w1, b1, gamma, beta, w2, b2, running_mean, running_var, restore, eps, mode, loss,
     needs_grad,
-):  # fmt: skip
+):
     """`reconstruction_loss_forward` on CUDA tensors, or any in the interpreter.
 
     A map that spans 2^31 elements is copied first.
@@ -1079,7 +1079,7 @@ def forward(
             loss_kernel, "loss", cut, call.image, *call.image.stride(), call.w_taps, b1, gamma, beta, w2, b2,
             mean, var, partial, eps, weight, *call.restore, RESTORE=restored, LOSS=loss,
             NEEDS_GRAD=needs_grad,
-        )  # fmt: skip
+        )
         reduce_sums_kernel[(triton.cdiv(29 * K + 4, 32),)](
             partial, saved, value, cut.programs, weight, K=K, NEEDS_GRAD=needs_grad, R=32, N=32
         )
@@ -1100,7 +1100,7 @@ def _statistics(call: _Call, b1: torch.Tensor | None, saved: torch.Tensor) -> No
 def backward(
     grad, features, image, w1, b1, gamma, beta, w2, b2, saved, restore, batch_statistics, eps, mode, loss,
     needs_features, needs_w1,
-):  # fmt: skip
+):
     """`reconstruction_loss_backward`, as `forward`; the gradient of the features has their strides."""
     K, restored = w1.shape[0], bool(restore)
     d_features = torch.empty_like(features) if needs_features else features.new_empty(0)
@@ -1127,7 +1127,7 @@ def backward(
             w2, b2, saved, grad, d_features, *(d_features.stride() if needs_features else (0, 0, 0, 0)),
             partial, eps, 1.0 / (3 * counted), scale_sums, *call.restore, RESTORE=restored, LOSS=loss,
             NEEDS_FEATURES=needs_features, NEEDS_W1=needs_w1,
-        )  # fmt: skip
+        )
         if needs_w1:
             reduce_w1_kernel[(triton.cdiv(w1.numel(), 64),)](
                 partial, d_w1, cut.programs, C=shape.C, K=K, R=32, N=64

@@ -156,5 +156,5 @@ def workspace(shape: Shape, sweep: str, places: int) -> int:
     sums = {
         "statistics": 4 * K * shape.N * cut.strips, "loss": cut.programs * (29 * K + 4),
         "backward": cut.programs * 9 * K * shape.C,
-    }[sweep]  # fmt: skip
+    }[sweep]
     return 4 * (cut.programs * cut.scratch + sums)

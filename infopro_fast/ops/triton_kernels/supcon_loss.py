@@ -70,7 +70,7 @@ def _inverse_norms_kernel(
 def _split_kernel(
     x, hi, lo, factor, inverse, M, stride, D: tl.constexpr, NORMALIZE: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+):
     """float32 rows times 2^k as hi + lo; factors that turn products into logits; NORMALIZE: 1 / |x_i|."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     largest = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -113,7 +113,7 @@ def _dot(left, left_lo, right, right_lo, total, PARTS):
 def _products(
     hi, lo, own, own_lo, rows, columns, M, stride, D, PARTS, WIDEN, SYMMETRIC, BLOCK_M, BLOCK_N, BLOCK_D,
     BLOCK_K,
-):  # fmt: skip
+):
     """x_i . x_j (BLOCK_M, BLOCK_N), and the tile x_j (in its parts) where that is all of D.
 
     SYMMETRIC: the same bits for (i, j) and (j, i), by sums of their own for hi lo and lo hi. Logits of
@@ -178,7 +178,7 @@ def _forward_kernel(
     SCALED: tl.constexpr, FIXED_MAXIMUM: tl.constexpr, SPLITS: tl.constexpr, PARTS: tl.constexpr,
     WIDEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
-):  # fmt: skip
+):
     """Loss, l and |P| of a row block; SPLITS > 1: four sums over a split, in partial (4, SPLITS, M)."""
     rows, split = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(1)
     own = _load_rows(hi, rows, tl.arange(0, BLOCK_D), M, stride, D, WIDEN)
@@ -202,7 +202,7 @@ def _forward_kernel(
         s, _, _ = _products(
             hi, lo, own, own_lo, rows, columns, M, stride, D, PARTS, WIDEN, not FIXED_MAXIMUM,
             BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_K,
-        )  # fmt: skip
+        )
         if SCALED:
             other_factor = root * tl.load(factor + columns, mask=columns < M, other=0.0)
             s *= own_factor[:, None] * other_factor[None, :]  # the same bits for (i, j) and (j, i)
@@ -259,7 +259,7 @@ def _join_kernel(partial, loss, lse, counts, M, SPLITS: tl.constexpr, BLOCK_M: t
 def _coefficients_kernel(
     grad, lse, counts, factor, out, largest, M, grad_stride, scale, SCALED: tl.constexpr,
     FIXED_MAXIMUM: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     """What an anchor adds to every c of its row and column, out (3, M): w = a 2^(bound - l), or a where there
     is no bound; a / |P|; l.
 
@@ -313,7 +313,7 @@ def _backward_kernel(
     SCALED: tl.constexpr, FIXED_MAXIMUM: tl.constexpr, SPLITS: tl.constexpr, PARTS: tl.constexpr,
     WIDEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
-):  # fmt: skip
+):
     """Gradient of z of a row block, BLOCK_D columns of it, from one split's rows: out (SPLITS, M, D)."""
     rows, split = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(1)
     dimensions = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -338,7 +338,7 @@ def _backward_kernel(
         s, other, other_lo = _products(
             hi, lo, own, own_lo, rows, columns, M, stride, D, PARTS, WIDEN, not FIXED_MAXIMUM,
             BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_K,
-        )  # fmt: skip
+        )
         if D > BLOCK_D:
             other = _load_rows(hi, columns, dimensions, M, stride, D, WIDEN)
             other_lo = other
@@ -377,7 +377,7 @@ def _backward_kernel(
 def _finish_kernel(
     partial, x, inverse, out, M, stride, D: tl.constexpr, NORMALIZE: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+):
     """The splits of `_backward_kernel` added up, and the gradient of x from that of z."""
     rows, columns = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     inside = (rows < M)[:, None] & (columns < D)[None, :]
@@ -428,7 +428,7 @@ def forward(features, labels, temperature, normalize):
         rows.hi, rows.lo, labels, rows.factor, loss, lse, counts, partial, M, rows.hi.stride(0), scale,
         D, rows.scaled, bounded, splits, rows.parts, _widen(rows.hi),
         *tiles.blocks, num_warps=tiles.warps, num_stages=tiles.stages,
-    )  # fmt: skip
+    )
     if splits > 1:
         _join_kernel[(triton.cdiv(M, 128),)](partial, loss, lse, counts, M, splits, 128)
     return loss, saved
@@ -461,7 +461,7 @@ def backward(grad, features, labels, saved, temperature, normalize):
         coefficients, largest, rows.hi, rows.lo, labels, rows.factor, gradient, M, rows.hi.stride(0), scale,
         D, rows.scaled, bounded, splits, rows.parts, _widen(rows.hi),
         *tiles.blocks, num_warps=tiles.warps, num_stages=tiles.stages,
-    )  # fmt: skip
+    )
     if not whole:
         block_m, block_d = _row_block(D, D)
         _finish_kernel[(triton.cdiv(M, block_m),)](

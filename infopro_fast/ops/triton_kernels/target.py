@@ -60,7 +60,7 @@ class Compilation(typing.NamedTuple):
 def compilation(
     kernel, types: dict[str, str], constexprs: dict, unaligned: typing.Container[str] = (), warps: int = 4,
     stages: int = 3, tensor_cores: bool = False,
-) -> Compilation:  # fmt: skip
+) -> Compilation:
     """Describe a compilation: ``types`` and ``constexprs`` of those of its arguments that the kernel has.
 
     Other arguments: int32 where the name is that of a size or a stride, float32 pointers else.

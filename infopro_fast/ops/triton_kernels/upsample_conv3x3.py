@@ -98,7 +98,7 @@ def _row_of(e, held, below, above, low, weights, total, source, next_tap, column
 def _expand_kernel(
     mixed, bias, out, low, weights, K, h, w, H, W, BIAS: tl.constexpr, MODE: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_X: tl.constexpr,
-):  # fmt: skip
+):
     """z of BLOCK_K channels in BLOCK_X columns of ROWS rows, from mixed (n, 9 K, h w)."""
     blocks_x, blocks_y = tl.cdiv(W, BLOCK_X), tl.cdiv(H, ROWS)
     program = tl.program_id(0)
@@ -114,7 +114,7 @@ def _expand_kernel(
     columns = (
         _column(low, weights, total, first, w, MODE), _column(low, weights, total, first + 1, w, MODE),
         _column(low, weights, total, first + 2, w, MODE),
-    )  # fmt: skip
+    )
     source1, source2 = source + 3 * next_tap, source + 6 * next_tap
     shift = tl.zeros((BLOCK_K,), tl.float32)
     if BIAS:
@@ -147,7 +147,7 @@ def _expand_kernel(
 def _collect_kernel(
     grad, out, first, weights, K, h, w, H, W, COUNT_Y, COUNT_X, MODE: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_P: tl.constexpr,
-):  # fmt: skip
+):
     """dT[dy, dx, k] of one dy, BLOCK_K channels and BLOCK_P pixels; grad (n, K, H, W), out (n, 9 K, h w)."""
     blocks_p, blocks_k = tl.cdiv(h * w, BLOCK_P), tl.cdiv(K, BLOCK_K)
     program = tl.program_id(0)
@@ -190,7 +190,7 @@ def _collect_kernel(
 def _neighbours_kernel(
     x, out, low, weights, C, h, w, H, W, stride_n, stride_c, stride_y, stride_x, MODE: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
-):  # fmt: skip
+):
     """U[tap, c] for one tap, of BLOCK_C channels of BLOCK_P pixels of z; out (n, 9 C, H W)."""
     blocks_p, blocks_c = tl.cdiv(H * W, BLOCK_P), tl.cdiv(C, BLOCK_C)
     program = tl.program_id(0)
@@ -221,7 +221,7 @@ def _neighbours_kernel(
 def _from_neighbours_kernel(
     grad, out, first, weights, C, h, w, H, W, COUNT_Y, COUNT_X, stride_n, stride_c, stride_y, stride_x,
     MODE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
-):  # fmt: skip
+):
     """dx of BLOCK_C channels of BLOCK_P pixels, from grad = dU (n, 9 C, H W)."""
     blocks_p, blocks_c = tl.cdiv(h * w, BLOCK_P), tl.cdiv(C, BLOCK_C)
     program = tl.program_id(0)
@@ -341,7 +341,7 @@ def pointwise(x, weight, bias):
         _multiply_and_add(
             _each(matrix, stop - start), x[start:stop].flatten(2).to(dtype), bias,
             out[start:stop].view(-1, K, h * w),
-        )  # fmt: skip
+        )
     return out
 
 
@@ -474,7 +474,7 @@ def _expand(
     _expand_kernel[grid](
         mixed, bias.contiguous() if given else mixed, out, *table, K, h, w, H, W,
         given, mode, ROWS, block_k, block_x, num_warps=EXPAND_WARPS,
-    )  # fmt: skip
+    )
 
 
 def _collect(grad: torch.Tensor, out: torch.Tensor, h: int, w: int, mode: int, table) -> None:
@@ -504,7 +504,7 @@ def _from_neighbours(grad: torch.Tensor, out: torch.Tensor, H: int, W: int, mode
     _from_neighbours_kernel[grid](
         grad, out, first, weights, C, h, w, H, W, *most, *out.stride(), mode, block_c, block_p,
         num_warps=WARPS,
-    )  # fmt: skip
+    )
 
 
 # Tile sizes

@@ -73,7 +73,7 @@ def _forward_kernel(
     stride_n, stride_c, stride_y, stride_x, target_stride_n, target_stride_y, target_stride_x,
     ALIGN_CORNERS: tl.constexpr, WEIGHTED: tl.constexpr, SMOOTH: tl.constexpr, EACH: tl.constexpr,
     KEEP: tl.constexpr, CONFUSION: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
-):  # fmt: skip
+):
     """Losses and l of BLOCK_P pixels; sums of losses and targets' weights in partial (programs, 2)."""
     program, blocks = tl.program_id(0), tl.cdiv(W, BLOCK_P)
     X, row = program % blocks * BLOCK_P + tl.arange(0, BLOCK_P), program // blocks
@@ -157,7 +157,7 @@ def _backward_kernel(
     target_stride_y, target_stride_x, out_stride_n, out_stride_c, out_stride_y, out_stride_x,
     ALIGN_CORNERS: tl.constexpr, WEIGHTED: tl.constexpr, SMOOTH: tl.constexpr, EACH: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr,
-):  # fmt: skip
+):
     """Gradient of BLOCK_C classes of BLOCK_W source pixels of one row y."""
     blocks_w, blocks_c = tl.cdiv(w, BLOCK_W), tl.cdiv(C, BLOCK_C)
     first_column, rest = tl.program_id(0) % blocks_w * BLOCK_W, tl.program_id(0) // blocks_w
@@ -191,7 +191,7 @@ def _backward_kernel(
             x = _resized(
                 rows + y_low.to(tl.int64) * stride_y, rows + y_high.to(tl.int64) * stride_y, x_low, x_high,
                 weight_x, weight_y, classes, inside, stride_c, stride_x,
-            )  # fmt: skip
+            )
             probability = tl.exp(x - tl.load(lse + (n * H + row) * W + X, mask=kept, other=0.0)[None, :])
             of_target = (1.0 - smoothing) * _weights_of(class_weight, label, kept, WEIGHTED)
             g = tl.where(classes[:, None] == label[None, :], -of_target[None, :], 0.0)
@@ -221,7 +221,7 @@ def _backward_kernel(
 def forward(
     logits, target, class_weight, align_corners, ignore_index, label_smoothing, reduction, keep,
     needs_confusion,
-):  # fmt: skip
+):
     """(loss, l of every pixel or empty, divisor of the sum, counts or empty). Only class_weight is copied."""
     N, C, h, w = logits.shape
     H, W = target.shape[1:]
@@ -242,7 +242,7 @@ def forward(
             C, h, w, H, W, ignore_index, label_smoothing, *logits.stride(), *target.stride(), align_corners,
             weighted, label_smoothing > 0, each, keep == KEEP_LSE, needs_confusion, tiles.block_c,
             tiles.forward_p, num_warps=4,
-        )  # fmt: skip
+        )
     _finish_kernel[(1,)](partial, loss, divisor, count, reduction == MEAN, each, 1024, num_warps=4)
     return loss, lse, divisor, confusion
 
@@ -250,7 +250,7 @@ def forward(
 def backward(
     grad, logits, target, class_weight, kept, divisor, align_corners, ignore_index, label_smoothing,
     reduction, keep,
-):  # fmt: skip
+):
     """Gradient of the logits, in their dtype and memory format."""
     if keep != KEEP_LSE:
         raise ValueError(
@@ -269,7 +269,7 @@ def backward(
         W, ignore_index, label_smoothing, *(grad.stride() if each else (0, 0, 0)), *logits.stride(),
         *target.stride(), *out.stride(), align_corners, weighted, label_smoothing > 0, each, precision,
         tiles.block_c, tiles.backward_p, tiles.block_w, num_warps=BACKWARD_WARPS, num_stages=2,
-    )  # fmt: skip
+    )
     return out
 
 

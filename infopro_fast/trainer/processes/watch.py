@@ -85,7 +85,7 @@ class Watch:
     def __init__(
         self, store: dist.Store, rank: int, size: int, title: str, hint: Callable[[], str], patience: float,
         *, keeps_store: bool = False,
-    ):  # fmt: skip
+    ):
         self.store, self.rank, self.size, self.title, self.hint = store, rank, size, title, hint
         self.patience = max(1, round(patience / TICK))
         self._place, self._moves = _Place("at the start", self.patience * SLOW), 0
@@ -205,7 +205,7 @@ class Watch:
         beat = {
             "tick": tick, "title": self.title, "place": place.name, "here": self._here, "limit": place.limit,
             "waits": waits, "stops": self.stops, "pid": os.getpid(), "host": socket.gethostname(),
-        }  # fmt: skip
+        }
         self.store.set(f"beat/{self.rank}", json.dumps(beat))
 
     def look(self, tick: int) -> str | None:

@@ -91,7 +91,7 @@ class Sender:
             "metrics": list(packet.metrics), "label": _described(packet.label),
             "image": None if packet.image is None else _described(packet.image),
             "features": _described(on_wire), "order": order, "dtype": _name(packet.features.dtype),
-        }  # fmt: skip
+        }
         content = torch.frombuffer(bytearray(json.dumps(spec).encode()), dtype=torch.uint8)
         with self.waiting():
             dist.send(torch.tensor([len(content)]), self.to, tag=SPEC)

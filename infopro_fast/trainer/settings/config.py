@@ -253,7 +253,7 @@ class TrainConfig:
             aux_depth=self.aux_depth or depth, threads=self.threads or machine.threads(),
             data_root=None if self.data_root is None else self.data_root.absolute(),
             device=machine.device() if self.device == "auto" else self.device,
-        )  # fmt: skip
+        )
 
     def in_epochs(self, batches: int) -> TrainConfig:
         """Return this resolved config with its iterations as epochs of ``batches`` steps.

@@ -7,12 +7,12 @@ from typing import Literal
 
 Dataset = Literal[
     "fashion_mnist", "fashion_mnist_full", "shapes_seg", "cifar10", "svhn", "stl10", "imagenet", "cityscapes",
-]  # fmt: skip
+]
 Arch = Literal[
     "resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "densenet_bc_100_12",
     "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d", "resnext101_32x8d",
     "deeplabv3_resnet50", "deeplabv3_resnet101", "fcn_resnet20",
-]  # fmt: skip
+]
 Schedule = Literal["cosine", "step", "one_cycle", "half_cosine", "poly"]
 CIFAR_RESNETS = ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110")
 SEGMENTERS = ("deeplabv3_resnet50", "deeplabv3_resnet101", "fcn_resnet20")
@@ -64,9 +64,9 @@ RECIPES: dict[str, Recipe] = {
         epochs=108, batch_size=8, lr=0.01, schedule="poly", arch="deeplabv3_resnet101", modules=2,
         local_loss="softmax", weight_decay=5e-4, nesterov=False, drop_last=True, iterations=40000,
     ),
-}  # fmt: skip
+}
 
 IMAGE_SIZES: dict[str, int | tuple[int, int]] = {
     "fashion_mnist": 32, "fashion_mnist_full": 32, "shapes_seg": 48, "cifar10": 32, "svhn": 32, "stl10": 96,
     "imagenet": 224, "cityscapes": (512, 1024),
-}  # fmt: skip
+}

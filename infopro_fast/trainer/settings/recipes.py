@@ -96,7 +96,7 @@ TABLE2: dict[tuple[str, str], dict[str, Any]] = {
         "softmax": {2: (21.02, 0.51), 4: (21.28, 0.27), 8: (23.60, 0.49), 16: (26.05, 0.71)},
         "contrast": {2: (20.99, 0.64), 4: (22.73, 0.40), 8: (25.15, 0.52), 16: (26.27, 0.48)},
     },
-}  # fmt: skip
+}
 
 # Table 3, ResNet-110 on one Titan Xp: error and memory (GB) of end-to-end training, of the same with gradient
 # checkpointing, and of the balanced splits by K.
@@ -109,7 +109,7 @@ TABLE3 = {
         "e2e": ((22.27, 1.61), 10.77), "checkpoint": ((22.27, 1.61), 4.50),
         2: ((20.95, 0.57), 6.15), 3: ((21.00, 0.52), 4.96), 4: ((21.22, 0.72), 4.08),
     },
-}  # fmt: skip
+}
 
 # Table 4, ImageNet on 8 GPUs: batch size; (top-1, top-5, GB on each GPU) of end-to-end training and InfoPro*,
 # K = 2.
@@ -129,7 +129,7 @@ TABLE5: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
     "640x1280": (
         {"lambdas": (2.0, 1.0, 0.0, 0.0), "crop": (640, 1280), "lr": 0.015}, (80.25, 81.33, 81.42, 17.00)
     ),
-}  # fmt: skip
+}
 
 NO_DENSE_DGL = (
     "the head of DGL pools its map to 2x2 and classifies the image, and the head that the paper used for "
@@ -155,7 +155,7 @@ def _table2() -> dict[str, Row]:
         where = (
             "the schedule and splits of DenseNet are not published; these are the ResNets' schedule and "
             "equal splits" if dense else ""
-        )  # fmt: skip
+        )
         for method, values in methods.items():
             if method == "e2e":
                 settings = {**common, "local_loss": "none", "modules": 1}
@@ -200,7 +200,7 @@ def _table4() -> dict[str, Row]:
         common = {
             **_published("imagenet"), "arch": arch, "batch_size": batch_size, "accumulate": GPUS,
             "crop": (224, 224),
-        }  # fmt: skip
+        }
         more = note + "; the authors' command says batch size 1024, the table 512" * (batch_size == 512)
         for name, found, settings in (
             (f"table4/{arch}", infopro, {"local_loss": "softmax", "modules": 2}),
@@ -220,7 +220,7 @@ def _table5() -> dict[str, Row]:
     common = {
         **_published("cityscapes"), "arch": "deeplabv3_resnet101", "crop": (512, 1024), "iterations": 40000,
         "momentum": 0.9,
-    }  # fmt: skip
+    }
     rows = {
         f"table5/deeplabv3/{name}": Row(
             {**common, "local_loss": "softmax", "modules": 2, **settings}, dict(zip(names, found)), note

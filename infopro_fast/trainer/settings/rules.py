@@ -38,7 +38,7 @@ def _facts(c: Any) -> SimpleNamespace:
         "side": IMAGE_SIZES[c.dataset], "ends": K - 1, "cut_at": len(c.cuts or ()),
         "given": {name for name, field in fields.of(type(c)).items() if getattr(c, name) != field.default},
         "aux": loss not in ("dgl", "auglocal", "none") and K > 1,
-    })  # fmt: skip
+    })
 
 
 def _given(names: str, wrong: Callable[[Any], bool], sentence: str) -> list[Rule]:
@@ -136,4 +136,4 @@ RULES: list[Rule] = [
     (lambda c: not c.cache and c.cached_epochs is not None, "cached_epochs and no-cache: nothing is cached"),
     *_given("cuda_graph ema", lambda c: c.order == "sequential",
             "order sequential and {name}: not supported"),
-]  # fmt: skip
+]
