@@ -252,9 +252,8 @@ def _write_convolved(
                 tap, c = step % 9, step // 9 * D + tl.arange(0, D)
                 y, xx = Y + tap // 3 - 1, X + tap % 3 - 1
                 inside = (p < count) & _inside(y, H) & _inside(xx, W)
-                valid = inside[:, None] & (c[None, :] < C)
-                at = (y * s_y + xx * s_x)[:, None] + c[None, :] * s_c
-                u = tl.load(features + at, mask=valid, other=0.0)
+                mask = inside[:, None] & (c[None, :] < C)
+                u = tl.load(features + (y * s_y + xx * s_x)[:, None] + c[None, :] * s_c, mask=mask, other=0.0)
                 at = (tap * K + k)[None, :] * C + c[:, None]
                 weight = tl.load(w_taps + at, mask=(k[None, :] < K) & (c[:, None] < C), other=0.0)
                 acc = _dot(u, weight, acc, PRECISION)
