@@ -204,3 +204,21 @@ def test_an_image_in_another_dtype():
     compare.assert_same(
         case.function("triton")(inputs).detach(), case.function("triton")(widened).detach(), "loss"
     )
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_operands_widened_before_the_launch(dtype, monkeypatch):
+    """What Triton 3.6 needs on Blackwell, whatever Triton is installed."""
+    from infopro_fast.ops.triton_kernels import reconstruction_loss as kernels
+
+    read, real = [], kernels.statistics_kernel
+
+    class Spy:
+        def __getitem__(self, grid):
+            return lambda *args, **options: read.append(args[3].dtype) or real[grid](*args, **options)
+
+    monkeypatch.setattr(kernels, "WIDEN_BEFORE", True)
+    monkeypatch.setattr(kernels, "choose_precision", lambda cc, allow_tf32: "widened")
+    monkeypatch.setattr(kernels, "statistics_kernel", Spy())
+    check(reconstruction(), "triton", dtype)
+    assert read == [torch.float32]

@@ -68,6 +68,10 @@ from .target import INTERPRETED, capability, compilation, dot_precision, launche
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
+# Triton 3.6 puts a product of widened 16-bit numbers on Blackwell's tensor cores, which a function of its own
+# cannot use, and fails: there the launcher widens before the launch.
+WIDEN_BEFORE = tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 8)
+
 
 # --------------------------------------------------------------------------------------------------------
 # The resize of one axis. `source` and `first_output` of reconstruction_loss_plan.py say the same in Python.
@@ -1034,6 +1038,8 @@ class _Call:
         self.tiles = choose_tiles(cc, self.shape, self.precision)
         self.places = self.tiles.per_sm * multiprocessors(features.device)
         self.restore = restore or [0.0] * 6
+        if WIDEN_BEFORE and self.precision == "widened":
+            features, w1 = features.float(), w1.float()
         self.features, self.image = _near(features), _near(image)
         self.w_taps = w1.permute(2, 3, 0, 1).contiguous()  # (3, 3, K, C)
 
@@ -1177,7 +1183,8 @@ def _compilation(cc: int, sweep: str, shape: Shape, precision: str, dtype: str =
     elif sweep == "backward":
         flags |= dict(NEEDS_FEATURES=True, NEEDS_W1=True)
     types = dict.fromkeys(_POINTERS, "*fp32") | dict.fromkeys(_FLOATS, "fp32")
-    types |= dict(means="*fp64", squares="*fp64", features=dtype, w_taps=dtype, d_features=dtype)
+    read = "*fp32" if WIDEN_BEFORE and precision == "widened" else dtype
+    types |= dict(means="*fp64", squares="*fp64", features=read, w_taps=read, d_features=dtype)
     tensor_cores = precision == "tf32" or (precision == "ieee" and dtype != "*fp32")
     integers = dict.fromkeys(kernel.arg_names, "i32") | types
     unaligned = [name for name, kind in integers.items() if kind[0] != "*"]
