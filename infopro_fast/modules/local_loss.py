@@ -146,12 +146,12 @@ class Classifier(LocalLoss):
         return self.fc(self.pool(features))
 
     def terms(self, features, image, label):
-        rows, fc = self.pool(features), self.fc
-        found = ops.linear_cross_entropy(
-            rows, fc.weight, label, bias=fc.bias, label_smoothing=self.label_smoothing, return_correct=True,
-            impl=self.impl,
+        # No name here outlives the term: the pooled features would stay until the next one is asked for.
+        loss, correct = ops.linear_cross_entropy(
+            self.pool(features), self.fc.weight, label, bias=self.fc.bias,
+            label_smoothing=self.label_smoothing, return_correct=True, impl=self.impl,
         )
-        yield Term("cross_entropy", 1.0, *found)
+        yield Term("cross_entropy", 1.0, loss, correct)
 
     def trained_parameters(self):
         return list(self.fc.parameters())
