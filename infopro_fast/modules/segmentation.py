@@ -121,8 +121,10 @@ class PixelClassifier(LocalLoss):
         options = {name: getattr(self, name) for name in ("align_corners", "label_smoothing", "impl")}
         yield Term("cross_entropy", 1.0, *pixel_loss(self.head(features), label, **options))
         for tap in self._tap:
-            logits = self.auxiliary_head(tap.leaf)
-            yield Term("auxiliary", self.auxiliary_weight, *pixel_loss(logits, label, **options))
+            yield Term(
+                "auxiliary", self.auxiliary_weight,
+                *pixel_loss(self.auxiliary_head(tap.leaf), label, **options),
+            )
 
     def trained_parameters(self):
         return list(self.parameters())
