@@ -252,6 +252,10 @@ def synced_step(
     """Run one process of a data-parallel step; write its loss, gradients and statistics to ``folder``."""
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=len(sizes))
     torch.set_num_threads(1)
+    if impl == "triton":
+        from tests.interpreted import interpreter
+
+        interpreter.quicken()
     decoder, features, image = (t.to(dtype) for t in synced_inputs(sum(sizes)))
     first = sum(sizes[:rank])
     own = features[first : first + sizes[rank]].clone().requires_grad_()

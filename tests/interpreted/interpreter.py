@@ -24,6 +24,7 @@ def quicken() -> None:
     _remember_blocks()
     _remember_shapes()
     _know_a_dtype_at_sight()
+    _read_scalars()
     _replace_the_language_once_a_launch()
 
 
@@ -70,6 +71,17 @@ def _remember_shapes() -> None:
 def _know_a_dtype_at_sight() -> None:
     compare = core.dtype.__eq__
     core.dtype.__eq__ = lambda self, other: self is other or compare(self, other)
+
+
+def _read_scalars() -> None:
+    """Read a scalar, an array of one number, as int() of numpy 2.4 demands: Triton 3.6 does not."""
+    patch = interpreter._patch_lang_tensor
+
+    def patch_with_index(tensor, scope):
+        patch(tensor, scope)
+        tensor.__index__ = lambda self: int(self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch_with_index
 
 
 def _replace_the_language_once_a_launch() -> None:
