@@ -17,8 +17,7 @@ from infopro_fast import ops
 
 BUILD_RECORD = os.path.join(os.path.dirname(os.path.abspath(__file__)), "_build.json")
 
-# Versions of torch, each with the Triton that it brings, with which the whole test suite has passed. Oldest
-# first.
+# Versions of torch that the tests are run with, each with the Triton that it brings. Oldest first.
 TESTED = (("2.10", "3.6"), ("2.14.1", "3.8"), ("2.15", "3.9"))
 
 

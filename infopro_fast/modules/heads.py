@@ -118,7 +118,6 @@ def conv_norm_relu(
 def run_head(layers: Sequence[nn.Module], x: torch.Tensor, impl: str) -> torch.Tensor:
     """Run the layers in order, with BatchNorm - ReLU - global average pooling as one op.
 
-
     A convolution in front of the three joins the op. A SyncBatchNorm is not fused, because its statistics
     come from other processes: then the layers run one by one and keep their maps.
     """

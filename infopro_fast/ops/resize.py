@@ -1,6 +1,6 @@
 """Where a resize samples along an axis, as `torch.nn.functional.interpolate` does: the one place in Python.
 
-`csrc/cpu/resize.h`, `csrc/cuda/resize.cuh` and `triton_kernels/resize.py` say the same in their languages;
+`csrc/resize.h`, `csrc/cuda/resize.cuh` and `triton_kernels/resize.py` say the same in their languages;
 `tests/test_resize.py` and `tests/interpreted/test_resize.py` compare them all.
 """
 
