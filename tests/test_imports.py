@@ -24,6 +24,24 @@ def test_imports_point_one_way(monkeypatch, capsys):
     assert status == 0, capsys.readouterr().out
 
 
+def test_what_is_imported_is_declared():
+    """A fresh environment has what the package imports: its dependencies, or an extra that an error names."""
+    project = (Path(ROOT) / "pyproject.toml").read_text()
+    lists = re.findall(r"^(?:dependencies|data) = \[(.*)\]", project, re.M)
+    declared = {re.match(r"[\w-]+", name)[0] for text in lists for name in re.findall(r'"([^"]+)"', text)}
+    declared |= {"PIL", "triton"}  # with torchvision; with torch for CUDA
+    imported = set()
+    for path in (Path(ROOT) / "infopro_fast").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                imported.add(node.module.partition(".")[0])
+    names = {"yaml": "pyyaml"}
+    others = imported - sys.stdlib_module_names - {"infopro_fast"}
+    assert {names.get(name, name) for name in others} <= declared
+
+
 @pytest.mark.parametrize("package", ["infopro_fast", "infopro_fast.trainer", "infopro_fast.memory"])
 def test_every_name_of_a_stub_is_there(package):
     module = importlib.import_module(package)
