@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from infopro_fast.memory.released import ReleasedDecoder
+from infopro_fast.planning.released import ReleasedDecoder
 
 
 class ReorderedDecoder(ReleasedDecoder):

@@ -20,8 +20,9 @@ import torch
 
 import infopro_fast
 from benchmarks.device import provenance
-from infopro_fast.memory import FakeTensorMode, build_fake, fake_batch, measure_step
+from infopro_fast.memory import measure_step
 from infopro_fast.memory.resident import in_a_process, peak_above
+from infopro_fast.planning import FakeTensorMode, build_fake, fake_batch
 from infopro_fast.trainer.schedule import released_sgd
 
 RESULT = Path(__file__).parent / "results" / "large_networks.json"

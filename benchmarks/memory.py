@@ -10,8 +10,8 @@ import typing
 
 import torch
 
-from infopro_fast.memory.live import nbytes
 from infopro_fast.memory.resident import in_a_process, peak_above
+from infopro_fast.planning.live import nbytes
 
 PAGE = 4096
 

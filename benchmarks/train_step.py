@@ -11,7 +11,8 @@ from torch.utils.checkpoint import checkpoint
 import infopro_fast
 from benchmarks import shapes
 from infopro_fast.memory.compare import batch
-from infopro_fast.memory.released import ReleasedTrainer, with_released_losses
+from infopro_fast.memory.released_trainer import ReleasedTrainer
+from infopro_fast.planning.released import with_released_losses
 from infopro_fast.trainer import released_sgd
 
 METHODS = ("released", "released channels_last", "reference", "ours")

@@ -20,8 +20,8 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks import baselines, shapes
 from infopro_fast import ops
-from infopro_fast.memory import released
 from infopro_fast.modules import ChainDecoder, Decoder
+from infopro_fast.planning import released
 
 OURS = "ours"
 TRITON, CUDA = "ours triton", "ours cuda"  # one implementation by name, on a GPU

@@ -1,6 +1,7 @@
-from . import data, modules, ops, trainer
-from .modules.network import build
+from . import data, memory, modules, ops, planning, trainer
+from .planning.building import build
+from .planning.planner import plan
 from .trainer.step import LocalTrainer
 
 __version__: str
-__all__ = ["LocalTrainer", "build", "data", "modules", "ops", "trainer"]
+__all__ = ["LocalTrainer", "build", "data", "memory", "modules", "ops", "plan", "planning", "trainer"]

@@ -17,7 +17,7 @@ import torch
 
 from benchmarks import report, step_figure
 from infopro_fast import cli
-from infopro_fast.memory import make_plan
+from infopro_fast.planning import plan
 from infopro_fast.studies import known, results, summary, tables
 
 ROOT = Path(__file__).parent.parent
@@ -73,7 +73,7 @@ ALL = [
 def test_commands_parse(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if "plan.json" in command:  # which is read with the settings
-        make_plan("resnet20", 8, modules=4).write(tmp_path / "plan.json")
+        plan("resnet20", batch_size=8, modules=4).write(tmp_path / "plan.json")
         command += " --arch resnet20 --batch-size 8"
     check(command)
 

@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 import infopro_fast
-from infopro_fast import memory
-from infopro_fast.memory import compare, released, resident
+from infopro_fast import memory, planning
+from infopro_fast.memory import compare, resident
+from infopro_fast.memory.released_trainer import ReleasedTrainer
+from infopro_fast.planning.released import with_released_losses
 from infopro_fast.trainer import released_sgd
 from tests import compare as tolerances
 
@@ -23,12 +25,12 @@ MIB = 2**20
 
 def test_storages_are_counted_once_and_until_they_end():
     x = torch.zeros(256)
-    with memory.LiveBytes([x]) as live:
+    with planning.LiveBytes([x]) as live:
         a = x + 1
         b = a[::2].view(8, 16)  # of a's storage
         assert live.now.total == 1024
         c = torch.cat([a, x]).mul_(2)
-        assert live.now == memory.Bytes(transient=3072) and live.peak.total == 3072
+        assert live.now == planning.Bytes(transient=3072) and live.peak.total == 3072
         del a
         assert live.now.total == 3072  # b has it
         del b
@@ -42,10 +44,10 @@ def test_storages_are_counted_once_and_until_they_end():
 def test_kinds_of_bytes():
     layer = nn.Linear(256, 64)
     x = torch.randn(16, 256)
-    live = memory.LiveBytes([*layer.parameters(), x])
+    live = planning.LiveBytes([*layer.parameters(), x])
     with live, live.watch_gradients(layer.parameters()):
         y = layer(x)
-        assert live.now == memory.Bytes(
+        assert live.now == planning.Bytes(
             transient=4 * 16 * 64
         )  # the layer keeps x and its weight, which were there
         z = y.exp()  # keeps its result
@@ -84,13 +86,13 @@ def test_what_a_second_forward_leaves_counts_as_saved():
 def fake_step(
     batch_size: int = 4, image_size: int = 32, released_losses: bool = False, **settings
 ) -> memory.StepMemory:
-    with memory.FakeTensorMode():
-        net = memory.build_fake(lambda: infopro_fast.build(image_size=image_size, **settings))
+    with planning.FakeTensorMode():
+        net = planning.build_fake(lambda: infopro_fast.build(image_size=image_size, **settings))
         if released_losses:
-            trainer = released.ReleasedTrainer(released.with_released_losses(net), released_sgd(lr=0.1))
+            trainer = ReleasedTrainer(with_released_losses(net), released_sgd(lr=0.1))
         else:
             trainer = infopro_fast.LocalTrainer(net, released_sgd(lr=0.1))
-        return memory.measure_step(trainer, *memory.fake_batch(batch_size, image_size))
+        return memory.measure_step(trainer, *planning.fake_batch(batch_size, image_size))
 
 
 @pytest.mark.parametrize(
@@ -129,13 +131,13 @@ def test_what_is_alive_at_each_point_of_a_step(monkeypatch, cpu):
     N, K = 8, 3
     A, B, C = (4 * N * 64 * 32 * 32 // s for s in (4, 8, 16))  # a map of each stage
     small = 2**11  # loss values, counts
-    seen: list[tuple[str, int, memory.Bytes]] = []
-    with memory.FakeTensorMode():
-        net = memory.build_fake(
+    seen: list[tuple[str, int, planning.Bytes]] = []
+    with planning.FakeTensorMode():
+        net = planning.build_fake(
             lambda: infopro_fast.build("resnet20", cuts=[(1, 1), (2, 0)], lambdas=(1, 1, 1, 1))
         )
-        image, label = memory.fake_batch(N, 32)
-        live = memory.LiveBytes([*net.parameters(), *net.buffers(), image, label])
+        image, label = planning.fake_batch(N, 32)
+        live = planning.LiveBytes([*net.parameters(), *net.buffers(), image, label])
 
         class Watched(torch.optim.SGD):
             def step(self, closure=None):
@@ -242,7 +244,7 @@ def test_released_formulas_are_the_ops():
         weights = [local_loss.trained_parameters() for local_loss in net.local_losses]
         make = released_sgd(lr=0.1)
         if with_released:
-            trainer = released.ReleasedTrainer(released.with_released_losses(net), make)
+            trainer = ReleasedTrainer(with_released_losses(net), make)
         else:
             trainer = infopro_fast.LocalTrainer(net, make)
         metrics = trainer.step(image.double(), label)

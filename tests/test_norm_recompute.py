@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import infopro_fast
-from infopro_fast.memory.live import LiveBytes
 from infopro_fast.modules.densenet import DenseLayer, Transition
 from infopro_fast.modules.norm_recompute import has_chain, norm_relu_conv, run_block
+from infopro_fast.planning.live import LiveBytes
 from infopro_fast.trainer.schedule import released_sgd
 
 GEOMETRIES = {

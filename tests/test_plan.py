@@ -10,16 +10,20 @@ import random
 import re
 
 import pytest
+import torch
+from torch import nn
 
 import infopro_fast
-from infopro_fast import memory
+from infopro_fast import memory, planning
 from infopro_fast.errors import ConfigError, PlanError
-from infopro_fast.memory import best_cuts, chains, figures, make_plan, planner
 from infopro_fast.memory import compare as comparing
-from infopro_fast.memory.released import with_released_losses
+from infopro_fast.memory import figures
 from infopro_fast.memory.ways import Measured, Way
 from infopro_fast.modules import backbones, split
-from infopro_fast.plan import Plan, for_people, parse_bytes
+from infopro_fast.plan_file import Plan, for_people, parse_bytes
+from infopro_fast.planning import best_cuts, chains, planner
+from infopro_fast.planning import plan as make_plan
+from infopro_fast.planning.released import with_released_losses
 from infopro_fast.trainer import TrainConfig, released_sgd
 from tests import compare
 from tests.test_cli import assert_one_line, run_here
@@ -63,8 +67,8 @@ def test_best_cuts_errors():
 
 @functools.cache
 def chain(arch: str, losses: str, recompute: str, batch_size: int, image_size: int | None):
-    sides = planner.image_sides(arch, image_size)
-    return planner.MeasuredChain(arch, batch_size, sides, recompute, losses, timed=False)
+    source = chains.Source(arch, image_size, local_loss=chains.usual_loss(arch), losses=losses)
+    return planner.MeasuredChain(source, batch_size, recompute, timed=False)
 
 
 def plan(
@@ -79,7 +83,9 @@ def plan(
 def test_published_balanced_splits_are_found(modules, image_size):
     found = plan("resnet110", modules, image_size=image_size)
     if image_size == 32 and modules == 2:
-        assert found == make_plan("resnet110", 4, modules=2, losses="released", objective="saved")
+        assert found == make_plan(
+            "resnet110", batch_size=4, modules=2, local_loss="contrast", losses="released", objective="saved"
+        )
     assert found.cuts == split.BALANCED["resnet110", image_size, modules]
 
 
@@ -153,15 +159,15 @@ def test_sums_of_blocks_are_the_step(arch, modules, recompute, losses):
     """Every module takes what a step of the planned network is measured to take."""
     N = 64 if arch in backbones.BLOCKS else 2
     found = plan(arch, modules, "peak", losses, recompute, N)
-    with memory.FakeTensorMode(allow_non_fake_inputs=True):
+    with planning.FakeTensorMode(allow_non_fake_inputs=True):
         local_loss = "none" if modules == 1 else "contrast" if arch in backbones.BLOCKS else "softmax"
         of_loss = dict(local_loss=local_loss, lambdas=None if modules == 1 else (1, 1, 1, 1))
         size = found.image_size
-        net = memory.build_fake(
+        net = planning.build_fake(
             lambda: infopro_fast.build(arch, cuts=found.cuts, recompute=recompute, image_size=size, **of_loss)
         )
         net = with_released_losses(net) if losses == "released" else net
-        image, label = chains.batch(arch, N, size, real=False)
+        image, label = chains.batch(chains.Source(arch, size).family(meta=True), N, real=False)
         step = memory.measure_step(infopro_fast.LocalTrainer(net, released_sgd(lr=0.1)), image, label)
     for planned, measured in zip(found.modules, step.modules, strict=True):
         assert planned.peak == pytest.approx(measured.peak.total, rel=compare.TABLE)
@@ -171,45 +177,44 @@ def test_sums_of_blocks_are_the_step(arch, modules, recompute, losses):
 
 
 def test_smallest_number_of_modules_in_a_budget():
-    found = make_plan("resnet32", 512, budget=GIB // 2)
+    found = make_plan("resnet32", batch_size=512, budget=GIB // 2)
     assert found.total <= GIB // 2
     with pytest.raises(
         PlanError, match=rf"does not fit into 512.0 MiB: it takes .* with {len(found.modules) - 1} module"
     ):
-        make_plan("resnet32", 512, modules=len(found.modules) - 1, budget=GIB // 2)
+        make_plan("resnet32", batch_size=512, modules=len(found.modules) - 1, budget=GIB // 2)
     with pytest.raises(
         PlanError, match="resnet20 at batch 128 does not fit into 1.0 MiB: it takes .* with 10 modules"
     ):
-        make_plan("resnet20", 128, budget=MIB)
+        make_plan("resnet20", batch_size=128, budget=MIB)
 
 
 def test_largest_batch_and_image_in_a_budget():
-    found = memory.largest_batch("resnet20", 32, modules=2, budget=100 * MIB)
-    assert found.total <= 100 * MIB < make_plan("resnet20", found.batch_size + 1, 32, modules=2).total
-    found = memory.largest_image("resnet20", 8, modules=2, budget=100 * MIB, recompute="block")
+    found = planning.largest_batch("resnet20", image_size=32, modules=2, budget=100 * MIB)
+    more = make_plan("resnet20", batch_size=found.batch_size + 1, image_size=32, modules=2)
+    assert found.total <= 100 * MIB < more.total
+    found = planning.largest_image("resnet20", 8, modules=2, budget=100 * MIB, recompute="block")
     side = found.image_size[0]
-    assert (
-        side % 8 == 0
-        and found.total <= 100 * MIB < make_plan("resnet20", 8, side + 8, modules=2, recompute="block").total
-    )
-    with pytest.raises(PlanError, match="resnet20: a batch 1 is too large: .* does not fit into 1000.0 KiB"):
-        memory.largest_batch("resnet20", 32, modules=2, budget=1000 * 1024)
+    more = make_plan("resnet20", batch_size=8, image_size=side + 8, modules=2, recompute="block")
+    assert side % 8 == 0 and found.total <= 100 * MIB < more.total
+    with pytest.raises(PlanError, match="a batch 1 is too large: .* does not fit into 1000.0 KiB"):
+        planning.largest_batch("resnet20", image_size=32, modules=2, budget=1000 * 1024)
 
 
 def test_balanced_time(monkeypatch):
     """The slowest module is as fast as possible; a block of the first stage takes ten times the others."""
     monkeypatch.setattr(planner.costs, "_seconds", lambda call: (call(), 0.0)[1])
-    chain = planner.MeasuredChain("resnet20", 2, (32, 32), "none", "ours", timed=True)
+    chain = planner.MeasuredChain(chains.Source("resnet20"), 2, "none", timed=True)
     blocks = [block._replace(seconds=10.0 if i < 4 else 1.0) for i, block in enumerate(chain.seconds.blocks)]
     chain.seconds = planner.ChainCosts(blocks, chain.seconds.losses, chain.seconds.image)
     assert chain.plan(4, "time").cuts == ((0, 0), (1, 0), (1, 1))
     assert [m.seconds for m in chain.plan(2, "time").modules] == [20, 26]
-    assert make_plan("resnet20", 2, modules=2, objective="time").objective == "time"
+    assert make_plan("resnet20", batch_size=2, modules=2, objective="time").objective == "time"
 
 
 def test_errors():
     for kwargs, message in (
-        (dict(arch="resnet33", modules=2), "plan: arch: expected one of .*, got 'resnet33'"),
+        (dict(arch="resnet33", modules=2), "plan: resnet33, .* arch: expected one of .*, got 'resnet33'"),
         (dict(arch="resnet50", modules=18), "resnet50, 18 modules: expected 1 to 17 for 17 blocks"),
         (
             dict(arch="resnet50", modules=6, losses="released"),
@@ -251,7 +256,7 @@ def test_file(tmp_path):
 
 def test_training_takes_a_plan(tmp_path):
     path = tmp_path / "plan.json"
-    make_plan("resnet20", 48, modules=3, recompute="block").write(path)
+    make_plan("resnet20", batch_size=48, modules=3, recompute="block").write(path)
     found = TrainConfig(plan=path)
     written = Plan.read(path)
     assert (found.arch, found.cuts, found.recompute, found.batch_size, found.plan) == (
@@ -282,7 +287,9 @@ def test_plan_command(capsys, tmp_path):
         capsys, "plan", "--arch", "resnet20", "--batch-size", 64, "--modules", 2, "--out", out
     )
     found = Plan.read(out)
-    assert code == 0 and err == "" and found == make_plan("resnet20", 64, modules=2)
+    assert code == 0 and err == "" and found == make_plan(
+        "resnet20", batch_size=64, modules=2, local_loss="contrast"
+    )
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     for module in found.modules:
         assert re.search(
@@ -293,7 +300,8 @@ def test_plan_command(capsys, tmp_path):
     code, text, err = run_here(
         capsys, "plan", "--arch", "resnet20", "--modules", 2, "--budget", "100MiB", "--out", out
     )
-    assert code == 0 and Plan.read(out) == memory.largest_batch("resnet20", 32, modules=2, budget=100 * MIB)
+    how = dict(modules=2, budget=100 * MIB, local_loss="contrast")
+    assert code == 0 and Plan.read(out) == planning.largest_batch("resnet20", **how)
 
 
 @pytest.mark.parametrize(
@@ -310,11 +318,11 @@ def test_plan_command(capsys, tmp_path):
             "--arch resnet20 --modules 2 --image-size 1 2 3",
             "image_size: expected a side, or height and width",
         ),
-        ("--arch resnet20 --modules 2 --image-size 0", "image_size: expected at least 4, got 0x0"),
-        ("--arch resnet20 --modules 2 --image-size 2", "image_size: expected at least 4, got 2x2"),
+        ("--arch resnet20 --modules 2 --image-size 0", "image_size: expected at least 4, which a network divides, got 0"),
+        ("--arch resnet20 --modules 2 --image-size 2", "image_size: expected at least 4, which a network divides, got 2"),
         (
             "--arch resnet20 --modules 2 --batch-size 1 --image-size 4",
-            "images 4x4: norm_relu_pool: x: expected more than 1 value",
+            "batch 1: norm_relu_pool: x: expected more than 1 value",
         ),
         ("--arch resnet20 --modules 2 --batch-size 0", "batch_size: expected at least 1, got 0"),
         ("--arch resnet20 --modules 0 --budget 1GiB", "modules: expected at least 1, got 0"),
@@ -330,7 +338,7 @@ def test_plan_command_errors(capsys, tmp_path, flags, message):
     "out, message", [("none/p.json", "there is no folder {}/none"), ("", "is a folder: expected a file")]
 )
 def test_plan_that_cannot_be_written_is_not_made(capsys, tmp_path, monkeypatch, out, message):
-    monkeypatch.setattr(memory, "make_plan", lambda *a, **k: pytest.fail("measured"))
+    monkeypatch.setattr(planner, "plan", lambda *a, **k: pytest.fail("measured"))
     code, _, err = run_here(capsys, "plan", "--arch", "resnet20", "--modules", 2, "--out", tmp_path / out)
     assert (
         code == 2
@@ -396,7 +404,7 @@ def test_bytes_for_people():
 
 def test_table_of_a_comparison():
     """Only what autograd and the system see of compiled code is known."""
-    base = Measured(Way(), 100, 90, 1000, memory.Bytes(0, 0, 900, 100), 1100, 2.0, 2.0)
+    base = Measured(Way(), 100, 90, 1000, planning.Bytes(0, 0, 900, 100), 1100, 2.0, 2.0)
     compiled = dataclasses.replace(base, way=Way(budget=0.5), saved=500, peak=None, resident=550, seconds=1.0)
     rows = figures.comparison_rows([base, compiled])
     assert rows[1][:5] == ["E2E compiled, budget 0.5", "500 B", "50.0 %", "?", "?"]
@@ -410,5 +418,142 @@ def test_table_of_a_comparison():
 
 def test_every_block_has_a_place():
     for arch in backbones.BLOCKS:
-        net = chains.chain(arch, (32, 32), "ours")
+        net = chains.Source(arch).chain(real=True)
         assert len(net.positions) == len(net.stages) == len(net.local_losses)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Any network
+
+
+def own_network() -> nn.Module:
+    layers: list[nn.Module] = []
+    for width in (8, 8, 16, 16):
+        layers += [nn.LazyConv2d(width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2)]
+    net = nn.Sequential(*layers[:-1], nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LazyLinear(10))
+    net(torch.randn(2, 3, 32, 32))
+    return net
+
+
+def test_a_network_of_ones_own_is_planned_and_stays_as_it_is():
+    net = own_network()
+    before = {name: (t.clone(), t.data_ptr()) for name, t in net.state_dict().items()}
+    for objective in ("time", "peak"):
+        found = make_plan(net, batch_size=8, modules=3, image_size=32, objective=objective)
+        assert (found.arch, len(found.modules), found.image_size) == ("Sequential", 3, (32, 32))
+    for name, t in net.state_dict().items():
+        assert torch.equal(t, before[name][0]) and t.data_ptr() == before[name][1]
+    built = infopro_fast.build(net, plan=found, local_loss="softmax", image_size=32)
+    assert built.cuts == found.cuts
+    with pytest.raises(ValueError, match=r"plan: expected one for image_size \(64, 64\), got \(32, 32\)"):
+        infopro_fast.build(own_network(), plan=found, image_size=64)
+    with pytest.raises(ValueError, match="plan: expected one for arch resnet20, got Sequential"):
+        infopro_fast.build("resnet20", plan=found)
+
+
+def test_planned_bytes_of_an_own_network_are_those_of_its_step():
+    found = make_plan(own_network(), batch_size=16, modules=3, image_size=32)
+    net = infopro_fast.build(
+        own_network(), plan=found, local_loss="softmax", lambdas=(1, 1, 1, 1), image_size=32
+    )
+    trainer = infopro_fast.LocalTrainer(net, released_sgd(lr=0.1))
+    step = memory.measure_step(trainer, torch.rand(16, 3, 32, 32), torch.zeros(16, dtype=torch.long))
+    for planned, measured in zip(found.modules, step.modules, strict=True):
+        assert planned.peak == pytest.approx(measured.peak.total, rel=compare.TABLE)
+        assert planned.saved == pytest.approx(measured.saved, rel=compare.TABLE)
+
+
+def test_build_cuts_what_has_no_published_split_by_a_plan():
+    found = make_plan("resnet20", batch_size=128, modules=3, local_loss="contrast")
+    assert infopro_fast.build("resnet20", 3, balanced=True).cuts == found.cuts
+    assert infopro_fast.build("resnet110", 4, balanced=True).cuts == split.BALANCED["resnet110", 32, 4]
+    net = infopro_fast.build(own_network(), 3, "softmax", balanced=True, image_size=32)
+    assert net.cuts == make_plan(own_network(), batch_size=32, modules=3, image_size=32).cuts
+
+
+def test_build_takes_a_budget():
+    budget = make_plan("resnet20", batch_size=64, modules=4, local_loss="contrast").total
+    found = make_plan("resnet20", batch_size=64, budget=budget, local_loss="contrast")
+    assert found.total <= budget and len(found.modules) <= 4
+    assert infopro_fast.build("resnet20", budget=budget, batch_size=64).cuts == found.cuts
+    with pytest.raises(PlanError, match="resnet20 at batch 64 does not fit into 1.0 MiB: it takes"):
+        infopro_fast.build("resnet20", budget="1MiB", batch_size=64)
+    for settings, message in (
+        (dict(budget="1GiB", cuts=[(1, 0)]), "budget, cuts: expected one or the other"),
+        (dict(balanced=True, plan="p.json"), "plan, balanced: expected one or the other"),
+        (dict(budget="1GiB", local_loss="none"), "local_loss='none' trains end to end"),
+        (dict(plan="p.json", modules=2), "plan, modules: the plan has its number of modules"),
+        (dict(plan="p.json"), "p.json: no such plan"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            infopro_fast.build("resnet20", **settings)
+
+
+def test_what_does_not_fit_is_told_what_would():
+    with pytest.raises(PlanError) as error:
+        make_plan("resnet20", batch_size=128, modules=2, budget="8MiB")
+    took = {
+        (K, how): make_plan("resnet20", batch_size=128, modules=K, recompute=how).total
+        for K in range(1, 11) for how in ("none", "block")
+    }  # fmt: skip
+    (none, K), (block, L) = (min((took[K, how], K) for K in range(1, 11)) for how in ("none", "block"))
+    given, none, block = (for_people(n) for n in (took[2, "none"], none, block))
+    expected = f"it takes {given} with 2 modules; {K} modules would take {none}; with recompute 'block' "
+    assert expected + f"{L} modules would take {block}; a smaller batch takes less" in str(error.value)
+
+
+def test_one_module_that_keeps_nearly_everything_is_told():
+    class Whole(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convs = nn.ModuleList([nn.Conv2d(8, 8, 3, padding=1) for _ in range(8)])
+
+        def forward(self, x):
+            maps = [x]
+            for conv in self.convs:
+                maps.append(conv(maps[-1]).relu())
+            return sum(maps)
+
+    end = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), Whole(), *end)
+    with pytest.warns(UserWarning, match="the module that ends with block 0.1 keeps 100% of what end to"):
+        make_plan(net, batch_size=4, modules=2, image_size=64)
+
+
+@pytest.mark.parametrize(
+    "arch, message",
+    [
+        ("torchvision:resnet_18", "torchvision has no 'resnet_18'; did you mean resnet18"),
+        ("tests.test_plan:no_network", "tests.test_plan has no 'no_network'; did you mean own_network"),
+        ("no_package:net", "no_package:net needs no_package, which is not installed"),
+        ("resnet33", "expected one of .*, timm:NAME or package.module:function, .*got 'resnet33'"),
+    ],
+)
+def test_names_of_networks(arch, message):
+    with pytest.raises((ValueError, ImportError), match=message):
+        infopro_fast.build(arch)
+
+
+def test_networks_of_other_packages_by_name():
+    pytest.importorskip("torchvision")
+    net = infopro_fast.build("torchvision:vgg11_bn", 2, "greedy", num_classes=7, image_size=32)
+    assert net(torch.randn(2, 3, 32, 32)).shape == (2, 7)
+    net = infopro_fast.build("tests.test_plan:own_network", 2, "greedy", image_size=32)
+    assert net(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+    options = {"width_per_group": 64}
+    net = infopro_fast.build("torchvision:resnet18", 2, "greedy", arch_args=options, num_classes=5)
+    assert net(torch.randn(2, 3, 64, 64)).shape == (2, 5)
+    with pytest.raises(ValueError, match="resnet18 with the arguments .*depth.*unexpected keyword"):
+        infopro_fast.build("torchvision:resnet18", arch_args={"depth": 5})
+
+
+# Peak of a step over end to end, our losses and nothing recomputed.
+@pytest.mark.parametrize(
+    "arch, modules, batch_size, bar",
+    [("resnet101", 4, 32, 0.38), ("resnet101", 7, 32, 0.25), ("resnet152", 4, 32, 0.38),
+     ("deeplabv3_resnet101", 4, 4, 0.30)],
+)  # fmt: skip
+def test_peaks_of_large_networks(arch, modules, batch_size, bar):
+    pytest.importorskip("torchvision")
+    found = make_plan(arch, batch_size=batch_size, modules=modules)
+    assert found.peak <= bar * found.end_to_end["peak"]

@@ -13,8 +13,9 @@ from torch import nn
 from infopro_fast import build
 from infopro_fast.data import fashion_mnist
 from infopro_fast.errors import ConfigError, RunError
-from infopro_fast.memory import LiveBytes, measure_step
-from infopro_fast.memory.live import OPTIMIZER
+from infopro_fast.memory import measure_step
+from infopro_fast.planning import LiveBytes
+from infopro_fast.planning.live import OPTIMIZER
 from infopro_fast.trainer import LocalTrainer, evaluate_run, feature_cache, fit, run_folder, schedule
 from infopro_fast.trainer.feature_cache import CacheFile, Features
 from infopro_fast.trainer.settings.config import TrainConfig

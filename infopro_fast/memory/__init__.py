@@ -1,9 +1,7 @@
-"""Memory of training in local modules: measured, planned, compared.
+"""Memory of training in local modules, measured and compared.
 
-- `measure_step`: bytes of every module in a step of a `LocalTrainer`, on any device; under `FakeTensorMode`
-  nothing runs;
-- `LiveBytes`: bytes alive at any point of any program, by purpose;
-- `make_plan`, `largest_batch`, `largest_image`: where to cut a network, and what fits into a budget;
+- `measure_step`: bytes of every module in a step of a `LocalTrainer`, on any device; under
+  `planning.FakeTensorMode` nothing runs;
 - `compare`: ways to train the same network side by side.
 """
 

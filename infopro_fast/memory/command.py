@@ -21,12 +21,16 @@ class MakePlan:
     Writes a file that `train --plan` takes, and a figure beside it. Nothing is trained.
     """
 
-    arch: Literal[CifarResNet, Bottleneck, "resnext101_32x8d", "deeplabv3_resnet101"] = "resnet110"
-    """Network."""
+    arch: str = "resnet110"
+    """Network: a name that `build` takes, torchvision:NAME, timm:NAME or package.module:function."""
+    arch_args: Annotated[dict[str, Any] | None, SAID] = None
+    """Keyword arguments of the function that makes the network, for a name with a colon."""
     batch_size: Annotated[int | None, SAID] = None
     """Images in a step. Default: 128; with budget and modules, the largest that fits."""
     image_size: Annotated[tuple[int, ...] | None, SAID] = None
     """Side, or height and width. Default: 32, 224 or 512 1024, depending on the network."""
+    num_classes: Annotated[int | None, SAID] = None
+    """Classes. Default: 10, 1000 or 19, depending on the network."""
     modules: Annotated[int | None, SAID] = None
     """Number K of modules. Default: the smallest that fits into the budget."""
     budget: Annotated[str | None, SAID] = None
@@ -35,6 +39,8 @@ class MakePlan:
     """With budget and modules: find the largest batch or image. Default: batch, unless its size is given."""
     recompute: Literal["none", "norm", "block"] = "none"
     """Recompute in backward: norm = each convolution's normalised input; block = each residual block."""
+    local_loss: Annotated[str | None, SAID] = None
+    """Local loss of the modules. Default: contrast for CIFAR's networks, softmax for others."""
     losses: Literal["ours", "released"] = "ours"
     """Count the bytes of our kernels (ours), or of the authors' code in plain PyTorch (released)."""
     objective: Literal["peak", "saved", "time"] = "peak"
@@ -43,31 +49,31 @@ class MakePlan:
     """File to write. The figure has the same name with .png."""
 
     def run(self) -> None:
-        from infopro_fast.plan import parse_bytes
+        from infopro_fast.planning.chains import usual_loss
+        from infopro_fast.planning.planner import largest_batch, largest_image, plan
 
         from . import figures
-        from .planner import largest_batch, largest_image, make_plan
 
         self._check()
         size: Any = self.image_size
         size = size[0] if size is not None and len(size) == 1 else size
-        budget = None if self.budget is None else parse_bytes(self.budget)
         how: dict[str, Any] = dict(
-            modules=self.modules, budget=budget,
+            modules=self.modules, budget=self.budget, num_classes=self.num_classes, arch_args=self.arch_args,
+            local_loss=self.local_loss or usual_loss(self.arch),
             recompute=self.recompute, losses=self.losses, objective=self.objective,
         )
         batch_size = 128 if self.batch_size is None else self.batch_size
-        grow = self.grow or ("batch" if budget and self.modules and self.batch_size is None else None)
+        grow = self.grow or ("batch" if self.budget and self.modules and self.batch_size is None else None)
         if grow == "batch":
-            plan = largest_batch(self.arch, size, **how)
+            found = largest_batch(self.arch, image_size=size, **how)
         elif grow == "image":
-            plan = largest_image(self.arch, batch_size, **how)
+            found = largest_image(self.arch, batch_size, **how)
         else:
-            plan = make_plan(self.arch, batch_size, size, **how)
-        plan.write(self.out)
+            found = plan(self.arch, batch_size=batch_size, image_size=size, **how)
+        found.write(self.out)
         figure = self.out.with_suffix(".png")
-        figures.draw_plan(plan, figure)
-        print(figures.plan_table(plan))
+        figures.draw_plan(found, figure)
+        print(figures.plan_table(found))
         print(f"written: {self.out}, {figure}")
 
     def _check(self) -> None:

@@ -19,15 +19,17 @@ import torch
 
 from infopro_fast import info
 from infopro_fast.errors import PlanError
-from infopro_fast.modules import CIFAR10_MEAN, CIFAR10_STD, LocalNetwork, backbones, build
+from infopro_fast.modules import CIFAR10_MEAN, CIFAR10_STD, LocalNetwork, backbones
+from infopro_fast.planning.building import build
+from infopro_fast.planning.live import Bytes, nbytes
+from infopro_fast.planning.planner import plan
+from infopro_fast.planning.released import with_released_losses
 from infopro_fast.trainer.schedule import released_sgd
 from infopro_fast.trainer.step import LocalTrainer
 from infopro_fast.whole_files import replace_file
 
 from . import figures
-from .live import Bytes, nbytes
-from .planner import make_plan
-from .released import ReleasedTrainer, with_released_losses
+from .released_trainer import ReleasedTrainer
 from .resident import KEEPING, in_a_process, peak_above
 from .step import measure_step
 from .ways import Measured, Way
@@ -110,7 +112,8 @@ def trainer_of(way: Way, arch: str, batch_size: int, image_size: int, device: st
     if way.modules == 1:
         options |= dict(local_loss="none")
     elif way.planned:
-        options |= dict(cuts=make_plan(arch, batch_size, modules=way.modules, **options).cuts)
+        how: dict[str, Any] = dict(batch_size=batch_size, local_loss="contrast", **options)
+        options |= dict(cuts=plan(arch, modules=way.modules, **how).cuts)
     net, make_optimizer = build(arch, way.modules, **options).to(device), released_sgd(lr=0.01)
     if way.losses == "released":
         return ReleasedTrainer(with_released_losses(net), make_optimizer)

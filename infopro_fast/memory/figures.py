@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from infopro_fast.figure import aligned, new_figure, save
-from infopro_fast.plan import Plan, for_people
+from infopro_fast.plan_file import Plan, for_people
 
 from .ways import Measured
 

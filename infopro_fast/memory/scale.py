@@ -17,11 +17,11 @@ from pathlib import Path
 
 from infopro_fast import figure, info
 from infopro_fast.errors import PlanError
+from infopro_fast.planning.chains import Source, batch, usual_loss
+from infopro_fast.planning.costs import ChainCosts, measure_chain
+from infopro_fast.planning.fake import FakeTensorMode
+from infopro_fast.planning.planner import best_cuts
 from infopro_fast.whole_files import replace_file
-
-from . import chains, fake
-from .costs import ChainCosts, measure_chain
-from .planner import best_cuts
 
 BUCKET = 25 * 2**20  # bytes of DistributedDataParallel's buckets
 FORWARD = 1 / 3  # share of the forward in a block's time: one product, and the backward has two
@@ -85,15 +85,16 @@ class Network:
 
 def measure(arch: str, modules: int, batch_size: int, *, speedup: float = 1.0) -> Network:
     """Measure times here, divided by ``speedup``, and cut to balance them. Raises PlanError."""
-    size = chains.published_size(arch)
-    with fake.FakeTensorMode():
-        net = fake.build_fake(lambda: chains.chain(arch, size, "ours"))
-        bytes_of = measure_chain(net, *chains.batch(arch, batch_size, size, real=False))
+    source = Source(arch, local_loss=usual_loss(arch))
+    found = source.family(meta=True)
+    with FakeTensorMode():
+        net = source.chain()
+        bytes_of = measure_chain(net, *batch(found, batch_size, real=False))
     most = 1 + sum(bytes_of.cut_allowed(end) for end in range(len(bytes_of) - 1))
     if not 1 <= modules <= most:
         raise PlanError(f"modules: expected 1 to {most} for {arch}, got {modules}")
-    image, label = chains.batch(arch, batch_size, size, real=True)
-    times = measure_chain(chains.chain(arch, size, "ours"), image, label, timed=True)
+    image, label = batch(found, batch_size, real=True)
+    times = measure_chain(source.chain(real=True), image, label, timed=True)
     carried = image.nbytes + label.nbytes
     return _network(arch, modules, batch_size, times, bytes_of, carried, net.positions, speedup)
 

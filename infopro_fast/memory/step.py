@@ -9,9 +9,9 @@ from collections.abc import Iterator
 import torch
 
 from infopro_fast.modules import LocalNetwork, Stage
-from infopro_fast.trainer.step import LocalTrainer, local_step
-
-from .live import OPTIMIZER, Bytes, LiveBytes, nbytes
+from infopro_fast.modules.local_step import local_step
+from infopro_fast.planning.live import OPTIMIZER, Bytes, LiveBytes, nbytes
+from infopro_fast.trainer.step import LocalTrainer
 
 
 class ModuleMemory(typing.NamedTuple):

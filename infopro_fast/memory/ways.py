@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .live import Bytes
+from infopro_fast.planning.live import Bytes
 
 
 @dataclass(frozen=True)
 class Way:
     """A way to train.
 
-    modules: K, 1 for end to end. losses: "ours" or "released". planned: cut by `make_plan`, not as published.
+    modules: K, 1 for end to end. losses: "ours" or "released". planned: cut by `plan`, not as published.
     budget: activation_memory_budget of torch.compile, 0 (recompute all) to 1 (keep what is fast); None: not
         compiled.
     """

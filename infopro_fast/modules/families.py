@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
-from . import auglocal, backbones, chain, cityscapes, densenet, imagenet, segmentation
+from . import auglocal, backbones, chain, cityscapes, densenet, imagenet, named, segmentation
 from .backbones import Unit
 from .decoder import ChainDecoder, Decoder
 from .heads import AuxClassifier, DGLHead
@@ -65,6 +65,14 @@ class Family:
             found.append(Place(*about, self.image_size, self.num_classes, end))
             given = output
         return found
+
+    def has_place(self, position: tuple[int, int]) -> bool:
+        """Whether a module can end with this block, since a local loss can read its output."""
+        try:
+            self._map(next(unit for unit in self.units if unit.position == position))
+        except ValueError:
+            return False
+        return True
 
     def _map(self, unit: Unit) -> tuple[int, tuple[int, int]]:
         """Return channels and size of a unit's output."""
@@ -124,12 +132,15 @@ class Family:
 def family(
     arch: str | nn.Module, num_classes: int | None, image_size: int | tuple[int, int] | None,
     image_mean: Sequence[float] | str | None, image_std: Sequence[float] | str | None, *,
-    label_smoothing: float, impl: str,
+    label_smoothing: float = 0.0, impl: str = "auto", arch_args: Mapping[str, Any] | None = None,
 ) -> Family:
     """Return the network of this name, or a user's own. Arguments and errors are those of `build`."""
-    own = isinstance(arch, nn.Module)
+    own = isinstance(arch, nn.Module) or named.is_named(arch)
     if not own and arch not in ARCHS:
-        raise ValueError(f"build: arch: expected one of {ARCHS} or an nn.Module, got {arch!r}")
+        expected = f"one of {ARCHS}, {named.FORMS}, or an nn.Module"
+        raise ValueError(f"build: arch: expected {expected}, got {arch!r}")
+    if arch_args and not named.is_named(arch):
+        raise ValueError(f"build: arch_args: expected arch as {named.FORMS}, got {arch!r}")
     small = not own and (arch in backbones.BLOCKS or arch in densenet.ARCHS)
     size = _image_size(arch, image_size, square=small)
     mean, std = _normalisation(image_mean, image_std, small)
@@ -141,7 +152,7 @@ def family(
         "impl": others, "decoder_impl": impl,
     }
     if own or arch in imagenet.ARCHS:
-        return _classifier_of_maps(arch, num_classes, common)
+        return _classifier_of_maps(arch, num_classes, arch_args or {}, common)
     if arch in cityscapes.ARCHS or arch in SMALL:
         return _segmenter(arch, num_classes, common)
     classes = num_classes or 10
@@ -150,10 +161,16 @@ def family(
     return Family(arch, units, lambda _: tail, classes, cifar=True, **common)
 
 
-def _classifier_of_maps(arch: str | nn.Module, num_classes: int | None, common: dict) -> Family:
-    own = isinstance(arch, nn.Module)
-    name = type(arch).__name__ if own else arch
-    net = arch if own else imagenet.network(arch, num_classes or 1000)
+def _classifier_of_maps(
+    arch: str | nn.Module, num_classes: int | None, arch_args: Mapping[str, Any], common: dict
+) -> Family:
+    own = isinstance(arch, nn.Module) or named.is_named(arch)
+    name = type(arch).__name__ if isinstance(arch, nn.Module) else arch
+    if isinstance(arch, nn.Module):
+        net = arch
+    else:
+        classes = num_classes or 1000
+        net = named.network(arch, num_classes, arch_args) if own else imagenet.network(arch, classes)
     try:
         units, tail, reasons = imagenet.units_and_tail(net, common["image_size"])
     except chain.NotAChain as error:

@@ -52,6 +52,10 @@ BALANCED: dict[tuple[str, int, int], tuple[Cut, ...]] = {
 }
 
 
+def has_balanced(arch: str, image_size: tuple[int, int], modules: int | None) -> bool:
+    return (arch, image_size[0], 4 if modules is None else modules) in BALANCED
+
+
 def split(
     arch: str, positions: Sequence[Cut], modules: int, *, balanced: bool, image_size: int
 ) -> tuple[Cut, ...]:
@@ -59,7 +63,7 @@ def split(
 
     balanced=False: the authors' table. For other depths and K the numbers of units (stem and blocks) differ
     by at most one, the larger modules last, as in the authors' ResNet-110 with K = 4, 8 and 16.
-    balanced=True: the authors' tables only. Raises ValueError saying what exists.
+    balanced=True: the authors' table, where `has_balanced`. Raises ValueError saying what exists.
     """
     units = len(positions)
     if not 1 <= modules <= units:
@@ -70,11 +74,7 @@ def split(
     if (arch, modules) in PUBLISHED:
         return PUBLISHED[arch, modules]
     if balanced:
-        key = (arch, image_size, modules)
-        if key not in BALANCED:
-            expected = f"one of (arch, image_size, modules) in {sorted(BALANCED)}"
-            raise ValueError(f"build: balanced: expected {expected}, got {key}; or give `cuts`")
-        return BALANCED[key]
+        return BALANCED[arch, image_size, modules]
     if (arch, modules) in EQUAL:
         return EQUAL[arch, modules]
     small, larger = divmod(units, modules)

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from infopro_fast.errors import RunError
-from infopro_fast.plan import for_people
+from infopro_fast.plan_file import for_people
 from infopro_fast.whole_files import PIECE, Moved, naming, nobody, sync_folder
 
 from .checkpoint import is_channels_last

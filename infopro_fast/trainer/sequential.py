@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from infopro_fast import data, modules, whole_files
-from infopro_fast.plan import for_people
+from infopro_fast.plan_file import for_people
 
 from . import checkpoint, run_folder, setup
 from .feature_cache import CacheFile, Features, check_space

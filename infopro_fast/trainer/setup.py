@@ -12,6 +12,7 @@ import torch
 
 from infopro_fast import data, modules, ops
 from infopro_fast.errors import ConfigError
+from infopro_fast.planning.building import build as build_network
 
 from . import schedule
 from .settings.config import TrainConfig
@@ -103,13 +104,13 @@ def build(config: TrainConfig, images: data.ImageSet | data.FolderSet) -> module
     """Return the run's network, on its device. Raises ConfigError."""
     c = config
     if config.impl != "auto":
-        # Triton has kernels for every op, CUDA C++ for some: `modules.build` asks for no others.
+        # Triton has kernels for every op, CUDA C++ for some: `build` asks for no others.
         for op in (op for op in ops.OPS if config.impl != "cuda" or ops.has_kernels(op, "cuda")):
             reason = ops.available(op, config.device)[config.impl]
             if reason is not None:
                 raise ConfigError(f"impl {config.impl}: {op}: {reason}")
     try:
-        net = modules.build(
+        net = build_network(
             c.arch, c.modules, c.local_loss, c.lambdas, c.balanced, images.num_classes, images.image_size,
             images.mean, images.std, cuts=c.cuts, net_config=c.net_config, widen=c.widen,
             feature_dim=c.feature_dim, aux_depth=c.aux_depth, label_smoothing=c.label_smoothing,

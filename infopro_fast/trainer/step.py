@@ -1,9 +1,4 @@
-"""The local step: each module is updated right after its own forward, and hands on features without a graph.
-
-The authors' code calls backward() inside the network's forward, and one optimizer updates everything at the
-end. The updates here are the same, since each parameter has a single loss. Only one module's activations, one
-auxiliary net's and one module's gradients are alive at any time.
-"""
+"""Training in local modules: `LocalTrainer`, in one process or as one of several."""
 
 from __future__ import annotations
 
@@ -14,103 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from infopro_fast.modules import AuxClassifier, LocalLoss, LocalNetwork
+from infopro_fast.modules import AuxClassifier, LocalNetwork
+from infopro_fast.modules.local_step import Metrics, local_step, update_module
 
 from .cuda_graph import GraphedStep, with_tensor_learning_rates
 from .evaluation import evaluate
 from .processes.reduction import CommHook, GradientReduction, all_reduce, gather_rows
-
-Metrics = dict[str, torch.Tensor]
-
-
-def local_step(
-    stage: nn.Module,
-    local_loss: LocalLoss,
-    optimizer: torch.optim.Optimizer,
-    h: torch.Tensor,
-    image: torch.Tensor,
-    label: torch.Tensor,
-    *,
-    autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
-    scaler: torch.amp.GradScaler | None = None,
-    share: float = 1.0,
-    update: bool = True,
-) -> tuple[torch.Tensor, Metrics]:
-    """Update one module from its input ``h``; return its output and metrics. None of them has a graph.
-
-    A loss that ``wants_input`` gets ``h`` instead of the image.
-    autocast: makes the context that forwards run in. scaler: this module's gradient scaler, for float16; a
-    step whose gradients overflow leaves this module unchanged, and no other.
-    share: weight of this batch's losses, where it is a part of a larger batch. update: step and free the
-    gradients; otherwise they accumulate.
-
-    Each term of the local loss is back-propagated into the gradient of the output alone; its graph is gone
-    before the next term's is built. Then the module is back-propagated once, the optimizer steps, gradients
-    are freed. No other place calls backward() for a network (`studies.probes` does, for probes of a frozen
-    one).
-
-    Lifetimes, apart from parameters, optimizer state and the batch (image, label), which stay:
-    - h, the input: until the step ends, when the caller replaces it by the output;
-    - the module's activations: from its forward to the backward of the block that made them;
-    - a term's activations: within its turn, before those of the next term exist;
-    - the output's gradient: from the first term's backward until the module's last operation has used it;
-    - gradients of parameters: from the backward that makes them to the optimizer's step in this call;
-    - the output: it is returned. Nothing else of a finished module is left but its metrics, 0-d tensors.
-    """
-    version = h._version if local_loss.wants_input else 0
-    with autocast():
-        out = stage(h)
-    if local_loss.wants_input:
-        if h._version != version:
-            what = "the local loss wants the module's input, and the module writes into it"
-            raise ValueError(f"local_step: {what}: cut at another place")
-        image = h
-    leaf = out.detach().requires_grad_()
-    metrics: Metrics = {}
-    terms = local_loss.terms(leaf, image, label)
-    while True:
-        with autocast():  # around each term's forward alone
-            term = next(terms, None)
-        if term is None:
-            break
-        metrics[term.name] = term.loss.detach()
-        if term.correct is not None:
-            metrics[f"{term.name}_correct"] = term.correct
-        weight = term.weight * share
-        loss = term.loss if weight == 1 else term.loss * weight
-        (loss if scaler is None else scaler.scale(loss)).backward()
-        del term, loss  # before the generator goes on, or this graph would outlive the next term's making
-    grad, leaf.grad = [leaf.grad], None
-    GradientOf.apply(out, grad).backward()
-    if update:
-        _update(optimizer, scaler)
-    return leaf.detach(), metrics
-
-
-def _update(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None) -> None:
-    """Step, and free the gradients."""
-    if scaler is None:
-        optimizer.step()
-    else:
-        scaler.step(optimizer)
-        scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-
-
-class GradientOf(torch.autograd.Function):
-    """A scalar whose gradient with respect to ``out`` is the only tensor in ``grad``, a list that it empties.
-
-    out.backward(gradient) would hold the gradient, as large as the output, until the whole module is done.
-    """
-
-    @staticmethod
-    def forward(ctx, out, grad):
-        ctx.grad = grad
-        return out.new_zeros(())
-
-    @staticmethod
-    def backward(ctx, _):
-        return ctx.grad.pop(), None
 
 
 class LocalTrainer:
@@ -291,7 +195,7 @@ class LocalTrainer:
         """Update the module here whose gradients are on their way."""
         with self.waiting():
             self.reductions[i].finish()
-        _update(self.optimizers[i], self.scalers[i])
+        update_module(self.optimizers[i], self.scalers[i])
 
     def evaluate(self, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, float]:
         """Return `evaluation.evaluate` of the network over batches of (image, label)."""

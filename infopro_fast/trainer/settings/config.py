@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from infopro_fast.errors import ConfigError, PlanError
-from infopro_fast.plan import Plan
+from infopro_fast.plan_file import Plan
 from infopro_fast.published import AUX_DEPTH, WEIGHTED, default_lambdas
 
 from . import fields, machine, rules

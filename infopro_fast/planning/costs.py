@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from infopro_fast.modules import LocalLoss, LocalNetwork, Stage, Tap
-from infopro_fast.trainer.step import GradientOf, local_step
+from infopro_fast.modules.local_step import GradientOf, local_step
 
 from .live import LiveBytes, nbytes
 
@@ -127,18 +127,28 @@ def measure_chain(
     known: dict[object, typing.Any] = {}
     h, batch, tapped = image, (image, label), None
     for stage, local_loss in zip(net.stages, net.local_losses):
-        key: tuple = (repr(stage), h.shape, len(blocks) > 0)
+        key: tuple = (_signature(stage), h.shape, len(blocks) > 0)
         if key not in known:
             known[key] = _measure_block(stage, h, first=not blocks, timed=timed)
         cost, h = known[key]
         blocks.append(cost)
         tapped = next(((block, h) for block in stage if isinstance(block, Tap)), tapped)
-        key = (repr(local_loss), h.shape)
+        key = (_signature(local_loss), h.shape)
         if key not in known:
             cut = not isinstance(local_loss, NoCut)
             known[key] = _measure_loss(local_loss, h, *batch, tapped, timed) if cut else None
         losses.append(known[key])
     return ChainCosts(blocks, losses, nbytes([image]), "block" if recompute == "block" else "none")
+
+
+def _signature(module: nn.Module) -> str:
+    """Return a text that is equal for modules that compute alike: classes, settings and shapes of tensors."""
+    simple = (int, float, str, tuple)  # as attributes: a window's size, a graph's code
+    return repr([
+        (name, type(m), [(k, v) for k, v in sorted(vars(m).items()) if isinstance(v, simple)],
+         [(tuple(t.shape), t.dtype) for t in (*m.parameters(False), *m.buffers(False))])
+        for name, m in module.named_modules()
+    ])  # fmt: skip
 
 
 class NoCut(LocalLoss):

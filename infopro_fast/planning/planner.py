@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from infopro_fast.errors import PlanError
-from infopro_fast.plan import Plan, PlannedModule, for_people
+from torch import nn
 
-from . import chains, costs, fake
+from infopro_fast.errors import PlanError
+from infopro_fast.modules import LocalLoss, Place
+from infopro_fast.plan_file import Plan, PlannedModule, for_people, parse_bytes
+
+from . import chains, costs
+from .chains import Source
 from .costs import ChainCosts
+from .fake import FakeTensorMode
 from .live import nbytes
 
 Cost = Callable[[int, int], float]
@@ -73,117 +80,159 @@ def _search(
 OBJECTIVES = ("peak", "saved", "time")
 LOSSES = ("ours", "released")
 RECOMPUTE = ("none", "norm", "block")
+NEARLY_ALL = 0.9  # of what end to end keeps: a module with more is worth a warning
 
 
-def make_plan(
-    arch: str,
-    batch_size: int,
-    image_size: int | tuple[int, int] | None = None,
+def plan(
+    arch: str | nn.Module,
     *,
+    batch_size: int,
     modules: int | None = None,
-    budget: int | None = None,
+    budget: int | str | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    num_classes: int | None = None,
+    arch_args: Mapping[str, Any] | None = None,
+    local_loss: str | Callable[[Place], LocalLoss] = "softmax",
     recompute: str = "none",
     losses: str = "ours",
     objective: str = "peak",
 ) -> Plan:
-    """Return the best split of ``arch`` into ``modules``, or into as few as fit into ``budget``.
+    """Return the best split of a network into ``modules``, or into as few as fit into ``budget``.
 
-    Only the objective "time" runs anything.
+    Tensors have shapes and no values, so a plan of any size needs little memory. Only the objective "time"
+    runs anything. Networks of your own are not changed.
 
-    arch: one of `chains.ARCHS`. image_size: side, or (height, width); None: the published size.
+    arch, image_size, num_classes, arch_args, local_loss, recompute: as in `build`, which takes the result as
+        ``plan``. A loss is measured as if a module ended with each block. recompute: not "sqrt".
+    batch_size: images in a step.
     modules: K. None: the smallest K that fits; K = 1 is end to end.
-    budget: bytes for parameters, optimizer state (SGD with momentum), the batch, gradients and the step's
-        peak. With ``modules`` it is only checked whether they fit.
-    recompute: "none", "norm" or "block", as in `build`. losses: "ours", or "released", the authors'.
+    budget: bytes, or a text like "8GiB", for parameters, optimizer state (SGD with momentum), the batch,
+        gradients and the step's peak. With ``modules`` it is only checked whether they fit.
+    losses: "ours", or "released", the authors'.
     objective: what the largest module needs least of: "peak" (bytes alive), "saved" (bytes kept for backward,
         with the image, as the paper's tables count), or "time" (seconds of forward and backward, measured
         here, for a pipeline).
 
-    Raises PlanError if nothing fits, and for arguments out of range.
+    Raises PlanError if nothing fits, which says what would, and for arguments out of range. Warns if one
+    module keeps nearly everything.
     """
-    _check(objective, losses, recompute, modules, budget, batch_size)
-    size = image_sides(arch, image_size)
-    if modules is None and budget is None:
+    size = parse_bytes(budget) if isinstance(budget, str) else budget
+    _check(objective, losses, recompute, modules, size, batch_size)
+    if modules is None and size is None:
         raise PlanError("plan: expected modules or a budget")
-    try:
-        chain = MeasuredChain(arch, batch_size, size, recompute, losses, objective == "time")
-    except PlanError:
-        raise
-    except (ValueError, ImportError) as error:  # of `build`, or of a batch norm with a single value
-        raise PlanError(f"{arch}, batch {batch_size} of images {size[0]}x{size[1]}: {error}") from error
+    source = Source(arch, image_size, num_classes, arch_args, local_loss=local_loss, losses=losses)
+    chain = MeasuredChain(source, batch_size, recompute, objective == "time")
+    found = fitting(chain, modules, size, objective)
+    largest = max(found.modules, key=lambda module: module.saved)
+    if len(found.modules) > 1 and largest.saved > NEARLY_ALL * found.end_to_end["saved"]:
+        share = largest.saved / found.end_to_end["saved"]
+        what = f"the module that ends with block {largest.last} keeps {share:.0%} of what end to end keeps"
+        warnings.warn(f"plan: {found.arch}: {what}: cutting it there saves little", stacklevel=2)
+    return found
+
+
+def fitting(chain: MeasuredChain, modules: int | None, budget: int | None, objective: str) -> Plan:
+    """Return the plan with ``modules``, or the first that fits. Raises PlanError that says what would fit."""
     for K in range(1, len(chain.costs) + 1) if modules is None else [modules]:
         try:
-            plan = chain.plan(K, objective)
+            found = chain.plan(K, objective)
         except ValueError as error:
-            raise PlanError(f"{arch}, {K} modules: {error}".replace("best_cuts: modules: ", "")) from error
-        if budget is None or plan.total <= budget:
-            return plan
+            reason = str(error).removeprefix("best_cuts: modules: ")
+            raise PlanError(f"{chain.name}, {K} modules: {reason}") from error
+        if budget is None or found.total <= budget:
+            return found
         if modules is None and K >= chain.most_modules:
             break
-    least = f"{for_people(plan.total)} with {len(plan.modules)} module{'s' * (len(plan.modules) > 1)}"
-    raise PlanError(f"{arch} at batch {batch_size} does not fit into {for_people(budget)}: it takes {least}")
+    least = f"{for_people(found.total)} with {len(found.modules)} module{'s' * (len(found.modules) > 1)}"
+    does_not = f"{chain.name} at batch {chain.batch_size} does not fit into {for_people(budget)}"
+    raise PlanError(f"{does_not}: it takes {least}{_advice(chain, found, objective)}")
 
 
-def largest_batch(
-    arch: str, image_size: int | tuple[int, int] | None, *, modules: int, budget: int, **options: str
-) -> Plan:
-    """Return the plan of the largest batch that fits into ``budget`` bytes; options as in `make_plan`."""
+def _advice(chain: MeasuredChain, found: Plan, objective: str) -> str:
+    """Return what would take less than a plan that does not fit."""
+    ways = [("", chain)] + [("with recompute 'block' ", chain.recomputed())] * (chain.recompute == "none")
+    less = []
+    for how, other in ways:
+        total, K = min((other.plan(K, objective).total, K) for K in range(1, chain.most_modules + 1))
+        if total < found.total:
+            less.append(f"{how}{K} module{'s' * (K > 1)} would take {for_people(total)}")
+    less += ["a smaller batch takes less"] if chain.batch_size > 1 else []
+    return "".join(f"; {what}" for what in less)
+
+
+def largest_batch(arch: str | nn.Module, *, modules: int, budget: int | str, **options: Any) -> Plan:
+    """Return the plan of the largest batch that fits into ``budget`` bytes; options as in `plan`."""
     how: dict[str, Any] = dict(modules=modules, budget=budget, **options)
-    return _largest(lambda n: make_plan(arch, n, image_size, **how), f"{arch}: a batch", 1)
+    return _largest(lambda n: plan(arch, batch_size=n, **how), "a batch", 1)
 
 
 def largest_image(
-    arch: str, batch_size: int, *, modules: int, budget: int, step: int = 8, **options: str
+    arch: str | nn.Module, batch_size: int, *, modules: int, budget: int | str, step: int = 8, **options: Any
 ) -> Plan:
     """Return the plan of the largest square image that fits, its side a multiple of ``step`` pixels."""
-    how: dict[str, Any] = dict(modules=modules, budget=budget, **options)
-    return _largest(lambda n: make_plan(arch, batch_size, step * n, **how), f"{arch}: images of {step}", step)
+    how: dict[str, Any] = dict(batch_size=batch_size, modules=modules, budget=budget, **options)
+    return _largest(lambda n: plan(arch, image_size=step * n, **how), f"an image of {step}", step)
 
 
 def _largest(make: Callable[[int], Plan], what: str, unit: int) -> Plan:
     """Return the plan of the largest n that has one, by doubling and then bisection."""
-    fits, plan = 0, None
+    fits, found = 0, None
     too_large = None
     n = 1
     while too_large is None or too_large - fits > 1:
         try:
-            plan, fits = make(n), n
+            found, fits = make(n), n
         except PlanError as error:
             too_large = n
             if n == 1:
                 raise PlanError(f"{what} {unit} is too large: {error}") from error
         n = 2 * fits if too_large is None else (fits + too_large) // 2
-    return plan
+    return found
 
 
 class MeasuredChain:
-    """A network measured block by block for one batch."""
+    """A network measured block by block for one batch. Raises PlanError for what `build` refuses."""
 
-    def __init__(
-        self, arch: str, batch_size: int, size: tuple[int, int], recompute: str, losses: str, timed: bool
-    ):
-        self.arch, self.batch_size, self.size = arch, batch_size, size
-        self.recompute, self.losses = recompute, losses
-        with fake.FakeTensorMode():
-            image, label = chains.batch(arch, batch_size, size, real=False)
-            self.net = fake.build_fake(lambda: chains.chain(arch, size, losses, recompute))
-            self.costs = costs.measure_chain(self.net, image, label, recompute=recompute)
+    def __init__(self, source: Source, batch_size: int, recompute: str, timed: bool):
+        self.source, self.batch_size, self.recompute = source, batch_size, recompute
+        try:
+            self._measure(timed)
+        except (ValueError, ImportError) as error:  # from `build`, or a batch norm with a single value
+            what = getattr(source.arch, "__name__", None) or type(source.arch).__name__
+            what = source.arch if isinstance(source.arch, str) else what
+            reason = str(error).replace("build: ", "")
+            raise PlanError(f"plan: {what}, batch {batch_size}: {reason}") from error
+
+    def _measure(self, timed: bool) -> None:
+        source, N = self.source, self.batch_size
+        found = source.family(meta=True)
+        self.name, self.size = found.name, found.image_size
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            image, label = chains.batch(found, N, real=False)
+            self.net = source.chain(self.recompute)
+            self.costs = costs.measure_chain(self.net, image, label, recompute=self.recompute)
             self.plain = ChainCosts(self.costs.blocks, self.costs.losses, self.costs.image)
-            if recompute == "norm":  # the blocks above keep less than end to end
-                plain = fake.build_fake(lambda: chains.chain(arch, size, losses))
-                self.plain = costs.measure_chain(plain, image, label)
+            if self.recompute == "norm":  # the blocks above keep less than end to end
+                self.plain = costs.measure_chain(source.chain(), image, label)
             self.batch_bytes = nbytes([image, label])
         self.buffers = nbytes(self.net.buffers())
         if timed:
-            net = chains.chain(arch, size, losses, recompute)
-            image, label = chains.batch(arch, batch_size, size, real=True)
+            net, (image, label) = source.chain(self.recompute, real=True), chains.batch(found, N, real=True)
             self.seconds = costs.measure_chain(net, image, label, timed=True)
+
+    def recomputed(self) -> MeasuredChain:
+        """Return the same network with recompute "block", which needs no new measurement."""
+        found = copy.copy(self)
+        found.recompute = "block"
+        found.costs = ChainCosts(self.costs.blocks, self.costs.losses, self.costs.image, "block")
+        return found
 
     @property
     def most_modules(self) -> int:
         return 1 + sum(self.costs.cut_allowed(end) for end in range(len(self.costs) - 1))
 
     def plan(self, modules: int, objective: str) -> Plan:
+        """Return the best split into so many modules. Raises ValueError if there is none."""
         n, costs = len(self.costs), self.costs
         cost = {
             "peak": costs.peak,
@@ -202,18 +251,8 @@ class MeasuredChain:
         resident = 2 * sum(module.parameters for module in found) + self.buffers + self.batch_bytes
         end_to_end = {"peak": self.plain.peak(0, n - 1), "saved": self.plain.saved(0, n - 1)}
         cuts = tuple(self.net.positions[end] for end in ends[:-1])
-        what = (self.arch, self.size, self.batch_size, cuts, self.recompute, self.losses, objective)
+        what = (self.name, self.size, self.batch_size, cuts, self.recompute, self.source.losses, objective)
         return Plan(*what, tuple(found), resident, end_to_end)
-
-
-def image_sides(arch: str, image_size: int | tuple[int, int] | None) -> tuple[int, int]:
-    """Height and width of the images; None: the published size."""
-    if image_size is None:
-        return chains.published_size(arch)
-    size = (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
-    if min(size) < 4:
-        raise PlanError(f"plan: image_size: expected at least 4, got {size[0]}x{size[1]}")
-    return size
 
 
 def _check(

@@ -6,13 +6,14 @@ choose there.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-__all__ = ["FakeTensorMode", "build_fake", "fake", "fake_batch"]
+__all__ = ["FakeTensorMode", "build_fake", "copy_to_meta", "fake", "fake_batch"]
 
 
 def build_fake(build: Callable[[], nn.Module]) -> nn.Module:
@@ -24,14 +25,24 @@ def build_fake(build: Callable[[], nn.Module]) -> nn.Module:
 
 def fake(net: nn.Module) -> nn.Module:
     """Replace parameters and buffers by fake CPU tensors of the same shapes, strides and dtypes."""
+    like: dict[torch.Tensor, torch.Tensor] = {}  # a tensor in two places stays one
     for module in net.modules():
         for tensors in (module._parameters, module._buffers):
             for name, t in tensors.items():
                 if t is not None:
-                    like = torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device="cpu")
-                    is_parameter = isinstance(t, nn.Parameter)
-                    tensors[name] = nn.Parameter(like, t.requires_grad) if is_parameter else like
+                    tensors[name] = like.setdefault(t, _like(t, "cpu"))
     return net
+
+
+def copy_to_meta(net: nn.Module) -> nn.Module:
+    """Return a copy of a network whose parameters and buffers have shapes and no values."""
+    tensors = [*net.parameters(), *net.buffers()]
+    return copy.deepcopy(net, {id(t): _like(t, "meta") for t in tensors})
+
+
+def _like(t: torch.Tensor, device: str) -> torch.Tensor:
+    like = torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device=device)
+    return nn.Parameter(like, t.requires_grad) if isinstance(t, nn.Parameter) else like
 
 
 def fake_batch(

@@ -1,13 +1,12 @@
-"""The losses and the step of the authors' code in plain torch, written from its description, as a baseline.
+"""The losses of the authors' code in plain torch, written from its description, as a baseline.
 
 Both auxiliary networks of a module run layer by layer whatever their weight, and one backward goes through
-both. The image is restored at every boundary, and all gradients stay until one optimizer has stepped.
+both. The image is restored at every boundary.
 """
 
 from __future__ import annotations
 
 import typing
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +14,6 @@ from torch import nn
 
 from infopro_fast.modules import Decoder, InfoPro, LocalLoss, LocalNetwork, Term
 from infopro_fast.ops.reconstruction_loss import restore_image
-from infopro_fast.trainer.step import LocalTrainer
 
 
 class ReleasedDecoder(nn.Module):
@@ -128,27 +126,3 @@ def with_released_losses(net: LocalNetwork) -> LocalNetwork:
             net.local_losses[k] = ReleasedLoss(loss)
     net.local_losses[-1] = ReleasedEnd(net.classifier)
     return net
-
-
-class ReleasedTrainer(LocalTrainer):
-    """One optimizer over everything, which steps when all modules have their gradients."""
-
-    def __init__(
-        self, net: LocalNetwork, make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer]
-    ):
-        super().__init__(net, lambda parameters: typing.cast(torch.optim.Optimizer, _Later()))
-        losses = [p for local_loss in net.local_losses for p in local_loss.trained_parameters()]
-        self.optimizers[-1] = make_optimizer([*net.stages.parameters(), *losses])
-
-
-class _Later:
-    """Stands for a module's optimizer, and leaves its gradients to the optimizer of the last module."""
-
-    state: dict = {}
-    param_groups: tuple = ()
-
-    def step(self) -> None:
-        pass
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        pass
