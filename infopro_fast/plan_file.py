@@ -20,7 +20,8 @@ VERSION = 1
 class PlannedModule:
     """One module: its last block and number of blocks, bytes and seconds.
 
-    saved: the most that autograd keeps, and the output; peak: at its step's highest point; parameters: of its parameters.
+    saved: the most that autograd keeps, and the output; peak: at its step's highest point; parameters: of
+    its parameters.
     """
 
     last: str

@@ -60,7 +60,7 @@ def assert_one_line(err):
         (["train", "--lr", "-1"], "lr: expected a positive number, got -1.0"),
         (
             ["train", "--arch", "resnet33"],
-            "invalid choice 'resnet33' for argument '--arch'. Expected one of .*'resnet32'",
+            "arch: expected one of .*resnet32, .* got 'resnet33'",
         ),
         (["train", "--lambdas", "1", "2"], "--lambdas: .*expected argument count 4"),
         (["train", "--cuts", "1", "2", "3"], "--cuts: "),
@@ -226,13 +226,8 @@ def test_version(capsys):
 
 def test_help_shows_the_defaults_of_a_recipe(capsys):
     code, out, err = run_here(capsys, "train", "--recipe", "table2/cifar10/resnet32/k4/contrast", "--help")
-    assert (
-        code == 0
-        and err == ""
-        and "(default: 1024)" in out
-        and "(default: 0.8)" in out
-        and "(default: 160)" in out
-    )
+    words = re.sub(r"[\s│]+", " ", out)
+    assert code == 0 and err == "" and all(f"(default: {n})" in words for n in ("1024", "0.8", "160"))
 
 
 def test_help_is_quick_and_complete():

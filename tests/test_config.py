@@ -26,7 +26,7 @@ from infopro_fast.trainer.settings.data_sets import IMAGE_SIZES, RECIPES
         (dict(data_root=3), "data_root: expected a path, got 3"),
         (dict(pipeline_modules=()), r"pipeline_modules: expected numbers of at least 1, got \(\)"),
         (dict(crop=(64,)), r"crop: expected height and width of at least 32, got \(64,\)"),
-        (dict(dataset="mnist"), "dataset: expected one of .*'fashion_mnist'.*, got 'mnist'"),
+        (dict(dataset="mnist"), "dataset: expected one of fashion_mnist, .*, got 'mnist'"),
         (dict(arch="vgg"), "arch: expected one of .*, got 'vgg'"),
         (dict(local_loss="info"), "local_loss: expected one of"),
         (dict(dtype="float16"), "dtype: expected one of"),
@@ -49,7 +49,7 @@ from infopro_fast.trainer.settings.data_sets import IMAGE_SIZES, RECIPES
         (dict(dataset="cifar10"), "dataset cifar10 needs data_root"),
         (dict(dataset="svhn", download=True), "dataset svhn needs data_root.* to fetch"),
         (dict(local_loss="none", modules=4), "local_loss none trains end to end: expected modules 1, got 4"),
-        (dict(cuts=((1, 0),), balanced=True), "cuts and balanced"),
+        (dict(cuts=((1, 0),), balanced=True), "cuts, balanced, budget: a split is given"),
         (dict(cuts=((1, 0),), modules=4), "modules 4 and cuts: expected 3 cuts, got 1"),
         (
             dict(lambdas=(1, 1, 1, 1), local_loss="greedy"),

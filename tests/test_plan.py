@@ -318,8 +318,8 @@ def test_plan_command(capsys, tmp_path):
             "--arch resnet20 --modules 2 --image-size 1 2 3",
             "image_size: expected a side, or height and width",
         ),
-        ("--arch resnet20 --modules 2 --image-size 0", "image_size: expected at least 4, which a network divides, got 0"),
-        ("--arch resnet20 --modules 2 --image-size 2", "image_size: expected at least 4, which a network divides, got 2"),
+        ("--arch resnet20 --modules 2 --image-size 0", "image_size: expected at least 4, .* got 0"),
+        ("--arch resnet20 --modules 2 --image-size 2", "image_size: expected at least 4, .* got 2"),
         (
             "--arch resnet20 --modules 2 --batch-size 1 --image-size 4",
             "batch 1: norm_relu_pool: x: expected more than 1 value",
@@ -330,7 +330,7 @@ def test_plan_command(capsys, tmp_path):
 )
 def test_plan_command_errors(capsys, tmp_path, flags, message):
     code, out, err = run_here(capsys, "plan", *flags.split(), "--out", tmp_path / "p.json")
-    assert code == 2 and out == "" and message in err and not list(tmp_path.iterdir())
+    assert code == 2 and out == "" and re.search(message, err) and not list(tmp_path.iterdir())
     assert_one_line(err)
 
 

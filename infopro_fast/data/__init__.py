@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
 from infopro_fast.errors import DataError
 
-from . import cifar10, cityscapes, fashion_mnist, fashion_mnist_full, imagenet, shapes_seg, stl10, svhn
+from . import cifar10, cityscapes, fashion_mnist, fashion_mnist_full, imagenet, own, shapes_seg, stl10, svhn
 from .augment import Augmentation, augment, draw, normalize
 from .folder_set import FolderSet
 from .image_set import ImageSet, Split, part_of
@@ -21,20 +22,26 @@ __all__ = [
 
 def load(
     name: str, root: str | Path | None = None, download: bool = False, *, crop: tuple[int, int] | None = None,
-    workers: int = 0,
+    workers: int = 0, mean: tuple[float, ...] | None = None, std: tuple[float, ...] | None = None,
 ) -> ImageSet | FolderSet:
     """Return a data set. Raises DataError saying what is wrong.
 
     name: "fashion_mnist" or "shapes_seg" (embedded in the package, need no root); "fashion_mnist_full",
-        "cifar10", "svhn", "stl10", "imagenet" or "cityscapes".
-    root: folder with the original files. download: fetch missing files into ``root`` (not for the last two).
-    crop, workers: for "imagenet" and "cityscapes" (`imagenet.load`, `cityscapes.load`).
+        "cifar10", "svhn", "stl10", "imagenet", "imagefolder" or "cityscapes"; or package.module:function
+        (`own.load`).
+    root: folder with the original files. download: fetch missing files into ``root`` (not for folders).
+    crop, workers: for folders (`imagenet.load`, `cityscapes.load`). mean, std: for images of your own; None:
+    measured.
     """
+    if ":" in name:
+        return own.load(name, root, download, crop=crop, mean=mean, std=std)
     embedded: dict[str, Callable[[], ImageSet]]
     embedded = {"fashion_mnist": fashion_mnist.load, "shapes_seg": shapes_seg.load}
     if name in embedded:
         return embedded[name]()
-    folders = {"imagenet": imagenet.load, "cityscapes": cityscapes.load}
+    of_own = functools.partial(imagenet.load, name="imagefolder", mean=mean, std=std)
+    folders: dict[str, Callable[..., FolderSet]]
+    folders = {"imagenet": imagenet.load, "imagefolder": of_own, "cityscapes": cityscapes.load}
     readers = {
         "fashion_mnist_full": fashion_mnist_full.load, "cifar10": cifar10.load, "svhn": svhn.load,
         "stl10": stl10.load,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from infopro_fast.errors import PlanError
-from infopro_fast.trainer.settings.fields import SAID
+from infopro_fast.trainer.settings.fields import SAID, keywords
 
 CifarResNet = Literal["resnet20", "resnet32", "resnet44", "resnet56", "resnet110"]
 Bottleneck = Literal["resnet50", "resnet101", "resnet152"]
@@ -23,8 +23,8 @@ class MakePlan:
 
     arch: str = "resnet110"
     """Network: a name that `build` takes, torchvision:NAME, timm:NAME or package.module:function."""
-    arch_args: Annotated[dict[str, Any] | None, SAID] = None
-    """Keyword arguments of the function that makes the network, for a name with a colon."""
+    arch_args: Annotated[tuple[str, ...] | None, SAID] = None
+    """Arguments of the function that makes a network with a colon in its name, such as img_size=32."""
     batch_size: Annotated[int | None, SAID] = None
     """Images in a step. Default: 128; with budget and modules, the largest that fits."""
     image_size: Annotated[tuple[int, ...] | None, SAID] = None
@@ -58,8 +58,8 @@ class MakePlan:
         size: Any = self.image_size
         size = size[0] if size is not None and len(size) == 1 else size
         how: dict[str, Any] = dict(
-            modules=self.modules, budget=self.budget, num_classes=self.num_classes, arch_args=self.arch_args,
-            local_loss=self.local_loss or usual_loss(self.arch),
+            modules=self.modules, budget=self.budget, num_classes=self.num_classes,
+            arch_args=keywords(self.arch_args), local_loss=self.local_loss or usual_loss(self.arch),
             recompute=self.recompute, losses=self.losses, objective=self.objective,
         )
         batch_size = 128 if self.batch_size is None else self.batch_size

@@ -30,12 +30,14 @@ def local_step(
     scaler: torch.amp.GradScaler | None = None,
     share: float = 1.0,
     update: bool = True,
+    clip_grad: float | None = None,
 ) -> tuple[torch.Tensor, Metrics]:
     """Update one module from its input ``h``; return its output and metrics. None of them has a graph.
 
     A loss that ``wants_input`` gets ``h`` instead of the image.
     autocast: makes the context that forwards run in. scaler: this module's gradient scaler, for float16; a
     step whose gradients overflow leaves this module unchanged, and no other.
+    clip_grad: the module's gradients are scaled down to this norm where theirs is larger.
     share: weight of this batch's losses, where it is a part of a larger batch. update: step and free the
     gradients; otherwise they accumulate.
 
@@ -78,12 +80,19 @@ def local_step(
     grad, leaf.grad = [leaf.grad], None
     GradientOf.apply(out, grad).backward()
     if update:
-        update_module(optimizer, scaler)
+        update_module(optimizer, scaler, clip_grad)
     return leaf.detach(), metrics
 
 
-def update_module(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None) -> None:
-    """Step, and free the gradients."""
+def update_module(
+    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None, clip_grad: float | None = None
+) -> None:
+    """Step, and free the gradients. clip_grad: the largest norm of all gradients together."""
+    if clip_grad is not None:
+        if scaler is not None:
+            scaler.unscale_(optimizer)
+        every = (p for group in optimizer.param_groups for p in group["params"])
+        nn.utils.clip_grad_norm_(every, clip_grad, foreach=True)
     if scaler is None:
         optimizer.step()
     else:

@@ -39,7 +39,8 @@ class Training:
         self.batches = images.batches(config.batch_size, config.drop_last)
         self.steps = config.iterations or config.epochs * self.batches
         at = None if share.alone else lambda module, images: self.at(f"in {module}", images)
-        options = {"amp": setup.amp_dtype(config), "at": at, **share.trainer_options}
+        options: dict[str, Any] = {"amp": setup.amp_dtype(config), "clip_grad": config.clip_grad, "at": at}
+        options |= share.trainer_options
         self.trainer = LocalTrainer(self.net, setup.optimizer(config), **options)
         self.ema = None if config.ema is None else MovingAverage(self.net, config.ema)
         self.meters = Meters(config.log_every, share.combine)

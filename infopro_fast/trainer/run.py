@@ -134,7 +134,10 @@ class _Opened:
     def __init__(self, config: TrainConfig, here: Processes, held: contextlib.ExitStack, fresh: bool = True):
         self.here, self.held = here, held
         self.images = _load_data(config, here)
-        self.config = config = config.in_epochs(self.images.batches(config.batch_size, config.drop_last))
+        config = config.in_epochs(self.images.batches(config.batch_size, config.drop_last))
+        if config.kind_is_measured and config.mean is None:
+            config = dataclasses.replace(config, mean=self.images.mean, std=self.images.std)
+        self.config = config = setup.cut(config, self.images)
         _check_batches(config, self.images, here.layout.replicas)
         held.enter_context(setup.machine(config))
         here.watch.at("building the network", slow=True)

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,7 +31,8 @@ def create(config: TrainConfig, shared: TrainConfig | None = None) -> Path:
     folder = config.out
     if folder is None:
         now = time.strftime("%Y%m%d-%H%M%S")
-        folder = Path("runs") / f"{config.dataset}-{config.arch}-k{config.modules}-{config.local_loss}-{now}"
+        name = f"{config.dataset}-{config.arch}-k{config.modules}-{config.local_loss}-{now}"
+        folder = Path("runs") / re.sub(r"[^\w.-]", ".", name)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         advice = f"give another folder as out, or continue it with --resume {folder}"
         raise RunError(f"{folder} exists already: {advice}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 
@@ -13,7 +14,7 @@ from .settings.config import TrainConfig
 
 def released_sgd(
     lr: float, momentum: float = 0.9, weight_decay: float = 1e-4, nesterov: bool = True
-) -> Callable[[Iterable[torch.Tensor]], torch.optim.Optimizer]:
+) -> Callable[[Iterable[Any]], torch.optim.Optimizer]:
     """Return make_optimizer of the authors' recipe: fused SGD, Nesterov momentum, decay on all parameters.
 
     nesterov: False on Cityscapes.

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import dataclasses
+import functools
+import importlib
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +15,15 @@ import torch
 
 from infopro_fast import data, modules, ops
 from infopro_fast.errors import ConfigError
+from infopro_fast.modules import split
+from infopro_fast.planning import planner
 from infopro_fast.planning.building import build as build_network
 
 from . import schedule
+from .settings import fields
 from .settings.config import TrainConfig
+
+BETAS = (0.9, 0.999)  # torch's, for AdamW
 
 
 def amp_dtype(config: TrainConfig) -> torch.dtype | None:
@@ -33,7 +41,22 @@ def autocast(config: TrainConfig) -> contextlib.AbstractContextManager:
 def optimizer(config: TrainConfig) -> Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]:
     """Return `LocalTrainer`'s make_optimizer."""
     c = config
-    return schedule.released_sgd(c.lr, c.momentum, c.weight_decay, c.nesterov)
+    make: Callable[[Any], torch.optim.Optimizer]
+    if c.optimizer == "sgd":
+        make = schedule.released_sgd(c.lr, c.momentum, c.weight_decay, c.nesterov)
+    else:
+        make = functools.partial(
+            torch.optim.AdamW, lr=c.lr, betas=c.betas or BETAS, weight_decay=c.weight_decay, fused=True
+        )
+    return make if c.decay_all else lambda parameters: make(_groups(parameters))
+
+
+def _groups(parameters: Iterable[torch.nn.Parameter]) -> list[dict[str, Any]]:
+    """Return weights, which decay, and norms and biases, which do not: the tensors of one dimension."""
+    every = list(parameters)
+    decayed, others = [p for p in every if p.dim() > 1], [p for p in every if p.dim() <= 1]
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
 
 
 def load_init(net: modules.LocalNetwork, path: Path) -> None:
@@ -89,7 +112,8 @@ def check_batches(config: TrainConfig, images: data.ImageSet | data.FolderSet, r
 def load_data(config: TrainConfig) -> data.ImageSet | data.FolderSet:
     """Return the run's images. Raises DataError or ConfigError."""
     c = config
-    images: Any = data.load(c.dataset, c.data_root, c.download, crop=c.crop, workers=c.workers or 0)
+    how: dict[str, Any] = {"crop": c.crop, "workers": c.workers or 0, "mean": c.mean, "std": c.std}
+    images: Any = data.load(c.dataset, c.data_root, c.download, **how)
     if config.shrink > 1:
         images = images.shrunk(config.shrink)
     if config.hold_out > 0:
@@ -111,14 +135,52 @@ def build(config: TrainConfig, images: data.ImageSet | data.FolderSet) -> module
                 raise ConfigError(f"impl {config.impl}: {op}: {reason}")
     try:
         net = build_network(
-            c.arch, c.modules, c.local_loss, c.lambdas, c.balanced, images.num_classes, images.image_size,
-            images.mean, images.std, cuts=c.cuts, net_config=c.net_config, widen=c.widen,
-            feature_dim=c.feature_dim, aux_depth=c.aux_depth, label_smoothing=c.label_smoothing,
-            recompute=c.recompute, impl=c.impl,
+            c.arch, c.modules, local_loss(c), c.lambdas, c.balanced, images.num_classes, images.image_size,
+            images.mean, images.std, cuts=c.cuts, arch_args=fields.keywords(c.arch_args),
+            net_config=c.net_config, widen=c.widen, feature_dim=c.feature_dim, aux_depth=c.aux_depth,
+            label_smoothing=c.label_smoothing, recompute=c.recompute, impl=c.impl,
         )
     except (ImportError, ValueError) as error:
         raise ConfigError(str(error).removeprefix("build: ")) from error
-    return net.to(config.device, getattr(torch, config.dtype))
+    net = net.to(config.device, getattr(torch, config.dtype))
+    if config.compile:
+        for stage in net.stages:
+            stage.compile(dynamic=False)
+    return net
+
+
+def cut(config: TrainConfig, images: data.ImageSet | data.FolderSet) -> TrainConfig:
+    """Return the settings with the cuts that a budget or ``balanced`` asks for. Raises ConfigError.
+
+    Published splits stay for `build` to look up.
+    """
+    c = config
+    published = split.has_balanced(c.arch, (c.image_size[0], 0), c.modules)
+    if c.budget is None and (not c.balanced or published):
+        return c
+    try:
+        found = planner.plan(
+            c.arch, batch_size=c.batch_size, modules=c.modules, budget=c.budget,
+            image_size=images.image_size, num_classes=images.num_classes,
+            arch_args=fields.keywords(c.arch_args), local_loss=local_loss(c),
+            recompute="block" if c.recompute == "sqrt" else c.recompute,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    K = len(found.modules)
+    lambdas = None if K == 1 else c.lambdas
+    return dataclasses.replace(c, cuts=found.cuts, modules=K, lambdas=lambdas, balanced=False, budget=None)
+
+
+def local_loss(config: TrainConfig) -> Any:
+    """Return the name of the local loss, or a user's own function."""
+    if ":" not in config.loss:
+        return config.loss
+    home, _, name = config.loss.partition(":")
+    try:
+        return getattr(importlib.import_module(home), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"local_loss {config.loss}: {error}") from error
 
 
 @contextlib.contextmanager

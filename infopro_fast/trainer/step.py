@@ -33,6 +33,8 @@ class LocalTrainer:
     loss compares the images of one part alone, and is weaker. The gradients of all modules stay alive between
     the parts.
 
+    clip_grad: scale each module's gradients down to this norm where theirs is larger.
+
     As one of several processes:
     first, modules: ``net`` has the modules from ``first`` (from 0) on, of ``modules`` in all
     (`LocalNetwork.part`).
@@ -58,6 +60,7 @@ class LocalTrainer:
         amp: torch.dtype | None = None,
         cuda_graph: bool = False,
         accumulate: int = 1,
+        clip_grad: float | None = None,
         first: int = 0,
         modules: int | None = None,
         group: dist.ProcessGroup | None = None,
@@ -67,6 +70,7 @@ class LocalTrainer:
         waiting: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
     ):
         self.net, self.amp, self.accumulate = net, amp, accumulate
+        self.clip_grad = clip_grad
         self.first, self.modules = first, len(net.stages) if modules is None else modules
         self.group, self.at, self.waiting = group, at, waiting
         self.device = next(net.parameters()).device
@@ -178,6 +182,7 @@ class LocalTrainer:
             h, found = local_step(
                 stage, local_loss, optimizer, h, image, label,
                 autocast=self.autocast, scaler=scaler, share=share, update=update and not reduces,
+                clip_grad=self.clip_grad,
             )
             if reduces:
                 self.reductions[i].start()
@@ -195,7 +200,7 @@ class LocalTrainer:
         """Update the module here whose gradients are on their way."""
         with self.waiting():
             self.reductions[i].finish()
-        update_module(self.optimizers[i], self.scalers[i])
+        update_module(self.optimizers[i], self.scalers[i], self.clip_grad)
 
     def evaluate(self, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, float]:
         """Return `evaluation.evaluate` of the network over batches of (image, label)."""

@@ -19,14 +19,46 @@ from infopro_fast.plan_file import Plan
 from infopro_fast.published import AUX_DEPTH, WEIGHTED, default_lambdas
 
 from . import fields, machine, rules
-from .data_sets import FOLDERS, IMAGE_SIZES, RECIPES, WARM, Arch, Dataset, Schedule
-from .fields import BITS, FRACTION, MACHINE, NOT_NEGATIVE, NOTHING, POSITIVE, RESULT, SAID, Limit, at_least
+from .data_sets import (
+    FOLDERS,
+    IMAGE_SIZES,
+    MEASURED,
+    OWN,
+    RECIPES,
+    WARM,
+    Arch,
+    Dataset,
+    Recipe,
+    Schedule,
+    kind,
+)
+from .fields import (
+    BITS,
+    FRACTION,
+    MACHINE,
+    NOT_NEGATIVE,
+    NOTHING,
+    POSITIVE,
+    RESULT,
+    SAID,
+    Limit,
+    at_least,
+    one_of,
+)
 
+LocalLoss = Literal["contrast", "softmax", "greedy", "dgl", "infopro_l", "auglocal", "none"]
+
+DATASET = one_of(Dataset, OWN)
+ARCH = one_of(Arch, f"torchvision:NAME, timm:NAME or {OWN}")
+LOSS = one_of(LocalLoss, OWN)
 SEED = Limit("an integer of at least 0 and below 2^63", lambda seed: 0 <= seed < 2**63)
 CROP = Limit("height and width of at least 32", lambda size: min(size) >= 32)
 LAMBDAS = Limit(
     "4 numbers of at least 0 (reconstruction and task, first and last)", lambda weights: min(weights) >= 0
 )
+COLORS = Limit("three numbers", lambda values: True)
+BETAS = Limit("two numbers in [0, 1)", lambda betas: 0 <= min(betas) and max(betas) < 1)
+WORDS = Limit("words like name=value", lambda words: all("=" in word for word in words))
 CUTS = Limit("pairs of stage and block", lambda cuts: True)
 SPANS = Limit("numbers of at least 1", lambda counts: len(counts) > 0 and min(counts) >= 1)
 DEVICE = Limit("auto, cpu, cuda or cuda:N", lambda name: name.partition(":")[0] in ("auto", "cpu", "cuda"))
@@ -36,17 +68,26 @@ DEVICE = Limit("auto, cpu, cuda or cuda:N", lambda name: name.partition(":")[0] 
 class TrainConfig:
     """Train a network in local modules and write a run folder."""
 
-    dataset: Annotated[Dataset, RESULT] = "fashion_mnist"
+    dataset: Annotated[str, DATASET, RESULT] = "fashion_mnist"
     """Images to learn.
     fashion_mnist, a part of Fashion-MNIST, and shapes_seg, scenes to segment, come with the package.
-    The others need data_root."""
+    imagefolder: your own, in folders data_root/train/CLASS and data_root/val/CLASS.
+    fashion_mnist_full, cifar10, svhn, stl10, imagenet, cityscapes: the original files, in data_root.
+    package.module:function: called with train=True, then False, it returns a torch Dataset of (image, label).
+    torchvision.datasets:CIFAR100 is one."""
     data_root: Annotated[Path | None, SAID, NOTHING] = None
-    """Folder with the original files of the data set, laid out as torchvision does."""
+    """Folder with the files of the data set, laid out as torchvision does."""
     download: Annotated[bool, NOTHING] = False
     """Download missing files into data_root."""
 
     crop: Annotated[tuple[int, int] | None, CROP, SAID, RESULT] = None
-    """Height and width of the crops of imagenet and cityscapes. Default: 224 224 and 512 1024."""
+    """Height and width of the crops of imagenet, imagefolder and cityscapes.
+    Default: 224 224, for cityscapes 512 1024. Images of package.module:function are scaled to it.
+    Their default: 32 32."""
+    mean: Annotated[tuple[float, float, float] | None, COLORS, SAID, RESULT] = None
+    """Mean of each channel of images in [0, 1]. Default: the data set's; your own images are measured."""
+    std: Annotated[tuple[float, float, float] | None, COLORS, SAID, RESULT] = None
+    """Standard deviation of each channel, to go with mean."""
     shrink: Annotated[int, at_least(1), RESULT] = 1
     """Average the images over squares of this side, to train faster.
     Not for imagenet, cityscapes and shapes_seg."""
@@ -54,29 +95,36 @@ class TrainConfig:
     """Leave out this many training images, the last ones, and test on them instead of the test images.
     Use it to choose settings."""
     workers: Annotated[int | None, at_least(0), SAID, MACHINE] = None
-    """Processes that read the images of imagenet and cityscapes. Default: one for each CPU, at most 8."""
+    """Processes that read image files. Default: one for each CPU, at most 8."""
 
-    arch: Annotated[Arch | None, SAID, RESULT] = None
-    """Network.
-    Default: resnet32; imagenet: resnet101; cityscapes: deeplabv3_resnet101; shapes_seg: fcn_resnet20."""
+    arch: Annotated[str | None, ARCH, SAID, RESULT] = None
+    """Network: resnet20, 32, 44, 56 or 110, densenet_bc_100_12; torchvision's resnet18 to resnet152,
+    resnext50_32x4d, resnext101_32x8d; deeplabv3_resnet50 or 101, fcn_resnet20, which segment.
+    torchvision:NAME, timm:NAME or package.module:function: a classifier that other code makes.
+    Default: resnet32; imagefolder: resnet18; imagenet: resnet101; cityscapes: deeplabv3_resnet101;
+    shapes_seg: fcn_resnet20."""
+    arch_args: Annotated[tuple[str, ...] | None, WORDS, SAID, RESULT] = None
+    """Arguments of the function that makes a network with a colon in its name, such as drop_rate=0.1."""
     init: Annotated[Path | None, SAID, RESULT] = None
     """Begin with the weights in this .pth or .safetensors file, which has the names of the authors' code.
     Heads of another shape are left out."""
     modules: Annotated[int | None, at_least(1), SAID, RESULT] = None
     """Number K of local modules; 1 trains end to end.
     Default: as cuts says; 1 for local_loss none; 2 for imagenet, cityscapes and shapes_seg; else 4."""
-    local_loss: Annotated[
-        Literal["contrast", "softmax", "greedy", "dgl", "infopro_l", "auglocal", "none"] | None, SAID, RESULT
-    ] = None
+    local_loss: Annotated[str | None, LOSS, SAID, RESULT] = None
     """Loss of a local module.
     contrast: InfoPro with a contrastive loss; softmax: InfoPro with a classifier; greedy: greedy SL.
     dgl, infopro_l, auglocal: DGL, InfoProL and AugLocal; none: end-to-end training.
-    Default: softmax for imagenet, cityscapes and shapes_seg, else contrast."""
+    package.module:function: your own; called with a Place, it returns a LocalLoss (docs/local_losses.md).
+    Default: softmax for imagenet, imagefolder, cityscapes and shapes_seg, else contrast."""
     lambdas: Annotated[tuple[float, float, float, float] | None, LAMBDAS, SAID, RESULT] = None
     """InfoPro's weights: reconstruction and task of the first local module, then of the last.
     Default: the published ones."""
     balanced: Annotated[bool, RESULT] = False
-    """Split the network by memory (InfoPro*) instead of by depth."""
+    """Split the network by memory instead of by depth: as published (InfoPro*), or as planned."""
+    budget: Annotated[str | None, SAID, RESULT] = None
+    """Split the network into as few modules as fit into this many bytes, such as 4GiB, with everything:
+    parameters, momentum, batch, gradients and the peak of a step."""
     cuts: Annotated[tuple[tuple[int, int], ...] | None, CUTS, SAID, RESULT] = None
     """Last block of each module but the last, as pairs of stage and block. Default: the published split."""
     plan: Annotated[Path | None, SAID, RESULT] = None
@@ -115,8 +163,16 @@ class TrainConfig:
     """Let the cosine reach 0 in the last epoch, as the authors' code does."""
     momentum: Annotated[float, FRACTION, RESULT] = 0.9
     """Momentum of SGD."""
+    optimizer: Annotated[Literal["sgd", "adamw"], RESULT] = "sgd"
+    """Optimizer of each module. adamw decouples weight_decay from the gradient."""
+    betas: Annotated[tuple[float, float] | None, BETAS, SAID, RESULT] = None
+    """Decay of adamw's averages of the gradient and of its square. Default: 0.9 0.999."""
     weight_decay: Annotated[float | None, NOT_NEGATIVE, SAID, RESULT] = None
     """L2 penalty on every parameter."""
+    decay_all: Annotated[bool, RESULT] = True
+    """Apply weight_decay to all parameters, as the authors do. Otherwise not to norms and biases."""
+    clip_grad: Annotated[float | None, POSITIVE, SAID, RESULT] = None
+    """Scale each module's gradients down to this norm where theirs is larger."""
     nesterov: Annotated[bool, RESULT] = True
     """Use Nesterov's momentum. The recipe of cityscapes never does."""
     drop_last: Annotated[bool, RESULT] = False
@@ -142,6 +198,8 @@ class TrainConfig:
     float16 scales each module's loss."""
     tf32: Annotated[bool, RESULT] = False
     """On a GPU, let float32 convolutions and matrix products round their inputs to TF32."""
+    compile: Annotated[bool, BITS] = False
+    """Compile the layers of each module with torch.compile. The first steps take minutes."""
     cuda_graph: Annotated[bool, BITS] = False
     """On a GPU, capture the whole step in a CUDA graph after it has run three times."""
     resident: Annotated[bool, BITS] = True
@@ -225,15 +283,17 @@ class TrainConfig:
         iterations, `in_epochs` fills in the epochs, and the warm-up where the schedule has one and none was
         given.
         """
-        recipe, K, arch, local_loss = RECIPES[self.dataset], self.number_of_modules(), self.network, self.loss
+        recipe, K, arch, local_loss = self.usual, self.number_of_modules(), self.network, self.loss
         lambdas, crop, workers = self.lambdas, self.crop, self.workers
         if lambdas is None and local_loss in WEIGHTED and K > 1:
-            name = arch if self.cuts is None else ""  # the published weights belong to the published splits
+            planned = self.cuts is not None or self.budget is not None
+            name = "" if planned else arch  # the published weights belong to the published splits
             side = self.image_size[0]
             lambdas = default_lambdas(
                 name, K, local_loss, balanced=self.balanced, image_size=side, dataset=self.dataset
             )
-        filled: dict[str, Any] = {"arch": arch, "local_loss": local_loss, "modules": K}
+        filled: dict[str, Any] = {"arch": arch, "local_loss": local_loss}
+        filled["modules"] = self.modules if self.budget else K
         filled |= {
             name: getattr(recipe, name) if getattr(self, name) is None else getattr(self, name)
             for name in ("epochs", "batch_size", "lr", "schedule", "warmup", "weight_decay", "iterations")
@@ -244,6 +304,8 @@ class TrainConfig:
             later = filled["iterations"] is not None and filled["schedule"] in WARM
             warmup = recipe.default_warmup(filled["schedule"], filled["epochs"])
             filled["warmup"] = None if later else warmup
+        if kind(self.dataset) == OWN:
+            crop = self.image_size
         if self.dataset in FOLDERS:
             crop, workers = self.image_size, min(8, os.cpu_count() or 1) if workers is None else workers
         depth = AUX_DEPTH if local_loss == "auglocal" and K > 1 else None
@@ -264,7 +326,7 @@ class TrainConfig:
             return self
         epochs, warmup = math.ceil(self.iterations / batches), self.warmup
         if warmup is None:
-            warmup = RECIPES[self.dataset].default_warmup(self.schedule, epochs)
+            warmup = self.usual.default_warmup(self.schedule, epochs)
         if self.schedule in WARM and warmup >= epochs:
             raise ConfigError(
                 f"warmup {warmup}: expected fewer than the {epochs} epochs of {self.iterations} iterations"
@@ -288,16 +350,26 @@ class TrainConfig:
         return dataclasses.replace(self, device=device, download=False, **changes)
 
     @property
+    def usual(self) -> Recipe:
+        """What is trained on the data set unless settings say otherwise."""
+        return RECIPES[kind(self.dataset)]
+
+    @property
+    def kind_is_measured(self) -> bool:
+        """Whether the images have no published mean and std."""
+        return kind(self.dataset) in (*MEASURED, OWN)
+
+    @property
     def network(self) -> str:
-        return self.arch or RECIPES[self.dataset].arch
+        return self.arch or self.usual.arch
 
     @property
     def loss(self) -> str:
-        return self.local_loss or RECIPES[self.dataset].local_loss
+        return self.local_loss or self.usual.local_loss
 
     @property
     def image_size(self) -> tuple[int, int]:
-        size = self.crop or IMAGE_SIZES[self.dataset]
+        size = self.crop or IMAGE_SIZES[kind(self.dataset)]
         height, width = (size, size) if isinstance(size, int) else size
         return height // self.shrink, width // self.shrink
 
@@ -306,7 +378,7 @@ class TrainConfig:
             return self.modules
         if self.cuts is not None:
             return len(self.cuts) + 1
-        return 1 if self.local_loss == "none" else RECIPES[self.dataset].modules
+        return 1 if self.local_loss == "none" else self.usual.modules
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2, default=str) + "\n"

@@ -1,4 +1,7 @@
-"""What is trained on each data set unless settings say otherwise, and the names of networks and data sets."""
+"""What is trained on each data set unless settings say otherwise, and the names of networks and data sets.
+
+A name with a colon is a network or a data set of your own, or of another package: package.module:function.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 Dataset = Literal[
-    "fashion_mnist", "fashion_mnist_full", "shapes_seg", "cifar10", "svhn", "stl10", "imagenet", "cityscapes",
+    "fashion_mnist", "fashion_mnist_full", "shapes_seg", "cifar10", "svhn", "stl10", "imagenet",
+    "imagefolder", "cityscapes",
 ]
 Arch = Literal[
     "resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "densenet_bc_100_12",
@@ -17,8 +21,10 @@ Schedule = Literal["cosine", "step", "one_cycle", "half_cosine", "poly"]
 CIFAR_RESNETS = ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110")
 SEGMENTERS = ("deeplabv3_resnet50", "deeplabv3_resnet101", "fcn_resnet20")
 EMBEDDED = ("fashion_mnist", "shapes_seg")  # data sets that come with the package
-FOLDERS = ("imagenet", "cityscapes")  # folders of images, read during training in crops
+FOLDERS = ("imagenet", "imagefolder", "cityscapes")  # folders of images, read during training in crops
 SEGMENTATION = ("shapes_seg", "cityscapes")
+MEASURED = ("imagefolder",)  # data sets whose mean and std are measured; those of your own are, too
+OWN = "package.module:function"
 WARM = ("cosine", "one_cycle")  # schedules with a warm-up
 
 
@@ -60,6 +66,12 @@ RECIPES: dict[str, Recipe] = {
         epochs=90, batch_size=1024, lr=0.4, schedule="half_cosine",
         arch="resnet101", modules=2, local_loss="softmax",
     ),
+    # Ours, to begin with.
+    "imagefolder": Recipe(
+        epochs=90, batch_size=64, lr=0.05, schedule="one_cycle", warmup=5, arch="resnet18", modules=4,
+        local_loss="softmax",
+    ),
+    OWN: Recipe(epochs=30, batch_size=64, lr=0.1, schedule="one_cycle", warmup=2),
     "cityscapes": Recipe(
         epochs=108, batch_size=8, lr=0.01, schedule="poly", arch="deeplabv3_resnet101", modules=2,
         local_loss="softmax", weight_decay=5e-4, nesterov=False, drop_last=True, iterations=40000,
@@ -68,5 +80,10 @@ RECIPES: dict[str, Recipe] = {
 
 IMAGE_SIZES: dict[str, int | tuple[int, int]] = {
     "fashion_mnist": 32, "fashion_mnist_full": 32, "shapes_seg": 48, "cifar10": 32, "svhn": 32, "stl10": 96,
-    "imagenet": 224, "cityscapes": (512, 1024),
+    "imagenet": 224, "imagefolder": 224, OWN: 32, "cityscapes": (512, 1024),
 }
+
+
+def kind(dataset: str) -> str:
+    """Return the key of a data set in the tables here."""
+    return OWN if ":" in dataset else dataset

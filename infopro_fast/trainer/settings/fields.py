@@ -16,6 +16,7 @@ The mark is the one place that says how far two runs are the same. Everything th
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
 import math
@@ -51,6 +52,12 @@ class Limit:
 
 def at_least(least: int) -> Limit:
     return Limit(f"an integer of at least {least}", lambda value: value >= least)
+
+
+def one_of(names: Any, others: str) -> Limit:
+    """A name of a Literal, or one with a colon. others: what that may be, in words."""
+    known = typing.get_args(names)
+    return Limit(f"one of {', '.join(known)}, or {others}", lambda name: name in known or ":" in name)
 
 
 POSITIVE = Limit("a positive number", lambda value: value > 0)
@@ -133,6 +140,18 @@ def _fields(settings: type) -> dict[str, Field]:
         (mark,) = [note for note in notes if isinstance(note, Mark)]
         limit = next((note for note in notes if isinstance(note, Limit)), None)
         found[field.name] = Field(field.name, kinds, mark, limit, field.default)
+    return found
+
+
+def keywords(words: Iterable[str] | None) -> dict[str, Any]:
+    """Return words like name=value as arguments; a value that is no Python literal is text."""
+    found: dict[str, Any] = {}
+    for word in words or ():
+        name, _, value = word.partition("=")
+        try:
+            found[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            found[name] = value
     return found
 
 

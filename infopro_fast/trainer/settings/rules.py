@@ -10,7 +10,18 @@ from infopro_fast.errors import ConfigError
 from infopro_fast.published import WEIGHTED
 
 from . import fields
-from .data_sets import CIFAR_RESNETS, EMBEDDED, FOLDERS, IMAGE_SIZES, RECIPES, SEGMENTATION, SEGMENTERS, WARM
+from .data_sets import (
+    CIFAR_RESNETS,
+    EMBEDDED,
+    FOLDERS,
+    IMAGE_SIZES,
+    MEASURED,
+    OWN,
+    SEGMENTATION,
+    SEGMENTERS,
+    WARM,
+)
+from .data_sets import kind as kind_of
 
 Rule = tuple[Callable[[Any], bool], str]
 
@@ -29,13 +40,13 @@ def _facts(c: Any) -> SimpleNamespace:
     given: names of the settings that are not at their own default; side: of the images; aux: whether some
     module has the auxiliary networks of InfoPro and greedy SL; ends: the number of modules that cuts can end.
     """
-    recipe, K, loss = RECIPES[c.dataset], c.number_of_modules(), c.loss
+    recipe, K, loss, kind = c.usual, c.number_of_modules(), c.loss, kind_of(c.dataset)
     schedule, epochs = c.schedule or recipe.schedule, c.epochs or recipe.epochs
     warmup = recipe.default_warmup(schedule, epochs) if c.warmup is None else c.warmup
     return SimpleNamespace(**{
         **vars(c), "modules": K, "local_loss": loss, "arch": c.network, "schedule": schedule,
         "epochs": epochs, "warmup": warmup,
-        "side": IMAGE_SIZES[c.dataset], "ends": K - 1, "cut_at": len(c.cuts or ()),
+        "side": IMAGE_SIZES[kind], "kind": kind, "ends": K - 1, "cut_at": len(c.cuts or ()),
         "given": {name for name, field in fields.of(type(c)).items() if getattr(c, name) != field.default},
         "aux": loss not in ("dgl", "auglocal", "none") and K > 1,
     })
@@ -56,15 +67,25 @@ RULES: list[Rule] = [
      "dataset {dataset} comes with the package: it takes neither data_root nor download"),
     (lambda c: c.dataset in FOLDERS and c.download,
      "download: the files of {dataset} cannot be fetched without an account"),
-    (lambda c: c.dataset not in EMBEDDED and c.data_root is None and c.download,
+    (lambda c: c.kind not in (*EMBEDDED, OWN) and c.data_root is None and c.download,
      "dataset {dataset} needs data_root, the folder with its original files to fetch"),
-    (lambda c: c.dataset not in EMBEDDED and c.data_root is None,
+    (lambda c: c.kind not in (*EMBEDDED, OWN) and c.data_root is None,
      "dataset {dataset} needs data_root, the folder with its original files"),
+    (lambda c: (c.mean is None) != (c.std is None), "mean and std: expected both or neither"),
+    *_given("mean std", lambda c: c.kind not in (*MEASURED, OWN), "{name}: dataset {dataset} has its own"),
     # Modules and their losses
     (lambda c: c.local_loss == "none" and c.modules != 1,
      "local_loss none trains end to end: expected modules 1, got {modules}"),
-    (lambda c: c.cuts is not None and c.balanced,
-     "cuts and balanced: a split is either given or taken from the balanced table"),
+    (lambda c: (c.cuts is not None) + c.balanced + (c.budget is not None) > 1,
+     "cuts, balanced, budget: a split is given, or balanced, or fits into a budget"),
+    (lambda c: c.budget is not None and c.local_loss == "none",
+     "budget: local_loss none trains end to end, there is nothing to split"),
+    (lambda c: c.budget is not None and c.parallel == "pipeline",
+     "budget and parallel pipeline: make a plan first: infopro-fast plan --budget {budget}"),
+    (lambda c: c.arch_args is not None and ":" not in c.arch,
+     "arch_args: arch {arch} has none: expected a name with a colon"),
+    (lambda c: c.betas is not None and c.optimizer != "adamw", "betas: optimizer {optimizer} has none"),
+    *_given("momentum nesterov", lambda c: c.optimizer != "sgd", "{name}: optimizer {optimizer} has none"),
     (lambda c: c.cuts is not None and c.cut_at != c.ends,
      "modules {modules} and cuts: expected {ends} cuts, got {cut_at}"),
     (lambda c: c.lambdas is not None and not (c.local_loss in WEIGHTED and c.modules > 1),
@@ -78,11 +99,13 @@ RULES: list[Rule] = [
      "arch {arch} and dataset {dataset}: expected a network that classifies"),
     (lambda c: c.dataset in SEGMENTATION and c.local_loss in ("contrast", "dgl", "infopro_l", "auglocal"),
      "local_loss {local_loss}: dataset {dataset} is segmented: expected softmax, greedy or none"),
-    *_given("crop workers", lambda c: c.dataset not in FOLDERS,
+    *_given("crop", lambda c: c.kind not in (*FOLDERS, OWN),
+            "{name}: the images of {dataset} are in memory as they are"),
+    *_given("workers", lambda c: c.dataset not in FOLDERS,
             "{name}: the images of {dataset} are in memory as they are"),
     *_given("shrink hold_out", lambda c: c.dataset in (*FOLDERS, *SEGMENTATION),
             "{name}: dataset {dataset} does not have it"),
-    (lambda c: c.side in (32, 96) and (c.side % c.shrink or c.side // c.shrink < 8),
+    (lambda c: c.side in (32, 96) and c.crop is None and (c.side % c.shrink or c.side // c.shrink < 8),
      "shrink: expected a divisor of {side} that leaves at least 8 pixels, got {shrink}"),
     (lambda c: c.local_loss == "auglocal" and c.arch not in CIFAR_RESNETS,
      "local_loss auglocal takes its blocks from a CIFAR ResNet: "
@@ -96,6 +119,8 @@ RULES: list[Rule] = [
      "amp {amp} and dtype float64: autocast starts from float32"),
     (lambda c: c.amp == "float16" and c.cuda_graph,
      "amp float16 and cuda_graph: its gradient scaler is not captured; use bfloat16"),
+    (lambda c: c.compile and c.recompute == "norm",
+     "compile and recompute norm: compiled code decides itself what to keep"),
     *_given("tf32 cuda_graph", lambda c: c.device == "cpu", "{name} and device {device}: only a GPU has it"),
     (lambda c: c.impl == "cpu" and c.device not in ("auto", "cpu"),
      "impl cpu and device {device}: the CPU kernels run on the CPU"),
