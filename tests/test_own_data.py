@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+import infopro_fast
 from infopro_fast import data
-from infopro_fast.errors import ConfigError, DataError
+from infopro_fast.errors import ConfigError, DataError, RunError
 from infopro_fast.modules import HeadLoss, LocalLoss, Place, StridedHead
 from infopro_fast.planning import plan
 from infopro_fast.trainer import TrainConfig, run_folder, setup
@@ -187,3 +188,29 @@ def test_clipping_scales_a_modules_gradients():
     before = parameters[0].detach().clone()
     update_module(optimizer, None, clip_grad=1.0)
     assert torch.allclose(before - parameters[0], torch.full((3,), 1e-3), rtol=1e-5)
+
+
+def test_a_run_is_loaded_to_predict(capsys, tmp_path):
+    flags = [*OWN, *SHORT, "--modules", 2, "--local-loss", "softmax", "--lr", 0.05, "--out", tmp_path / "r"]
+    assert run_here(capsys, "train", *flags)[0] == 0
+    trained = infopro_fast.load(tmp_path / "r")
+    images = data.load(f"{__name__}:Patches")
+    assert (trained.classes, trained.image_size) == (("dark", "grey", "light"), (32, 32))
+    assert (trained.mean, trained.std) == (images.mean, images.std)
+    pixels = images.test.images
+    expected = trained.net(next(iter(images.test_batches(12)))[0])
+    assert torch.equal(trained(pixels), expected) and not trained.training
+    assert torch.allclose(trained(pixels.double() / 255), expected, atol=1e-5)
+    assert torch.allclose(trained.predict(pixels).sum(1), torch.ones(12))
+    code, out, _ = run_here(capsys, "eval", tmp_path / "r")
+    right = int((trained(pixels).argmax(1) == images.test.labels).sum())
+    assert code == 0 and f"({right} of 12)" in out
+    for wrong, message in (
+        (pixels.float(), r"expected numbers in \[0, 1\], not normalised, got 3 to 238"),
+        (pixels[0], r"expected \(N, 3, H, W\), got \(3, 32, 32\)"),
+        (pixels.int(), "expected uint8 or floating point, got torch.int32"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            trained(wrong)
+    with pytest.raises(RunError, match="is not a run folder"):
+        infopro_fast.load(tmp_path)

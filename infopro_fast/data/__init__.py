@@ -11,12 +11,12 @@ from infopro_fast.errors import DataError
 from . import cifar10, cityscapes, fashion_mnist, fashion_mnist_full, imagenet, own, shapes_seg, stl10, svhn
 from .augment import Augmentation, augment, draw, normalize
 from .folder_set import FolderSet
-from .image_set import ImageSet, Split, part_of
+from .image_set import ABOUT, ImageSet, Split, part_of
 from .segmentation_set import SegmentationSet
 
 __all__ = [
-    "Augmentation", "DataError", "FolderSet", "ImageSet", "SegmentationSet", "Split", "augment", "draw",
-    "load", "normalize", "part_of",
+    "ABOUT", "Augmentation", "DataError", "FolderSet", "ImageSet", "SegmentationSet", "Split", "augment",
+    "draw", "load", "normalize", "part_of",
 ]
 
 

@@ -34,6 +34,7 @@ MD5 = {
 }
 MEAN = (125.3 / 255, 123.0 / 255, 113.9 / 255)
 STD = (63.0 / 255, 62.1 / 255, 66.7 / 255)
+NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 AUGMENTATION = Augmentation(padding=4, mode="reflect", flip=True)
 
 
@@ -41,7 +42,7 @@ def load(root: str | Path, download: bool = False, md5: dict[str, str] = MD5) ->
     """Return CIFAR-10. root: the folder that holds `cifar-10-batches-py`. md5: the sums of its files."""
     folder = Path(root) / FOLDER
     require("cifar10", folder, md5, (lambda: fetch_archive(URL, root, ARCHIVE_MD5)) if download else None)
-    return ImageSet("cifar10", _read(folder, TRAIN), _read(folder, TEST), 10, MEAN, STD, AUGMENTATION)
+    return ImageSet("cifar10", _read(folder, TRAIN), _read(folder, TEST), 10, MEAN, STD, AUGMENTATION, NAMES)
 
 
 def _read(folder: Path, names: tuple[str, ...]) -> Split:

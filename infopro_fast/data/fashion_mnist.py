@@ -19,6 +19,9 @@ from .image_set import ImageSet, Split
 FILE = "fashion_mnist_10k.npz"
 MEAN = (0.2193,) * 3  # of the padded training images
 STD = (0.3324,) * 3
+NAMES = (
+    "T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
+)  # fmt: skip
 AUGMENTATION = Augmentation(padding=1, mode="zeros", flip=False)
 
 
@@ -28,7 +31,7 @@ def load() -> ImageSet:
         content = dict(np.load(file, allow_pickle=False))
     parts = ("train", "test")
     train, test = (padded(content[f"{part}_images"], content[f"{part}_labels"]) for part in parts)
-    return ImageSet("fashion_mnist", train, test, 10, MEAN, STD, AUGMENTATION)
+    return ImageSet("fashion_mnist", train, test, 10, MEAN, STD, AUGMENTATION, NAMES)
 
 
 def padded(images: np.ndarray, labels: np.ndarray) -> Split:

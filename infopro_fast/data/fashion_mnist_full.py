@@ -34,7 +34,8 @@ def load(root: str | Path, download: bool = False, md5: dict[str, str] = MD5) ->
     folder, small = Path(root), fashion_mnist
     require("fashion_mnist_full", folder, md5, (lambda: _download(folder, md5)) if download else None)
     train, test = (_split(folder, part) for part in ("train", "t10k"))
-    return ImageSet("fashion_mnist_full", train, test, 10, small.MEAN, small.STD, small.AUGMENTATION)
+    about = 10, small.MEAN, small.STD, small.AUGMENTATION, small.NAMES
+    return ImageSet("fashion_mnist_full", train, test, *about)
 
 
 def _download(folder: Path, md5: dict[str, str]) -> None:

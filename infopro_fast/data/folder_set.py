@@ -38,6 +38,7 @@ class FolderSet(Epochs):
     dense: bool = False
     workers: int = 0
     test_batch: int | None = None
+    classes: tuple[str, ...] = ()
     # Images read by each worker, in memory that the workers share with this process.
     _read: torch.Tensor = field(
         default_factory=lambda: torch.zeros(64, dtype=torch.int64).share_memory_(), repr=False, compare=False

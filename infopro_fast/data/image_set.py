@@ -18,15 +18,27 @@ from .prefetch import prefetch
 Batch = tuple[torch.Tensor, torch.Tensor]  # images and labels
 
 
+ABOUT = ("num_classes", "image_size", "mean", "std", "classes")  # what a trained network needs to be told
+
+
 class Epochs:
     """Normalised batches of training and test images: what `ImageSet` and `FolderSet` share."""
 
     train: Any
+    image_size: Any
+    num_classes: int
+    classes: tuple[str, ...]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     device: Any
     uint8_batches: Callable[..., Iterable[Batch]]
     uint8_test_batches: Callable[..., Iterable[Batch]]
+
+    def about(self) -> dict[str, Any]:
+        """Return what the images of a trained network have to be, as JSON. classes: names, or ()."""
+        found = {name: getattr(self, name) for name in ABOUT}
+        size = self.image_size
+        return found | {"image_size": (size, size) if isinstance(size, int) else size}
 
     @property
     def train_count(self) -> int:
@@ -84,6 +96,7 @@ class ImageSet(Epochs):
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     augmentation: Augmentation
+    classes: tuple[str, ...] = ()
 
     dense = False  # whether every pixel has a label
 

@@ -52,7 +52,8 @@ def load(
         mean, std = statistics(torch.stack([centre(*train[i])[0] for i in range(0, len(train), step)]))
     crops = v2.Compose([v2.RandomResizedCrop(crop), v2.RandomHorizontalFlip(), v2.PILToTensor()])
     return FolderSet(
-        name, train, test, Images(crops), centre, len(train.classes), mean, std, crop, workers=workers
+        name, train, test, Images(crops), centre, len(train.classes), mean, std, crop, workers=workers,
+        classes=tuple(train.classes),
     )
 
 

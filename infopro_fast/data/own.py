@@ -49,11 +49,13 @@ def load(
     size = crop or (32, 32)
     train_part = _split(f"{name}, train=True", parts[0], size)
     test_part = _split(f"{name}, train=False", parts[1], size)
-    classes = len(getattr(parts[0], "classes", ())) or 1 + int(train_part.labels.max())
+    names = tuple(map(str, getattr(parts[0], "classes", ())))
+    classes = len(names) or 1 + int(train_part.labels.max())
     if mean is None or std is None:
         mean, std = statistics(train_part.images)
     padding = max(1, min(size) // 8)
-    return ImageSet(name, train_part, test_part, classes, mean, std, Augmentation(padding, "reflect", True))
+    augmentation = Augmentation(padding, "reflect", True)
+    return ImageSet(name, train_part, test_part, classes, mean, std, augmentation, names)
 
 
 def _function(name: str) -> Any:

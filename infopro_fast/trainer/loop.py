@@ -221,6 +221,7 @@ class Training:
         if weights is not None:
             accuracy = (self.test or {}).get("accuracy")
             about = {"arch": self.config.arch, "epoch": self.epoch, "test_accuracy": accuracy}
+            about |= self.images.about()
             run_folder.write_weights(self.run, weights, about, self.watch.moved)
 
     def draw_learning_curve(self) -> None:

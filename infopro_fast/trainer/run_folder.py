@@ -158,6 +158,14 @@ def write_weights(folder: Path, state: dict[str, Any], about: dict[str, Any], mo
     replace_file(folder / WEIGHTS, safetensors.torch.save(tensors, {"about": json.dumps(about)}), moved)
 
 
+def about(folder: Path) -> dict[str, Any]:
+    """Return what the header of a run's weights says: network, epoch, accuracy, and what its images are."""
+    import safetensors
+
+    with safetensors.safe_open(folder / WEIGHTS, "pt") as file:
+        return json.loads((file.metadata() or {}).get("about", "{}"))
+
+
 def read_weights(folder: Path) -> dict[str, Any]:
     """Return a run's weights by the authors' names. Raises RunError if they are missing or damaged."""
     import safetensors.torch  # as above

@@ -64,6 +64,7 @@ class Sequence:
         last = run_folder.read_metrics(self.run, "epoch")[-1]
         accuracy = last["test"]["accuracy"]
         about = {"arch": self.config.arch, "epoch": self.config.epochs, "test_accuracy": accuracy}
+        about |= self.images.about()
         self.here.watch.at("writing the weights")
         run_folder.write_weights(self.run, net.released_state_dict(), about, self.here.watch.moved)
         whole_files.remove(self.run / CACHE)
