@@ -19,7 +19,7 @@ from infopro_fast.published import AUX_DEPTH, WEIGHTED, default_lambdas
 from . import backbones, norm_recompute, split
 from .chain import Joined
 from .families import PUBLISHED, Family, family
-from .local_loss import LOCAL_LOSSES, LocalLoss, Place, interpolate_lambdas
+from .local_loss import LOCAL_LOSSES, Classifier, LocalLoss, Place, interpolate_lambdas
 from .segmentation import Tap
 
 RECOMPUTE = ("none", "norm", "block", "sqrt")
@@ -116,6 +116,12 @@ class LocalNetwork(nn.Module):
     @property
     def classifier(self) -> LocalLoss:
         return self.local_losses[-1]
+
+    @property
+    def num_classes(self) -> int | None:
+        """Number of classes of the network's own loss; None in a part without it."""
+        end = self.classifier
+        return end.fc.out_features if isinstance(end, Classifier) else getattr(end, "class_num", None)
 
     def part(self, span: range) -> LocalNetwork:
         """Return the modules ``span`` (from 0) as a network; blocks and losses are shared with this one."""
