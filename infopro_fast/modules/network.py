@@ -140,10 +140,17 @@ class LocalNetwork(nn.Module):
             image = stage(image)
         return self.classifier(image)
 
-    def released_modules(self) -> Iterator[tuple[str, nn.Module]]:
-        """Yield (prefix, module): prefix + name in the module is the authors' name. Auxiliary nets last."""
+    def _released_blocks(self) -> Iterator[tuple[str, nn.Module]]:
         for prefix, block in zip(self._prefixes, (block for stage in self.stages for block in stage)):
             yield from block.original() if isinstance(block, Joined) else [(prefix, block)]
+
+    def released_block_names(self) -> list[str]:
+        """Return the authors' names of the blocks' tensors, without heads and auxiliary nets."""
+        return [prefix + name for prefix, module in self._released_blocks() for name in module.state_dict()]
+
+    def released_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """Yield (prefix, module): prefix + name in the module is the authors' name. Auxiliary nets last."""
+        yield from self._released_blocks()
         yield from self.classifier.released_nets(0, 0).items()
         for end, local_loss in zip(self.cuts, self.local_losses):
             yield from local_loss.released_nets(*end).items()
@@ -153,12 +160,22 @@ class LocalNetwork(nn.Module):
         states = ((prefix, module.state_dict()) for prefix, module in self.released_modules())
         return {prefix + name: tensor for prefix, state in states for name, tensor in state.items()}
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False):
+        """As nn.Module's. Raises ValueError for tensors by the authors' names, such as a run's weights."""
+        names = unwrapped(state_dict).keys()
+        if strict and not names & self.state_dict().keys() and names & self.released_state_dict().keys():
+            what = "expected this network's own names, got the authors', as a run's weights have"
+            raise ValueError(f"load_state_dict: {what}: use load_released_state_dict")
+        return super().load_state_dict(state_dict, strict, assign)
+
     @torch.no_grad()
     def load_released_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Copy a state_dict of the authors' code, or of its nn.DataParallel (names begin with "module.").
 
-        Raises ValueError naming missing and unexpected keys and different shapes, before anything is copied.
+        A checkpoint with a ``state_dict`` inside will do. Raises ValueError naming missing and unexpected
+        keys and different shapes, before anything is copied.
         """
+        state = unwrapped(state)
         if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
             got = type(state).__name__
             raise ValueError(f"load_released_state_dict: expected tensors by name, got {got}")
@@ -179,9 +196,15 @@ class LocalNetwork(nn.Module):
             tensor.copy_(state[name])
 
 
+def unwrapped(state: Any) -> Any:
+    """Return the state_dict inside a training script's checkpoint; anything else as it is."""
+    inner = state.get("state_dict") if isinstance(state, Mapping) else None
+    return inner if isinstance(inner, Mapping) else state
+
+
 def build(
     arch: str | nn.Module = "resnet32", modules: int | None = None,
-    local_loss: str | Callable[[Place], LocalLoss] = "contrast", lambdas: Sequence[float] | None = None,
+    local_loss: str | Callable[[Place], LocalLoss] | None = None, lambdas: Sequence[float] | None = None,
     balanced: bool = False, num_classes: int | None = None, image_size: int | tuple[int, int] | None = None,
     image_mean: Sequence[float] | str | None = PUBLISHED, image_std: Sequence[float] | str | None = PUBLISHED,
     *, cuts: Sequence[Sequence[int] | str] | None = None, net_config: str | None = None, widen: float = 1,
@@ -201,8 +224,8 @@ def build(
         term), "greedy" (cross entropy of a head alone), "dgl" (Decoupled Greedy Learning, `DGLHead`),
         "infopro_l" (reconstruction of the module's input and softmax, `InfoProL`), "auglocal" (a head of the
         network's blocks, `AugmentedHead`; CIFAR ResNets) or "none" (K = 1). Segmentation takes "softmax",
-        "greedy" and "none". Or a function from a `Place` to a loss of your own, called for every module but
-        the last (docs/local_losses.md).
+        "greedy" and "none". None: "softmax" for segmentation, else "contrast". Or a function from a `Place`
+        to a loss of your own, called for every module but the last (docs/local_losses.md).
     lambdas: weights (reconstruction, task) of InfoPro or infopro_l for the first local module, then for the
         last; linear in between. None: the published ones (`published.default_lambdas`). A term of weight 0
         does not run.
@@ -228,11 +251,13 @@ def build(
     Raises ValueError naming the argument for unknown names, splits that do not exist, contradictions, and
     networks or places that cannot be cut; ImportError where torchvision is missing.
     """
-    if isinstance(local_loss, nn.Module) or (not callable(local_loss) and local_loss not in LOCAL_LOSSES):
+    known = (None, *LOCAL_LOSSES)
+    if isinstance(local_loss, nn.Module) or (not callable(local_loss) and local_loss not in known):
         expected = f"one of {LOCAL_LOSSES} or a function that makes one"
         raise ValueError(f"build: local_loss: expected {expected}, got {local_loss!r}")
     normalisation = (image_mean, image_std)
     found = family(arch, num_classes, image_size, *normalisation, label_smoothing=label_smoothing, impl=impl)
+    local_loss = local_loss or ("softmax" if found.dense else "contrast")
     units = found.units
     positions = [unit.position for unit in units]
     modules = _number_of_modules(modules, local_loss, cuts, balanced, 4 if found.cifar else 2)

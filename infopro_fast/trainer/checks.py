@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ def check_trainer(net: Any, make_optimizer: Any) -> None:
     if not isinstance(net, LocalNetwork):
         got = f"got {type(net).__name__}: split it first, net = infopro_fast.build(net, cuts=[...])"
         raise TypeError(f"LocalTrainer: net: expected a network from infopro_fast.build, {got}")
-    if isinstance(make_optimizer, torch.optim.Optimizer) or not isinstance(make_optimizer, Callable):
+    if isinstance(make_optimizer, torch.optim.Optimizer) or not callable(make_optimizer):
         kind = type(make_optimizer).__name__
         how = f"such as lambda params: torch.optim.{kind}(params, lr=0.1)"
         what = "expected a function that makes an optimizer for each module's parameters"

@@ -130,7 +130,7 @@ class LocalTrainer:
 
     net: from `build`. make_optimizer: called for each module with the list of its parameters: its stage's,
     and those of the auxiliary nets that run (a net of weight 0 has no optimizer). A module whose stage is
-    frozen now (no parameter requires a gradient) has none, and only runs forward; batch norms keep their mode.
+    frozen now (no parameter requires a gradient) has none and only runs forward, batch norms in their mode.
     On a frozen last stage the classifier is trained, unless it is frozen too.
     amp: torch.bfloat16 or torch.float16: forwards run under autocast, weights keep their dtype; with float16
     each module has a gradient scaler. With a fused optimizer no step waits for the device.

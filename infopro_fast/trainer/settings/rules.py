@@ -26,8 +26,9 @@ def check(config: Any) -> None:
 def _facts(c: Any) -> SimpleNamespace:
     """Return the settings with the defaults of the data set filled in, and what follows from them.
 
-    given: names of the settings that are not at their own default; side: of the images; aux: whether some
-    module has the auxiliary networks of InfoPro and greedy SL; ends: the number of modules that cuts can end.
+    given: names of the settings that are not at their own default; fetch: how to get the images; side: of the
+    images; aux: whether some module has the auxiliary networks of InfoPro and greedy SL; ends: the number of
+    modules that cuts can end.
     """
     recipe, K, loss = RECIPES[c.dataset], c.number_of_modules(), c.loss
     schedule, epochs = c.schedule or recipe.schedule, c.epochs or recipe.epochs
@@ -35,6 +36,7 @@ def _facts(c: Any) -> SimpleNamespace:
     return SimpleNamespace(**{
         **vars(c), "modules": K, "local_loss": loss, "arch": c.network, "schedule": schedule,
         "epochs": epochs, "warmup": warmup,
+        "fetch": "" if c.dataset in FOLDERS or c.download else ", and --download to fetch them into it",
         "side": IMAGE_SIZES[c.dataset], "ends": K - 1, "cut_at": len(c.cuts or ()),
         "given": {name for name, field in fields.of(type(c)).items() if getattr(c, name) != field.default},
         "aux": loss not in ("dgl", "auglocal", "none") and K > 1,
@@ -56,10 +58,9 @@ RULES: list[Rule] = [
      "dataset {dataset} comes with the package: it takes neither data_root nor download"),
     (lambda c: c.dataset in FOLDERS and c.download,
      "download: the files of {dataset} cannot be fetched without an account"),
-    (lambda c: c.dataset not in EMBEDDED and c.data_root is None and c.download,
-     "dataset {dataset} needs data_root, the folder with its original files to fetch"),
     (lambda c: c.dataset not in EMBEDDED and c.data_root is None,
-     "dataset {dataset} needs data_root, the folder with its original files"),
+     "dataset {dataset} needs data_root, the folder with its original files: give --data-root DIR{fetch}"),
+    (lambda c: c.init_partial and c.init is None, "init_partial: expected init, a file of weights"),
     # Modules and their losses
     (lambda c: c.local_loss == "none" and c.modules != 1,
      "local_loss none trains end to end: expected modules 1, got {modules}"),
