@@ -15,6 +15,7 @@ import glob
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -133,10 +134,11 @@ class BuildKernels(cpp_extension.BuildExtension):
 
     def run(self):
         _limit_jobs()
-        compiler = cpp_extension.get_cxx_compiler()
-        if shutil.which(compiler) is None:
-            raise SystemExit(f"infopro_fast: expected a C++17 compiler, {compiler!r} is not on PATH")
-        version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+        compiler = shlex.split(cpp_extension.get_cxx_compiler())  # CXX may be "ccache g++"
+        if not compiler or shutil.which(compiler[0]) is None:
+            name = " ".join(compiler[:1])
+            raise SystemExit(f"infopro_fast: expected a C++17 compiler, {name!r} is not on PATH")
+        version = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout
         record = {
             "torch": torch.__version__,
             "torch_target": "{}.{}".format(*TORCH_TARGET),

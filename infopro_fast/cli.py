@@ -21,7 +21,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from infopro_fast import __version__, errors
+from infopro_fast import __version__, errors, output
 from infopro_fast.errors import ConfigError
 
 from .memory.command import CompareMemory, MakePlan, Scale
@@ -52,16 +52,17 @@ COMMANDS: dict[str, type] = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command and exit."""
-    try:
-        parse(sys.argv[1:] if argv is None else argv).run()
-    except Exception as error:
-        code = errors.exit_code(error)
-        if code is None:
-            raise
-        _fail(str(error), code)
-    except KeyboardInterrupt as error:
-        print(f"{PROG}: {error or 'interrupted'}", file=sys.stderr)
-        sys.exit(128 + getattr(error, "signum", signal.SIGINT))
+    with output.lasting():
+        try:
+            parse(sys.argv[1:] if argv is None else argv).run()
+        except Exception as error:
+            code = errors.exit_code(error)
+            if code is None:
+                raise
+            _fail(errors.text(error), code)
+        except KeyboardInterrupt as error:
+            print(f"{PROG}: {error or 'interrupted'}", file=sys.stderr)
+            sys.exit(128 + getattr(error, "signum", signal.SIGINT))
     sys.exit(0)
 
 
@@ -105,6 +106,10 @@ def _one_line(box: str) -> str:
     text = re.sub(r"(?m)^\s*[╭╰].*$", "", text).replace("│", " ")
     sections = re.split(r"(?m)^\s*[─-]{5,}\s*$", text)
     message = " ".join(sections[0 if framed or len(sections) == 1 else 1].split())
+    several = re.match(r"Error parsing (--\S+):.* from \[(.*?)\]\..*expected argument count (\d+)", message)
+    if several:
+        flag, words, count = several.groups()
+        return f"{flag}: expected {count} values with spaces between them, got {words}"
     meant = re.findall(r"(?m)^\s*(--[\w-]+)", text.partition("Perhaps you meant:")[2])
     given = re.search(r"--[\w-]+", message)
     near = difflib.get_close_matches(given[0], meant, 1, 0) if given else []

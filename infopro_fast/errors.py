@@ -48,6 +48,10 @@ class NonFiniteError(UserError, RuntimeError):
     """Training met a nan or an infinity; the message names step, module, loss and last good checkpoint."""
 
 
+class OutOfMemory(UserError, RuntimeError):
+    """A step needs more memory than there is; the message says where, and which settings need less."""
+
+
 class ProcessFailure(UserError, RuntimeError):
     """A process of the run failed; the message names its rank, its modules and the cause."""
 
@@ -66,4 +70,25 @@ class Stopped(KeyboardInterrupt):
 
 def exit_code(error: BaseException) -> int | None:
     """Return the exit code of an error for the user, or None for a bug."""
-    return 1 if isinstance(error, OSError) else getattr(error, "exit_code", None)
+    if isinstance(error, OSError) or is_out_of_memory(error):
+        return 1
+    return getattr(error, "exit_code", None)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception of torch or Python means that memory ran out, on the CPU or a GPU."""
+    text = str(error).lower()
+    known = ("can't allocate memory", "not enough memory", "out of memory", "alloc_failed")
+    ran_out = isinstance(error, MemoryError) or any(words in text for words in known)
+    return ran_out and not isinstance(error, UserError)
+
+
+def text(error: BaseException) -> str:
+    """Return what to tell the user of an error, as one line."""
+    if not is_out_of_memory(error):
+        return str(error)
+    first = next(iter(str(error).splitlines()), "") or type(error).__name__
+    return (
+        f"out of memory ({first}): take a smaller batch size, accumulate (parts of a batch), more modules, "
+        "or recompute block"
+    )

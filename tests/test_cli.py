@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import infopro_fast
 from infopro_fast import cli, errors
@@ -62,13 +63,21 @@ def assert_one_line(err):
             ["train", "--arch", "resnet33"],
             "arch: expected one of .*resnet32, .* got 'resnet33'",
         ),
-        (["train", "--lambdas", "1", "2"], "--lambdas: .*expected argument count 4"),
+        (["train", "--lambdas", "1", "2"], "--lambdas: expected 4 values with spaces .*, got '1', '2' "),
+        (["train", "--lambdas", "1,2"], "--lambdas: expected 4 values with spaces .*, got '1,2' "),
         (["train", "--cuts", "1", "2", "3"], "--cuts: "),
         (
             ["train", "--local-loss", "none", "--modules", "4"],
             "local_loss none trains end to end: expected modules 1, got 4",
         ),
-        (["train", "--dataset", "cifar10"], "dataset cifar10 needs data_root"),
+        (
+            ["train", "--dataset", "cifar10"],
+            "needs .* original files: give --data-root DIR, and --download to fetch them into it\n",
+        ),
+        (["train", "--dataset", "cifar10", "--download"], "original files: give --data-root DIR\n"),
+        (["train", "--dataset", "imagenet"], "original files: give --data-root DIR\n"),
+        (["train", "--init-partial"], "init_partial: expected init, a file of weights"),
+        (["train", "--batch-size", "10001"], "batch_size 10001: there are only 10000 training images"),
         (["train", "--download"], "fashion_mnist comes with the package"),
         (["train", "--modules", "40"], "modules: expected 1 to 16 for resnet32"),
         (
@@ -97,6 +106,31 @@ def test_one_line_whatever_the_terminal_can_show(encoding):
     done = run_process("train", "--lr", "fast", env={**os.environ, "PYTHONIOENCODING": encoding})
     assert done.returncode == 2 and done.stderr.startswith("infopro-fast: error: Error parsing --lr: ")
     assert_one_line(done.stderr)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+@pytest.mark.parametrize("argv", [["--help"], ["train", "--help"], ["recipes"]])
+def test_text_is_shown_as_far_as_the_terminal_can(argv, encoding):
+    done = run_process(*argv, env={**os.environ, "PYTHONIOENCODING": encoding, "LC_ALL": "C"})
+    assert done.returncode == 0 and done.stdout and done.stderr == ""
+
+
+def test_nobody_reads_what_is_printed():
+    """Through `head`, into a full disk, and with stdout closed: no error, and exit code 0."""
+    command = f"{sys.executable} -u -m infopro_fast recipes"
+    for tail in ("| head -n 1 | wc -l; exit ${PIPESTATUS[0]}", "> /dev/full", ">&-", ">&- 2>&-"):
+        done = subprocess.run(["bash", "-c", f"{command} {tail}"], cwd=ROOT, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, ""), tail
+
+
+def test_out_of_memory_is_one_line(monkeypatch, capsys):
+    def fail(config):
+        torch.empty(1 << 50)
+
+    monkeypatch.setattr(runs, "fit", fail)
+    code, _, err = run_here(capsys, "train")
+    assert code == 1 and re.search("error: out of memory .*: take a smaller batch size, accumulate", err)
+    assert_one_line(err)
 
 
 def test_wrong_data_folders(capsys, tmp_path):

@@ -250,7 +250,7 @@ def test_non_finite_loss_is_named_and_the_last_checkpoint_is_good(tmp_path, monk
 
     at_step(monkeypatch, 6, spoil)
     kept = "training stopped, the last checkpoint before it, .*epoch0001-batch000000, is kept"
-    with pytest.raises(errors.NonFiniteError, match=f"1 step before epoch 2, step 3 of 4: {where}; {kept}"):
+    with pytest.raises(errors.NonFiniteError, match=f"^epoch 2, step 2 of 4: {where}; {kept}"):
         fit(tiny_run.config(tmp_path / "run"))
     last = checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")[-1]
     state = checkpoint.load(last)
@@ -299,13 +299,17 @@ def test_refuses_to_write_over_something(tmp_path, finished):
     with pytest.raises(errors.RunError, match="file exists already"):
         fit(tiny_run.config(tmp_path / "file"))
     (tmp_path / "empty").mkdir()
-    assert run_folder.create(tiny_run.config(tmp_path / "empty")) == tmp_path / "empty"
+    with contextlib.ExitStack() as held:
+        assert run_folder.create(tiny_run.config(tmp_path / "empty"), held) == tmp_path / "empty"
 
 
 def test_default_folder_says_what_it_is(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run = run_folder.create(TrainConfig(modules=16).resolved())
-    assert run.parent.name == "runs" and run.name.startswith("fashion_mnist-resnet32-k16-contrast-2")
+    monkeypatch.setattr(run_folder.time, "strftime", lambda _: "20260102-030405")  # three in the same second
+    with contextlib.ExitStack() as held:
+        names = [run_folder.create(TrainConfig(modules=16).resolved(), held).as_posix() for _ in range(3)]
+    name = "runs/fashion_mnist-resnet32-k16-contrast-20260102-030405"
+    assert names == [name, f"{name}-2", f"{name}-3"]
 
 
 @pytest.mark.parametrize(
@@ -317,7 +321,7 @@ def test_default_folder_says_what_it_is(tmp_path, monkeypatch):
         (dict(device="tpu"), "device: expected auto, cpu, cuda or cuda:N, got 'tpu'"),
         (
             dict(drop_last=True, batch_size=53),
-            "batch_size 53 and drop_last: there are only 52 training images",
+            "batch_size 53: there are only 52 training images",
         ),
         (
             dict(local_loss="dgl", lambdas=None, hold_out=3),
@@ -387,12 +391,12 @@ def test_folders_that_are_no_runs(tmp_path, finished):
         with pytest.raises(errors.RunError, match="is not a run folder: it has no config.json"):
             call(tmp_path)
     (tmp_path / "config.json").write_text((finished / "config.json").read_text())
-    with pytest.raises(errors.CheckpointError, match="checkpoints: expected a checkpoint, found 0"):
-        resume(tmp_path)
     message = "has no weights.safetensors: no epoch is finished; continue with: infopro-fast train --resume"
     with pytest.raises(errors.RunError, match=message):
         evaluate_run(tmp_path)
     (tmp_path / "weights.safetensors").write_bytes((finished / "weights.safetensors").read_bytes()[:-100])
+    with pytest.raises(errors.CheckpointError, match="checkpoints: expected a checkpoint, found 0"):
+        resume(tmp_path)  # a run that has weights has begun
     with pytest.raises(errors.RunError, match="weights.safetensors is damaged"):
         evaluate_run(tmp_path)
     (tmp_path / "weights.safetensors").write_bytes(safetensors.torch.save({"fc.weight": torch.zeros(10, 64)}))

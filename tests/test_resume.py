@@ -54,7 +54,11 @@ def test_stopping_right_after_a_resume_that_dropped_lines(tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize(
-    "signum,step", [(signal.SIGINT, 1), (signal.SIGTERM, 6), (signal.SIGINT, 8), (signal.SIGTERM, 11)]
+    "signum,step",
+    [
+        (signal.SIGINT, 1), (signal.SIGTERM, 6), (signal.SIGINT, 8), (signal.SIGTERM, 11), (signal.SIGHUP, 3),
+        (signal.SIGUSR1, 7),
+    ],
 )
 def test_signal_stops_after_a_checkpoint_and_continues_to_the_same_bits(
     tmp_path, monkeypatch, finished, signum, step
@@ -208,14 +212,20 @@ def test_damaged_checkpoint(tmp_path, monkeypatch, finished):
     assert len(run_folder.read_metrics(tmp_path / "run", "step")) == 6
 
 
-def test_metrics_that_are_too_short_are_refused(tmp_path, monkeypatch):
+def test_metrics_that_are_not_those_of_the_checkpoint_are_refused(tmp_path, monkeypatch):
     run = fit(tiny_run.config(tmp_path / "run", epochs=2))
-    (run / "metrics.jsonl").write_text("")
-    with pytest.raises(
-        errors.RunError,
-        match="metrics.jsonl: expected at least the .* bytes that the checkpoint has seen, got 0",
+    path, content = run / "metrics.jsonl", (run / "metrics.jsonl").read_bytes()
+    for damaged, message in (
+        (b"", "expected at least the .* bytes that the checkpoint has seen, got 0"),
+        (content.replace(b"0", b"1", 1), "expected SHA-256 .* of the .* that the checkpoint has seen, got"),
     ):
-        resume(run)
+        path.write_bytes(damaged)
+        with pytest.raises(errors.RunError, match=f"metrics.jsonl is damaged: {message}.*--resume-previous"):
+            resume(run)
+        assert path.read_bytes() == damaged
+    path.write_bytes(content + b"more")
+    resume(run)
+    assert path.read_bytes() == content
 
 
 def test_metrics_that_are_being_written(tmp_path):

@@ -537,6 +537,9 @@ def test_a_loss_that_is_not_finite_is_named(poison, message):
     check_finite(trainer.step(IMAGE, LABEL))
     with torch.no_grad():
         poison(net)
+    with pytest.raises(FloatingPointError, match=f"^step 2, {message}"):
+        trainer.step(IMAGE, LABEL)
+    trainer.check_finite = False
     metrics = trainer.step(IMAGE, LABEL)
     with pytest.raises(FloatingPointError, match=message):
         check_finite(metrics)

@@ -137,8 +137,9 @@ class CompareMemory:
         for way in compare.ways(list(self.modules), list(self.budgets)):
             print(f"{way.name} ...", file=sys.stderr)
             found.append(compare.measure(way, *net, **how))
+            written = compare.write(found, *net, self.out)  # each row as it is measured: some take minutes
         print(figure.aligned([figures.COLUMNS, *figures.comparison_rows(found)]))
-        print("written: " + ", ".join(map(str, compare.write(found, *net, self.out))))
+        print("written: " + ", ".join(map(str, written)))
 
 
 @dataclass(frozen=True)

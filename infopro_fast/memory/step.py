@@ -68,12 +68,13 @@ def measure_step(trainer: LocalTrainer, image: torch.Tensor, label: torch.Tensor
     nothing runs. On a GPU the peaks come from its allocator as well.
     """
     net = trainer.net
-    if not any(optimizer.state for optimizer in trainer.optimizers):
+    kept = [{} if optimizer is None else optimizer.state for optimizer in trainer.optimizers]
+    if not any(kept):
         trainer.step(image, label)
     net.train()
-    states = [nbytes(_tensors(optimizer.state)) for optimizer in trainer.optimizers]
+    states = [nbytes(_tensors(state)) for state in kept]
     live = LiveBytes([*net.parameters(), *net.buffers(), image, label])
-    live.hold(OPTIMIZER, [t for optimizer in trainer.optimizers for t in _tensors(optimizer.state)])
+    live.hold(OPTIMIZER, [t for state in kept for t in _tensors(state)])
     found, h = [], image.detach()
     with live, live.watch_gradients(net.parameters()), recomputed_is_saved(net, live):
         modules = zip(net.stages, net.local_losses, trainer.optimizers, trainer.scalers, states)

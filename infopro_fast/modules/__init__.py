@@ -7,7 +7,7 @@ from .heads import AuxClassifier, DGLHead, SupConLoss
 from .imagenet import StridedHead
 from .infopro_l import FeatureDecoder, InfoProL
 from .local_loss import LOCAL_LOSSES, Classifier, HeadLoss, InfoPro, LocalLoss, Place, Term
-from .network import LocalNetwork, Stage
+from .network import LocalNetwork, Stage, unwrapped
 from .segmentation import IGNORE, DenseHead, PixelClassifier, Tap
 from .sync_batch_norm import SyncBatchNorm, convert_sync_batch_norm
 
@@ -16,4 +16,5 @@ __all__ = [
     "ChainDecoder", "Classifier", "DGLHead", "Decoder", "DenseHead", "FeatureDecoder", "HeadLoss",
     "InfoPro", "InfoProL", "LocalLoss", "LocalNetwork", "PixelClassifier", "Place", "Stage",
     "StridedHead", "SupConLoss", "SyncBatchNorm", "Tap", "Term", "convert_sync_batch_norm",
+    "unwrapped",
 ]

@@ -181,7 +181,8 @@ def _classifier_of_maps(
         raise ValueError(f"build: arch: {name}: expected {expected}, got (N, {got})")
     classes = tail[-1].shape[1]
     if num_classes not in (None, classes):
-        raise ValueError(f"build: num_classes: {name} has {classes} classes, got {num_classes}")
+        advice = "leave num_classes out, or give the network another last layer first"
+        raise ValueError(f"build: num_classes: {name} has {classes} classes, got {num_classes}: {advice}")
     end = imagenet.Tail(tail, classes, label_smoothing=common["label_smoothing"], impl=common["impl"])
     kind = InfoPro if own else imagenet.ReleasedNames
     return Family(name, units, lambda _: end, classes, ours=not own, reasons=reasons, infopro=kind, **common)

@@ -8,6 +8,7 @@ auxiliary net's and one module's gradients are alive at any time.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 
 import torch
@@ -21,7 +22,7 @@ Metrics = dict[str, torch.Tensor]
 def local_step(
     stage: nn.Module,
     local_loss: LocalLoss,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | None,
     h: torch.Tensor,
     image: torch.Tensor,
     label: torch.Tensor,
@@ -31,6 +32,7 @@ def local_step(
     share: float = 1.0,
     update: bool = True,
     clip_grad: float | None = None,
+    check: bool = False,
 ) -> tuple[torch.Tensor, Metrics]:
     """Update one module from its input ``h``; return its output and metrics. None of them has a graph.
 
@@ -40,6 +42,9 @@ def local_step(
     clip_grad: the module's gradients are scaled down to this norm where theirs is larger.
     share: weight of this batch's losses, where it is a part of a larger batch. update: step and free the
     gradients; otherwise they accumulate.
+    optimizer: None for a frozen module, which only runs forward.
+    check: raise FloatingPointError for a loss that is not finite, before the module is updated; this waits
+    for the device.
 
     Each term of the local loss is back-propagated into the gradient of the output alone; its graph is gone
     before the next term's is built. Then the module is back-propagated once, the optimizer steps, gradients
@@ -54,6 +59,9 @@ def local_step(
     - gradients of parameters: from the backward that makes them to the optimizer's step in this call;
     - the output: it is returned. Nothing else of a finished module is left but its metrics, 0-d tensors.
     """
+    if optimizer is None:
+        with torch.no_grad(), autocast():
+            return stage(h), {}
     version = h._version if local_loss.wants_input else 0
     with autocast():
         out = stage(h)
@@ -73,12 +81,15 @@ def local_step(
         metrics[term.name] = term.loss.detach()
         if term.correct is not None:
             metrics[f"{term.name}_correct"] = term.correct
+        if check and not math.isfinite(value := term.loss.item()):
+            raise FloatingPointError(f"{term.name.replace('_', '-')} loss: {value}")
         weight = term.weight * share
         loss = term.loss if weight == 1 else term.loss * weight
         (loss if scaler is None else scaler.scale(loss)).backward()
         del term, loss  # before the generator goes on, or this graph would outlive the next term's making
     grad, leaf.grad = [leaf.grad], None
-    GradientOf.apply(out, grad).backward()
+    if out.requires_grad:  # not where the classifier alone is trained, on frozen blocks
+        GradientOf.apply(out, grad).backward()
     if update:
         update_module(optimizer, scaler, clip_grad)
     return leaf.detach(), metrics

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-import typing
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from infopro_fast.published import AUX_DEPTH, WEIGHTED
 from . import backbones, norm_recompute, split
 from .chain import Joined
 from .families import Family
-from .local_loss import LocalLoss, Place, interpolate_lambdas
+from .local_loss import Classifier, LocalLoss, Place, interpolate_lambdas
 from .segmentation import Tap
 
 RECOMPUTE = ("none", "norm", "block", "sqrt")
@@ -115,6 +115,12 @@ class LocalNetwork(nn.Module):
     def classifier(self) -> LocalLoss:
         return self.local_losses[-1]
 
+    @property
+    def num_classes(self) -> int | None:
+        """Number of classes of the network's own loss; None in a part without it."""
+        end = self.classifier
+        return end.fc.out_features if isinstance(end, Classifier) else getattr(end, "class_num", None)
+
     def part(self, span: range) -> LocalNetwork:
         """Return the modules ``span`` (from 0) as a network; blocks and losses are shared with this one."""
         blocks = [len(stage) for stage in self.stages]
@@ -132,10 +138,17 @@ class LocalNetwork(nn.Module):
             image = stage(image)
         return self.classifier(image)
 
-    def released_modules(self) -> Iterator[tuple[str, nn.Module]]:
-        """Yield (prefix, module): prefix + name in the module is the authors' name. Auxiliary nets last."""
+    def _released_blocks(self) -> Iterator[tuple[str, nn.Module]]:
         for prefix, block in zip(self._prefixes, (block for stage in self.stages for block in stage)):
             yield from block.original() if isinstance(block, Joined) else [(prefix, block)]
+
+    def released_block_names(self) -> list[str]:
+        """Return the authors' names of the blocks' tensors, without heads and auxiliary nets."""
+        return [prefix + name for prefix, module in self._released_blocks() for name in module.state_dict()]
+
+    def released_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """Yield (prefix, module): prefix + name in the module is the authors' name. Auxiliary nets last."""
+        yield from self._released_blocks()
         yield from self.classifier.released_nets(0, 0).items()
         for end, local_loss in zip(self.cuts, self.local_losses):
             yield from local_loss.released_nets(*end).items()
@@ -145,12 +158,22 @@ class LocalNetwork(nn.Module):
         states = ((prefix, module.state_dict()) for prefix, module in self.released_modules())
         return {prefix + name: tensor for prefix, state in states for name, tensor in state.items()}
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False):
+        """As nn.Module's. Raises ValueError for tensors by the authors' names, such as a run's weights."""
+        names = unwrapped(state_dict).keys()
+        if strict and not names & self.state_dict().keys() and names & self.released_state_dict().keys():
+            what = "expected this network's own names, got the authors', as a run's weights have"
+            raise ValueError(f"load_state_dict: {what}: use load_released_state_dict")
+        return super().load_state_dict(state_dict, strict, assign)
+
     @torch.no_grad()
     def load_released_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Copy a state_dict of the authors' code, or of its nn.DataParallel (names begin with "module.").
 
-        Raises ValueError naming missing and unexpected keys and different shapes, before anything is copied.
+        A checkpoint with a ``state_dict`` inside will do. Raises ValueError naming missing and unexpected
+        keys and different shapes, before anything is copied.
         """
+        state = unwrapped(state)
         if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
             got = type(state).__name__
             raise ValueError(f"load_released_state_dict: expected tensors by name, got {got}")
@@ -171,6 +194,12 @@ class LocalNetwork(nn.Module):
             tensor.copy_(state[name])
 
 
+def unwrapped(state: Any) -> Any:
+    """Return the state_dict inside a training script's checkpoint; anything else as it is."""
+    inner = state.get("state_dict") if isinstance(state, Mapping) else None
+    return inner if isinstance(inner, Mapping) else state
+
+
 def assemble(
     found: Family, cuts: Sequence[split.Cut], local_loss: str | Callable[[Place], LocalLoss],
     lambdas: Sequence[float], *, net_config: str | None = None, widen: float = 1, feature_dim: int = 128,
@@ -186,7 +215,7 @@ def assemble(
         if local_loss in WEIGHTED and weights == (0, 0):
             module = f"local module {place.module + 1} of {modules}"
             raise ValueError(f"build: lambdas: {tuple(lambdas)} leave {module} without any loss")
-        nets: dict[str, typing.Any] = {"net_config": net_config, "widen": widen, "feature_dim": feature_dim}
+        nets: dict[str, Any] = {"net_config": net_config, "widen": widen, "feature_dim": feature_dim}
         return found.local_loss(local_loss, place, weights, **nets, aux_depth=aux_depth or AUX_DEPTH)
 
     units = found.units

@@ -31,7 +31,7 @@ from .planner import MeasuredChain, fitting
 
 def build(
     arch: str | nn.Module = "resnet32", modules: int | None = None,
-    local_loss: str | Callable[[Place], LocalLoss] = "contrast", lambdas: Sequence[float] | None = None,
+    local_loss: str | Callable[[Place], LocalLoss] | None = None, lambdas: Sequence[float] | None = None,
     balanced: bool = False, num_classes: int | None = None, image_size: int | tuple[int, int] | None = None,
     image_mean: Sequence[float] | str | None = PUBLISHED, image_std: Sequence[float] | str | None = PUBLISHED,
     *, cuts: Sequence[Sequence[int] | str] | None = None, plan: Plan | str | Path | None = None,
@@ -55,8 +55,8 @@ def build(
         term), "greedy" (cross entropy of a head alone), "dgl" (Decoupled Greedy Learning, `DGLHead`),
         "infopro_l" (reconstruction of the module's input and softmax, `InfoProL`), "auglocal" (a head of the
         network's blocks, `AugmentedHead`; CIFAR ResNets) or "none" (K = 1). Segmentation takes "softmax",
-        "greedy" and "none". Or a function from a `Place` to a loss of your own, called for every module but
-        the last (docs/local_losses.md).
+        "greedy" and "none". None: "softmax" for segmentation, else "contrast". Or a function from a `Place`
+        to a loss of your own, called for every module but the last (docs/local_losses.md).
     lambdas: weights (reconstruction, task) of InfoPro or infopro_l for the first local module, then for the
         last; linear in between. None: the published ones (`published.default_lambdas`). A term of weight 0
         does not run.
@@ -88,12 +88,14 @@ def build(
     Raises ValueError naming the argument for unknown names, splits that do not exist, contradictions, and
     networks or places that cannot be cut; ImportError where torchvision is missing.
     """
-    if isinstance(local_loss, nn.Module) or (not callable(local_loss) and local_loss not in LOCAL_LOSSES):
+    known = (None, *LOCAL_LOSSES)
+    if isinstance(local_loss, nn.Module) or (not callable(local_loss) and local_loss not in known):
         expected = f"one of {LOCAL_LOSSES} or a function that makes one"
         raise ValueError(f"build: local_loss: expected {expected}, got {local_loss!r}")
     about: dict[str, Any] = {"image_size": image_size, "num_classes": num_classes, "arch_args": arch_args}
     about |= {"image_mean": image_mean, "image_std": image_std}
     found = family(arch, **about, label_smoothing=label_smoothing, impl=impl)
+    local_loss = local_loss or ("softmax" if found.dense else "contrast")
     nets: dict[str, Any] = {"net_config": net_config, "widen": widen, "feature_dim": feature_dim}
     _check_auxiliary(found, local_loss, **nets)
     _check_aux_depth(found, local_loss, aux_depth)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from infopro_fast import modules
+from infopro_fast import errors, modules
 from infopro_fast.errors import NonFiniteError, Stopped
 
 from . import checkpoint, curve, display, evaluation, run_folder, schedule, setup
@@ -38,16 +38,16 @@ class Training:
         self.checkpoints = run / share.checkpoints
         self.batches = images.batches(config.batch_size, config.drop_last)
         self.steps = config.iterations or config.epochs * self.batches
-        at = None if share.alone else lambda module, images: self.at(f"in {module}", images)
-        options: dict[str, Any] = {"amp": setup.amp_dtype(config), "clip_grad": config.clip_grad, "at": at}
-        options |= share.trainer_options
+        options: dict[str, Any] = {"amp": setup.amp_dtype(config), "clip_grad": config.clip_grad}
+        options |= {"at": self.before_module, **share.trainer_options}
         self.trainer = LocalTrainer(self.net, setup.optimizer(config), **options)
         self.ema = None if config.ema is None else MovingAverage(self.net, config.ema)
         self.meters = Meters(config.log_every, share.combine)
         self.epoch = self.batch = 0
         self.best: float | None = None
         self.test: dict[str, float] | None = None
-        self.seconds, self.metrics_bytes, self.came_from = 0.0, 0, ""
+        self.seconds, self.came_from = 0.0, ""
+        self.metrics: dict[str, Any] = {}  # what the last checkpoint counts on (`MetricsLog.sync`)
         self.saved: dict[str, Any] = {}  # the last checkpoint, in the process that writes them
         self._shapes: tuple[torch.Size, ...] = ()  # of the batch at hand
         self._begun: set[tuple] = set()  # what this process has done before, and with which shapes
@@ -56,7 +56,7 @@ class Training:
         """Train what is left, then write the weights and the learning curve."""
         writes, done = self.share.writes, self.epoch * self.batches + self.batch
         self.clock = Clock(self.seconds, self.config.checkpoint_minutes, self.steps - done)
-        self.log = run_folder.MetricsLog(self.run, self.metrics_bytes) if writes else run_folder.NoLog()
+        self.log = run_folder.MetricsLog(self.run, **self.metrics) if writes else run_folder.NoLog()
         try:
             with (
                 display.choose() if writes else display.Silent() as self.screen,
@@ -84,6 +84,12 @@ class Training:
             if saved:
                 last = f"the last checkpoint before it, {saved[-1]}, is kept"
             raise NonFiniteError(f"{error}; training stopped, {last}") from error
+        except (MemoryError, RuntimeError) as error:
+            if not errors.is_out_of_memory(error):
+                raise
+            where = self.place_of(min(self.batch + 1, self.batches_here))
+            text = errors.text(error)  # among several processes the watch says where
+            raise errors.OutOfMemory(f"{where}: {text}" if self.share.alone else text) from error
         self.draw_learning_curve()
 
     def train_epoch(self) -> None:
@@ -97,7 +103,10 @@ class Training:
             lr = schedule.learning_rate(self.config, self.epoch, self.batch, self.batches)
             self.trainer.set_learning_rate(lr)
             images = share.total(self.batch)  # of all processes
-            features, found = self.trainer.step_from(packet.features, packet.image, packet.label, images)
+            try:
+                features, found = self.trainer.step_from(packet.features, packet.image, packet.label, images)
+            except FloatingPointError as error:
+                raise FloatingPointError(f"{self.place_of(self.batch + 1)}: {error}") from None
 
             # Agree with the other processes on what follows this step, and hand the batch on.
             request, metrics = share.decide(packet.request, self.request()), packet.metrics | found
@@ -115,7 +124,7 @@ class Training:
 
             # Log and show the metrics; only this waits for the device.
             if self.batch % self.config.log_every == 0 or self.batch == self.batches_here:
-                self.meters.read(self.place)
+                self.meters.read(self.place_before)
                 means = self.meters.finish_interval()
                 where = {"epoch": self.epoch + 1, "batch": self.batch, "seconds": self.clock.seconds}
                 self.log.write({"kind": "step", **where, "lr": lr, **means})
@@ -183,16 +192,17 @@ class Training:
     def save(self) -> None:
         """Write a checkpoint. Raises FloatingPointError if a loss or anything in it is not finite."""
         self.watch.at(f"writing a checkpoint, {self.place}")
-        self.meters.read(self.place)
+        self.meters.read(self.place_before)
         content = {"net": self.net.state_dict(), "trainer": self.trainer.state_dict()}
         content = self.share.whole(content if self.ema is None else content | {"ema": self.ema.state_dict()})
         if content is not None:
             for name in checkpoint.not_finite(content):
                 raise FloatingPointError(f"{self.place}: {name} is not finite, though every loss was")
+            self.metrics = self.log.sync()
             self.saved = content | {
                 "config": self.config.to_json(), "epoch": self.epoch, "batch": self.batch, "best": self.best,
                 "test": self.test, "meters": self.meters.state_dict(), "rng": setup.rng_state(self.device),
-                "seconds": self.clock.seconds, "metrics_bytes": self.log.sync(), "torch": torch.__version__,
+                "seconds": self.clock.seconds, "torch": torch.__version__, **self.metrics,
             }
             name = checkpoint.name_of(self.epoch, self.batch)
             checkpoint.save(self.checkpoints, name, self.saved, self.watch.moved)
@@ -207,8 +217,9 @@ class Training:
             self.ema.load_state_dict(state["ema"])
         self.meters.load_state_dict(state["meters"])
         setup.set_rng_state(state["rng"], self.device)
-        for name in ("epoch", "batch", "best", "test", "seconds", "metrics_bytes"):
+        for name in ("epoch", "batch", "best", "test", "seconds"):
             setattr(self, name, state[name])
+        self.metrics = run_folder.counted_on(state)
         self.came_from = f"{self.title}: continuing {self.run} from {path.name}"
         if state["torch"] != torch.__version__:
             versions = f"written by torch {state['torch']}, this is {torch.__version__}"
@@ -244,6 +255,16 @@ class Training:
             self.at(working)
             yield packet
 
+    def before_module(self, module: str, images: int) -> None:
+        """Tell the watch of a module, or stop before it where a signal cannot wait for the step's end.
+
+        Half a step is never saved: the run continues from its last checkpoint, to the same bits.
+        """
+        if not self.share.alone:
+            self.at(f"in {module}", images)
+        elif self.stop.overdue:
+            self.stop.now()
+
     def at(self, what: str, images: int | None = None) -> None:
         """Tell the watch of a step, an evaluation, or a module with a part of so many images of a batch.
 
@@ -272,8 +293,15 @@ class Training:
 
     @property
     def place(self) -> str:
+        return self.place_of(self.batch)
+
+    def place_before(self, steps: int) -> str:
+        """Return the name of the step that is so many steps before the last one, in the same epoch."""
+        return self.place_of(self.batch - steps)
+
+    def place_of(self, step: int) -> str:
         prefix = self.share.prefix and f"{self.share.prefix}, "
-        return f"{prefix}epoch {self.epoch + 1}, step {self.batch} of {self.batches_here}"
+        return f"{prefix}epoch {self.epoch + 1}, step {step} of {self.batches_here}"
 
     @property
     def title(self) -> str:

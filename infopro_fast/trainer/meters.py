@@ -38,9 +38,10 @@ class Meters:
         self._rows[len(self._counts)] = values
         self._counts.append(count)
 
-    def read(self, last: str = "") -> None:
-        """Take in the steps since the last reading; waits for the device. last: the last step's name.
+    def read(self, place: Callable[[int], str] = str) -> None:
+        """Take in the steps since the last reading; waits for the device.
 
+        place: the name of the step that is so many steps before the last one.
         Raises FloatingPointError naming module and loss of the first step with a metric that is not finite.
         """
         if self._rows is None:
@@ -51,15 +52,14 @@ class Meters:
         rows = values.tolist()
         for i, (row, count) in enumerate(zip(rows, counts)):
             if not all(map(math.isfinite, row)):
-                self._fail(values[i], len(rows) - 1 - i, last)
+                self._fail(values[i], place(len(rows) - 1 - i))
             for sums in (self._interval, self._epoch):
                 for name, value in zip(self._names, row):
                     sums[name] = sums.get(name, 0.0) + (value if name.endswith("correct") else value * count)
                 sums["images"] = sums.get("images", 0) + count
         self._counts = []
 
-    def _fail(self, row: torch.Tensor, steps_before: int, last: str) -> None:
-        where = f"{steps_before} step{'s' * (steps_before > 1)} before {last}" if steps_before else last
+    def _fail(self, row: torch.Tensor, where: str) -> None:
         try:
             check_finite(dict(zip(self._names, row)))
         except FloatingPointError as error:

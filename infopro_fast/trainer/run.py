@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from infopro_fast import data, whole_files
+from infopro_fast import data
 from infopro_fast.errors import ConfigError, RunError
 
 from . import checkpoint, evaluation, run_folder, schedule, sequential, setup
@@ -27,9 +27,10 @@ from .share import Share
 def fit(config: TrainConfig) -> Path | None:
     """Train as ``config`` says and return the run folder; None in processes that do not write it.
 
-    SIGINT and SIGTERM stop training after a checkpoint (`Stopped`); a second signal stops it at once. After a
-    restart by torchrun (--max-restarts) the run in ``config.out`` continues from its last checkpoint. Torch's
-    generators and thread count are restored. Raises ConfigError, DataError, RunError or NonFiniteError.
+    SIGINT, SIGTERM, SIGHUP and SIGUSR1 stop training after a checkpoint (`Stopped`), or within a step that
+    takes longer than `stopping.GRACE`; a second SIGINT or SIGTERM stops it at once. After a restart by
+    torchrun (--max-restarts) the run in ``config.out`` continues from its last checkpoint. Torch's generators
+    and thread count are restored. Raises ConfigError, DataError, RunError, OutOfMemory or NonFiniteError.
     """
     config, several = config.resolved(), config.parallel != "none"
     if several and connect.launched() and connect.may_restart() and config.out is None:
@@ -42,10 +43,8 @@ def fit(config: TrainConfig) -> Path | None:
             return _continue(here, held, config.out)
         opened = _Opened(config, here, held)  # finds what is wrong before there is a folder
         if here.layout.is_main:
-            if restarted:
-                _remove_unbegun(config.out)
-            here.run = run_folder.create(opened.config, recipes.shared(opened.config, here.layout.replicas))
-            held.enter_context(run_folder.locked(here.run))
+            shared = recipes.shared(opened.config, here.layout.replicas)
+            here.run = run_folder.create(opened.config, held, shared, again=restarted)
         here.run = here.share(here.run, here.layout.main)
         return opened.run_to_end()
 
@@ -56,7 +55,7 @@ def resume(
     previous: bool = False,
     **changes: Any,
 ) -> Path | None:
-    """Continue a run from its last checkpoint (``previous``: from the one before).
+    """Continue a run from its last checkpoint (``previous``: from the one before), or begin one without any.
 
     It ends with the bits of an uninterrupted run. On another machine, or on a GPU with kernels of torch that
     are not deterministic, bits may differ.
@@ -84,7 +83,7 @@ def _continue(
         checkpoint.clean(run / run_folder.CHECKPOINTS)
         anew = anew or run_folder.read_config(run)
         content = {"config": anew.to_json()}
-        if anew.order == "simultaneous":
+        if anew.order == "simultaneous" and (previous or not run_folder.is_unbegun(run)):
             path, content = checkpoint.load_latest(run / run_folder.CHECKPOINTS, previous)
             before = TrainConfig.from_json(content["config"])
             content["config"] = continuing.continued(before, anew).to_json()
@@ -92,7 +91,8 @@ def _continue(
         path = here.share(path, here.layout.main)
         content = state.broadcast(content, here.layout.main, here.watch.waiting)
     config = TrainConfig.from_json(content["config"])
-    opened = _Opened(connect.on_local_device(config) if here.several else config, here, held, fresh=False)
+    local = connect.on_local_device(config) if here.several else config
+    opened = _Opened(local, here, held, fresh=path is None)  # killed before its first checkpoint
     longer = ""
     if before is not None and config.epochs > before.epochs:
         batches = opened.images.batches(config.batch_size, config.drop_last)
@@ -145,7 +145,8 @@ class _Opened:
             self.share, self.sequence = None, sequential.Sequence(config, self.images, here)
             self.sequence.check_space()
         else:
-            net = setup.first_network(config, self.images) if fresh else setup.build(config, self.images)
+            say = functools.partial(print, flush=True) if here.layout.is_main else None
+            net = setup.first_network(config, self.images, say) if fresh else setup.build(config, self.images)
             self.share = Share(config, self.images, net, here)
 
     def run_to_end(
@@ -210,7 +211,11 @@ def _load_data(config: TrainConfig, here: Processes) -> data.ImageSet | data.Fol
     if config.download and here.several:
         with here.watch.waiting():
             dist.all_reduce(torch.zeros(1))
-    return setup.load_data(dataclasses.replace(config, download=False))
+    images = setup.load_data(dataclasses.replace(config, download=False))
+    if config.batch_size > images.train_count:
+        count = f"there are only {images.train_count} training images"
+        raise ConfigError(f"batch_size {config.batch_size}: {count}")
+    return images
 
 
 def _check_batches(config: TrainConfig, images: data.ImageSet | data.FolderSet, replicas: int) -> None:
@@ -225,13 +230,3 @@ def _check_batches(config: TrainConfig, images: data.ImageSet | data.FolderSet, 
 def _checkpoints(run: Path) -> int:
     """Return how many checkpoints a run folder has; it need not exist."""
     return len(checkpoint.list_checkpoints(run / run_folder.CHECKPOINTS))
-
-
-def _remove_unbegun(run: Path) -> None:
-    """Empty a run folder that a killed process created and wrote no checkpoint into."""
-    first = {run_folder.CONFIG, run_folder.RECIPE}
-    known = {*first, *(whole_files.ASIDE + name for name in first)}
-    known |= {run_folder.METRICS, run_folder.LOCK, run_folder.CHECKPOINTS}
-    if run.is_dir() and {path.name for path in run.iterdir()} <= known and _checkpoints(run) == 0:
-        for path in run.iterdir():
-            whole_files.remove(path)

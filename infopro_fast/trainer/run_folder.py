@@ -4,44 +4,75 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
+import itertools
 import json
 import os
 import re
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from infopro_fast.errors import ConfigError, RunError
-from infopro_fast.whole_files import Moved, nobody, replace_file, sync_folder
+from infopro_fast.whole_files import ASIDE, Moved, nobody, replace_file, sync_folder
 
 from .settings import recipes
 from .settings.config import TrainConfig
 
 CONFIG, RECIPE, METRICS, CHECKPOINTS = "config.json", "recipe.json", "metrics.jsonl", "checkpoints"
 WEIGHTS, CURVE, LOCK = "weights.safetensors", "learning_curve.png", ".lock"
+SUM, NO_SUM = "sha256", "0" * 64  # in the header of WEIGHTS
 
 
-def create(config: TrainConfig, shared: TrainConfig | None = None) -> Path:
-    """Return a new run folder with its config.json and recipe.json.
+def create(
+    config: TrainConfig, held: contextlib.ExitStack, shared: TrainConfig | None = None, again: bool = False
+) -> Path:
+    """Return a new run folder with its config.json and recipe.json, locked for as long as ``held`` is.
 
-    shared: the settings that `recipes.shared` gives, where several processes take part.
-    Raises RunError if ``config.out`` exists and is not empty.
+    shared: the settings that `recipes.shared` gives, where several processes take part. again: the folder
+    may be one that a killed process created and wrote no checkpoint into.
+    Raises RunError if ``config.out`` exists and is not empty, or another process is at it.
     """
-    folder = config.out
-    if folder is None:
-        now = time.strftime("%Y%m%d-%H%M%S")
-        name = f"{config.dataset}-{config.arch}-k{config.modules}-{config.local_loss}-{now}"
-        folder = Path("runs") / re.sub(r"[^\w.-]", ".", name)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        advice = f"give another folder as out, or continue it with --resume {folder}"
-        raise RunError(f"{folder} exists already: {advice}")
+    folder = _new_folder(config) if config.out is None else config.out
+    _check_free(folder, again)
     folder.mkdir(parents=True, exist_ok=True)
     sync_folder(folder.parent)
+    held.enter_context(locked(folder))
+    _check_free(folder, again)  # another process may have been at it until now
     replace_file(folder / CONFIG, config.to_json().encode())
     if config.recipe is not None:
         _write_recipe(folder, shared or config)
     return folder
+
+
+def _new_folder(config: TrainConfig) -> Path:
+    """Make a folder whose name says what the run is, and which no other run has."""
+    now = time.strftime("%Y%m%d-%H%M%S")
+    name = f"{config.dataset}-{config.arch}-k{config.modules}-{config.local_loss}-{now}"
+    name = re.sub(r"[^\w.-]", ".", name)
+    for suffix in itertools.chain([""], (f"-{n}" for n in itertools.count(2))):
+        with contextlib.suppress(FileExistsError):
+            (Path("runs") / (name + suffix)).mkdir(parents=True)
+            break
+    return Path("runs") / (name + suffix)
+
+
+def _check_free(folder: Path, again: bool) -> None:
+    """Raise RunError unless a run can begin in ``folder``; what a killed process left there may stay."""
+    left = {LOCK, *(ASIDE + name for name in (CONFIG, RECIPE))}
+    free = not folder.exists() or (folder.is_dir() and {path.name for path in folder.iterdir()} <= left)
+    if not free and not (again and is_unbegun(folder)):
+        advice = f"give another folder as out, or continue it with --resume {folder}"
+        raise RunError(f"{folder} exists already: {advice}")
+
+
+def is_unbegun(folder: Path) -> bool:
+    """Whether a run was killed before its first checkpoint was whole, so that it can begin again."""
+    first = {CONFIG, RECIPE, METRICS, LOCK, CHECKPOINTS}
+    names = {path.name.removeprefix(ASIDE) for path in folder.iterdir()} if folder.is_dir() else {folder.name}
+    return names <= first and all(path.name.startswith(ASIDE) for path in (folder / CHECKPOINTS).glob("*"))
 
 
 def _write_recipe(folder: Path, config: TrainConfig) -> None:
@@ -91,29 +122,54 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-class MetricsLog:
-    """Writes metrics.jsonl, one JSON object a line. kept: bytes of an existing file to keep."""
+def counted_on(state: dict[str, Any]) -> dict[str, Any]:
+    """Return what a checkpoint says about metrics.jsonl, for `MetricsLog`; older ones have no hash."""
+    return {name: state.get(name) for name in ("metrics_bytes", "metrics_sha256")}
 
-    def __init__(self, folder: Path, kept: int = 0):
-        self.path = folder / METRICS
-        self._file = open(self.path, "ab")
-        size = self._file.tell()
-        if size < kept:
+
+class MetricsLog:
+    """Writes metrics.jsonl, one JSON object a line.
+
+    metrics_bytes, metrics_sha256: of the beginning of an existing file, which is kept; the rest is cut off.
+    Raises RunError where the file does not begin so.
+    """
+
+    def __init__(self, folder: Path, metrics_bytes: int = 0, metrics_sha256: str | None = None):
+        self.path, kept = folder / METRICS, metrics_bytes
+        self._file = open(self.path, "ab+")
+        self._file.seek(0)
+        content = self._file.read(kept)
+        self._sum = hashlib.sha256(content)
+        wrong = ""
+        if len(content) < kept:
+            wrong = f"expected at least the {kept} bytes that the checkpoint has seen, got {len(content)}"
+        elif metrics_sha256 not in (None, self._sum.hexdigest()):
+            seen = f"of the {kept} bytes that the checkpoint has seen"
+            wrong = f"expected SHA-256 {metrics_sha256} {seen}, got {self._sum.hexdigest()}"
+        if wrong:
             self._file.close()
-            expected = f"expected at least the {kept} bytes that the checkpoint has seen"
-            raise RunError(f"{self.path}: {expected}, got {size}")
+            advice = "put the file back, or continue from the checkpoint before with --resume-previous"
+            raise RunError(f"{self.path} is damaged: {wrong}: {advice}")
         self._file.truncate(kept)
-        self._file.seek(kept)  # truncating does not move the position, which `sync` reports
 
     def write(self, record: dict[str, Any]) -> None:
         """Append a line."""
-        self._file.write(json.dumps(record).encode() + b"\n")
+        line = json.dumps(record).encode() + b"\n"
+        self._file.write(line)
         self._file.flush()
+        self._sum.update(line)
 
-    def sync(self) -> int:
-        """Flush to the disk; return the file's number of bytes."""
+    def sync(self) -> dict[str, Any]:
+        """Flush to the disk; return the arguments with which this log goes on.
+
+        Raises RunError where the run folder is no longer there.
+        """
         os.fsync(self._file.fileno())
-        return self._file.tell()
+        own = os.fstat(self._file.fileno())
+        if not self.path.exists() or not os.path.samestat(own, self.path.stat()):
+            what = f"{METRICS} is not there any more, or another file"
+            raise RunError(f"{self.path.parent} was removed or moved while the run trained: {what}")
+        return {"metrics_bytes": own.st_size, "metrics_sha256": self._sum.hexdigest()}
 
     def close(self) -> None:
         self._file.close()
@@ -125,8 +181,8 @@ class NoLog:
     def write(self, record: dict[str, Any]) -> None:
         pass
 
-    def sync(self) -> int:
-        return 0
+    def sync(self) -> dict[str, Any]:
+        return {}
 
     def close(self) -> None:
         pass
@@ -151,11 +207,16 @@ def read_metrics(folder: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def write_weights(folder: Path, state: dict[str, Any], about: dict[str, Any], moved: Moved = nobody) -> None:
-    """Write weights.safetensors. state: tensors by the authors' names; about: JSON for the file's header."""
+    """Write weights.safetensors. state: tensors by the authors' names; about: JSON for the file's header.
+
+    The header's "sha256" is the hash of the whole file, as it is with zeros in place of that hash.
+    """
     import safetensors.torch  # needs torch, which reading settings does not
 
     tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in state.items()}
-    replace_file(folder / WEIGHTS, safetensors.torch.save(tensors, {"about": json.dumps(about)}), moved)
+    content = safetensors.torch.save(tensors, {"about": json.dumps(about), SUM: NO_SUM})
+    content = content.replace(NO_SUM.encode(), hashlib.sha256(content).hexdigest().encode(), 1)
+    replace_file(folder / WEIGHTS, content, moved)
 
 
 def about(folder: Path) -> dict[str, Any]:
@@ -167,14 +228,37 @@ def about(folder: Path) -> dict[str, Any]:
 
 
 def read_weights(folder: Path) -> dict[str, Any]:
-    """Return a run's weights by the authors' names. Raises RunError if they are missing or damaged."""
-    import safetensors.torch  # as above
+    """Return a run's weights by the authors' names. Raises RunError if they are missing or damaged.
 
+    A file without a hash, as earlier versions wrote it, is taken with a word on stderr.
+    """
     path = folder / WEIGHTS
     if not path.is_file():
         advice = f"no epoch is finished; continue with: infopro-fast train --resume {folder}"
         raise RunError(f"{folder} has no {WEIGHTS}: {advice}")
     try:
-        return safetensors.torch.load_file(path)
-    except (safetensors.SafetensorError, OSError) as error:
-        raise RunError(f"{path} is damaged: {error}") from error
+        tensors, is_checked = read_tensors(path)
+    except Exception as error:  # whatever a damaged header leads to
+        raise error if isinstance(error, RunError) else RunError(f"{path} is damaged: {error}") from error
+    if not is_checked:
+        print(f"{path} has no checksum, as earlier versions wrote it: it is not checked", file=sys.stderr)
+    return tensors
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Any], bool]:
+    """Return the tensors of a safetensors file by name, and whether it has a hash, which is then right.
+
+    Raises RunError where the hash is another; OSError, SafetensorError or ValueError for another file.
+    """
+    import safetensors.torch  # as above
+
+    content = path.read_bytes()
+    tensors = safetensors.torch.load(content)
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    expected = header.get("__metadata__", {}).get(SUM)
+    if expected is None:
+        return tensors, False
+    got = hashlib.sha256(content.replace(expected.encode(), NO_SUM.encode(), 1)).hexdigest()
+    if got != expected:
+        raise RunError(f"{path} is damaged: SHA-256 expected {expected}, got {got}")
+    return tensors, True

@@ -83,10 +83,9 @@ class Sequence:
             torch.manual_seed(data.image_set.epoch_seed(self.config.seed, -1 - k))
             if k > 0:  # where the training of the module before ended
                 before = checkpoint.load(self.trained(k - 1))
-                training.seconds, training.metrics_bytes = before["seconds"], before["metrics_bytes"]
+                training.seconds, training.metrics = before["seconds"], run_folder.counted_on(before)
         training.run_to_end()
-        size = (self.run / run_folder.METRICS).stat().st_size
-        content = {"net": training.net.state_dict(), "seconds": training.clock.seconds, "metrics_bytes": size}
+        content = {"net": training.net.state_dict(), "seconds": training.clock.seconds, **training.metrics}
         self.here.watch.at(f"writing module {k + 1}")
         checkpoint.save(self.run / TRAINED, self.trained(k).name, content, self.here.watch.moved)
         whole_files.remove(training.checkpoints)

@@ -10,20 +10,20 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 
 from infopro_fast import data, modules, ops
-from infopro_fast.errors import ConfigError
+from infopro_fast.errors import ConfigError, RunError
 from infopro_fast.modules import split
 from infopro_fast.planning import planner
 from infopro_fast.planning.building import build as build_network
 
-from . import schedule
+from . import run_folder, schedule
 from .settings import fields
 from .settings.config import TrainConfig
 
 BETAS = (0.9, 0.999)  # torch's, for AdamW
+INIT_SHARE = 0.9  # of the tensors of a network's blocks, which a file of weights must have
 
 
 def amp_dtype(config: TrainConfig) -> torch.dtype | None:
@@ -59,32 +59,61 @@ def _groups(parameters: Iterable[torch.nn.Parameter]) -> list[dict[str, Any]]:
     return [group for group in groups if group["params"]]
 
 
-def load_init(net: modules.LocalNetwork, path: Path) -> None:
-    """Copy the weights in ``path`` that fit by name and shape. Raises ConfigError if none fits."""
-    own, state, copied = net.released_state_dict(), _read_init(path), 0
-    with torch.no_grad():
-        for name, tensor in state.items():
-            for known in (name, name.removeprefix("module."), f"backbone.{name.removeprefix('module.')}"):
-                if known in own and isinstance(tensor, torch.Tensor) and own[known].shape == tensor.shape:
-                    own[known].copy_(tensor)
-                    copied += 1
-                    break
-    if not copied:
+def load_init(net: modules.LocalNetwork, path: Path, partial: bool = False) -> str:
+    """Copy the weights in ``path`` that fit by name and shape; return, as text, which did and which did not.
+
+    Raises ConfigError, before anything is copied, if none fits, or, unless ``partial``, fewer than INIT_SHARE
+    of the tensors of the network's blocks have one. Auxiliary nets and heads may be missing.
+    """
+    own, state = net.released_state_dict(), _read_init(path)
+    found: dict[str, torch.Tensor] = {}
+    left: list[str] = []
+    for name, tensor in state.items():
+        bare = name.removeprefix("module.")
+        shape = tensor.shape if isinstance(tensor, torch.Tensor) else None
+        fits = [n for n in (name, bare, f"backbone.{bare}") if n in own and own[n].shape == shape]
+        found.update((n, tensor) for n in fits[:1])
+        left += [] if fits else [name]
+    if not found:
         what = f"none of its {len(state)} entries has the name and shape of a weight of this network"
         raise ConfigError(f"init {path}: {what}")
+
+    # Files from before torch 1.0 have no counts of batches.
+    needed = [name for name in net.released_block_names() if not name.endswith("num_batches_tracked")]
+    share = len(found.keys() & set(needed)) / max(1, len(needed))
+    counts = f"init {path}: {len(found)} of {len(own)} tensors"
+    rest = f"missing: {_some([name for name in own if name not in found])}; left over: {_some(left)}"
+    if share < INIT_SHARE and not partial:
+        expected = f"expected {INIT_SHARE:.0%} of the tensors of the network's blocks, got {share:.0%}"
+        advice = "is the file another network's? --init-partial takes it"
+        raise ConfigError(f"{counts} fit; {rest}: {expected} ({advice})")
+    with torch.no_grad():
+        for name, tensor in found.items():
+            own[name].copy_(tensor)
+    return f"{counts} copied; {rest}"
+
+
+def _some(names: list[str]) -> str:
+    """Return a few of the names, and how many more there are."""
+    if not names:
+        return "nothing"
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
 
 
 def _read_init(path: Path) -> dict[str, Any]:
     """Return the contents of a file of weights, by name. Raises ConfigError naming a file of another kind."""
     try:
         if path.suffix == ".safetensors":
-            state: Any = safetensors.torch.load_file(path)
+            state: Any = run_folder.read_tensors(path)[0]
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
+    except RunError as error:
+        raise ConfigError(f"init {error}") from error
     except Exception as error:  # another file can fail in any way: as a pickle, a zip archive, a JSON header
         why = next(iter(str(error).splitlines()), "")
         raise ConfigError(f"init {path}: not a file of weights: {type(error).__name__}: {why}") from error
-    state = state.get("state_dict", state) if isinstance(state, dict) else state
+    state = modules.unwrapped(state)
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         what = f"expected tensors by name, got {type(state).__name__}"
         raise ConfigError(f"init {path}: not a file of weights: {what}")
@@ -118,9 +147,6 @@ def load_data(config: TrainConfig) -> data.ImageSet | data.FolderSet:
         images = images.shrunk(config.shrink)
     if config.hold_out > 0:
         images = images.held_out(config.hold_out)
-    if images.batches(config.batch_size, config.drop_last) == 0:
-        count = f"there are only {images.train_count} training images"
-        raise ConfigError(f"batch_size {config.batch_size} and drop_last: {count}")
     return images
 
 
@@ -207,12 +233,19 @@ def machine(config: TrainConfig) -> Iterator[None]:
         torch.set_float32_matmul_precision(precision)
 
 
-def first_network(config: TrainConfig, images: data.ImageSet | data.FolderSet) -> modules.LocalNetwork:
-    """Return the network that a run with these settings begins with; torch's generator goes on from there."""
+def first_network(
+    config: TrainConfig, images: data.ImageSet | data.FolderSet, say: Callable[[str], None] | None = None
+) -> modules.LocalNetwork:
+    """Return the network that a run with these settings begins with; torch's generator goes on from there.
+
+    say: is told what of the file ``init`` was copied.
+    """
     torch.manual_seed(config.seed)
     net = build(config, images)
     if config.init is not None:
-        load_init(net, config.init)
+        text = load_init(net, config.init, config.init_partial)
+        if say is not None:
+            say(text)
     return net
 
 

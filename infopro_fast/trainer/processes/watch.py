@@ -29,8 +29,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 import torch.distributed as dist
+
+from infopro_fast import errors
 
 from . import linux
 
@@ -292,8 +293,4 @@ def is_of_communication(error: BaseException) -> bool:
 
 def cause_of(error: BaseException) -> str:
     """Return an exception as one line; running out of memory is named so."""
-    text = str(error).lower()
-    known = ("can't allocate memory", "not enough memory")
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(words in text for words in known):
-        return f"out of memory ({_first_line(error)})"
-    return _first_line(error)
+    return errors.text(error) if errors.is_out_of_memory(error) else _first_line(error)

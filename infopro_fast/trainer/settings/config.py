@@ -107,7 +107,9 @@ class TrainConfig:
     """Arguments of the function that makes a network with a colon in its name, such as drop_rate=0.1."""
     init: Annotated[Path | None, SAID, RESULT] = None
     """Begin with the weights in this .pth or .safetensors file, which has the names of the authors' code.
-    Heads of another shape are left out."""
+    What fits by name and shape is copied; heads and auxiliary nets may be missing."""
+    init_partial: Annotated[bool, NOTHING] = False
+    """Take a file of init that has less than 90 % of the tensors of the network's blocks, too."""
     modules: Annotated[int | None, at_least(1), SAID, RESULT] = None
     """Number K of local modules; 1 trains end to end.
     Default: as cuts says; 1 for local_loss none; 2 for imagenet, cityscapes and shapes_seg; else 4."""

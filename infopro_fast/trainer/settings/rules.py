@@ -37,8 +37,9 @@ def check(config: Any) -> None:
 def _facts(c: Any) -> SimpleNamespace:
     """Return the settings with the defaults of the data set filled in, and what follows from them.
 
-    given: names of the settings that are not at their own default; side: of the images; aux: whether some
-    module has the auxiliary networks of InfoPro and greedy SL; ends: the number of modules that cuts can end.
+    given: names of the settings that are not at their own default; fetch: how to get the images; side: of the
+    images; aux: whether some module has the auxiliary networks of InfoPro and greedy SL; ends: the number of
+    modules that cuts can end.
     """
     recipe, K, loss, kind = c.usual, c.number_of_modules(), c.loss, kind_of(c.dataset)
     schedule, epochs = c.schedule or recipe.schedule, c.epochs or recipe.epochs
@@ -46,6 +47,7 @@ def _facts(c: Any) -> SimpleNamespace:
     return SimpleNamespace(**{
         **vars(c), "modules": K, "local_loss": loss, "arch": c.network, "schedule": schedule,
         "epochs": epochs, "warmup": warmup,
+        "fetch": "" if c.dataset in FOLDERS or c.download else ", and --download to fetch them into it",
         "side": IMAGE_SIZES[kind], "kind": kind, "ends": K - 1, "cut_at": len(c.cuts or ()),
         "given": {name for name, field in fields.of(type(c)).items() if getattr(c, name) != field.default},
         "aux": loss not in ("dgl", "auglocal", "none") and K > 1,
@@ -67,10 +69,9 @@ RULES: list[Rule] = [
      "dataset {dataset} comes with the package: it takes neither data_root nor download"),
     (lambda c: c.dataset in FOLDERS and c.download,
      "download: the files of {dataset} cannot be fetched without an account"),
-    (lambda c: c.kind not in (*EMBEDDED, OWN) and c.data_root is None and c.download,
-     "dataset {dataset} needs data_root, the folder with its original files to fetch"),
     (lambda c: c.kind not in (*EMBEDDED, OWN) and c.data_root is None,
-     "dataset {dataset} needs data_root, the folder with its original files"),
+     "dataset {dataset} needs data_root, the folder with its original files: give --data-root DIR{fetch}"),
+    (lambda c: c.init_partial and c.init is None, "init_partial: expected init, a file of weights"),
     (lambda c: (c.mean is None) != (c.std is None), "mean and std: expected both or neither"),
     *_given("mean std", lambda c: c.kind not in (*MEASURED, OWN), "{name}: dataset {dataset} has its own"),
     # Modules and their losses
