@@ -6,8 +6,10 @@ import argparse
 import dataclasses
 import importlib
 import json
+import os
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -19,16 +21,52 @@ from benchmarks import report, step_figure
 from infopro_fast import cli
 from infopro_fast.planning import plan
 from infopro_fast.studies import known, results, summary, tables
+from infopro_fast.trainer import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BEGINNINGS = ("infopro-fast ", "python -m benchmarks.", "torchrun ")
 
 
+def blocks(document: Path, language: str) -> list[str]:
+    """Return the fenced blocks of a language."""
+    return re.findall(rf"(?ms)^```{language}\n(.*?)^```", document.read_text())
+
+
 def commands(document: Path) -> list[str]:
-    """Return the commands of the indented blocks."""
+    """Return the commands of the indented blocks and of those in bash."""
     lines = (line.strip() for line in document.read_text().splitlines() if line.startswith("    "))
+    lines = [*lines, *(line for block in blocks(document, "bash") for line in block.splitlines())]
     return [line for line in lines if line.startswith(BEGINNINGS)]
+
+
+PYTHON = [
+    pytest.param(block, id=f"{document.name}-{i}")
+    for document in DOCUMENTS for i, block in enumerate(blocks(document, "python"))
+]
+
+
+@pytest.mark.parametrize("block", PYTHON)
+def test_code_of_the_documents_runs(block, monkeypatch, capsys):
+    """Blocks that import what they use run; others are parsed."""
+    code = compile(block, "document", "exec")
+    if block.startswith(("import ", "from ")) and "batches" not in block and "torchao" not in block:
+        exec(code, {})
+
+
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_run(path, tmp_path):
+    assert len(path.read_text().splitlines()) < 60
+    if path.stem == "lightning_module":
+        pytest.importorskip("lightning")
+    done = subprocess.run(
+        [sys.executable, path], cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def check(command: str) -> None:
@@ -72,6 +110,9 @@ ALL = [
 @pytest.mark.parametrize("command", ALL)
 def test_commands_parse(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    if "RUN" in command:  # its settings are the defaults of the flags
+        Path("RUN").mkdir()
+        Path("RUN/config.json").write_text(TrainConfig().resolved().to_json())
     if "plan.json" in command:  # which is read with the settings
         plan("resnet20", batch_size=8, modules=4).write(tmp_path / "plan.json")
         command += " --arch resnet20 --batch-size 8"
@@ -109,7 +150,7 @@ def test_what_documents_show_is_there(document):
 
 
 def test_what_the_layout_names_is_there():
-    layout = (ROOT / "README.md").read_text().partition("\n## Layout\n")[2].partition("\n\nMIT")[0]
+    layout = (ROOT / "docs/architecture.md").read_text()
     named = {*re.findall(r"[\w/]+\.(?:py|sh|h)\b", layout), *re.findall(r"(?m)^ +(\w+)/ ", layout)}
     there = {path.name for path in ROOT.rglob("*")}
     assert len(named) > 50 and not {name for name in named if Path(name).name not in there}

@@ -149,7 +149,7 @@ def test_a_budget_is_cut_before_training(capsys, tmp_path):
     assert code == 0, err
     config = run_folder.read_config(tmp_path / "r")
     assert (config.cuts, config.modules, config.budget) == (found.cuts, len(found.modules), None)
-    code, _, err = run_here(capsys, "train", *OWN, "--budget", "1KiB", "--out", tmp_path / "s")
+    code, _, err = run_here(capsys, "train", *OWN, *SHORT, "--budget", "1KiB", "--out", tmp_path / "s")
     assert code == 2 and "does not fit into 1.0 KiB: it takes" in err and not (tmp_path / "s").exists()
 
 
