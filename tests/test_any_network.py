@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import infopro_fast
@@ -67,7 +68,7 @@ def test_it_is_cut_in_four(library, name, size):
 
 @pytest.mark.parametrize("shape, prefix, C", [((2, 4, 6, 5), 0, 5), ((2, 24, 5), 0, 5), ((2, 27, 5), 3, 5)])
 def test_a_map_is_a_view(shape, prefix, C):
-    """Of (N, h, w, C) and of tokens: pixel (y, x) is row y w + x after the class and register tokens."""
+    """Pixel (y, x) is row y w + x after the class and register tokens; nothing is copied."""
     x = torch.randn(shape)
     given = features.Features(C, (4, 6), prefix).as_map(x)
     assert given.shape == (2, C, 4, 6)
@@ -123,7 +124,7 @@ class Block(nn.Module):
         assert mask is None
         y = self.norm(x)
         x = x + self.depth(self.attention(y, y, y, need_weights=False)[0]) * scale
-        return x + self.depth(self.mlp(x))
+        return F.dropout(x + self.depth(self.mlp(x)), 0.3, training=self.training)
 
 
 class Encoder(nn.Module):

@@ -171,7 +171,7 @@ class Branching(WrittenOut):
 
 class OtherInTraining(WrittenOut):
     def forward(self, image):
-        return super().forward(F.dropout(image, training=self.training))
+        return super().forward(image + 1 if self.training else image)
 
 
 def hooked():

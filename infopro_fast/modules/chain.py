@@ -2,12 +2,11 @@
 
 torch.fx traces the network, and its containers in turn. It can be cut between two operations if what follows
 uses the last value alone. The stretches between such places are the links of the chain. Their layers are the
-network's own, so training the chain trains the network.
+network's own, so training the chain trains the network. A block ends where the value is a map (`features`).
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 import typing
@@ -81,9 +80,11 @@ def _links(call: Call, name: str, reasons: dict[str, str]) -> list[Link]:
         inner = None
         if link.call and any(True for _ in link.call.module.children()) and not _hooked(link.call.module):
             found: dict[str, str] = {}
-            with contextlib.suppress(NotAChain):
+            try:
                 inner = _links(link.call, link.name, found)
                 reasons |= found
+            except NotAChain as error:
+                reasons[f"a layer of {link.name}"] = str(error)
         # A block with one weighted layer (convolution, norm, activation), or a residual sum, stays whole.
         links += inner if inner is not None and len(_blocks(inner)) > 1 else [link]
     return links
@@ -145,6 +146,7 @@ def _graph(call: Call, name: str) -> fx.Graph:
         raise NotAChain(f"{name}: its forward cannot be traced ({_first_line(error)})") from error
     finally:
         module.training = training
+    _read_mode(graphs)
     if str(graphs[0]) != str(graphs[1]):
         raise NotAChain(f"{name}: its forward is not the same in training and in evaluation")
     (output,) = (node for node in graphs[0].nodes if node.op == "output")
@@ -152,6 +154,18 @@ def _graph(call: Call, name: str) -> fx.Graph:
         got = type(output.args[0]).__name__
         raise NotAChain(f"{name}: expected one tensor as its output, got {got} of several")
     return graphs[0]
+
+
+def _read_mode(graphs: Sequence[fx.Graph]) -> None:
+    """Read ``self.training`` in graphs of both modes where it is an argument, as dropout's often is."""
+    for nodes in list(zip(*(graph.nodes for graph in graphs))):
+        given = [dict(enumerate(node.args)) | node.kwargs for node in nodes]
+        asked = [key for key in given[0] if given[0][key] is False and given[1].get(key) is True]
+        for graph, node in zip(graphs, nodes):
+            for key in asked:
+                with graph.inserting_before(node):
+                    mode = graph.get_attr("training")
+                (node.update_arg if isinstance(key, int) else node.update_kwarg)(key, mode)
 
 
 def _link(

@@ -34,8 +34,8 @@ class Place(typing.NamedTuple):
     """Where a local module begins and ends: the argument of a user's function that makes a local loss.
 
     module: its number, from 0. modules: K; the last module has the network's classifier and no local loss.
-    channels, size: of its output (N, channels, h, w). input_channels, input_size: of its input; the first
-    module's input is the image. image_size: (H, W). num_classes: classes. end: index of its last block in the
+    channels, size: of its output as a map (N, channels, h, w). input_channels, input_size: of its input; the
+    first module's input is the image. image_size: (H, W). num_classes: classes. end: index of its last block in the
     network.
     """
 
@@ -78,8 +78,8 @@ class LocalLoss(nn.Module):
     def terms(self, features: torch.Tensor, image: torch.Tensor, label: torch.Tensor) -> Iterator[Term]:
         """Compute and yield the terms one by one, none of weight 0. The caller back-propagates each at once.
 
-        features: (N, C, h, w), the module's output. image: (N, 3, H, W), the network's input, or the module's
-        input for a loss that ``wants_input``. label: (N,) integers.
+        features: (N, C, h, w), the module's output, where it is tokens as a map. image: (N, 3, H, W), the
+        network's input, or likewise the module's input for a loss that ``wants_input``. label: (N,) integers.
         """
         raise NotImplementedError
 

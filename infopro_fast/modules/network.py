@@ -187,8 +187,9 @@ def build(
     arch: a CIFAR ResNet ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110") or
         "densenet_bc_100_12"; torchvision's "resnet18", ..., "resnet152", "resnext50_32x4d" or
         "resnext101_32x8d"; "deeplabv3_resnet101" (or 50); "fcn_resnet20", a small segmentation network. Or a
-        classifier of your own: an nn.Module whose forward is a chain (`chain.trace`), such as nn.Sequential.
-        Its layers are used, not copied, and keep their weights.
+        classifier of your own: an nn.Module whose forward is a chain (`chain.trace`), such as nn.Sequential
+        or a vision transformer (docs/tokens.md). Its layers are used, not copied, and keep their weights and
+        memory format.
     modules: number K of local modules; 1 is end-to-end training. None: one more than there are ``cuts``;
         without cuts 1 for local_loss="none", 4 for the CIFAR networks, 2 for the others.
     local_loss: "contrast" or "softmax" (InfoPro: reconstruction and a supervised contrastive or cross-entropy
