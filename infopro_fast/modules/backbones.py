@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .features import Features
+
 BLOCKS = {"resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9, "resnet110": 18}  # BasicBlocks a stage
 WIDTHS = (16, 16, 32, 64)  # channels of the stem (stage 0) and of the stages 1 to 3
 
@@ -27,6 +29,7 @@ class Unit(typing.NamedTuple):
     downscale: float  # image size / size of its output map
     label: str = ""  # its name in torchvision's and users' networks
     size: tuple[int, int] = (0, 0)  # of its output map, in these
+    features: Features | None = None  # its output as a map, in these
 
     @property
     def name(self) -> str:

@@ -57,33 +57,14 @@ class Family:
         return math.ceil(self.image_size[0] / unit.downscale), math.ceil(self.image_size[1] / unit.downscale)
 
     def places(self, ends: Sequence[int]) -> list[Place]:
-        """Return the places of the modules that end with these units. ValueError: there is no map."""
+        """Return the places of the modules that end with these units."""
         found, given = [], (3, self.image_size)
         for module, end in enumerate(ends):
-            output = self._map(self.units[end])
+            output = self.units[end].channels, self.size(self.units[end])
             about = (module, len(ends) + 1, *output, *given)
             found.append(Place(*about, self.image_size, self.num_classes, end))
             given = output
         return found
-
-    def has_place(self, position: tuple[int, int]) -> bool:
-        """Whether a module can end with this block, since a local loss can read its output."""
-        try:
-            self._map(next(unit for unit in self.units if unit.position == position))
-        except ValueError:
-            return False
-        return True
-
-    def _map(self, unit: Unit) -> tuple[int, tuple[int, int]]:
-        """Return channels and size of a unit's output."""
-        h, w = self.size(unit)
-        H, W = self.image_size
-        if min(unit.channels, h, w) == 0 or abs(h * W - w * H) > max(H, W):  # tokens, or (N, h, w, C)
-            shape = ", ".join(map(str, (unit.channels, h, w) if h else (unit.channels,)))
-            needed = f"a local loss needs a map (N, C, h, w) of the {H}x{W} images"
-            gives = f"{unit.label} gives (N, {shape})"
-            raise ValueError(f"build: {self.name}: {gives}, and {needed}: cut elsewhere")
-        return unit.channels, (h, w)
 
     def local_loss(
         self, name: str, place: Place, weights: tuple[float, float], *, net_config: str | None, widen: float,

@@ -113,5 +113,6 @@ def units_and_tail(
 ) -> tuple[list[Unit], list[chain.Link], dict[str, str]]:
     """Return a classifier's blocks, the links of its end, and why it cannot be cut elsewhere."""
     traced = chain.trace(net)
-    body, tail = chain.without_end(chain.with_shapes(traced.links, image_size))
-    return chain.units_of(body, image_size), tail, traced.reasons
+    links = chain.with_shapes(traced.links, image_size)
+    body, tail, reasons = chain.without_end(net, links, image_size)
+    return chain.units_of(body, image_size), tail, reasons | traced.reasons

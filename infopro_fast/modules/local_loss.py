@@ -15,6 +15,7 @@ from torch import nn
 
 from infopro_fast import ops
 
+from .features import Features
 from .heads import GlobalAveragePool, Head
 
 LOCAL_LOSSES = ("contrast", "softmax", "greedy", "dgl", "infopro_l", "auglocal", "none")
@@ -33,9 +34,9 @@ class Place(typing.NamedTuple):
     """Where a local module begins and ends: the argument of a user's function that makes a local loss.
 
     module: its number, from 0. modules: K; the last module has the network's classifier and no local loss.
-    channels, size: of its output (N, channels, h, w). input_channels, input_size: of its input; the first
-    module's input is the image. image_size: (H, W). num_classes: classes. end: index of its last block in the
-    network.
+    channels, size: of its output as a map (N, channels, h, w). input_channels, input_size: of its input; the
+    first module's input is the image. image_size: (H, W). num_classes: classes. end: index of its last block
+    in the network.
     """
 
     module: int
@@ -59,12 +60,26 @@ class LocalLoss(nn.Module):
 
     dense = False
     wants_input = False
+    output: Features | None = None  # how the module's features are a map; None: they are one
+    input: Features | None = None  # likewise the module's input
+
+    def on_map(self, features: torch.Tensor, given: torch.Tensor, label: torch.Tensor) -> Iterator[Term]:
+        """Return `terms` of what the module hands on, which may be tokens, as a map.
+
+        features: the module's output. given: the image, or the module's input for a loss that
+        ``wants_input``.
+        """
+        if self.output is not None:
+            features = self.output.as_map(features)
+        if self.input is not None and self.wants_input:
+            given = self.input.as_map(given)
+        return self.terms(features, given, label)
 
     def terms(self, features: torch.Tensor, image: torch.Tensor, label: torch.Tensor) -> Iterator[Term]:
         """Compute and yield the terms one by one, none of weight 0. The caller back-propagates each at once.
 
-        features: (N, C, h, w), the module's output. image: (N, 3, H, W), the network's input, or the module's
-        input for a loss that ``wants_input``. label: (N,) integers.
+        features: (N, C, h, w), the module's output, where it is tokens as a map. image: (N, 3, H, W), the
+        network's input, or likewise the module's input for a loss that ``wants_input``. label: (N,) integers.
         """
         raise NotImplementedError
 

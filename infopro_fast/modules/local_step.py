@@ -72,7 +72,7 @@ def local_step(
         image = h
     leaf = out.detach().requires_grad_()
     metrics: Metrics = {}
-    terms = local_loss.terms(leaf, image, label)
+    terms = local_loss.on_map(leaf, image, label)
     while True:
         with autocast():  # around each term's forward alone
             term = next(terms, None)

@@ -222,15 +222,19 @@ def assemble(
     positions = [unit.position for unit in units]
     ends = [positions.index(cut) for cut in cuts]
     losses = [make_loss(place) for place in found.places(ends)]
+    for i, (loss, end) in enumerate(zip(losses, ends)):
+        loss.output, loss.input = units[end].features, units[ends[i - 1]].features if i else None
     starts = [0, *(end + 1 for end in ends), len(units)]
     losses.append(found.make_end(units[starts[-2] :]))
     blocks = [OrderedDict((unit.name, unit.block) for unit in units[a:b]) for a, b in zip(starts, starts[1:])]
     stages = [Stage(some, recompute, random=not found.cifar) for some in blocks]
     net = LocalNetwork(stages, losses, cuts, [unit.released_prefix for unit in units])
-    backbones.initialize(net if found.ours else net.local_losses[:-1])
+    made = net if found.ours else net.local_losses[:-1]
+    backbones.initialize(made)
     # Convolutions follow their weights' memory format; they and batch norms are faster in this one, on the
-    # CPU too.
-    return net.to(memory_format=torch.channels_last)
+    # CPU too. A user's own layers keep theirs.
+    made.to(memory_format=torch.channels_last)
+    return net
 
 
 def _made(make: Callable[[Place], LocalLoss], place: Place) -> LocalLoss:

@@ -47,7 +47,8 @@ def build(
         "resnext101_32x8d"; "deeplabv3_resnet101" (or 50); "fcn_resnet20", a small segmentation network. A
         classifier made by another package: "torchvision:NAME", "timm:NAME" or "package.module:function", with
         its own initial weights. Or a classifier of your own: an nn.Module whose forward is a chain
-        (`chain.trace`), such as nn.Sequential. Its layers are used, not copied, and keep their weights.
+        (`chain.trace`), such as nn.Sequential or a vision transformer (docs/tokens.md). Its layers are used,
+        not copied, and keep their weights and memory format.
     arch_args: keyword arguments of the function that makes the network, for a name with a colon.
     modules: number K of local modules; 1 is end-to-end training. None: one more than there are ``cuts``;
         without cuts 1 for local_loss="none", 4 for the CIFAR networks, 2 for the others.

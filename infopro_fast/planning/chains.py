@@ -78,8 +78,7 @@ class Source:
         # A tap belongs to the block before it, and no module can end between the two.
         tapped = next((i for i, unit in enumerate(units) if isinstance(unit.block, Tap)), len(units))
         stage = STAGE_OF_RELEASED_LOSSES.get(found.name) if self.losses == "released" else None
-        may_end = [unit.position for unit in units[: tapped - 1] if stage in (None, unit.position[0])]
-        ends = [position for position in may_end if found.has_place(position)]
+        ends = [unit.position for unit in units[: tapped - 1] if stage in (None, unit.position[0])]
         weights = (1, 1, 1, 1) if self.local_loss in WEIGHTED else (0, 0, 0, 0)
         net = assemble(found, ends, self.local_loss, weights, **self.options)
         net = with_released_losses(net) if self.losses == "released" else net
