@@ -265,7 +265,8 @@ def test_a_non_finite_loss_is_found_in_its_own_step(tmp_path, monkeypatch):
             trainer.net.stages[1][0].bn1.weight.fill_(math.nan)
 
     at_step(monkeypatch, 6, spoil)
-    with pytest.raises(errors.NonFiniteError, match="^epoch 2, step 3 of 4: module 2, reconstruction loss: nan; "):
+    message = "^epoch 2, step 3 of 4: module 2, reconstruction loss: nan; "
+    with pytest.raises(errors.NonFiniteError, match=message):
         fit(tiny_run.config(tmp_path / "run"))
 
 

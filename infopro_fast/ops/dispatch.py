@@ -11,6 +11,7 @@ import glob
 import importlib
 import importlib.util
 import os
+import sys
 import typing
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -41,10 +42,13 @@ def _load(kind: str) -> str | None:
     package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     found = sorted(glob.glob(os.path.join(package, f"_{kind}*.so")))
     if not found:
-        return (
-            f"no compiled {kind.upper()} kernels (_{kind}*.so) in {package}; "
-            "build them with `pip install .`, in a checkout with `pip install -e .`"
-        )
+        missing = f"no compiled {kind.upper()} kernels (_{kind}*.so) in {package}"
+        others = (os.path.join(folder, "infopro_fast") for folder in sys.path)
+        built = [folder for folder in others if glob.glob(os.path.join(folder, f"_{kind}*.so"))]
+        if built:  # `python -m infopro_fast` in a checkout, after `pip install .`
+            hidden = f"these sources hide the installed package in {built[0]}, which has them"
+            return f"{missing}: {hidden}; run from another folder, or build here with `pip install -e .`"
+        return f"{missing}; build them with `pip install .`, in a checkout with `pip install -e .`"
     try:
         torch.ops.load_library(found[0])
     except OSError as error:
