@@ -38,7 +38,8 @@ _DTYPES = {"cpu": _CPU_DTYPES, "triton": _GPU_DTYPES, "cuda": _GPU_DTYPES}
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on")
 
 
-def _load(kind: str) -> str | None:
+def load_kernels(kind: str) -> str | None:
+    """Load the compiled kernels of a kind; return None, or why they cannot be used."""
     package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     found = sorted(glob.glob(os.path.join(package, f"_{kind}*.so")))
     if not found:
@@ -66,8 +67,8 @@ def _installed(module: str) -> bool:
 # Why an implementation cannot run in this process, None if it can. Loaded at import: a compiler that traces
 # an op finds constants here, not file names and dlopen.
 UNAVAILABLE = {
-    "cpu": _load("cpu"),
-    "cuda": _load("cuda") if torch.version.cuda else "torch was built without CUDA",
+    "cpu": load_kernels("cpu"),
+    "cuda": load_kernels("cuda") if torch.version.cuda else "torch was built without CUDA",
     "triton": None if _installed("triton") else "triton is not installed",
 }
 
