@@ -391,3 +391,11 @@ def test_requirements_of_a_build(bare, monkeypatch):
     monkeypatch.delenv("INFOPRO_NO_CUDA")
     monkeypatch.setattr(torch.version, "cuda", None)
     assert [hook() for hook in hooks] == [[], []]
+
+
+def test_a_compiler_of_several_words_is_looked_for_by_its_first():
+    """CXX may be "ccache g++"."""
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", "no", "--build-temp", "no"]
+    env = {**os.environ, "CXX": "no-such-cache g++", "INFOPRO_NO_CUDA": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 1 and "expected a C++17 compiler, 'no-such-cache' is not on PATH" in done.stderr

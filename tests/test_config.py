@@ -47,7 +47,7 @@ from infopro_fast.trainer.settings.data_sets import IMAGE_SIZES, RECIPES
         (dict(data_root="x"), "fashion_mnist comes with the package"),
         (dict(download=True), "neither data_root nor download"),
         (dict(dataset="cifar10"), "dataset cifar10 needs data_root"),
-        (dict(dataset="svhn", download=True), "dataset svhn needs data_root.* to fetch"),
+        (dict(dataset="svhn", download=True), "dataset svhn needs data_root.*: give --data-root DIR$"),
         (dict(local_loss="none", modules=4), "local_loss none trains end to end: expected modules 1, got 4"),
         (dict(cuts=((1, 0),), balanced=True), "cuts, balanced, budget: a split is given"),
         (dict(cuts=((1, 0),), modules=4), "modules 4 and cuts: expected 3 cuts, got 1"),

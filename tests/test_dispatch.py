@@ -251,3 +251,13 @@ def test_an_op_is_said_to_have_triton_kernels_where_it_has(on_cuda):
     for op in ops.OPS:
         exists = importlib.util.find_spec(f"infopro_fast.ops.triton_kernels.{op}") is not None
         assert (dispatch.missing(op, "triton", on_cuda) is None) == exists, op
+
+
+def test_sources_that_hide_the_installed_package_are_named(tmp_path, monkeypatch):
+    assert "build them with `pip install .`" in dispatch.load_kernels("other")
+    folder = tmp_path / "infopro_fast"
+    folder.mkdir()
+    (folder / "_other.abi3.so").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    message = f"these sources hide the installed package in {folder}, which has them; run from another folder"
+    assert message in dispatch.load_kernels("other")

@@ -241,9 +241,10 @@ def test_in_another_thread(tmp_path, finished):
     [("module2/contrast", "module 2, contrast loss: nan"), ("loss", "last module, cross-entropy loss: nan")],
 )
 def test_non_finite_loss_is_named_and_the_last_checkpoint_is_good(tmp_path, monkeypatch, name, where):
-    """In step 2 of epoch 2, found when step 3 is read."""
+    """In step 2 of epoch 2, found when step 3 is read, where no step looks at its own losses."""
 
     def spoil(trainer, metrics):
+        trainer.check_finite = False
         with torch.no_grad():
             trainer.net.stages[1][0].bn1.weight.fill_(math.nan)
         return metrics | {name: torch.tensor(math.nan)}
@@ -256,6 +257,17 @@ def test_non_finite_loss_is_named_and_the_last_checkpoint_is_good(tmp_path, monk
     state = checkpoint.load(last)
     assert last.name == checkpoint.name_of(1, 0) and list(checkpoint.not_finite(state)) == []
     assert [e["epoch"] for e in run_folder.read_metrics(tmp_path / "run", "epoch")] == [1]
+
+
+def test_a_non_finite_loss_is_found_in_its_own_step(tmp_path, monkeypatch):
+    def spoil(trainer, metrics):
+        with torch.no_grad():
+            trainer.net.stages[1][0].bn1.weight.fill_(math.nan)
+
+    at_step(monkeypatch, 6, spoil)
+    message = "^epoch 2, step 3 of 4: module 2, reconstruction loss: nan; "
+    with pytest.raises(errors.NonFiniteError, match=message):
+        fit(tiny_run.config(tmp_path / "run"))
 
 
 def test_a_rate_that_diverges(tmp_path):
@@ -372,6 +384,7 @@ def test_dgl_needs_two_images_in_every_part(tmp_path):
 )
 def test_what_a_run_had_in_training_alone_is_not_needed_to_evaluate_it(finished, tmp_path, trained):
     content = json.loads((finished / run_folder.CONFIG).read_text())
+    del content["sha256"]  # changed by hand
     (tmp_path / run_folder.CONFIG).write_text(json.dumps(content | trained))
     (tmp_path / run_folder.WEIGHTS).write_bytes((finished / run_folder.WEIGHTS).read_bytes())
     assert evaluate_run(tmp_path, device="cpu") == evaluate_run(finished)
@@ -379,6 +392,7 @@ def test_what_a_run_had_in_training_alone_is_not_needed_to_evaluate_it(finished,
 
 def test_a_run_with_an_optimizer_state_of_fewer_bits_is_refused(finished, tmp_path):
     content = json.loads((finished / run_folder.CONFIG).read_text())
+    del content["sha256"]  # changed by hand
     (tmp_path / run_folder.CONFIG).write_text(json.dumps(content | {"optimizer_state": "8bit"}))
     message = "optimizer_state: expected float32, .* got 8bit"
     for call in (resume, evaluate_run):

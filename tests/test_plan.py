@@ -18,6 +18,7 @@ from infopro_fast import memory, planning
 from infopro_fast.errors import ConfigError, PlanError
 from infopro_fast.memory import compare as comparing
 from infopro_fast.memory import figures
+from infopro_fast.memory.command import CompareMemory
 from infopro_fast.memory.ways import Measured, Way
 from infopro_fast.modules import backbones, split
 from infopro_fast.plan_file import Plan, for_people, parse_bytes
@@ -414,6 +415,25 @@ def test_table_of_a_comparison():
         "E2E compiled, budget 0.5",
         "released K=4", "ours K=4", "ours K=4 + norms rebuilt", "ours K=4 + recompute",
     ]
+
+
+def test_each_way_is_written_as_it_is_measured(tmp_path, monkeypatch):
+    """The third fails: the two before it are on the disk."""
+    measured = []
+
+    def measure(way, *_, **__):
+        if len(measured) == 2:
+            raise RuntimeError("the third")
+        bytes_of_purposes = planning.Bytes(0, 0, 900, 100)
+        measured.append(Measured(way, 100, 90, 1000, bytes_of_purposes, 1100, 2.0, 2.0))
+        return measured[-1]
+
+    monkeypatch.setattr(comparing, "measure", measure)
+    with pytest.raises(RuntimeError, match="the third"):
+        CompareMemory(arch="resnet20", modules=(2,), budgets=(), out=tmp_path / "found").run()
+    rows = json.loads((tmp_path / "found" / "memory.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["E2E", "E2E + norms rebuilt"]
+    assert (tmp_path / "found" / "memory.png").stat().st_size > 0
 
 
 def test_every_block_has_a_place():

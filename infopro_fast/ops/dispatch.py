@@ -11,6 +11,7 @@ import glob
 import importlib
 import importlib.util
 import os
+import sys
 import typing
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -37,14 +38,18 @@ _DTYPES = {"cpu": _CPU_DTYPES, "triton": _GPU_DTYPES, "cuda": _GPU_DTYPES}
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on")
 
 
-def _load(kind: str) -> str | None:
+def load_kernels(kind: str) -> str | None:
+    """Load the compiled kernels of a kind; return None, or why they cannot be used."""
     package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     found = sorted(glob.glob(os.path.join(package, f"_{kind}*.so")))
     if not found:
-        return (
-            f"no compiled {kind.upper()} kernels (_{kind}*.so) in {package}; "
-            "build them with `pip install .`, in a checkout with `pip install -e .`"
-        )
+        missing = f"no compiled {kind.upper()} kernels (_{kind}*.so) in {package}"
+        others = (os.path.join(folder, "infopro_fast") for folder in sys.path)
+        built = [folder for folder in others if glob.glob(os.path.join(folder, f"_{kind}*.so"))]
+        if built:  # `python -m infopro_fast` in a checkout, after `pip install .`
+            hidden = f"these sources hide the installed package in {built[0]}, which has them"
+            return f"{missing}: {hidden}; run from another folder, or build here with `pip install -e .`"
+        return f"{missing}; build them with `pip install .`, in a checkout with `pip install -e .`"
     try:
         torch.ops.load_library(found[0])
     except OSError as error:
@@ -62,8 +67,8 @@ def _installed(module: str) -> bool:
 # Why an implementation cannot run in this process, None if it can. Loaded at import: a compiler that traces
 # an op finds constants here, not file names and dlopen.
 UNAVAILABLE = {
-    "cpu": _load("cpu"),
-    "cuda": _load("cuda") if torch.version.cuda else "torch was built without CUDA",
+    "cpu": load_kernels("cpu"),
+    "cuda": load_kernels("cuda") if torch.version.cuda else "torch was built without CUDA",
     "triton": None if _installed("triton") else "triton is not installed",
 }
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,9 @@ class Training:
         self.checkpoints = run / share.checkpoints
         self.batches = images.batches(config.batch_size, config.drop_last)
         self.steps = config.iterations or config.epochs * self.batches
-        options: dict[str, Any] = {"amp": setup.amp_dtype(config), "clip_grad": config.clip_grad}
-        options |= {"at": self.before_module, **share.trainer_options}
+        this = weakref.proxy(self)  # no cycle: a network of this training alone is gone when it is
+        options: dict[str, Any] = {"at": lambda *module: this.before_module(*module)}
+        options |= {"amp": setup.amp_dtype(config), "clip_grad": config.clip_grad, **share.trainer_options}
         self.trainer = LocalTrainer(self.net, setup.optimizer(config), **options)
         self.ema = None if config.ema is None else MovingAverage(self.net, config.ema)
         self.meters = Meters(config.log_every, share.combine)

@@ -23,7 +23,7 @@ from .settings.config import TrainConfig
 
 CONFIG, RECIPE, METRICS, CHECKPOINTS = "config.json", "recipe.json", "metrics.jsonl", "checkpoints"
 WEIGHTS, CURVE, LOCK = "weights.safetensors", "learning_curve.png", ".lock"
-SUM, NO_SUM = "sha256", "0" * 64  # in the header of WEIGHTS
+SUM, NO_SUM = "sha256", "0" * 64  # in CONFIG, and in the header of WEIGHTS
 
 
 def create(
@@ -41,7 +41,7 @@ def create(
     sync_folder(folder.parent)
     held.enter_context(locked(folder))
     _check_free(folder, again)  # another process may have been at it until now
-    replace_file(folder / CONFIG, config.to_json().encode())
+    _write_config(folder, config)
     if config.recipe is not None:
         _write_recipe(folder, shared or config)
     return folder
@@ -75,6 +75,16 @@ def is_unbegun(folder: Path) -> bool:
     return names <= first and all(path.name.startswith(ASIDE) for path in (folder / CHECKPOINTS).glob("*"))
 
 
+def _write_config(folder: Path, config: TrainConfig) -> None:
+    content = json.loads(config.to_json())
+    content[SUM] = _sum_of(content)
+    replace_file(folder / CONFIG, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def _sum_of(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def _write_recipe(folder: Path, config: TrainConfig) -> None:
     """Write recipe.json: the paper's row, its result, and {setting: [row's, run's]} where they differ."""
     found = recipes.row(config.recipe)
@@ -96,11 +106,21 @@ def recipe_text(config: TrainConfig) -> str:
 
 
 def read_config(folder: Path) -> TrainConfig:
-    """Return a run's settings. Raises RunError if ``folder`` is not a run folder."""
+    """Return a run's settings. Raises RunError if ``folder`` is not a run folder, or they were changed.
+
+    Earlier versions wrote no hash.
+    """
     if not (folder / CONFIG).is_file():
         raise RunError(f"{folder} is not a run folder: it has no {CONFIG}")
     try:
-        return TrainConfig.from_json((folder / CONFIG).read_text())
+        text = (folder / CONFIG).read_text()
+        config = TrainConfig.from_json(text)
+        content = json.loads(text)
+        expected = content.pop(SUM, None)
+        if expected not in (None, _sum_of(content)):
+            advice = "put it back; a changed copy begins a new run with --config COPY"
+            raise ConfigError(f"was changed or damaged since the run wrote it (SHA-256): {advice}")
+        return config
     except (ConfigError, UnicodeDecodeError) as error:
         raise RunError(f"{folder / CONFIG}: {error}") from error
 
@@ -108,7 +128,7 @@ def read_config(folder: Path) -> TrainConfig:
 def keep_config(folder: Path, config: TrainConfig) -> None:
     """Write the settings that a run goes on with into its config.json."""
     if config != read_config(folder):
-        replace_file(folder / CONFIG, config.to_json().encode())
+        _write_config(folder, config)
 
 
 @contextlib.contextmanager

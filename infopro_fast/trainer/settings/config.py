@@ -400,7 +400,8 @@ def known(content: dict[str, Any]) -> dict[str, Any]:
     state = content.get("optimizer_state", "float32")  # a setting of earlier versions
     if state != "float32":
         raise ConfigError(f"optimizer_state: expected float32, the only one that runs have, got {state}")
-    content = {name: value for name, value in content.items() if name != "optimizer_state"}
+    # A run's file has the hash of the rest, which `run_folder.read_config` checks.
+    content = {name: value for name, value in content.items() if name not in ("optimizer_state", "sha256")}
     fields.check_names(TrainConfig, content)
     return content
 
