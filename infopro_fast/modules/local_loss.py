@@ -35,8 +35,8 @@ class Place(typing.NamedTuple):
 
     module: its number, from 0. modules: K; the last module has the network's classifier and no local loss.
     channels, size: of its output as a map (N, channels, h, w). input_channels, input_size: of its input; the
-    first module's input is the image. image_size: (H, W). num_classes: classes. end: index of its last block in the
-    network.
+    first module's input is the image. image_size: (H, W). num_classes: classes. end: index of its last block
+    in the network.
     """
 
     module: int

@@ -136,9 +136,9 @@ class LocalNetwork(nn.Module):
 
     def released_modules(self) -> Iterator[tuple[str, nn.Module]]:
         """Yield (prefix, module): prefix + name in the module is the authors' name. Auxiliary nets last."""
-        for prefix, block in zip(self._prefixes, (block for stage in self.stages for block in stage)):
+        blocks = zip(self._prefixes, (block for stage in self.stages for block in stage))
+        for prefix, block in (*blocks, *self.classifier.released_nets(0, 0).items()):
             yield from block.original() if isinstance(block, Joined) else [(prefix, block)]
-        yield from self.classifier.released_nets(0, 0).items()
         for end, local_loss in zip(self.cuts, self.local_losses):
             yield from local_loss.released_nets(*end).items()
 
