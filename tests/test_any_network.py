@@ -26,7 +26,8 @@ TIMM = {
     "mixer_s32_224": 64, "hiera_tiny_224": 224, "mambaout_femto": 64, "levit_128s": 224, "poolformer_s12": 64,
     "coatnet_pico_rw_224": 64, "fastvit_t8": 64,
 }
-SIZED = ("vit", "deit", "eva", "beit", "swin", "maxvit_rmlp", "mixer", "coatnet")  # built for one size of image
+# Built for one size of image.
+SIZED = ("vit", "deit", "eva", "beit", "swin", "maxvit_rmlp", "mixer", "coatnet")
 
 
 def network(library: str, name: str, size: int, **options) -> nn.Module:
