@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import infopro_fast
-from infopro_fast.modules import features
+from infopro_fast.modules import chain, features
 from infopro_fast.modules.infopro_l import InfoProL
 
 # The smallest network of each kind, and the smallest image that it takes in four modules.
@@ -26,7 +26,8 @@ TIMM = {
     "mixer_s32_224": 64, "hiera_tiny_224": 224, "mambaout_femto": 64, "levit_128s": 224, "poolformer_s12": 64,
     "coatnet_pico_rw_224": 64, "fastvit_t8": 64,
 }
-SIZED = ("vit", "deit", "eva", "beit", "swin", "maxvit_rmlp", "mixer")  # built for one size of image
+# Built for one size of image.
+SIZED = ("vit", "deit", "eva", "beit", "swin", "maxvit_rmlp", "mixer", "coatnet")
 
 
 def network(library: str, name: str, size: int, **options) -> nn.Module:
@@ -64,6 +65,23 @@ def test_it_is_cut_in_four(library, name, size):
     outputs = [loss.output for loss in split.local_losses[:-1]]
     maps = ", ".join("x".join(map(str, (one.channels, *one.size))) for one in outputs)
     print(f"{library:11} {name:29} {size:3}  {sum(map(len, split.stages)):3} blocks  {maps}")
+
+
+@pytest.mark.parametrize("name", ["vit_tiny", "eva02", "swin_tiny", "mixer", "hiera", "mambaout", "levit"])
+def test_the_maps_are_those_of_timm(name):
+    """timm's `forward_intermediates` gives maps of its networks too. They are among those of the links."""
+    name, size = next(case for case in TIMM.items() if case[0].startswith(name))
+    net = network("timm", name, size).eval()
+    links = chain.with_shapes(chain.trace(net).links, (size, size))
+    found, _ = features.found(net, [(link.name, link.shape) for link in links], (size, size))
+    with torch.no_grad():
+        x = torch.randn(2, 3, size, size)
+        expected, maps = net.forward_intermediates(x, intermediates_only=True), []
+        for link, one in zip(links, found):
+            x = link.module(x)
+            maps += [one.as_map(x)] if one else []
+    for given in expected:
+        assert any(torch.equal(given, one) for one in maps)
 
 
 @pytest.mark.parametrize("shape, prefix, C", [((2, 4, 6, 5), 0, 5), ((2, 24, 5), 0, 5), ((2, 27, 5), 3, 5)])

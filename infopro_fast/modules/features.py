@@ -6,7 +6,7 @@ then the rows of the map. All become maps by a view, which copies nothing.
 
 from __future__ import annotations
 
-import re
+import math
 import typing
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ from torch import nn
 
 BATCH = 2  # images in the shapes that `found` is given
 NONE = "which is no map (N, C, h, w) or (N, h, w, C), nor tokens (N, p + h w, C), with the image's h : w"
-AMBIGUOUS = "which may be two different maps: num_prefix_tokens of the network can say which tokens to skip"
+AMBIGUOUS = "which may be two different maps (of tokens, set num_prefix_tokens of the network to say which)"
 MOST_PREFIX = 8  # class and register tokens, where the network does not say how many it has
 
 
@@ -61,7 +61,7 @@ def found(
     it are. ``net.num_prefix_tokens`` (timm) is the number of class and register tokens; without it the one
     that leaves h w tokens with h : w of the image, if there is one alone.
     """
-    kinds = [_candidates(net, name, shape, image_size) for name, shape in outputs]
+    kinds = [_candidates(net, shape, image_size) for _, shape in outputs]
     result: list[Features | None] = []
     reasons, before = {}, None
     for i, (name, shape) in enumerate(outputs):
@@ -81,13 +81,11 @@ def found(
     return result, reasons
 
 
-def _candidates(
-    net: nn.Module, name: str, shape: tuple[int, ...], image_size: tuple[int, int]
-) -> list[Features]:
+def _candidates(net: nn.Module, shape: tuple[int, ...], image_size: tuple[int, int]) -> list[Features]:
     if shape[:1] != (BATCH,):  # windows, or a statistic
         return []
     if len(shape) == 3:
-        return _of_tokens(net, name, shape[1], shape[2], image_size)
+        return _of_tokens(net, shape[1], shape[2], image_size)
     if len(shape) != 4:
         return []
     both = (Features(shape[1], (shape[2], shape[3])), Features(shape[3], (shape[1], shape[2]), 0))
@@ -101,13 +99,11 @@ def _misfit(size: tuple[int, int], image_size: tuple[int, int]) -> float:
     return abs(size[0] * image_size[1] - size[1] * image_size[0]) if size[0] * size[1] > 1 else float("inf")
 
 
-def _of_tokens(
-    net: nn.Module, name: str, tokens: int, channels: int, image_size: tuple[int, int]
-) -> list[Features]:
-    if hasattr(net, "reroll"):
-        block = re.match(r"blocks\.(\d+)", name)
-        order = Order(net.reroll, int(block[1]) if block else 0)
-        return [Features(channels, tuple(net.reroll.schedule[order.block][1]), 0, order)]
+def _of_tokens(net: nn.Module, tokens: int, channels: int, image_size: tuple[int, int]) -> list[Features]:
+    if hasattr(net, "reroll"):  # blocks with maps of one size have their tokens in one order
+        sizes = {math.prod(size): (block, size) for block, (_, size) in net.reroll.schedule.items()}
+        block, size = sizes.get(tokens, (None, None))
+        return [Features(channels, tuple(size), 0, Order(net.reroll, block))] if size else []
     grid = getattr(getattr(net, "patch_embed", None), "grid_size", None)
     known = getattr(net, "num_prefix_tokens", None)
     result = []

@@ -7,6 +7,7 @@ same rule makes nets for any width and size.
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
@@ -104,8 +105,7 @@ class Tail(LocalLoss):
         return list(self.parameters())
 
     def released_nets(self, stage, block):
-        layers = enumerate(zip(self._prefixes, self.layers))
-        return {prefix or f"layers.{i}.": layer for i, (prefix, layer) in layers}
+        return {"": chain.Joined(OrderedDict(self.layers.named_children()), self._prefixes)}
 
 
 def units_and_tail(

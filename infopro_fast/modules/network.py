@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -139,8 +139,7 @@ class LocalNetwork(nn.Module):
         return self.classifier(image)
 
     def _released_blocks(self) -> Iterator[tuple[str, nn.Module]]:
-        for prefix, block in zip(self._prefixes, (block for stage in self.stages for block in stage)):
-            yield from block.original() if isinstance(block, Joined) else [(prefix, block)]
+        return _original(zip(self._prefixes, (block for stage in self.stages for block in stage)))
 
     def released_block_names(self) -> list[str]:
         """Return the authors' names of the blocks' tensors, without heads and auxiliary nets."""
@@ -149,7 +148,7 @@ class LocalNetwork(nn.Module):
     def released_modules(self) -> Iterator[tuple[str, nn.Module]]:
         """Yield (prefix, module): prefix + name in the module is the authors' name. Auxiliary nets last."""
         yield from self._released_blocks()
-        yield from self.classifier.released_nets(0, 0).items()
+        yield from _original(self.classifier.released_nets(0, 0).items())
         for end, local_loss in zip(self.cuts, self.local_losses):
             yield from local_loss.released_nets(*end).items()
 
@@ -192,6 +191,12 @@ class LocalNetwork(nn.Module):
             raise ValueError("load_released_state_dict: " + "; ".join(problems))
         for name, tensor in own.items():
             tensor.copy_(state[name])
+
+
+def _original(blocks: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, nn.Module]]:
+    """Yield blocks with their prefixes, a joined one as the layers that it was made of."""
+    for prefix, block in blocks:
+        yield from block.original() if isinstance(block, Joined) else [(prefix, block)]
 
 
 def unwrapped(state: Any) -> Any:

@@ -73,7 +73,7 @@ class ReleasedLoss(LocalLoss):
     def __init__(self, loss: InfoPro):
         super().__init__()
         decoder, head = loss.decoder, loss.aux_classifier
-        self.loss = loss
+        self.loss, self.output = loss, loss.output
         size = decoder.image_size if isinstance(decoder, Decoder) else None
         self.reconstruction = ReleasedDecoder(decoder.decoder, size)
         self.task = ReleasedHead(head.head, head.loss_mode == "contrast")
