@@ -308,3 +308,14 @@ def test_recompute_in_eval_mode_runs_once():
     assert len(runs) == 1
     with pytest.raises(ValueError, match="build: recompute: expected one of .*, got 'blocks'"):
         infopro_fast.build("resnet20", 2, recompute="blocks")
+
+
+def test_a_network_of_pixels_has_a_loss_that_suits_it():
+    assert infopro_fast.build("fcn_resnet20").local_losses[0].task == "softmax"
+    assert infopro_fast.build("resnet20").local_losses[0].task == "contrast"
+
+
+def test_another_number_of_classes_than_the_networks_says_what_to_do():
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(4 * 30 * 30, 7))
+    with pytest.raises(ValueError, match="has 7 classes, got 10: leave num_classes out, or give the network"):
+        infopro_fast.build(net, 1, num_classes=10, image_size=32)

@@ -353,6 +353,7 @@ def test_a_recipe_of_one_module_after_the_other(monkeypatch, tmp_path, capsys):
         "modules": 2,
         "epochs": 1,
         "warmup": 0,
+        "batch_size": 16,
         **recipes.METHODS["async"][0],
     }
     monkeypatch.setitem(recipes.ROWS, name, dataclasses.replace(recipes.row(name), settings=settings))

@@ -159,7 +159,7 @@ class LocalNetwork(nn.Module):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False):
         """As nn.Module's. Raises ValueError for tensors by the authors' names, such as a run's weights."""
-        names = unwrapped(state_dict).keys()
+        names = set(unwrapped(state_dict))
         if strict and not names & self.state_dict().keys() and names & self.released_state_dict().keys():
             what = "expected this network's own names, got the authors', as a run's weights have"
             raise ValueError(f"load_state_dict: {what}: use load_released_state_dict")
@@ -201,8 +201,7 @@ def _original(blocks: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, nn
 
 def unwrapped(state: Any) -> Any:
     """Return the state_dict inside a training script's checkpoint; anything else as it is."""
-    inner = state.get("state_dict") if isinstance(state, Mapping) else None
-    return inner if isinstance(inner, Mapping) else state
+    return state["state_dict"] if isinstance(state, Mapping) and "state_dict" in state else state
 
 
 def assemble(
