@@ -81,7 +81,7 @@ def linear_cross_entropy(cc: int) -> Iterator[Compilation]:
         for kernel in (linear.forward_kernel, linear.backward_kernel):
             yield compilation(kernel, types | {"out": f"*{out}"}, fixed, unaligned)
     one = {"N": 1, "C": 1, "row_grad_stride": 1}  # integers that are 1 are compiled in
-    one |= dict.fromkeys(flags, False) | {"WHOLE": True, "BLOCK_N": 32, "BLOCK_C": 1}
+    one |= dict.fromkeys(flags, False) | {"WHOLE": True, "BLOCK_N": 8, "BLOCK_C": 1}
     for kernel in (linear.forward_kernel, linear.backward_kernel):
         yield compilation(kernel, types, one, unaligned)
     rows = {"REDUCE": True, "MEAN_OF": True, "WEIGHTED": True, "BLOCK": linear.ROWS_AT_ONCE}

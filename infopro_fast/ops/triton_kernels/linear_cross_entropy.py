@@ -308,6 +308,6 @@ ROWS_AT_ONCE = 2048  # of a sweep over all rows by one program
 
 
 def row_tile(C: int) -> tuple[int, int]:
-    """(rows, classes) of a tile: 2048 numbers, or fewer with few classes: more than 32 rows would spill."""
+    """(rows, classes) of a tile: 2048 numbers, or fewer with few classes: many rows would take registers."""
     block_c = min(MOST_CLASSES, triton.next_power_of_2(C))
-    return max(1, min(32, 2048 // block_c)), block_c
+    return max(1, min(8, 2048 // block_c)), block_c
