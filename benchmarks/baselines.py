@@ -1,4 +1,4 @@
-"""What plain torch runs in place of an op; the authors' losses are in `infopro_fast.memory.released`."""
+"""What plain torch runs in place of an op; the authors' losses are in `infopro_fast.planning.released`."""
 
 from __future__ import annotations
 

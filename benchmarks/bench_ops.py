@@ -9,7 +9,7 @@ LARGER = {
     "reconstruction_loss": shapes.DECODER_LARGER, "supcon_loss": shapes.SUPCON_LARGER,
     "linear_cross_entropy": shapes.LINEAR_LARGER, "upsample_cross_entropy": shapes.DENSE_LARGER,
 }
-SHAPES = {op: over for op, (over, _) in report.CLAIMS.items()} | {"norm_relu_pool": shapes.POOL}
+SHAPES = {op: over for op, (over, *_) in report.CLAIMS.items()} | {"norm_relu_pool": shapes.POOL}
 CASES = [
     pytest.param(op, shape, method, id=f"{op}-{workloads.label(shape)}-{method}", marks=marks)
     for op, over in SHAPES.items()
@@ -22,7 +22,7 @@ CASES = [
 @pytest.mark.parametrize("direction", ("forward", "both"))
 @pytest.mark.parametrize("op, shape, method", CASES)
 def bench_op(measure, op, shape, method, direction):
-    measure(op, shape, method, direction, small=report.small_of(op, shape))
+    measure(op, shape, method, direction)
 
 
 @pytest.mark.parametrize("method", train_step.METHODS)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks import memory, timing, workloads
-from benchmarks.device import provenance
+from benchmarks import report, timing, workloads
 from benchmarks.table import Row, markdown
 
 ROUNDS_FOR = 3.0  # seconds of measuring, by which the number of rounds is chosen
@@ -28,20 +27,15 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture
 def measure(benchmark):
-    """measure(op, shape, method, direction, small): time, saved bytes, peak bytes and error."""
+    """measure(op, shape, method, direction): time, saved bytes, peak bytes and error."""
 
-    def run(op: str, shape, method: str, direction: str, small) -> None:
+    def run(op: str, shape, method: str, direction: str) -> None:
         workload = workloads.OPS[op][0](method, shape)
         call = workload.both if direction == "both" else workload.forward_only
-        benchmark.group = f"{op} {workloads.label(shape)} {direction}"
-        row = dict(op=op, shape=workloads.label(shape), method=method, direction=direction, **provenance())
-        if direction == "both":
-            row["saved_bytes"] = memory.saved_bytes(workload.forward, workload.inputs)
-            row["error"] = workloads.relative_errors(op, workload, shape)
-        case = dict(op=op, method=method, shape=list(shape), small=list(small), direction=direction)
-        found = memory.peak_bytes("benchmarks.workloads:for_peak", **case)
-        row["peak_bytes"], row["transient_bytes"] = found["peak"], found["peak"] - found["returned"]
-        benchmark.extra_info.update(row)
+        row = report.row_of(op, shape, method, direction, workload)
+        report.add_peak(row, shape)
+        benchmark.group = f"{op} {row.shape} {direction}"
+        benchmark.extra_info.update(vars(row))
         call()
         rounds = max(3, min(100, int(ROUNDS_FOR / timing.seconds(call))))
         benchmark.pedantic(call, rounds=rounds, warmup_rounds=2)
@@ -54,5 +48,5 @@ def pytest_terminal_summary(terminalreporter, config):
     done = [b for b in getattr(session, "benchmarks", ()) if b and b.extra_info]
     if done:
         terminalreporter.section("benchmarks: time, memory, error")
-        rows = [Row(seconds=b.stats.median, **b.extra_info) for b in done]
+        rows = [Row(**b.extra_info | {"seconds": b.stats.median}) for b in done]
         terminalreporter.write_line(markdown(rows))

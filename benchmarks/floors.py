@@ -21,6 +21,7 @@ import pathlib
 import typing
 
 from benchmarks import shapes
+from infopro_fast import figure
 from infopro_fast.whole_files import replace_file
 
 DOCUMENT = pathlib.Path(__file__).resolve().parent.parent / "docs" / "floors.md"
@@ -46,6 +47,7 @@ DEVICES = {
     "A100": Device("A100 SXM4 80 GB", 2039e9, 19.5e12, 156e12, 312e12),
     "RTX 4090": Device("GeForce RTX 4090", 1008e9, 82.6e12, 82.6e12, 165.2e12),
 }
+SHOWN = {key: device for key, device in DEVICES.items() if key != "H200"}  # in tables
 
 
 def find(name: str) -> Device | None:
@@ -134,18 +136,14 @@ def supcon_backward(s: shapes.SupConShape, size: int = 4) -> Floor:
     return Floor(3 * s.N * s.D * size, s.N * (s.N + 1) / 2 * s.D + s.N**2 * s.D, parts="float16")
 
 
-FEW_CLASSES = 64  # with more the products are cuBLAS's, on float32 units
-
-
 def linear_forward(s: shapes.LinearShape, size: int = 4) -> Floor:
     """The logits."""
-    return Floor((s.N + s.C) * s.D * size, s.N * s.C * s.D, parts="tf32" if s.C <= FEW_CLASSES else "")
+    return Floor((s.N + s.C) * s.D * size, s.N * s.C * s.D)
 
 
 def linear_backward(s: shapes.LinearShape, size: int = 4) -> Floor:
     """The logits again, and the gradients of input and weight."""
-    parts = "tf32" if s.C <= FEW_CLASSES else ""
-    return Floor(2 * (s.N + s.C) * s.D * size, 3 * s.N * s.C * s.D, parts=parts)
+    return Floor(2 * (s.N + s.C) * s.D * size, 3 * s.N * s.C * s.D)
 
 
 def pool_forward(s: shapes.PoolShape, size: int = 4) -> Floor:
@@ -219,86 +217,60 @@ def chain_backward(s: shapes.ChainShape, size: int = 4) -> Floor:
 # The last stages of the authors' ImageNet and Cityscapes decoders: 12 channels, doubled, to 3 logits a pixel;
 # and 32, doubled, to 12. What their two implementations move and compute gives impl="auto" its order.
 
-LAST_CHANNELS = 12
+LAST_CHANNELS = (12, 3)
 LAST_TILE = {"forward": (48, 28), "backward": (16, 16)}  # of CUDA C++ on an A100: chain_stage_plan.cuh
 STAGE_CHANNELS = (32, 12)
 STAGE_TILE = {"forward": (28, 28), "backward": (28, 4)}
 
 
-def last_floor(h: int, w: int, direction: str, size: int = 4) -> Floor:
-    """Floor of a sample whose z before the last stage is (h, w). In backward the logits again, and dx out."""
-    C, pixels = LAST_CHANNELS, h * w
-    forward = Floor((C + 12) * pixels * size, 27 * C * pixels, 3 * 4 * pixels * (6 + 9))
-    if direction == "forward":
-        return forward
-    return Floor(forward.bytes + C * pixels * size, 3 * forward.macs, 2 * forward.elementwise)
+def stage_floor(h: int, w: int, direction: str, last: bool) -> Floor:
+    """Floor of a sample, float32: z read, the next z written, or with the last stage the image read.
 
-
-def last_triton(h: int, w: int, direction: str) -> Floor:
-    """Every map that a kernel reads or writes, float32. The second cache may hold some, so this is the most.
-
-    a: written, read by the product; T (27 numbers a pixel of z): written, read; s: written, read. In backward
-        ds: written in place of s, read for its sums and for dT; dT: written, read by two products; a again;
-        da: written, and made dy in place, with z.
+    In backward both are read, and dy is read and written; the last stage computes the logits again.
     """
-    C, pixels, logits, image = LAST_CHANNELS, h * w, 12 * h * w, 12 * h * w
-    found = last_floor(h, w, direction)
-    moved = 3 * C * pixels + 2 * 27 * pixels + 2 * logits + image  # z, a twice
-    if direction == "backward":
-        moved += 3 * logits + 3 * 27 * pixels + 3 * C * pixels + 4 * C * pixels
-    return Floor(4 * moved, found.macs, found.elementwise)
-
-
-def last_cuda(h: int, w: int, direction: str) -> Floor:
-    """Tile by tile: z with a border, and the image; in backward the image with a border, z again, dx.
-
-    Every tile that needs the logits and T of a border computes them again.
-    """
-    C, (rows, columns) = LAST_CHANNELS, LAST_TILE[direction]
-    found = last_floor(h, w, direction)
-    if direction == "forward":
-        again = (rows / 2 + 3) * (columns / 2 + 3) / (rows * columns / 4)
-        return Floor(4 * (C * again + 12) * h * w, found.macs * again, found.elementwise)
-    pixels, again = rows * columns, (rows + 6) * (columns + 6) / (rows * columns)
-    logits = (2 * rows + 6) * (2 * columns + 6) / (4 * pixels)
-    moved = C * again + 12 * logits + 2 * C
-    return Floor(4 * moved * h * w, found.macs * (again + 2) / 3, found.elementwise * logits)
-
-
-def stage_floor(h: int, w: int, direction: str) -> Floor:
-    """Floor of a sample, float32: z read, the next z written; in backward both read, dy in and out."""
-    (C, K), pixels = STAGE_CHANNELS, h * w
+    (C, K), pixels = LAST_CHANNELS if last else STAGE_CHANNELS, h * w
     products, expansion = 9 * C * K * pixels, K * 4 * pixels * (6 + 9)
     if direction == "forward":
         return Floor(4 * (C + 4 * K) * pixels, products, expansion)
+    if last:
+        return Floor(4 * (2 * C + 4 * K) * pixels, 3 * products, 2 * expansion)
     return Floor(4 * (2 * C + 8 * K) * pixels, 2 * products, expansion)
 
 
-def stage_triton(h: int, w: int, direction: str) -> Floor:
-    """As `last_triton`: z read, a and T written and read, the next z written, and read for its statistics.
+def stage_triton(h: int, w: int, direction: str, last: bool) -> Floor:
+    """Every map that a kernel reads or writes. The second cache may hold some, so this is the most.
 
+    z read; a and T (9 K numbers a pixel of z) written and read by the product; the next z written, and read
+    for its statistics. The last stage writes and reads the logits, and reads the image.
     In backward dz of dy and z, written and read; dT written and read by two products; a of z, written and
-    read; da, and with z dy in place of it.
+    read; da, and with z dy in place of it. The last stage repeats its forward before; ds takes the place of
+    the logits, and is read for its sums and for dT.
     """
-    (C, K), pixels = STAGE_CHANNELS, h * w
-    found = stage_floor(h, w, direction)
-    moved = 3 * C + 18 * K + 8 * K if direction == "forward" else 16 * K + 27 * K + 3 * C + 4 * C
-    return Floor(4 * moved * pixels, found.macs, found.elementwise)
+    (C, K), found = LAST_CHANNELS if last else STAGE_CHANNELS, stage_floor(h, w, direction, last)
+    moved = 3 * C + 18 * K + (12 * K if last else 8 * K)
+    if direction == "backward":
+        moved = (moved + 12 * K if last else 16 * K) + 27 * K + 3 * C + 4 * C
+    return Floor(4 * moved * h * w, found.macs, found.elementwise)
 
 
-def stage_cuda(h: int, w: int, direction: str) -> Floor:
-    """Tile by tile, with borders as in `last_cuda`, three channels of the next z at a time.
+def stage_cuda(h: int, w: int, direction: str, last: bool) -> Floor:
+    """Tile by tile: z with a border, and the next z, three channels at a time, or the image.
 
-    For each three z is read again from the caches; it is counted as if it were not there. In backward z is
-    read once for a and once for dy, and T has no border.
+    Every tile that needs the logits and T of a border computes them again. For each three channels z is read
+    again from the caches; it is counted as if it were not there. In backward the last stage reads the image
+    with a border and z twice; the stage before reads z once for a and once for dy, and T has no border.
     """
-    (C, K), (rows, columns) = STAGE_CHANNELS, STAGE_TILE[direction]
-    found = stage_floor(h, w, direction)
+    (C, K), tiles = (LAST_CHANNELS, LAST_TILE) if last else (STAGE_CHANNELS, STAGE_TILE)
+    (rows, columns), found = tiles[direction], stage_floor(h, w, direction, last)
     if direction == "forward":
         again = (rows / 2 + 3) * (columns / 2 + 3) / (rows * columns / 4)
         return Floor(4 * (C * again * K / 3 + 4 * K) * h * w, found.macs * again, found.elementwise)
     around = (2 * rows + 6) * (2 * columns + 6) / (4 * rows * columns)
-    return Floor(4 * (3 * C + 8 * K * around) * h * w, found.macs, found.elementwise * around)
+    if not last:
+        return Floor(4 * (3 * C + 8 * K * around) * h * w, found.macs, found.elementwise * around)
+    again = (rows + 6) * (columns + 6) / (rows * columns)
+    moved = C * again + 4 * K * around + 2 * C
+    return Floor(4 * moved * h * w, found.macs * (again + 2) / 3, found.elementwise * around)
 
 
 GPU_DECODER = tuple(shape._replace(N=1024) for shape in shapes.DECODER)
@@ -335,20 +307,18 @@ def floor(op: str, shape: typing.NamedTuple, direction: str = "both", size: int 
 def table() -> str:
     from benchmarks.workloads import label
 
-    times = [f"{d} {p}, us" for d in DEVICES if d != "H200" for p in ("float32", "tf32")]
-    head = ["op", "shape", "direction", "MB", "Gmac", *times]
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    head = [f"{d} {p}, us" for d in SHOWN for p in ("float32", "tf32")]
+    rows = []
     for op, (_, _, over) in KERNELS.items():
-        for shape in over:
-            for direction in ("forward", "backward"):
-                found = floor(op, shape, direction)
-                times = [
-                    f"{1e6 * found.seconds(device, precision):.1f} {found.bound(device, precision)[0]}"
-                    for key, device in DEVICES.items() if key != "H200" for precision in ("float32", "tf32")
-                ]
-                cells = (op, label(shape), direction, *_counts(found), *times)
-                lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        for shape, direction in itertools.product(over, ("forward", "backward")):
+            found = floor(op, shape, direction)
+            times = [_time(found, device, p) for device in SHOWN.values() for p in ("float32", "tf32")]
+            rows.append((op, label(shape), direction, *_counts(found), *times))
+    return figure.markdown(["op", "shape", "direction", "MB", "Gmac", *head], rows)
+
+
+def _time(found: Floor, device: Device, precision: str = "float32") -> str:
+    return f"{1e6 * found.seconds(device, precision):.1f} {found.bound(device, precision)[0]}"
 
 
 def _counts(found: Floor) -> tuple[str, str]:
@@ -357,56 +327,52 @@ def _counts(found: Floor) -> tuple[str, str]:
 
 def stages_table() -> str:
     """The last two stages of a chain decoder for 64 images of ImageNet."""
-    devices = {key: device for key, device in DEVICES.items() if key != "H200"}
-    head = ["stage", "direction", "implementation", "MB", "Gmac", *(f"{d}, us" for d in devices)]
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    counts = (
-        ("last", 112, last_floor, last_cuda, last_triton),
-        ("in front of it", 56, stage_floor, stage_cuda, stage_triton),
-    )
-    for stage, side, *own in counts:
-        named = zip(("floor", "CUDA C++", "Triton and cuBLAS"), own, strict=True)
-        for direction, (name, count) in itertools.product(("forward", "backward"), named):
-            one = count(side, side, direction)
+    head, rows = ["stage", "direction", "implementation", "MB", "Gmac", *(f"{d}, us" for d in SHOWN)], []
+    counts = {"floor": stage_floor, "CUDA C++": stage_cuda, "Triton and cuBLAS": stage_triton}
+    for stage, side in (("last", 112), ("in front of it", 56)):
+        for direction, (name, count) in itertools.product(("forward", "backward"), counts.items()):
+            one = count(side, side, direction, stage == "last")
             found = Floor(64 * one.bytes, 64 * one.macs, 64 * one.elementwise)
-            times = [f"{1e6 * found.seconds(d):.1f} {found.bound(d)[0]}" for d in devices.values()]
-            cells = (stage, direction, name, *_counts(found), *times)
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            times = [_time(found, device) for device in SHOWN.values()]
+            rows.append((stage, direction, name, *_counts(found), *times))
+    return figure.markdown(head, rows)
+
+
+DOCUMENT_TEXT = """# The floor under each kernel
+
+Written by `python -m benchmarks.floors --write`; `benchmarks/floors.py` has the formulas and says what they
+count. m: bound by memory; a: bound by arithmetic. float32 inputs and outputs; tf32: products on tensor
+cores. Under float32 the products of supcon_loss are three of float16 parts, which are as exact, on a GPU
+that is faster so.
+
+{floors}
+
+## The last two stages of a chain decoder, by implementation
+
+Of 64 images, float32: 12 channels of 112x112, doubled, to the logits and the loss; and 32 of 56x56,
+doubled, to those 12. The time is that of the slower of memory and arithmetic: of one kernel a direction in
+CUDA C++, of all of Triton's as if they were one, and as if no map stayed in the second cache. Nothing here
+is measured.
+
+The first two stages, 512 channels to 128 and those to 32, are products of matrices above all, and left to
+cuBLAS: the second has 11 times the multiply-adds of the third a pixel of z, of which CUDA C++ would do 1.3
+times as many, in float32 alone.
+
+{stages}
+
+Peak rates, from the vendors' data sheets (dense):
+
+{rates}
+"""
 
 
 def document() -> str:
-    rates = "\n".join(
-        f"| {d.name} | {d.bandwidth / 1e9:.0f} | "
-        f"{d.float32 / 1e12:.1f} | {d.tf32 / 1e12:.1f} | {d.bfloat16 / 1e12:.1f} |"
+    head = ("GPU", "GB/s", "float32 TFLOP/s", "TF32 TFLOP/s", "bfloat16 TFLOP/s")
+    rates = [
+        (d.name, f"{d.bandwidth / 1e9:.0f}", *(f"{r / 1e12:.1f}" for r in (d.float32, d.tf32, d.bfloat16)))
         for d in DEVICES.values()
-    )
-    return (
-        "# The floor under each kernel\n\n"
-        "Written by `python -m benchmarks.floors --write`; `benchmarks/floors.py` has the "
-        "formulas and says what they count.\n"
-        "m: bound by memory; a: bound by arithmetic. float32 inputs and outputs; tf32: products "
-        "on tensor cores. Under float32 the\n"
-        "products of supcon_loss and of linear_cross_entropy with few classes are three of "
-        "float16 or TF32 parts, which are as exact, on\n"
-        "a GPU that is faster so.\n\n"
-        f"{table()}\n\n"
-        "## The last two stages of a chain decoder, by implementation\n\n"
-        "Of 64 images, float32: 12 channels of 112x112, doubled, to the logits and the loss; and "
-        "32 of 56x56, doubled, to those 12.\n"
-        "The time is that of the slower of memory and arithmetic: of one kernel a direction in "
-        "CUDA C++, of all of Triton's as if they\n"
-        "were one, and as if no map stayed in the second cache. Nothing here is measured.\n\n"
-        "The first two stages, 512 channels to 128 and those to 32, are products of matrices "
-        "above all, and left to cuBLAS: the second\n"
-        "has 11 times the multiply-adds of the third a pixel of z, of which CUDA C++ would do "
-        "1.3 times as many, in float32 alone.\n\n"
-        f"{stages_table()}\n\n"
-        "Peak rates, from the vendors' data sheets (dense):\n\n"
-        "| GPU | GB/s | float32 TFLOP/s | TF32 TFLOP/s | bfloat16 TFLOP/s |\n"
-        "| --- | --- | --- | --- | --- |\n"
-        f"{rates}\n"
-    )
+    ]
+    return DOCUMENT_TEXT.format(floors=table(), stages=stages_table(), rates=figure.markdown(head, rates))
 
 
 def main() -> None:

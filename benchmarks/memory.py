@@ -6,32 +6,15 @@ Kernels may take scratch memory that no allocator of torch sees, so the peak is 
 from __future__ import annotations
 
 import importlib
-import typing
 
 import torch
 
 from infopro_fast.memory.resident import in_a_process, peak_above
-from infopro_fast.planning.live import nbytes
+from infopro_fast.planning.live import nbytes, saved_bytes
+
+__all__ = ["PAGE", "measured", "peak_bytes", "saved_bytes"]
 
 PAGE = 4096
-
-
-def saved_bytes(call: typing.Callable[[], object], beside: typing.Iterable[torch.Tensor] = ()) -> int:
-    """Return the bytes that the graph of ``call`` keeps, each storage once, without tensors ``beside`` it."""
-    alive = {t.untyped_storage().data_ptr() for t in beside}
-    kept: dict[int, int] = {}
-
-    def pack(t: torch.Tensor) -> torch.Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in alive:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        result = call()  # held until the sum is taken, so that no address is used twice
-    total = sum(kept.values())
-    del result
-    return total
 
 
 def peak_bytes(target: str, threads: int = 2, timeout: float = 600, **arguments) -> dict[str, int]:

@@ -52,15 +52,21 @@ def measure(
     for direction in directions:
         calls = {method: w.both if direction == "both" else w.forward_only for method, w in made.items()}
         for method, seconds in timing.interleaved(calls, rounds).items():
-            row = Row(op, workloads.label(shape), method, direction, seconds, **provenance())
-            if direction == "both":
-                row.saved_bytes = memory.saved_bytes(made[method].forward, made[method].inputs)
-                row.error = workloads.relative_errors(op, made[method], shape)
-            rows.append(row)
-            print(f"  {op} {row.shape} {direction} {method}: {1e3 * seconds:.3g} ms", file=sys.stderr)
+            rows.append(row_of(op, shape, method, direction, made[method]))
+            rows[-1].seconds = seconds
+            print(f"  {op} {rows[-1].shape} {direction} {method}: {1e3 * seconds:.3g} ms", file=sys.stderr)
     for row in rows:
         add_peak(row, shape)
     return rows
+
+
+def row_of(op: str, shape, method: str, direction: str, workload: workloads.Workload) -> Row:
+    """Return a row without times and peaks."""
+    row = Row(op, workloads.label(shape), method, direction, **provenance())
+    if direction == "both":
+        row.saved_bytes = memory.saved_bytes(workload.forward, workload.inputs)
+        row.error = workloads.relative_errors(op, workload, shape)
+    return row
 
 
 def add_peak(row: Row, shape) -> None:
@@ -101,99 +107,85 @@ def _seconds_of_steps(method: str, rounds: int) -> dict[int, float]:
 # Claims
 
 
-def pick(rows: list[Row], op: str, shape: str, method: str, direction: str = "both") -> Row:
-    return next(r for r in rows if (r.op, r.shape, r.method, r.direction) == (op, shape, method, direction))
+class Seen(typing.NamedTuple):
+    """A shape of an op, its bar, and three of its rows. best: the fastest without ours."""
+
+    shape: typing.Any
+    bar: float
+    ours: Row
+    eager: Row
+    best: Row
+
+    @property
+    def label(self) -> str:
+        return workloads.label(self.shape)
+
+    def faster(self, what: str) -> Claim:
+        ratio = self.best.seconds / self.ours.seconds
+        return Claim(f"{what}, faster than the best other", ratio, self.bar, True, against=self.best.method)
+
+    def faster_than_eager(self, what: str) -> Claim:
+        return Claim(what, self.eager.seconds / self.ours.seconds, self.bar, True)
 
 
-def best(rows: list[Row], op: str, shape: str) -> Row:
-    """Return the fastest method of a user who does not have ours."""
-    same = (r for r in rows if (r.op, r.shape, r.direction) == (op, shape, "both"))
-    others = [r for r in same if r.method != workloads.OURS]
-    return min(others, key=lambda r: r.seconds)
-
-
-def faster(what: str, ours: Row, other: Row, bar: float) -> Claim:
-    ratio = other.seconds / ours.seconds
-    return Claim(f"{what}, faster than the best other", ratio, bar, True, against=other.method)
-
-
-def decoder_bars(rows: list[Row]) -> list[Claim]:
-    bars, op = [], "reconstruction_loss"
-    for shape, bar in zip(shapes.DECODER, (2.5, 4.0, 8.0), strict=True):
+def claims_of(op: str, rows: list[Row]) -> list[Claim]:
+    found, (over, bars, claims) = [], CLAIMS[op]
+    for shape, bar in zip(over, bars, strict=True):
         label = workloads.label(shape)
-        ours = pick(rows, op, label, workloads.OURS)
-        transient = ours.transient_bytes / shape.resized_bytes()
-        bars += [
-            faster(f"decoder {label}", ours, best(rows, op, label), bar),
-            Claim(f"decoder {label}, kept beyond its inputs", ours.saved_bytes / KIB, 64, unit="KiB"),
-            Claim(f"decoder {label}, transient peak over the resized map", transient, 0.25),
-        ]
-    return bars
+        by = {r.method: r for r in rows if (r.op, r.shape, r.direction) == (op, label, "both")}
+        best = min((r for m, r in by.items() if m != workloads.OURS), key=lambda r: r.seconds)
+        found += claims(Seen(shape, bar, by[workloads.OURS], by["eager"], best))
+    return found
 
 
-def supcon_bars(rows: list[Row]) -> list[Claim]:
-    bars, op = [], "supcon_loss"
-    for shape, bar in zip(shapes.SUPCON, (4.0, 3.5), strict=True):
-        label = workloads.label(shape)
-        ours, eager = pick(rows, op, label, workloads.OURS), pick(rows, op, label, "eager")
-        ratio = eager.seconds / ours.seconds
-        bars.append(Claim(f"supcon {label}, faster than the authors' formula", ratio, bar, True))
-        if shape.N == 4096:
-            transient = ours.transient_bytes / shape.pairs_bytes()
-            bars.append(Claim(f"supcon {label}, transient peak over an N x N map", transient, 0.25))
-    return bars
+def decoder_claims(s: Seen) -> list[Claim]:
+    transient = s.ours.transient_bytes / s.shape.resized_bytes()
+    return [
+        s.faster(f"decoder {s.label}"),
+        Claim(f"decoder {s.label}, kept beyond its inputs", s.ours.saved_bytes / KIB, 64, unit="KiB"),
+        Claim(f"decoder {s.label}, transient peak over the resized map", transient, 0.25),
+    ]
 
 
-def linear_bars(rows: list[Row]) -> list[Claim]:
-    bars, op = [], "linear_cross_entropy"
-    for shape, bar in zip(shapes.LINEAR, (1.05, 1.0), strict=True):
-        label = workloads.label(shape)
-        ours, eager = pick(rows, op, label, workloads.OURS), pick(rows, op, label, "eager")
-        what = f"linear + cross entropy {label}"
-        bars.append(Claim(f"{what}, time over plain torch", ours.seconds / eager.seconds, bar))
-        if shape.C == 10000:
-            extra = ours.transient_bytes / shape.logits_bytes()
-            bars.append(Claim(f"{what}, extra memory over the logits", extra, 0.25))
-    return bars
+def supcon_claims(s: Seen) -> list[Claim]:
+    found = [s.faster_than_eager(f"supcon {s.label}, faster than the authors' formula")]
+    if s.shape.N == 4096:
+        transient = s.ours.transient_bytes / s.shape.pairs_bytes()
+        found.append(Claim(f"supcon {s.label}, transient peak over an N x N map", transient, 0.25))
+    return found
 
 
-def dense_bars(rows: list[Row]) -> list[Claim]:
-    bars, op = [], "upsample_cross_entropy"
-    for shape in shapes.DENSE:
-        label = workloads.label(shape)
-        ours, eager = pick(rows, op, label, workloads.OURS), pick(rows, op, label, "eager")
-        what, extra = f"resize + cross entropy {label}", ours.transient_bytes / shape.pixel_bytes()
-        bars += [
-            Claim(f"{what}, faster than plain torch", eager.seconds / ours.seconds, 6.0, True),
-            Claim(f"{what}, extra memory over a number a pixel", extra, 1.0),
-        ]
-    return bars
+def linear_claims(s: Seen) -> list[Claim]:
+    what = f"linear + cross entropy {s.label}"
+    found = [Claim(f"{what}, time over plain torch", s.ours.seconds / s.eager.seconds, s.bar)]
+    if s.shape.C == 10000:
+        extra = s.ours.transient_bytes / s.shape.logits_bytes()
+        found.append(Claim(f"{what}, extra memory over the logits", extra, 0.25))
+    return found
 
 
-def chain_bars(rows: list[Row]) -> list[Claim]:
-    bars, op = [], "chain_decoder"
-    for label in map(workloads.label, shapes.CHAIN):
-        ours, eager = pick(rows, op, label, workloads.OURS), pick(rows, op, label, "eager")
-        transient = ours.transient_bytes / eager.transient_bytes
-        bars += [
-            faster(f"ImageNet decoder {label}", ours, best(rows, op, label), 2.5),
-            Claim(f"ImageNet decoder {label}, transient peak over eager's", transient, 1 / 3),
-        ]
-    return bars
+def dense_claims(s: Seen) -> list[Claim]:
+    what, extra = f"resize + cross entropy {s.label}", s.ours.transient_bytes / s.shape.pixel_bytes()
+    faster = s.faster_than_eager(f"{what}, faster than plain torch")
+    return [faster, Claim(f"{what}, extra memory over a number a pixel", extra, 1.0)]
 
 
-def upsample_conv_bars(rows: list[Row]) -> list[Claim]:
-    return _fastest(rows, "upsample_conv3x3", "upsample_conv3x3", shapes.UPSAMPLE_CONV)
+def chain_claims(s: Seen) -> list[Claim]:
+    what, transient = f"ImageNet decoder {s.label}", s.ours.transient_bytes / s.eager.transient_bytes
+    return [s.faster(what), Claim(f"{what}, transient peak over eager's", transient, 1 / 3)]
 
 
-def head_bars(rows: list[Row]) -> list[Claim]:
-    return _fastest(rows, "conv_norm_relu_pool", "convolution and pooling", shapes.HEAD)
-
-
-def _fastest(rows: list[Row], op: str, what: str, over: typing.Sequence[typing.NamedTuple]) -> list[Claim]:
-    labels = map(workloads.label, over)
-    picked = ((label, pick(rows, op, label, workloads.OURS)) for label in labels)
-    return [faster(f"{what} {label}", ours, best(rows, op, label), 1.0) for label, ours in picked]
+CLAIMS = {
+    "reconstruction_loss": (shapes.DECODER, (2.5, 4.0, 8.0), decoder_claims),
+    "supcon_loss": (shapes.SUPCON, (4.0, 3.5), supcon_claims),
+    "linear_cross_entropy": (shapes.LINEAR, (1.05, 1.0), linear_claims),
+    "chain_decoder": (shapes.CHAIN, (2.5,), chain_claims),
+    "upsample_conv3x3": (shapes.UPSAMPLE_CONV, (1.0,), lambda s: [s.faster(f"upsample_conv3x3 {s.label}")]),
+    "conv_norm_relu_pool": (
+        shapes.HEAD, (1.0,) * 3, lambda s: [s.faster(f"convolution and pooling {s.label}")]
+    ),
+    "upsample_cross_entropy": (shapes.DENSE, (6.0,), dense_claims),
+}
 
 
 def step_bars(rows: list[Row]) -> list[Claim]:
@@ -262,19 +254,6 @@ def plot(op: str, rows: list[Row]) -> None:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def write(name: str, text: str) -> None:
-    RESULTS.mkdir(exist_ok=True)
-    replace_file(RESULTS / name, text.encode())
-
-
-CLAIMS = {
-    "reconstruction_loss": (shapes.DECODER, decoder_bars), "supcon_loss": (shapes.SUPCON, supcon_bars),
-    "linear_cross_entropy": (shapes.LINEAR, linear_bars), "chain_decoder": (shapes.CHAIN, chain_bars),
-    "upsample_conv3x3": (shapes.UPSAMPLE_CONV, upsample_conv_bars),
-    "conv_norm_relu_pool": (shapes.HEAD, head_bars), "upsample_cross_entropy": (shapes.DENSE, dense_bars),
-}
-
-
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2)
@@ -293,10 +272,9 @@ def main() -> int:
     bars: list[Claim] = []
     sizes: list[Row] = []
     for op in [op for op in CLAIMS if options.only in (None, op)]:
-        over, claims = CLAIMS[op]
         how = (workloads.OPS[op][2], options.rounds)
-        own = [row for shape in over for row in alone(measure, options.threads, op, shape, *how)]
-        rows, bars = rows + own, bars + claims(own)
+        own = [row for shape in CLAIMS[op][0] for row in alone(measure, options.threads, op, shape, *how)]
+        rows, bars = rows + own, bars + claims_of(op, own)
         if options.plots and op in PLOTS:
             curve = alone(over_size, options.threads, op, int(options.limit * 2**30), 7)
             plot(op, curve)
@@ -307,9 +285,11 @@ def main() -> int:
     print(markdown(rows), claims_table(bars), sep="\n\n")
     if options.only is None:
         where = ", ".join(f"{k} {v}" for k, v in provenance().items())
-        write("bars.md", f"{claims_table(bars)}\n\n{where}\n")
-        write("results.md", markdown(rows) + "\n")
-        write("results.jsonl", "".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in [*rows, *sizes]))
+        lines = "".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in [*rows, *sizes])
+        bars_text, results = f"{claims_table(bars)}\n\n{where}\n", markdown(rows) + "\n"
+        RESULTS.mkdir(exist_ok=True)
+        for name, text in (("bars.md", bars_text), ("results.md", results), ("results.jsonl", lines)):
+            replace_file(RESULTS / name, text.encode())
         step_figure.write(steps, RESULTS)
     return 0 if all(bar.holds() for bar in bars) else 1
 

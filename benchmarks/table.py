@@ -6,6 +6,10 @@ import dataclasses
 import typing
 from collections.abc import Iterable, Sequence
 
+from infopro_fast.plan import for_people
+
+from infopro_fast import figure
+
 
 @dataclasses.dataclass
 class Row:
@@ -56,21 +60,20 @@ class Claim(typing.NamedTuple):
 
 
 def claims_table(claims: Iterable[Claim]) -> str:
-    lines = [("what", "measured", "against", "bar", "holds"), ("---",) * 5]
+    lines = []
     for c in claims:
         value = "" if c.value is None else f"{c.value:.3g} {c.unit}"
         bar = f"{'at least' if c.at_least else 'at most'} {c.bar:.3g} {c.unit}"
         holds = {None: "not measured", True: "yes", False: "**no**"}[c.holds()]
         lines.append((c.what, value, c.against, bar, holds))
-    return _lines(lines)
+    return figure.markdown(("what", "measured", "against", "bar", "holds"), lines)
 
 
 def markdown(rows: Sequence[Row]) -> str:
     """One line a row. time / ours: times longer than ours on the same op, shape and direction."""
     ours = {(r.op, r.shape, r.direction): r.seconds for r in rows if r.method == "ours"}
     numbers = ("ms", "time / ours", "kept", "peak", "transient", "error")
-    head = ("op", "shape", "direction", "method", *numbers, "where")
-    lines = [head, ("---",) * len(head)]
+    head, lines = ("op", "shape", "direction", "method", *numbers, "where"), []
     for r in rows:
         reference = ours.get((r.op, r.shape, r.direction))
         ratio = f"{r.seconds / reference:.2f}" if reference else ""
@@ -80,32 +83,21 @@ def markdown(rows: Sequence[Row]) -> str:
         sizes = (size(r.saved_bytes), size(r.peak_bytes), size(r.transient_bytes))
         milliseconds = f"{1e3 * r.seconds:.3g}"
         lines.append((r.op, r.shape, r.direction, r.method, milliseconds, ratio, *sizes, error, where))
-    return _lines(lines)
+    return figure.markdown(head, lines)
 
 
 def gpu_markdown(rows: Iterable[Row]) -> str:
     """One line a row, with the host's time, multiples of the floor, and why a method was not measured."""
-    numbers = ("ms", "host, us", "x floor", "peak", "error")
+    numbers, lines = ("ms", "host, us", "x floor", "peak", "error"), []
     head = ("op", "shape", "dtype", "direction", "method", *numbers, "note")
-    lines = [head, ("---",) * len(head)]
     for r in rows:
         numbers = ((r.seconds, 1e3, ".3g"), (r.host_seconds, 1e6, ".0f"), (r.multiple, 1, ".2f"))
         cells = ["" if value is None else format(unit * value, form) for value, unit, form in numbers]
         error = "" if r.error is None else f"{r.error:.1e}"
         note = r.note.replace("|", "/")
         lines.append((r.op, r.shape, r.dtype, r.direction, r.method, *cells, size(r.peak_bytes), error, note))
-    return _lines(lines)
-
-
-def _lines(rows: Iterable[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return figure.markdown(head, lines)
 
 
 def size(count: int | None) -> str:
-    """Bytes as a text: in MiB from 2**20, in KiB from 2**10."""
-    if count is None:
-        return ""
-    for unit, name in ((2**20, "MiB"), (2**10, "KiB")):
-        if count >= unit:
-            return f"{count / unit:.1f} {name}"
-    return f"{count} B"
+    return "" if count is None else for_people(count)

@@ -130,6 +130,20 @@ def compile_methods(function: typing.Callable) -> dict[str, typing.Callable[[], 
     }
 
 
+def runner(method: str, formula: typing.Callable, op: typing.Callable, device: str, more=(), **options):
+    """Return what ``method`` calls: the op, or the formula, as it is where the name asks for nothing else.
+
+    more: makers of further methods by name. options: of the op.
+    """
+    calls = compile_methods(formula) | dict(more) | ours(op, device, **options)
+    return calls.get(method, lambda: formula)()
+
+
+def laid_out(method: str, x):
+    """Return a tensor or a module in the memory format that the method's name asks for."""
+    return x.to(memory_format=torch.channels_last) if method.endswith("channels_last") else x
+
+
 # ------------------------------------------------------------------------------------------------------------
 
 MAP_METHODS = (
@@ -159,15 +173,10 @@ def _reconstruction(method: str, net: released.ReleasedDecoder, shape, H: int, d
     """``net`` from features of ``shape`` to images of side ``H``."""
     features = draw(shape.N, shape.C, shape.h, shape.h, dtype=dtype, device=device)
     image = torch.sigmoid(draw(shape.N, 3, H, H, dtype=dtype, device=device))
-    if method.endswith("channels_last"):
-        net = net.to(memory_format=torch.channels_last)
-        features = features.to(memory_format=torch.channels_last)
-    features.requires_grad_()
-    calls = compile_methods(net) | {"compile reordered": lambda: compiled(net)}
-    calls |= ours(ops.reconstruction_loss, device, decoder=net.decoder)
-    call = calls.get(method, lambda: net)()
-    parameters = list(net.parameters())
-    leaves = [features, *parameters]
+    net, features = laid_out(method, net), laid_out(method, features).requires_grad_()
+    reordered = {"compile reordered": lambda: compiled(net)}
+    call = runner(method, net, ops.reconstruction_loss, device, reordered, decoder=net.decoder)
+    leaves = [features, *net.parameters()]
     return Workload(lambda: call(features, image), leaves, [*leaves, image, *net.buffers()])
 
 
@@ -179,15 +188,11 @@ def upsample_conv(
 ) -> Workload:
     x = draw(shape.N, shape.C, shape.h, shape.h, dtype=dtype, device=device)
     weight = draw(shape.K, shape.C, 3, 3, dtype=dtype, device=device) / (9 * shape.C) ** 0.5
-    if method.endswith("channels_last"):
-        x, weight = (t.to(memory_format=torch.channels_last) for t in (x, weight))
-    leaves = [t.requires_grad_() for t in (x, weight, draw(shape.K, dtype=dtype, device=device))]
-    convolved = {k: baselines.upsample_conv for k in UPSAMPLE_CONV_METHODS}
-    convolved |= {k: make() for k, make in compile_methods(baselines.upsample_conv).items() if k == method}
-    made = ours(ops.upsample_conv3x3, device, size=2 * shape.h)
-    convolved |= {k: make() for k, make in made.items() if k == method}
+    bias = draw(shape.K, dtype=dtype, device=device)
+    leaves = [t.requires_grad_() for t in (laid_out(method, x), laid_out(method, weight), bias)]
+    call = runner(method, baselines.upsample_conv, ops.upsample_conv3x3, device, size=2 * shape.h)
     # The mean of squares stands for what follows.
-    return Workload(lambda: convolved[method](*leaves).square().mean(), leaves, leaves)
+    return Workload(lambda: call(*leaves).square().mean(), leaves, leaves)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -203,9 +208,8 @@ def supcon(method: str, shape: shapes.SupConShape, dtype=torch.float32, device="
         other = features.detach().roll(1, 0).requires_grad_()
         return Workload(lambda: loss(features, other), [features, other], [features, other])
     formula = baselines.short_supcon if method.endswith("short") else released.released_supcon
-    calls = compile_methods(formula) | ours(ops.supcon_loss, device)
-    calls["compile short"] = lambda: compiled(formula)
-    call = calls.get(method, lambda: formula)()
+    short = {"compile short": lambda: compiled(formula)}
+    call = runner(method, formula, ops.supcon_loss, device, short)
     return Workload(lambda: call(features, label), [features], [features, label])
 
 
@@ -220,14 +224,13 @@ def linear(method: str, shape: shapes.LinearShape, dtype=torch.float32, device="
     input = draw(shape.N, shape.D, dtype=dtype, device=device).requires_grad_()
     weight = (draw(shape.C, shape.D, dtype=dtype, device=device) / shape.D**0.5).requires_grad_()
     target = labels(shape.N, shape.C, device)
-    formula = baselines.cross_entropy
 
     def chunked() -> typing.Callable:
         return functools.partial(F.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions())
 
-    peers = {name: functools.partial(peer, name) for name in ("Liger", "cut-cross-entropy")}
-    calls = compile_methods(formula) | {CHUNKED: chunked} | peers | ours(ops.linear_cross_entropy, device)
-    call = calls.get(method, lambda: formula)()
+    others = {name: functools.partial(peer, name) for name in ("Liger", "cut-cross-entropy")}
+    others[CHUNKED] = chunked
+    call = runner(method, baselines.cross_entropy, ops.linear_cross_entropy, device, others)
     return Workload(lambda: call(input, weight, target), [input, weight], [input, weight, target])
 
 
@@ -238,15 +241,11 @@ DENSE_METHODS = MAP_METHODS
 
 def dense(method: str, shape: shapes.DenseShape, dtype=torch.float32, device="cpu") -> Workload:
     logits = draw(shape.N, shape.C, shape.h, shape.w, dtype=dtype, device=device)
-    if method.endswith("channels_last"):
-        logits = logits.to(memory_format=torch.channels_last)
-    logits.requires_grad_()
+    logits = laid_out(method, logits).requires_grad_()
     target = labels(shape.N * shape.H * shape.W, shape.C, device).view(shape.N, shape.H, shape.W)
     target[:, ::8] = 255
-    formula = released.resized_cross_entropy
     options = dict(align_corners=True, ignore_index=255)
-    calls = compile_methods(formula) | ours(ops.upsample_cross_entropy, device, **options)
-    call = calls.get(method, lambda: formula)()
+    call = runner(method, released.resized_cross_entropy, ops.upsample_cross_entropy, device, **options)
     return Workload(lambda: call(logits, target), [logits], [logits, target])
 
 
@@ -258,11 +257,8 @@ POOL_METHODS = MAP_METHODS
 def pool(method: str, shape: shapes.PoolShape, dtype=torch.float32, device="cpu") -> Workload:
     bn = torch.nn.BatchNorm2d(shape.C).to(device, dtype)
     x = draw(shape.N, shape.C, shape.h, shape.h, dtype=dtype, device=device)
-    if method.endswith("channels_last"):
-        x = x.to(memory_format=torch.channels_last)
-    x.requires_grad_()
-    calls = compile_methods(baselines.norm_relu_pool) | ours(ops.norm_relu_pool, device)
-    call = calls.get(method, lambda: baselines.norm_relu_pool)()
+    x = laid_out(method, x).requires_grad_()
+    call = runner(method, baselines.norm_relu_pool, ops.norm_relu_pool, device)
     leaves = [x, *bn.parameters()]
     return Workload(lambda: call(x, bn).square().mean(), leaves, [*leaves, *bn.buffers()])
 
@@ -273,16 +269,12 @@ def head(method: str, shape: shapes.HeadShape, dtype=torch.float32, device="cpu"
     conv = torch.nn.Conv2d(shape.C, shape.K, 3, stride=shape.stride, padding=1, bias=False).to(device, dtype)
     bn = torch.nn.BatchNorm2d(shape.K).to(device, dtype)
     x = draw(shape.N, shape.C, shape.h, shape.h, dtype=dtype, device=device)
-    if method.endswith("channels_last"):
-        x, conv = x.to(memory_format=torch.channels_last), conv.to(memory_format=torch.channels_last)
-    x.requires_grad_()
+    x, conv = laid_out(method, x).requires_grad_(), laid_out(method, conv)
 
     def fused(x, conv, bn, impl):
         return ops.norm_relu_pool(x, bn, conv=conv, impl=impl)
 
-    formula = baselines.conv_norm_relu_pool
-    calls = compile_methods(formula) | ours(fused, device)
-    call = calls.get(method, lambda: formula)()
+    call = runner(method, baselines.conv_norm_relu_pool, fused, device)
     leaves = [x, conv.weight, *bn.parameters()]
     return Workload(lambda: call(x, conv, bn).square().mean(), leaves, [*leaves, *bn.buffers()])
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -136,7 +135,8 @@ def test_auto_on_cuda_takes_triton_for_more_hidden_channels_than_shared_memory_h
         return calls.names
 
     monkeypatch.setitem(dispatch.UNAVAILABLE, "cuda", None)
-    cuda, triton = (["reconstruction_loss_forward_" + impl] for impl in ("cuda", "triton"))
+    cuda = ["reconstruction_loss_forward_cuda"]
+    triton = ["chain_stage_forward_triton", "chain_loss_forward_triton"]
     assert call("auto", 140, 32) == call("cuda", 140, 32) == cuda
     assert call("auto", 141, 32) == call("triton", 141, 32) == triton
     assert call("auto", 12, 2**15) == triton  # 2^31 pixels
@@ -214,7 +214,7 @@ def test_a_named_implementation_that_cannot_run_on_cuda(impl, words, on_cuda):
 
 
 @pytest.mark.skipif(dispatch.INTERPRETED, reason="Triton interprets its kernels on CPU tensors here")
-@pytest.mark.parametrize("op", [op for op in SMALL if ops.has_kernels(op, "triton")])
+@pytest.mark.parametrize("op", SMALL)
 def test_triton_on_cpu_tensors_says_what_it_takes(op):
     inputs = SMALL[op]().inputs(torch.float32)
     interpreter = "on CPU tensors in Triton's interpreter alone, if TRITON_INTERPRET=1"
@@ -245,12 +245,6 @@ def test_without_triton_there_is_a_reason(on_cuda, monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_available_on_cuda_without_a_gpu():
     assert ops.available("supcon_loss", "cuda")["triton"] == "torch sees no CUDA device"
-
-
-def test_an_op_is_said_to_have_triton_kernels_where_it_has(on_cuda):
-    for op in ops.OPS:
-        exists = importlib.util.find_spec(f"infopro_fast.ops.triton_kernels.{op}") is not None
-        assert (dispatch.missing(op, "triton", on_cuda) is None) == exists, op
 
 
 def test_sources_that_hide_the_installed_package_are_named(tmp_path, monkeypatch):

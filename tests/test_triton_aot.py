@@ -7,14 +7,16 @@ warning compares with the newest version there, and a kernel fails only if it sp
 
 from __future__ import annotations
 
+import re
 import warnings
+from pathlib import Path
 
 import pytest
 
+from infopro_fast.ops import triton_kernels
 from tests import triton_aot
 
 SPILL_BOUND = 64  # bytes that a kernel may spill with a version of Triton that nobody has measured
-MODULES = triton_aot.modules()
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +26,7 @@ def pool():
 
 
 @pytest.mark.parametrize("cc", triton_aot.CAPABILITIES)
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("module", triton_aot.MODULES)
 def test_kernels_fit_the_architecture(module, cc, pool):
     compiled = triton_aot.compile_all(module, cc, pool)
     assert compiled
@@ -83,9 +85,21 @@ def test_a_version_is_compared_with_its_own_row_or_told(version, found, told, fa
 
 def test_kernels_are_launched_with_the_options_that_they_are_compiled_with(pool):
     """They ask for fused multiply-adds: Triton 3.10 changes the default, which would change results."""
-    for module in MODULES:
+    for module in triton_aot.MODULES:
         assert set(pool.submit(options_of, module).result()) == {("enable_fp_fusion", True)}, module
 
 
 def options_of(module: str) -> list[tuple[str, object]]:
-    return [item for c in triton_aot.configurations_of(module, 90) for item in c.kernel.run.keywords.items()]
+    return [item for c in triton_aot.configurations(module, 90) for item in c.kernel.run.keywords.items()]
+
+
+def test_every_kernel_is_compiled(pool):
+    folder = Path(triton_kernels.__file__).parent
+    launched = {
+        name for file in folder.glob("*.py") for name in re.findall(r"@launched\ndef (\w+)", file.read_text())
+    }
+    assert launched == set().union(*(pool.submit(kernels_of, m).result() for m in triton_aot.MODULES))
+
+
+def kernels_of(module: str) -> set[str]:
+    return {c.kernel.__name__ for c in triton_aot.configurations(module, 90)}

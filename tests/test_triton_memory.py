@@ -34,41 +34,10 @@ def allocated(module, monkeypatch, call):
     for name in list(vars(module)):
         if name.endswith("_kernel"):
             monkeypatch.setattr(module, name, _NoKernel())
-    monkeypatch.setattr(module, "multiprocessors", lambda device: H100)
+    monkeypatch.setattr(module, "multiprocessors", lambda device: H100, raising=False)
     with _Allocated() as found:
         call()
     return found.bytes
-
-
-@pytest.mark.parametrize("N", (512, 1024, 4096))
-@pytest.mark.parametrize("C, h", ((16, 32), (32, 16), (64, 8)))
-def test_reconstruction_loss(N, C, h, monkeypatch):
-    """To the byte what the plan says, which tests/test_cuda.py holds the peak on a GPU against."""
-    from infopro_fast.ops.triton_kernels import reconstruction_loss as module
-    from infopro_fast.ops.triton_kernels import reconstruction_loss_plan as plans
-
-    K, H = 12, 32
-    monkeypatch.setattr(module, "capability", lambda device: 90)
-    features, image = torch.empty(N, C, h, h, device="meta"), torch.empty(N, 3, H, H, device="meta")
-    w1, w2, of_k, of_3 = (
-        torch.empty(size, device="meta") for size in ((K, C, 3, 3), (3, K, 3, 3), (K,), (3,))
-    )
-    shape = plans.Shape(N, C, h, h, H, H, K, False)
-    parameters = (w1, of_k, of_k, of_k, w2, of_3)
-    own = {sweep: plans.workspace(shape, sweep, 2 * H100) for sweep in ("statistics", "loss", "backward")}
-    forward = allocated(
-        module, monkeypatch, lambda: module.forward(
-            features, image, *parameters, None, None, [], 1e-5, 0, 0, True
-        )
-    )
-    assert forward == own["statistics"] + own["loss"] + 4 * (1 + 31 * K + 3)
-    saved, grad = torch.empty(31 * K + 3, device="meta"), torch.empty((), device="meta")
-    backward = allocated(
-        module, monkeypatch, lambda: module.backward(
-            grad, features, image, *parameters, saved, [], True, 1e-5, 0, 0, True, True
-        )
-    )
-    assert backward == own["backward"] + 4 * (features.numel() + w1.numel())
 
 
 @pytest.mark.parametrize("M, splits", ((8192, 4), (65536, 1)))

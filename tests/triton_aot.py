@@ -26,6 +26,10 @@ import tempfile
 from pathlib import Path
 
 CAPABILITIES = (80, 90, 100, 120)
+MODULES = (
+    "chain_loss", "chain_stage", "linear_cross_entropy", "norm_relu_pool", "supcon_loss", "upsample_conv3x3",
+    "upsample_cross_entropy",
+)
 TABLE = Path(__file__).with_name("triton_statistics.json")
 
 # Shared memory that one block may have, in bytes.
@@ -49,13 +53,9 @@ class Statistics:
     meant_for_tensor_cores: bool
 
 
-def modules() -> list[str]:
-    """Names of the modules of kernels that say how they are compiled."""
-    from infopro_fast.ops import triton_kernels
-
-    files = sorted(Path(triton_kernels.__file__).parent.glob("*.py"))
-    found = [file.stem for file in files if "def configurations(" in file.read_text()]
-    return [name for name in found if name != "resize"]  # compiled with `upsample_conv3x3`
+def configurations(module: str, cc: int) -> list:
+    """What `tests.triton_configurations` lists, which imports Triton."""
+    return list(getattr(importlib.import_module("tests.triton_configurations"), module)(cc))
 
 
 def processes(count: int = 2) -> concurrent.futures.ProcessPoolExecutor:
@@ -65,13 +65,11 @@ def processes(count: int = 2) -> concurrent.futures.ProcessPoolExecutor:
 
 
 def compile_all(module: str, cc: int, pool: concurrent.futures.Executor) -> list[Statistics]:
-    """Compile every configuration that ``infopro_fast.ops.triton_kernels.<module>`` ships for compute
-    capability ``cc``.
+    """Compile every configuration of a module's kernels for compute capability ``cc``.
 
-    The module has `configurations(cc)`, which yields `target.Compilation`s. pool: `processes`, each takes one
-    at a time.
+    pool: `processes`, each takes one at a time.
     """
-    count = len(configurations_of(module, cc))
+    count = len(configurations(module, cc))
     return list(pool.map(_compile_one, [module] * count, [cc] * count, range(count)))
 
 
@@ -94,16 +92,12 @@ def most(module: str, compiled: list[Statistics]) -> dict[str, tuple[int, int]]:
     return dict(found)
 
 
-def configurations_of(module: str, cc: int) -> list:
-    return list(importlib.import_module(f"infopro_fast.ops.triton_kernels.{module}").configurations(cc))
-
-
 def _compile_one(module: str, cc: int, index: int) -> Statistics:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    c = configurations_of(module, cc)[index]
+    c = configurations(module, cc)[index]
     attributes = {(c.kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in c.aligned}
     source = ASTSource(fn=c.kernel, signature=c.signature, constexprs=c.constexprs, attrs=attributes)
     options = {"num_warps": c.num_warps, "num_stages": c.num_stages, **c.kernel.run.keywords}
@@ -173,7 +167,7 @@ def _write_rows(module: str, found: dict[str, dict[str, list[int]]]) -> None:
 if __name__ == "__main__":
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("modules", nargs="*", metavar="MODULE", default=modules())
+    parser.add_argument("modules", nargs="*", metavar="MODULE", default=MODULES)
     parser.add_argument("--processes", type=int, default=2)
     arguments = parser.parse_args()
     _write_table(arguments.modules, arguments.processes)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,11 +16,11 @@ from typing import Any
 
 import torch
 
-from infopro_fast import info
+from infopro_fast import figure, info
 from infopro_fast.errors import PlanError
 from infopro_fast.modules import CIFAR10_MEAN, CIFAR10_STD, LocalNetwork, backbones
 from infopro_fast.planning.building import build
-from infopro_fast.planning.live import Bytes, nbytes
+from infopro_fast.planning.live import Bytes, nbytes, saved_bytes, seconds
 from infopro_fast.planning.planner import plan
 from infopro_fast.planning.released import with_released_losses
 from infopro_fast.trainer.schedule import released_sgd
@@ -99,8 +98,9 @@ def write(found: list[Measured], arch: str, batch_size: int, image_size: int, fo
     )
     rows = [{**asdict(m), "name": m.way.name, "peak": m.peak and m.peak._asdict()} for m in found]
     content = {"where": where, "arch": arch, "batch_size": batch_size, "rows": rows}
+    table = figure.markdown(figures.COLUMNS, figures.comparison_rows(found))
     paths = [folder / f"memory.{kind}" for kind in ("md", "json", "png")]
-    replace_file(paths[0], f"{title}\n\n{figures.comparison_markdown(found)}\n\n{note}\n".encode())
+    replace_file(paths[0], f"{title}\n\n{table}\n\n{note}\n".encode())
     replace_file(paths[1], (json.dumps(content, indent=1) + "\n").encode())
     figures.draw_comparison(found, title, paths[2])
     return paths
@@ -155,9 +155,8 @@ def _start(way: dict, arch: str, batch_size: int, image_size: int, device: str, 
 def _seconds_here(way: dict, rounds: int, device: str, **case) -> list[float]:
     """Return the seconds of a step this way and of one end to end, medians."""
     steps = [_start(each, device=device, **case)[-1] for each in (way, asdict(Way()))]
-    for step in steps:
-        _seconds(step, torch.device(device))  # so that the heap has grown
-    taken = [[_seconds(step, torch.device(device)) for step in steps] for _ in range(rounds)]
+    taken = [[seconds(step, device) for step in steps] for _ in range(1 + rounds)]
+    taken = taken[1:]  # the first, in which the heap grows, does not count
     return [statistics.median(times) for times in zip(*taken)]
 
 
@@ -171,7 +170,7 @@ def _bytes_here(way: dict, device: str, **case) -> dict[str, Any]:
     entries = [entry for optimizer in trainer.optimizers for entry in optimizer.state.values()]
     state = [t for entry in entries for t in entry.values() if isinstance(t, torch.Tensor)]
     loaded = [*trainer.net.parameters(), *trainer.net.buffers()]
-    saved = _saved_by_compiled(step, [*loaded, image, label])
+    saved = saved_bytes(step, [*loaded, image, label])
     found = {"parameters": nbytes(loaded), "optimizer": nbytes(state), "saved": saved}
     return found | {"peak": None, "resident": resident}
 
@@ -184,27 +183,3 @@ def _peak(step: Callable[[], None], device: torch.device) -> int:
     before = torch.cuda.memory_allocated(device)
     step()
     return torch.cuda.max_memory_allocated(device) - before
-
-
-def _seconds(step: Callable[[], None], device: torch.device) -> float:
-    start = time.perf_counter()
-    step()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
-
-
-def _saved_by_compiled(step: Callable[[], None], loaded: list[torch.Tensor]) -> int:
-    """Return the bytes that compiled code gives autograd to keep; `LiveBytes` would run it uncompiled."""
-    there = {t.untyped_storage()._cdata for t in loaded}
-    kept: dict[int, int] = {}
-
-    def pack(t: torch.Tensor) -> torch.Tensor:
-        storage = t.untyped_storage()
-        if storage._cdata not in there:
-            kept[storage._cdata] = storage.nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        step()
-    return sum(kept.values())

@@ -85,11 +85,6 @@ def comparison_rows(found: Sequence[Measured]) -> list[list[str]]:
     return rows
 
 
-def comparison_markdown(found: Sequence[Measured]) -> str:
-    lines = [COLUMNS, ["---"] * len(COLUMNS), *comparison_rows(found)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in lines)
-
-
 def draw_comparison(found: Sequence[Measured], title: str, path: Path) -> None:
     """Draw stacked bytes at the step's highest point, a mark at the peak that the system saw, and time."""
     figure, (memory, time) = new_figure((12, 1.2 + 0.42 * len(found)), columns=2, ratios=(3, 1))

@@ -20,7 +20,7 @@ from infopro_fast.errors import PlanError
 from infopro_fast.planning.chains import Source, batch, usual_loss
 from infopro_fast.planning.costs import ChainCosts, measure_chain
 from infopro_fast.planning.fake import FakeTensorMode
-from infopro_fast.planning.planner import best_cuts
+from infopro_fast.planning.planner import best_cuts, spans_of
 from infopro_fast.whole_files import replace_file
 
 BUCKET = 25 * 2**20  # bytes of DistributedDataParallel's buckets
@@ -106,10 +106,9 @@ def _network(
     """times: measured costs. bytes_of: costs of fake tensors, whose bytes are exact."""
     n = len(times)
     try:
-        ends = (*best_cuts(times.seconds, n, modules, times.cut_allowed), n - 1)
+        spans = spans_of(best_cuts(times.seconds, n, modules, times.cut_allowed), n)
     except ValueError as error:
         raise PlanError(f"{arch}, {modules} modules: {error}".replace("best_cuts: modules: ", "")) from error
-    starts = (0, *(end + 1 for end in ends))
 
     def gradients(a: int, b: int, loss: bool) -> int:
         own = sum(block.parameters for block in bytes_of.blocks[a : b + 1])
@@ -117,14 +116,14 @@ def _network(
 
     local = tuple(
         Work(times.seconds(a, b) / speedup, gradients(a, b, True), bytes_of.blocks[b].output)
-        for a, b in zip(starts, ends)
+        for a, b in spans
     )
     plain = []
     for i, block in enumerate(times.blocks):
         last = i == n - 1
         seconds = block.seconds + (times.losses[i].seconds if last else 0.0)
         plain.append(Work(seconds / speedup, gradients(i, i, last), bytes_of.blocks[i].output))
-    cuts = tuple(positions[end] for end in ends[:-1])
+    cuts = tuple(positions[end] for _, end in spans[:-1])
     return Network(arch, batch_size, local, tuple(plain), carried, cuts)
 
 
@@ -159,9 +158,7 @@ def ddp_seconds(blocks: Sequence[Work], replicas: int, link: Link) -> float:
 def stages_of(works: Sequence[Work], stages: int) -> list[Sequence[Work]]:
     """Split into contiguous runs whose slowest is fastest."""
     cuts = best_cuts(lambda a, b: sum(work.seconds for work in works[a : b + 1]), len(works), stages)
-    ends = (*cuts, len(works) - 1)
-    starts = (0, *(end + 1 for end in ends))
-    return [works[a : b + 1] for a, b in zip(starts, ends)]
+    return [works[a : b + 1] for a, b in spans_of(cuts, len(works))]
 
 
 def local_pipeline_seconds(net: Network, stages: int, replicas: int, cluster: Cluster) -> float:
@@ -267,8 +264,6 @@ def write(
         {"network": dataclasses.asdict(net), "predictions": [dataclasses.asdict(p) for p in predictions]}
         for net, predictions in zip(nets, found)
     ]
-    facts = info.collect()
-    where = {"cpu": facts["cpu"]["model"], "isa": facts["cpu"]["isa"], **facts["versions"]}
-    whole = {"where": where, "cluster": dataclasses.asdict(cluster), "networks": content}
+    whole = {"where": info.provenance(), "cluster": dataclasses.asdict(cluster), "networks": content}
     replace_file(numbers, (json.dumps(whole, indent=1) + "\n").encode())
     return png, numbers

@@ -57,19 +57,12 @@ def load_kernels(kind: str) -> str | None:
     return None
 
 
-def _installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ImportError:
-        return False
-
-
 # Why an implementation cannot run in this process, None if it can. Loaded at import: a compiler that traces
 # an op finds constants here, not file names and dlopen.
 UNAVAILABLE = {
     "cpu": load_kernels("cpu"),
     "cuda": load_kernels("cuda") if torch.version.cuda else "torch was built without CUDA",
-    "triton": None if _installed("triton") else "triton is not installed",
+    "triton": None if importlib.util.find_spec("triton") else "triton is not installed",
 }
 
 
@@ -90,7 +83,6 @@ def cpu_isa() -> str | None:
 
 
 _CUDA_OPS: set[str] = set()
-_TRITON_OPS: set[str] = set()
 
 
 def define_kernels(
@@ -109,16 +101,13 @@ def define_kernels(
     Args:
         schema: "<op>_forward(...) -> ..." or "<op>_backward(...) -> ...", for all implementations.
         fake: the outputs' shapes and dtypes, for tracing.
-        cuda, triton: whether the op has CUDA C++ and Triton kernels; no Triton kernels without that file.
+        cuda, triton: whether there are CUDA C++ and Triton kernels.
         triton_fake: the fake of the Triton kernels, if they return another dtype.
     """
     name, arguments = schema.split("(", 1)
     op, direction = name.rsplit("_", 1)
     if cuda:
         _CUDA_OPS.add(op)
-    triton = triton and _installed(f"{__package__}.triton_kernels.{op}")
-    if triton:
-        _TRITON_OPS.add(op)
     defined = {}
     for impl in ("cpu", *(["triton"] if triton else []), *(["cuda"] if cuda else [])):
         full = name + SUFFIX[impl]
@@ -171,11 +160,8 @@ def available(op: str, device: str | torch.device) -> dict[str, str | None]:
 
 
 def has_kernels(op: str, impl: str) -> bool:
-    """Whether ``impl`` implements ``op`` on some machine.
-
-    Every op has a reference, CPU kernels and Triton kernels; some have CUDA C++ kernels.
-    """
-    return op in {"triton": _TRITON_OPS, "cuda": _CUDA_OPS}.get(impl, (op,))
+    """Whether ``impl`` implements ``op`` on some machine: "cuda" implements some ops, the others all."""
+    return impl != "cuda" or op in _CUDA_OPS
 
 
 def missing(op: str, impl: str, device: torch.device) -> str | None:
@@ -184,7 +170,7 @@ def missing(op: str, impl: str, device: torch.device) -> str | None:
     if impl == "cpu":
         return load_cpu_kernels() if kind == "cpu" else f"runs on CPU tensors, not on {kind}"
     if not has_kernels(op, impl):
-        return f"{op} has no {'Triton' if impl == 'triton' else 'CUDA C++'} kernels"
+        return f"{op} has no CUDA C++ kernels"
     if impl == "triton" and kind == "cpu" and INTERPRETED:
         return UNAVAILABLE["triton"]
     if impl == "triton" and kind == "cpu":

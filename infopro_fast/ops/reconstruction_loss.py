@@ -8,7 +8,8 @@ For each stage of the decoder, with a = h at first, the last stage without batch
     loss = mean BCE(sigmoid(z), image), or the mean squared or absolute error
 
 `reconstruction_loss_layers` reads the decoder. The decoder of the authors' CIFAR code, one hidden stage, runs
-as one op (`reconstruction_loss_single`), a longer one as an op a stage (`reconstruction_loss_chain`).
+as one op on the CPU and in CUDA C++ (`reconstruction_loss_single`). Longer decoders, and all of them under
+Triton, run as an op a stage (`reconstruction_loss_chain`).
 """
 
 from __future__ import annotations
@@ -69,8 +70,8 @@ def reconstruction_loss(
     Raises:
         TypeError, ValueError: names the argument or the layer, what was expected and what came.
 
-    The kernels keep for backward the inputs and, for a CIFAR decoder of K hidden channels, 31 K + 3 numbers;
-    for other decoders, of each hidden stage its z (N K H W numbers) and 2 K numbers.
+    The kernels keep for backward the inputs and, for each hidden stage of K channels, its z (N K H W numbers)
+    and 2 K numbers. "cpu" and "cuda" keep for a CIFAR decoder 31 K + 3 numbers in all.
     """
     stages = decoder_stages(decoder)
     _check(features, image, stages[0].conv.in_channels, interpolate_mode, loss, image_mean, image_std)
@@ -86,7 +87,7 @@ def reconstruction_loss(
         options = (interpolate_mode, loss, image_mean, image_std)
         return reconstruction_loss_ref(features, image, decoder, layers, *options)
     restore = [] if image_mean is None else [float(v) for v in (*image_mean, *image_std)]
-    run = single_loss if layers.single else chain_loss
+    run = single_loss if layers.single and chosen != "triton" else chain_loss
     return run(features, image, layers, LOSSES.index(loss), restore, chosen)
 
 

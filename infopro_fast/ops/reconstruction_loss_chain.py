@@ -1,4 +1,4 @@
-"""Decoders of several stages, as in the authors' ImageNet and Cityscapes code, for `reconstruction_loss`.
+"""Decoders of any number of stages, an op a stage, for `reconstruction_loss`.
 
 A stage takes z of the stage before, in front of its batch norm, and makes the next:
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from . import dispatch
 from .batch_norm import Norm, sync_group, uses_batch_statistics
-from .resize import CORNERS, fits, most_sources, resize_of
+from .resize import CORNERS, most_sources, resize_of
 
 OP = "reconstruction_loss"
 FORM = (
@@ -53,7 +53,7 @@ class Layers(typing.NamedTuple):
     resizes: one a stage. norms, batch_statistics, groups: for each hidden stage its batch norm, whether that
     takes the batch's statistics, and the process group it shares them with, or None. cuda_limits: for each
     stage, why the CUDA C++ kernels cannot run it, or None; () if the call is not for a GPU. single: whether
-    the decoder has the form of the authors' CIFAR code, which has kernels of its own.
+    the decoder has the form of the authors' CIFAR code, which is one op on the CPU and in CUDA C++.
     """
 
     stages: tuple[Stage, ...]
@@ -192,9 +192,8 @@ def _resize_by(upsample: nn.Upsample, h: int, w: int) -> Resize:
 
 def limitations(layers: Layers, device: torch.device) -> dict[str, str | None]:
     """Return for "cuda" and "triton" why their kernels cannot run the call, or None."""
-    if layers.single:
-        return {"cuda": layers.cuda_limits[0]}
-    return {"cuda": _cuda_limitation(layers, device), "triton": _triton_limitation(layers.resizes)}
+    cuda = layers.cuda_limits[0] if layers.single else _cuda_limitation(layers, device)
+    return {"cuda": cuda, "triton": _triton_limitation(layers.resizes)}
 
 
 def implementations(layers: Layers, impl: str) -> tuple[str, ...]:
@@ -219,8 +218,8 @@ def _triton_limitation(resizes: tuple[Resize, ...]) -> str | None:
         if factors and mode != CORNERS and (H, W) != (h * factors[0], w * factors[1]):
             takes = "which kernels for the CPU alone take"
             return f"an Upsample by {factors} makes maps of ({h}, {w}) no whole size, {takes}"
-        if not fits(h, w, H, W) or H * W >= 2**31:
-            return f"an Upsample of ({h}, {w}) to ({H}, {W}) needs more than 32 bits to count in"
+        if max(h * w, H * W) >= 2**31:
+            return f"maps of ({h}, {w}) and ({H}, {W}) need more than 32 bits to count in"
     return None
 
 

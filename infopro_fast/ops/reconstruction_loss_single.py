@@ -1,4 +1,4 @@
-"""The decoder of the authors' CIFAR code as one op, for `reconstruction_loss`.
+"""The decoder of the authors' CIFAR code as one op on the CPU and in CUDA C++, for `reconstruction_loss`.
 
     u = resize(h)              (N, C, H, W)
     z = conv3x3(u) + b1        (N, K, H, W)
@@ -68,6 +68,7 @@ _FORWARD = define_kernels(
     "float eps, int mode, int loss, bool needs_grad) -> (Tensor loss, Tensor saved)",
     _forward_fake,
     cuda=True,
+    triton=False,
 )
 _BACKWARD = define_kernels(
     f"reconstruction_loss_backward(Tensor grad, {_TENSORS}, Tensor saved, float[] restore, "
@@ -75,6 +76,7 @@ _BACKWARD = define_kernels(
     "-> (Tensor, Tensor, Tensor)",
     _backward_fake,
     cuda=True,
+    triton=False,
 )
 
 

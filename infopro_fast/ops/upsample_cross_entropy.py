@@ -25,7 +25,6 @@ import torch.nn.functional as F
 
 from .dispatch import check_floating, compute_dtype, define_kernels, first_order, no_autocast, resolve
 from .linear_cross_entropy import REDUCTIONS, check_options, reduce_rows
-from .resize import fits
 
 OP = "upsample_cross_entropy"
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -100,7 +99,7 @@ def _triton_limitation(logits: torch.Tensor, target: torch.Tensor) -> str | None
     (N, C, h, w), (H, W) = logits.shape, target.shape[1:]
     # A program takes at least 32 pixels of a row; in backward, 16 classes of 32 source pixels.
     programs = max(N * H * -(-W // 32), N * -(-C // 16) * h * -(-w // 32))
-    if fits(h, w, H, W) and programs < 2**30:
+    if max((2 * H + 1) * h, (2 * W + 1) * w) < 2**31 and programs < 2**30:
         return None
     return f"logits {tuple(logits.shape)} and target {tuple(target.shape)} need more than 32 bits to count in"
 

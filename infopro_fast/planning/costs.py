@@ -6,7 +6,6 @@ module's highest point. Equal blocks or auxiliary networks at the same shape are
 
 from __future__ import annotations
 
-import time
 import typing
 from collections.abc import Callable, Sequence
 
@@ -16,7 +15,7 @@ from torch import nn
 from infopro_fast.modules import LocalLoss, LocalNetwork, Stage, Tap
 from infopro_fast.modules.local_step import GradientOf, local_step
 
-from .live import LiveBytes, nbytes
+from .live import LiveBytes, nbytes, seconds
 
 
 class BlockCost(typing.NamedTuple):
@@ -161,7 +160,7 @@ def _measure_block(stage: Stage, x: torch.Tensor, first: bool, timed: bool) -> t
     kept, forward, backward, result = _block_bytes(stage, x, parameters, outlived=False)
     *_, backward_last, _ = _block_bytes(stage, x, parameters, outlived=True)
     output = result.untyped_storage().nbytes()
-    seconds = _seconds(lambda: _run_block(stage, x, result, parameters)) if timed else 0.0
+    seconds = _best_of_three(lambda: _run_block(stage, x, result, parameters)) if timed else 0.0
     size = nbytes(parameters)
     return BlockCost(kept - output, output, forward, backward, backward_last, size, seconds), result
 
@@ -216,7 +215,7 @@ def _measure_loss(
     with live:
         run()
         left = live.now.total
-    seconds = _seconds(run) if timed else 0.0
+    seconds = _best_of_three(run) if timed else 0.0
     return LossCost(live.most_saved, live.peak.total, nbytes(parameters), seconds, left)
 
 
@@ -234,11 +233,6 @@ class _NoOptimizer:
             p.grad = None
 
 
-def _seconds(call: Callable[[], object]) -> float:
+def _best_of_three(call: Callable[[], object]) -> float:
     call()
-    taken = []
-    for _ in range(3):
-        start = time.perf_counter()
-        call()
-        taken.append(time.perf_counter() - start)
-    return min(taken)
+    return min(seconds(call) for _ in range(3))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import time
 import typing
 import weakref
 from collections.abc import Iterable, Iterator
@@ -173,3 +174,33 @@ def nbytes(tensors: Iterable[torch.Tensor | None]) -> int:
     """Return the bytes of these tensors' storages, each counted once."""
     storages = [t.untyped_storage() for t in tensors if t is not None]
     return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+
+
+def saved_bytes(call: typing.Callable[[], object], beside: Iterable[torch.Tensor] = ()) -> int:
+    """Return the bytes that the graph of ``call`` keeps, each storage once, without tensors ``beside`` it.
+
+    Compiled code runs as it is, which `LiveBytes` would run uncompiled.
+    """
+    alive = {t.untyped_storage()._cdata for t in beside}
+    kept: dict[int, int] = {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        storage = t.untyped_storage()
+        if storage._cdata not in alive:
+            kept[storage._cdata] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        result = call()  # held until the sum is taken, so that no address is used twice
+    total = sum(kept.values())
+    del result
+    return total
+
+
+def seconds(call: typing.Callable[[], object], device: str = "cpu") -> float:
+    """Return the seconds of ``call``, until the device has done its work."""
+    start = time.perf_counter()
+    call()
+    if device != "cpu":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -50,6 +50,12 @@ def best_cuts(
 
     least = _search(once, blocks, modules, ends, lambda largest, own: max(largest, own), math.inf)[0]
     return _search(once, blocks, modules, ends, lambda total, own: total + own * own, least)[1]
+
+
+def spans_of(cuts: Sequence[int], blocks: int) -> list[tuple[int, int]]:
+    """Return the first and last block of every module."""
+    ends = (*cuts, blocks - 1)
+    return list(zip((0, *(end + 1 for end in cuts)), ends))
 
 
 def _search(
@@ -239,9 +245,7 @@ class MeasuredChain:
             "saved": lambda a, b: costs.saved(a, b, count_image=True),
             "time": lambda a, b: self.seconds.seconds(a, b),
         }[objective]
-        ends = (*best_cuts(cost, n, modules, costs.cut_allowed), n - 1)
-        spans = list(zip([0, *(end + 1 for end in ends)], ends))
-        found = []
+        spans, found = spans_of(best_cuts(cost, n, modules, costs.cut_allowed), n), []
         for a, b in spans:
             parameters = costs.losses[b].parameters + sum(c.parameters for c in costs.blocks[a : b + 1])
             seconds = self.seconds.seconds(a, b) if objective == "time" else 0.0
@@ -250,7 +254,7 @@ class MeasuredChain:
             found.append(PlannedModule(name, b - a + 1, saved, peak, parameters, seconds))
         resident = 2 * sum(module.parameters for module in found) + self.buffers + self.batch_bytes
         end_to_end = {"peak": self.plain.peak(0, n - 1), "saved": self.plain.saved(0, n - 1)}
-        cuts = tuple(self.net.positions[end] for end in ends[:-1])
+        cuts = tuple(self.net.positions[end] for _, end in spans[:-1])
         what = (self.name, self.size, self.batch_size, cuts, self.recompute, self.source.losses, objective)
         return Plan(*what, tuple(found), resident, end_to_end)
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from infopro_fast import data
+from infopro_fast import data, figure
 from infopro_fast.errors import ConfigError, NonFiniteError, RunError
 from infopro_fast.info import provenance
 from infopro_fast.trainer import run_folder, setup
@@ -280,18 +280,20 @@ def table(found: Sequence[dict], settings: ProbeSettings) -> str:
         "I(h, x) and I(h, y) are lower bounds; one below 0 means that the probe did worse than without "
         "features.",
         "",
-        "| method | runs | block | reconstruction loss, nats | I(h, x) >=, nats a pixel | I(h, y) >=, nats "
-        "| I(h, y) >=, bits | classifier, % | linear probe, % |",
-        "|" + " --- |" * 9,
     ]
+    head = (
+        "method", "runs", "block", "reconstruction loss, nats", "I(h, x) >=, nats a pixel",
+        "I(h, y) >=, nats", "I(h, y) >=, bits", "classifier, %", "linear probe, %",
+    )
+    rows = []
     for method in found:
         for row in method["blocks"]:
             cells = [method["method"], len(method["seeds"]), f"{row['depth']} {row['block']}"]
             nats = ("reconstruction", "pixel_information", "label_information", "label_information_bits")
             cells += [_cell(row[q], 4) for q in nats]
             cells += [_cell(row[q], 2, 100) for q in ("classifier_accuracy", "linear_accuracy")]
-            lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines) + "\n"
+            rows.append(cells)
+    return "\n".join([*lines, figure.markdown(head, rows)]) + "\n"
 
 
 def _cell(value: dict[str, float | None], digits: int, scale: float = 1) -> str:

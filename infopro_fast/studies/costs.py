@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import statistics
-import time
 from typing import Any
 
 import torch
 
 from infopro_fast.memory.resident import KEEPING, in_a_process
 from infopro_fast.memory.step import measure_step
+from infopro_fast.planning.live import seconds
 from infopro_fast.trainer import schedule, setup
 from infopro_fast.trainer.settings.config import TrainConfig
 from infopro_fast.trainer.step import LocalTrainer
@@ -39,17 +39,9 @@ def measure_here(settings: str) -> dict[str, Any]:
     trainer = LocalTrainer(net, sgd, amp=setup.amp_dtype(config))
     batch = {"dtype": getattr(torch, config.dtype), "device": torch.device(config.device)}
     image, label = next(images.train_epoch(config.batch_size, seed=0, epoch=0, **batch))
-    seconds = [_seconds(trainer, image, label) for _ in range(2 + STEPS)][2:]
+    times = [seconds(lambda: trainer.step(image, label), config.device) for _ in range(2 + STEPS)][2:]
     memory = measure_step(trainer, image, label)
-    return {"seconds": statistics.median(seconds), "saved": memory.saved, "peak": memory.peak}
-
-
-def _seconds(trainer: LocalTrainer, image: torch.Tensor, label: torch.Tensor) -> float:
-    start = time.perf_counter()
-    trainer.step(image, label)
-    if image.device.type == "cuda":
-        torch.cuda.synchronize(image.device)
-    return time.perf_counter() - start
+    return {"seconds": statistics.median(times), "saved": memory.saved, "peak": memory.peak}
 
 
 def key(config: TrainConfig) -> str:

@@ -115,8 +115,15 @@ def test_empty_batch():
 
 
 def test_sizes_beyond_its_counters_are_refused():
-    x, weight = torch.zeros(1, 1, 1, 40000), torch.zeros(1, 1, 3, 3)
-    with pytest.raises(
-        ValueError, match="upsample_conv3x3: impl='triton' takes .* below 2\\^31, got maps of \\(1, 40000\\)"
-    ):
-        upsample_conv3x3(x, weight, None, (1, 40000), impl="triton")
+    x, weight = torch.zeros(1, 1, 1, 1).expand(1, 1, 2**16, 2**15), torch.zeros(1, 1, 3, 3)
+    with pytest.raises(ValueError, match="takes h w and H W below 2\\^31, got maps of \\(65536, 32768\\)"):
+        upsample_conv3x3(x, weight, None, (1, 1), impl="triton")
+
+
+def test_positions_of_a_resize_may_be_beyond_32_bits():
+    x, weight = torch.randn(1, 1, 1, 40000), torch.randn(1, 1, 3, 3)
+    found, wanted = (
+        upsample_conv3x3(x.to(dtype), weight.to(dtype), None, (1, 40001), impl=impl)
+        for impl, dtype in (("triton", torch.float32), ("reference", torch.float64))
+    )
+    compare.assert_close(found, wanted)

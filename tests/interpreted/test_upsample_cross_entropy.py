@@ -199,15 +199,15 @@ class Launches:
 )
 def test_programs_are_counted_in_the_one_dimension_that_takes_so_many(N, C, h, H, monkeypatch):
     """Others hold 65535. A program: BLOCK_P pixels of a row; BLOCK_C classes of BLOCK_W pixels."""
-    kernels = {name: Launches() for name in ("_forward_kernel", "_finish_kernel", "_backward_kernel")}
+    kernels = {name: Launches() for name in ("forward_kernel", "finish_kernel", "backward_kernel")}
     for name, launches in kernels.items():
         monkeypatch.setattr(module, name, launches)
     logits = torch.zeros(1, 1, 1, 1).expand(N, C, h, 40).requires_grad_()
     target = torch.zeros(1, 1, 1, dtype=torch.uint8).expand(N, H, 100)
     upsample_cross_entropy(logits, target, impl="triton").backward()
     tiles = module.choose_tiles(C)
-    assert kernels["_forward_kernel"].grids == [(N * H * -(-100 // tiles.forward_p),)]
-    assert kernels["_backward_kernel"].grids == [(N * -(-C // tiles.block_c) * h * -(-40 // tiles.block_w),)]
+    assert kernels["forward_kernel"].grids == [(N * H * -(-100 // tiles.forward_p),)]
+    assert kernels["backward_kernel"].grids == [(N * -(-C // tiles.block_c) * h * -(-40 // tiles.block_w),)]
 
 
 def test_sizes_beyond_its_counters_are_refused():

@@ -1,8 +1,8 @@
 """Triton kernels of a chain decoder's last stage: the convolution to 3 channels and the loss of its logits.
 
     s = conv3x3(resize(a)) + bias          (N, 3, H, W), float32, transient       `chain_stage`
-    loss = mean of the loss of a pixel     _loss_kernel, a partial sum a program, added up in float64
-    ds                                     _gradient_kernel, in place of s
+    loss = mean of the loss of a pixel     loss_kernel, a partial sum a program, added up in float64
+    ds                                     gradient_kernel, in place of s
 
 Forward and backward each compute s, the only tensor of the image's size. Bytes a sample, beside a stage's:
 24 H W forward, 60 H W backward (the sums of ds and the convolution's gradients read it again), and the image.
@@ -10,17 +10,34 @@ Forward and backward each compute s, the only tensor of the image's size. Bytes 
 
 from __future__ import annotations
 
-import typing
-
 import torch
 import triton
 import triton.language as tl
 
 from . import chain_stage as stage
-from .pixel import load_target, pixel_loss
-from .target import Compilation, compilation, launched
+from .target import launched
 
 BLOCK = 1024  # pixels of a plane that a program takes
+
+
+@triton.jit
+def _pixel_loss(s, t, LOSS):
+    """Loss of a pixel from its logit s and target t, and the derivative in s; nothing overflows or cancels.
+
+    LOSS: index into the losses of `reconstruction_loss`: 0, bce; 1, mse; 2, l1.
+    """
+    e = tl.exp(-tl.abs(s))
+    inverse = 1 / (1 + e)
+    small = e * inverse  # sigmoid(-|s|)
+    if LOSS == 0:
+        log1p = tl.where(e < 0.01, e * (1 - e * (0.5 - e * (1.0 / 3 - e * 0.25))), tl.log(1 + e))
+        loss = tl.where(s > 0, s * (1 - t), -s * t) + log1p
+        return loss, tl.where(s > 0, (1 - t) - small, small - t)
+    off = tl.where(s > 0, (1 - t) - small, small - t)
+    slope = small * inverse
+    if LOSS == 1:
+        return off * off, 2 * off * slope
+    return tl.abs(off), tl.where(off > 0, slope, tl.where(off < 0, -slope, 0.0))
 
 
 @triton.jit
@@ -31,29 +48,31 @@ def _pixels(s, image, W, HW, stride_n, stride_o, stride_y, stride_x, m0, m1, m2,
     n, o = (plane // 3).to(tl.int64), plane % 3
     pixel = block * BLOCK + tl.arange(0, BLOCK)
     inside = pixel < HW
-    mean = tl.where(o == 0, m0, tl.where(o == 1, m1, m2))
-    deviation = tl.where(o == 0, d0, tl.where(o == 1, d1, d2))
     row, column = (pixel // W).to(tl.int64), (pixel % W).to(tl.int64)
     at = n * stride_n + o.to(tl.int64) * stride_o + row * stride_y + column * stride_x
-    target = load_target(image, at, inside, mean, deviation, RESTORE)
+    target = tl.load(image + at, mask=inside, other=0.0).to(tl.float32)
+    if RESTORE:  # the image from its normalised form
+        mean = tl.where(o == 0, m0, tl.where(o == 1, m1, m2))
+        deviation = tl.where(o == 0, d0, tl.where(o == 1, d1, d2))
+        target = tl.minimum(tl.maximum(target * deviation + mean, 0.0), 1.0)
     place = plane.to(tl.int64) * HW + pixel
     return tl.load(s + place, mask=inside, other=0.0), target, place, inside
 
 
 @launched
-def _loss_kernel(
+def loss_kernel(
     s, image, partial, W, HW, stride_n, stride_o, stride_y, stride_x, m0, m1, m2, d0, d1, d2,
     RESTORE: tl.constexpr, LOSS: tl.constexpr, BLOCK: tl.constexpr,
 ):
     logit, target, place, inside = _pixels(
         s, image, W, HW, stride_n, stride_o, stride_y, stride_x, m0, m1, m2, d0, d1, d2, RESTORE, BLOCK
     )
-    loss, slope = pixel_loss(logit, target, LOSS)
+    loss, slope = _pixel_loss(logit, target, LOSS)
     tl.store(partial + tl.program_id(0), tl.sum(tl.where(inside, loss, 0.0)))
 
 
 @launched
-def _gradient_kernel(
+def gradient_kernel(
     s, image, grad, weight, W, HW, stride_n, stride_o, stride_y, stride_x, m0, m1, m2, d0, d1, d2,
     RESTORE: tl.constexpr, LOSS: tl.constexpr, BLOCK: tl.constexpr,
 ):
@@ -61,7 +80,7 @@ def _gradient_kernel(
     logit, target, place, inside = _pixels(
         s, image, W, HW, stride_n, stride_o, stride_y, stride_x, m0, m1, m2, d0, d1, d2, RESTORE, BLOCK
     )
-    loss, slope = pixel_loss(logit, target, LOSS)
+    loss, slope = _pixel_loss(logit, target, LOSS)
     tl.store(s + place, slope * (tl.load(grad).to(tl.float32) * weight), mask=inside)
 
 
@@ -89,7 +108,7 @@ def forward(x, mean, var, gamma, beta, eps, weight, bias, image, restore, mode, 
     s = _logits(x, stage.norm_of(mean, var, gamma, beta, eps), weight, bias, image, mode)
     grid, sizes, compiled = _common(s, image, restore, loss)
     partial = torch.empty(grid, dtype=torch.float32, device=s.device)
-    _loss_kernel[grid](s, image, partial, *sizes, *compiled)
+    loss_kernel[grid](s, image, partial, *sizes, *compiled)
     return (partial.sum(dtype=torch.float64) / s.numel()).float()
 
 
@@ -104,21 +123,5 @@ def backward(
     else:
         s = _logits(x, norm, weight, bias, image, mode)
         grid, sizes, compiled = _common(s, image, restore, loss)
-        _gradient_kernel[grid](s, image, grad, 1.0 / s.numel(), *sizes, *compiled)
+        gradient_kernel[grid](s, image, grad, 1.0 / s.numel(), *sizes, *compiled)
     return *stage.through(s, x, norm, weight, mode, needs_x, needs_weight), s.sum((0, 2, 3))
-
-
-# For tests that compile ahead of time
-
-
-def configurations(cc: int) -> typing.Iterator[Compilation]:
-    """Both kernels with each loss, dtype and layout of the image, and for one pixel."""
-    cases = [
-        ("fp32", 0, True, {"stride_x": 1}), ("bf16", 1, True, {"stride_o": 1}),
-        ("fp16", 2, False, {"W": 1, "HW": 1, "stride_x": 1}),
-    ]
-    for dtype, loss, restore, fixed in cases:
-        for kernel in (_loss_kernel, _gradient_kernel):
-            floats = dict.fromkeys(("weight", "m0", "m1", "m2", "d0", "d1", "d2"), "fp32")
-            fixed |= {"RESTORE": restore, "LOSS": loss, "BLOCK": BLOCK}
-            yield compilation(kernel, floats | {"image": f"*{dtype}"}, fixed)

@@ -1,11 +1,11 @@
 """Triton kernels of a stage of a chain decoder: z_prev (N, C, h, w), weight (K, C, 1 or 3, 1 or 3), z (N, K,
 H, W).
 
-    a  = relu(gamma x + beta),  x = (z_prev - mean) / std       _activation_kernel; the first stage: features
+    a  = relu(gamma x + beta),  x = (z_prev - mean) / std       activation_kernel; the first stage: features
     z  = conv(resize(a)) + bias                                 `upsample_conv3x3`, or torch.bmm if pointwise
-    dz = gamma / std (dy - mean dy - x mean(dy x))              _normalised_gradient_kernel
+    dz = gamma / std (dy - mean dy - x mean(dy x))              normalised_gradient_kernel
     da = conv^T(resize^T(dz)), dW                               as z
-    dy_prev = da where a > 0; sums of it and of it times x      _rectify_kernel, in place of da
+    dy_prev = da where a > 0; sums of it and of it times x      rectify_kernel, in place of da
 
 a, dz and the convolution's maps exist only for chunks of samples that fit a GPU's second cache. z's
 statistics and the last line are passes over the whole batch. Bytes a sample, beside those of
@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 
 from . import upsample_conv3x3 as conv3x3
-from .target import Compilation, compilation, launched
+from .target import launched
 
 BLOCK = 1024  # pixels of a map that a program takes
 
@@ -56,7 +56,7 @@ def _norm_of(mean, var, gamma, beta, c, eps, AFFINE):
 
 
 @launched
-def _activation_kernel(z, mean, var, gamma, beta, out, C, HW, eps, AFFINE: tl.constexpr, BLOCK: tl.constexpr):
+def activation_kernel(z, mean, var, gamma, beta, out, C, HW, eps, AFFINE: tl.constexpr, BLOCK: tl.constexpr):
     """a of z (n, C, HW)."""
     plane, block, pixel, at = _block_of_map(HW, BLOCK)
     centre, inverse, scale, shift = _norm_of(mean, var, gamma, beta, plane % C, eps, AFFINE)
@@ -65,7 +65,7 @@ def _activation_kernel(z, mean, var, gamma, beta, out, C, HW, eps, AFFINE: tl.co
 
 
 @launched
-def _normalised_gradient_kernel(
+def normalised_gradient_kernel(
     dy, z, mean, var, gamma, mean_dy, out, C, HW, eps, AFFINE: tl.constexpr, BATCH_STATISTICS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -81,7 +81,7 @@ def _normalised_gradient_kernel(
 
 
 @launched
-def _rectify_kernel(
+def rectify_kernel(
     dy, z, mean, var, gamma, beta, sums, blocks_of_all, C, HW, eps, AFFINE: tl.constexpr, BLOCK: tl.constexpr
 ):
     """dy = da where a > 0, in place; sums (2, blocks of all maps): of dy, and of dy x."""
@@ -145,7 +145,7 @@ class Activation(_Made):
         out = torch.empty_like(z)
         C, HW = z.shape[1], z.shape[2] * z.shape[3]
         if out.numel():
-            _activation_kernel[_grid(z)](
+            activation_kernel[_grid(z)](
                 z, *self.norm.pointers, out, C, HW, self.norm.eps, self.norm.gamma is not None, BLOCK
             )
         return out
@@ -164,7 +164,7 @@ class NormalisedGradient(_Made):
         of_batch = self.mean_dy is not None
         mean, var, gamma, _ = self.norm.pointers
         if out.numel():
-            _normalised_gradient_kernel[_grid(z)](
+            normalised_gradient_kernel[_grid(z)](
                 dy, z, mean, var, gamma, self.mean_dy.contiguous() if of_batch else mean, out, z.shape[1],
                 z.shape[2] * z.shape[3], self.norm.eps, self.norm.gamma is not None, of_batch, BLOCK,
             )
@@ -181,7 +181,7 @@ def rectify(da: torch.Tensor, z: torch.Tensor, norm: Norm) -> torch.Tensor:
     (blocks,) = _grid(z)
     sums = torch.empty((2, blocks), dtype=torch.float32, device=z.device)
     if blocks:
-        _rectify_kernel[(blocks,)](
+        rectify_kernel[(blocks,)](
             da, z.contiguous(), *norm.pointers, sums, blocks, C, HW, norm.eps, norm.gamma is not None, BLOCK
         )
     return sums.view(2, N, C, -1).sum((1, 3)) if blocks else sums.new_zeros(2, C)
@@ -266,16 +266,3 @@ def through(grad, x, norm, weight, mode, needs_x, needs_weight) -> tuple[
     rectifies = norm is not None and needs_x
     sums = rectify(g_x, x, norm) if rectifies else g_x.new_zeros((2, x.shape[1]), dtype=torch.float32)
     return g_x, sums, g_weight
-
-
-# For tests that compile ahead of time
-
-
-def configurations(cc: int) -> typing.Iterator[Compilation]:
-    """Every kernel with and without an affine part, of 32 and 16 bits, and for one channel."""
-    cases = ("*fp32", True, {}), ("*bf16", True, {}), ("*fp32", False, {"C": 1, "HW": 1})
-    for parameters, affine, fixed in cases:
-        for kernel in (_activation_kernel, _normalised_gradient_kernel, _rectify_kernel):
-            chosen = {"AFFINE": affine, "BATCH_STATISTICS": affine, "BLOCK": BLOCK} | fixed
-            types = {"blocks_of_all": "i32", "eps": "fp32", "gamma": parameters, "beta": parameters}
-            yield compilation(kernel, types, chosen)

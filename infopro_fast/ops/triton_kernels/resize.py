@@ -1,20 +1,18 @@
 """Where torch.nn.functional.interpolate takes its samples, as tables that Triton kernels read.
 
 Modes: 0, bilinear with align_corners=True; 1, nearest; 2, bilinear with align_corners=False. A bilinear
-position is an exact fraction, as on the CPU, which 32 bits hold if `fits`; F.interpolate rounds it in
+position is an exact fraction, as on the CPU, which the tables count in 64 bits; F.interpolate rounds it in
 float32. One launch makes the tables of a pass: kernels that computed positions would mostly divide integers,
 and tables that are kept would have to outlive every CUDA graph.
 """
 
 from __future__ import annotations
 
-import typing
-
 import torch
 import triton
 import triton.language as tl
 
-from .target import Compilation, compilation, launched
+from .target import launched
 
 BLOCK = 256
 
@@ -59,6 +57,7 @@ def _first_taker(k, IN, OUT, MODE):
 
 @triton.jit
 def _axis_places(low, weights, total, offset, IN, OUT, MODE, BLOCK):
+    IN, OUT = tl.cast(IN, tl.int64), tl.cast(OUT, tl.int64)
     e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     p = e - 1
     below, above, weight = taps(tl.minimum(tl.maximum(p, 0), OUT - 1), IN, OUT, MODE)
@@ -70,7 +69,7 @@ def _axis_places(low, weights, total, offset, IN, OUT, MODE, BLOCK):
 
 
 @launched
-def _places_kernel(low, weights, h, w, H, W, MODE: tl.constexpr, BLOCK: tl.constexpr):
+def places_kernel(low, weights, h, w, H, W, MODE: tl.constexpr, BLOCK: tl.constexpr):
     """`taps` of every row and column of the output, from -1 to one past the last, with weights 0 outside."""
     total = H + W + 4
     if tl.program_id(1) == 0:
@@ -81,6 +80,7 @@ def _places_kernel(low, weights, h, w, H, W, MODE: tl.constexpr, BLOCK: tl.const
 
 @triton.jit
 def _axis_takers(first, weights, IN, OUT, COUNT, MODE, BLOCK):
+    IN, OUT = tl.cast(IN, tl.int64), tl.cast(OUT, tl.int64)
     e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     k = e % IN
     begin = _first_taker(k, IN, OUT, MODE)
@@ -94,7 +94,7 @@ def _axis_takers(first, weights, IN, OUT, COUNT, MODE, BLOCK):
 
 
 @launched
-def _takers_kernel(first, weights, h, w, H, W, COUNT_Y, COUNT_X, MODE: tl.constexpr, BLOCK: tl.constexpr):
+def takers_kernel(first, weights, h, w, H, W, COUNT_Y, COUNT_X, MODE: tl.constexpr, BLOCK: tl.constexpr):
     """For every source row and column, the first output that takes it, and its weights from there on."""
     if tl.program_id(1) == 0:
         _axis_takers(first, weights, h, H, COUNT_Y, MODE, BLOCK)
@@ -113,7 +113,7 @@ def places(h: int, w: int, H: int, W: int, mode: int, device: torch.device) -> t
     total = H + W + 4
     low = torch.empty(total, dtype=torch.int32, device=device)
     weights = torch.empty(2 * total, dtype=torch.float32, device=device)
-    _places_kernel[(triton.cdiv(max(H, W) + 2, BLOCK), 2)](low, weights, h, w, H, W, mode, BLOCK)
+    places_kernel[(triton.cdiv(max(H, W) + 2, BLOCK), 2)](low, weights, h, w, H, W, mode, BLOCK)
     return low, weights
 
 
@@ -130,7 +130,7 @@ def takers(h: int, w: int, H: int, W: int, mode: int, device: torch.device) -> t
     numbers_y, numbers_x = (most_y + 4) * h, (most_x + 4) * w
     weights = torch.empty(numbers_y + numbers_x, dtype=torch.float32, device=device)
     grid = (triton.cdiv(max(numbers_y, numbers_x), BLOCK), 2)
-    _takers_kernel[grid](first, weights, h, w, H, W, most_y, most_x, mode, BLOCK)
+    takers_kernel[grid](first, weights, h, w, H, W, most_y, most_x, mode, BLOCK)
     return first, weights, most_y, most_x
 
 
@@ -140,10 +140,3 @@ def most_takers(size: int, out: int, mode: int) -> int:
         return min(out, out // size + 4)
     across = -(-2 * (out - 1) // max(size - 1, 1)) if mode == 0 else -(-2 * out // size)
     return min(out, across + 1) if size > 1 else out
-
-
-def configurations(cc: int) -> typing.Iterator[Compilation]:
-    """Both kernels, in every mode."""
-    for mode in range(3):
-        for kernel, table in ((_places_kernel, "low"), (_takers_kernel, "first")):
-            yield compilation(kernel, {table: "*i32"}, {"MODE": mode, "BLOCK": BLOCK}, ("COUNT_Y", "COUNT_X"))

@@ -33,7 +33,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .target import INTERPRETED, capability, compilation, dot_precision, launched, multiprocessors, rounded
+from .target import INTERPRETED, capability, dot_precision, launched, multiprocessors, rounded
 
 NORM_EPS = tl.constexpr(1e-12)  # supcon_loss.NORM_EPS
 SUMS_APART = tl.constexpr(INTERPRETED)  # whose reductions by a function take a call an element
@@ -53,21 +53,7 @@ def _load_rows(x, rows, columns, M, stride, D, WIDEN):
 
 
 @launched
-def _inverse_norms_kernel(
-    x, inverse, M, stride, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr
-):
-    """inverse[i] = 1 / |x_i|, 0 where |x_i| <= 1e-12: of bfloat16 and float16 rows."""
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    squares = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    for d in range(0, D, BLOCK_D):
-        tile = _load_rows(x, rows, d + tl.arange(0, BLOCK_D), M, stride, D, True)
-        squares += tile * tile
-    norm = tl.sqrt(tl.sum(squares, 1))
-    tl.store(inverse + rows, tl.where(norm <= NORM_EPS, 0.0, 1.0 / norm), mask=rows < M)
-
-
-@launched
-def _split_kernel(
+def split_kernel(
     x, hi, lo, factor, inverse, M, stride, D: tl.constexpr, NORMALIZE: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
@@ -173,7 +159,7 @@ def _row_sums(a, b, c):
 
 
 @launched
-def _forward_kernel(
+def forward_kernel(
     hi, lo, labels, factor, loss, lse, counts, partial, M, stride, scale, D: tl.constexpr,
     SCALED: tl.constexpr, FIXED_MAXIMUM: tl.constexpr, SPLITS: tl.constexpr, PARTS: tl.constexpr,
     WIDEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -234,8 +220,8 @@ def _forward_kernel(
 
 
 @launched
-def _join_kernel(partial, loss, lse, counts, M, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr):
-    """What the splits of `_forward_kernel` found, as one."""
+def join_kernel(partial, loss, lse, counts, M, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """What the splits of `forward_kernel` found, as one."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     step = SPLITS * M
     maximum = tl.full((BLOCK_M,), -float("inf"), tl.float32)
@@ -256,7 +242,7 @@ def _join_kernel(partial, loss, lse, counts, M, SPLITS: tl.constexpr, BLOCK_M: t
 
 
 @launched
-def _coefficients_kernel(
+def coefficients_kernel(
     grad, lse, counts, factor, out, largest, M, grad_stride, scale, SCALED: tl.constexpr,
     FIXED_MAXIMUM: tl.constexpr, BLOCK: tl.constexpr,
 ):
@@ -291,7 +277,7 @@ def _coefficients_kernel(
 
 @triton.jit
 def _load_coefficients(coefficients, rows, M, FIXED_MAXIMUM):
-    """(w, a / |P|, l) as `_coefficients_kernel` left them; l only where it is needed."""
+    """(w, a / |P|, l) as `coefficients_kernel` left them; l only where it is needed."""
     w = tl.load(coefficients + rows, mask=rows < M, other=0.0)
     b = tl.load(coefficients + M + rows, mask=rows < M, other=0.0)
     l = w
@@ -308,7 +294,7 @@ def _tangential(gradient, row, inverse):
 
 
 @launched
-def _backward_kernel(
+def backward_kernel(
     coefficients, largest, hi, lo, labels, factor, out, M, stride, scale, D: tl.constexpr,
     SCALED: tl.constexpr, FIXED_MAXIMUM: tl.constexpr, SPLITS: tl.constexpr, PARTS: tl.constexpr,
     WIDEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -374,11 +360,11 @@ def _backward_kernel(
 
 
 @launched
-def _finish_kernel(
+def finish_kernel(
     partial, x, inverse, out, M, stride, D: tl.constexpr, NORMALIZE: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
-    """The splits of `_backward_kernel` added up, and the gradient of x from that of z."""
+    """The splits of `backward_kernel` added up, and the gradient of x from that of z."""
     rows, columns = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     inside = (rows < M)[:, None] & (columns < D)[None, :]
     at = rows.to(tl.int64)[:, None] * D + columns[None, :]
@@ -416,21 +402,21 @@ def forward(features, labels, temperature, normalize):
     if not normalize:
         inverse.fill_(1)
     elif x.dtype != torch.float32:
-        block_m, block_d = _row_block(D, 1024)
-        _inverse_norms_kernel[(triton.cdiv(M, block_m),)](x, inverse, M, x.stride(0), D, block_m, block_d)
+        norms = torch.linalg.vector_norm(x, dim=1, dtype=torch.float32)
+        inverse.copy_(torch.where(norms <= NORM_EPS.value, 0.0, 1 / norms))
     rows = _split(x, inverse, normalize)
     scale = math.log2(math.e) / temperature
     bounded = _bounded(scale, normalize)
     tiles = choose_tiles(capability(x.device), rows.parts, D, bounded)
     splits = _splits(M, tiles, 1, x.device)
     partial = torch.empty((4, splits, M), dtype=torch.float32, device=x.device) if splits > 1 else loss
-    _forward_kernel[(triton.cdiv(M, tiles.blocks[0]), splits)](
+    forward_kernel[(triton.cdiv(M, tiles.blocks[0]), splits)](
         rows.hi, rows.lo, labels, rows.factor, loss, lse, counts, partial, M, rows.hi.stride(0), scale,
         D, rows.scaled, bounded, splits, rows.parts, _widen(rows.hi),
         *tiles.blocks, num_warps=tiles.warps, num_stages=tiles.stages,
     )
     if splits > 1:
-        _join_kernel[(triton.cdiv(M, 128),)](partial, loss, lse, counts, M, splits, 128)
+        join_kernel[(triton.cdiv(M, 128),)](partial, loss, lse, counts, M, splits, 128)
     return loss, saved
 
 
@@ -447,24 +433,23 @@ def backward(grad, features, labels, saved, temperature, normalize):
     bounded = _bounded(scale, normalize)
     scratch = torch.empty(3 * M + 1, dtype=torch.float32, device=x.device)
     coefficients, largest = scratch[:-1], scratch[-1:]
-    _coefficients_kernel[(1,)](
-        grad, lse, counts, rows.factor, coefficients, largest, M, grad.stride(
-            0
-        ), scale, rows.scaled, bounded, 4096, num_warps=8
+    coefficients_kernel[(1,)](
+        grad, lse, counts, rows.factor, coefficients, largest, M, grad.stride(0), scale, rows.scaled, bounded,
+        4096, num_warps=8,
     )
     tiles = choose_tiles(capability(x.device), rows.parts, D, bounded, backward=True)
     chunks = triton.cdiv(D, tiles.blocks[2])
     splits = _splits(M, tiles, chunks, x.device)
     whole = splits == 1 and not normalize
     gradient = out if whole else torch.empty((splits, M, D), dtype=torch.float32, device=x.device)
-    _backward_kernel[(triton.cdiv(M, tiles.blocks[0]), splits, chunks)](
+    backward_kernel[(triton.cdiv(M, tiles.blocks[0]), splits, chunks)](
         coefficients, largest, rows.hi, rows.lo, labels, rows.factor, gradient, M, rows.hi.stride(0), scale,
         D, rows.scaled, bounded, splits, rows.parts, _widen(rows.hi),
         *tiles.blocks, num_warps=tiles.warps, num_stages=tiles.stages,
     )
     if not whole:
-        block_m, block_d = _row_block(D, D)
-        _finish_kernel[(triton.cdiv(M, block_m),)](
+        block_m, block_d = row_block(D, D)
+        finish_kernel[(triton.cdiv(M, block_m),)](
             gradient, x, inverse, out, M, x.stride(0), D, normalize, splits, block_m, block_d
         )
     return out
@@ -478,14 +463,14 @@ def _split(x: torch.Tensor, inverse: torch.Tensor, normalize: bool) -> _Rows:
     parts = 1 if dot_precision(x.dtype, capability(x.device)) == "tf32" else 2
     pieces = torch.empty((parts, M, D), dtype=torch.float16, device=x.device)
     factor = torch.empty(M, dtype=torch.float32, device=x.device)
-    block_m, block_d = _row_block(D, 1024)
-    _split_kernel[(triton.cdiv(M, block_m),)](
+    block_m, block_d = row_block(D, 1024)
+    split_kernel[(triton.cdiv(M, block_m),)](
         x, pieces[0], pieces[-1], factor, inverse, M, x.stride(0), D, normalize, parts, block_m, block_d
     )
     return _Rows(pieces[0], pieces[-1], factor, True, parts)
 
 
-def _row_block(D: int, most: int) -> tuple[int, int]:
+def row_block(D: int, most: int) -> tuple[int, int]:
     """(BLOCK_M, BLOCK_D) of a kernel that goes over rows, at most ``most`` columns at a time."""
     block_d = triton.next_power_of_2(min(D, most))
     return max(1, 2048 // block_d), block_d
@@ -545,45 +530,3 @@ def choose_tiles(cc: int, parts: int, D: int, bounded: bool, backward: bool = Fa
     if backward and parts == 2:
         return Tiles((128, 32 if cc == 80 and bounded and D <= block_d else 16, block_d, 32), 8, 2)
     return Tiles((64, 64 if bounded and D <= block_d else 32, block_d, 32), 4, 2)
-
-
-# For tests that compile ahead of time
-
-
-def configurations(cc: int) -> typing.Iterator[tuple]:
-    """Every kernel for rows of 128 (InfoPro's) and 512 numbers, with and without a bound, split and not."""
-    yield from _small_compilations()
-    # what a pass over such rows multiplies, in how many parts
-    float32, float16, bfloat16 = ("fp16", 2), ("fp16", 1), ("bf16", 1)
-    shapes = (128, True, 1), (128, False, 4), (512, True, 1)
-    cases = [(float32, shape) for shape in shapes]
-    for rows, shape in [*cases, (bfloat16, shapes[0]), (bfloat16, shapes[2]), (float16, shapes[0])]:
-        yield _pass_compilation(_forward_kernel, cc, *rows, *shape)
-        yield _pass_compilation(_backward_kernel, cc, *rows, *shape)
-    for kernel in (_forward_kernel, _backward_kernel):
-        yield _pass_compilation(kernel, cc, *float32, 2, True, 1, M=1)  # integers that are 1 are compiled in
-
-
-def _pass_compilation(
-    kernel, cc: int, dtype: str, parts: int, D: int, bounded: bool, splits: int, **fixed
-):
-    backward = kernel is _backward_kernel
-    tiles = choose_tiles(cc, parts, D, bounded, backward)
-    types = {"hi": f"*{dtype}", "lo": f"*{dtype}", "labels": "*i64", "scale": "fp32"}
-    constexprs = dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_D", "BLOCK_K"), tiles.blocks))
-    constexprs |= dict(
-        D=D, SCALED=True, FIXED_MAXIMUM=bounded, SPLITS=splits, PARTS=parts, WIDEN=False, **fixed
-    )
-    return compilation(kernel, types, constexprs, (), tiles.warps, tiles.stages, True)
-
-
-def _small_compilations() -> typing.Iterator[tuple]:
-    """The kernels around the two passes, one program a few rows."""
-    block_m, block_d = _row_block(128, 1024)
-    blocks = {"D": 128, "BLOCK_M": block_m, "BLOCK_D": block_d}
-    yield compilation(_inverse_norms_kernel, {"x": "*bf16"}, blocks)
-    yield compilation(_split_kernel, {"hi": "*fp16", "lo": "*fp16"}, blocks | {"NORMALIZE": True, "PARTS": 2})
-    yield compilation(_join_kernel, {}, {"SPLITS": 4, "BLOCK_M": 128})
-    coefficients = {"SCALED": True, "FIXED_MAXIMUM": True, "BLOCK": 4096}
-    yield compilation(_coefficients_kernel, {"scale": "fp32"}, coefficients, ("grad_stride",), 8)
-    yield compilation(_finish_kernel, {}, blocks | {"NORMALIZE": True, "SPLITS": 4})

@@ -21,11 +21,9 @@ LAUNCH_OPTIONS = {"enable_fp_fusion": True}
 _SPLIT_FLOAT32 = (80, 90, 100, 103)
 
 
-def launched(function: typing.Callable | None = None, **options):
+def launched(function: typing.Callable):
     """`triton.jit` of a kernel that is launched: with LAUNCH_OPTIONS, whatever Triton's defaults are."""
-    if function is None:
-        return functools.partial(launched, **options)
-    jitted = triton.jit(function, **options)
+    jitted = triton.jit(function)
     jitted.run = functools.partial(jitted.run, **LAUNCH_OPTIONS)
     return jitted
 
@@ -37,41 +35,6 @@ def rounded(x, dtype):
         bits = x.to(tl.int32, bitcast=True)
         x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
     return x.to(dtype)
-
-
-@triton.jit
-def spread(condition, block):
-    """A scalar condition as a mask like ``block``; Triton 3.9's interpreter broadcasts it to integers."""
-    return tl.full(block.shape, condition.to(tl.int32), tl.int32) != 0
-
-
-class Compilation(typing.NamedTuple):
-    """A kernel as one of its launches compiles it."""
-
-    kernel: typing.Any
-    signature: dict[str, str]  # Triton type of every argument, "constexpr" for those in ``constexprs``
-    constexprs: dict[str, typing.Any]
-    num_warps: int
-    num_stages: int
-    tensor_cores: bool  # whether a tl.dot of it is meant for them
-    aligned: tuple[str, ...]  # arguments that are multiples of 16 (pointers: addresses), as in most calls
-
-
-def compilation(
-    kernel, types: dict[str, str], constexprs: dict, unaligned: typing.Container[str] = (), warps: int = 4,
-    stages: int = 3, tensor_cores: bool = False,
-) -> Compilation:
-    """Describe a compilation: ``types`` and ``constexprs`` of those of its arguments that the kernel has.
-
-    Other arguments: int32 where the name is that of a size or a stride, float32 pointers else.
-    """
-    constexprs = {name: value for name, value in constexprs.items() if name in kernel.arg_names}
-    names = [name for name in kernel.arg_names if name not in constexprs]
-    number = lambda name: name.isupper() or name in ("h", "w") or "stride" in name  # noqa: E731
-    signature = {name: types.get(name, "i32" if number(name) else "*fp32") for name in names}
-    aligned = tuple(name for name in names if name not in unaligned and signature[name] != "fp32")
-    signature |= dict.fromkeys(constexprs, "constexpr")
-    return Compilation(kernel, signature, constexprs, warps, stages, tensor_cores, aligned)
 
 
 @functools.cache

@@ -1,32 +1,24 @@
 """Triton kernels of `upsample_conv3x3`: x (N, C, h, w), weight (K, C, 3, 3), z (N, K, H, W); R is the resize.
 
 The convolution mixes channels and gathers nine neighbours. R gathers too, and gathering commutes with mixing:
-so torch.bmm mixes channels where there are fewer pixels, for as many samples at a time as fit a GPU's second
-cache, and a kernel here does the rest. If h w < H W, or they are equal and K < C:
+so torch.bmm mixes channels at the size of x, for as many samples at a time as fit a GPU's second cache, and a
+kernel here does the rest:
 
     T[tap, k] = sum over c of W[k, c, tap] x[c]                                    bmm
-    z[k](Y, X) = b[k] + sum over taps of R(T[tap, k])(Y + dy - 1, X + dx - 1)      _expand_kernel
-    dT[tap, k] = R^T (dz[k], shifted by the tap)                                   _collect_kernel
+    z[k](Y, X) = b[k] + sum over taps of R(T[tap, k])(Y + dy - 1, X + dx - 1)      expand_kernel
+    dT[tap, k] = R^T (dz[k], shifted by the tap)                                   collect_kernel
     dx = W^T dT, dW = dT x^T                                                       bmm
 
-otherwise:
+Multiply-adds a sample: 9 K C h w for a product, against 9 K C H W for a convolution of the resized map.
+Programs of the expansion go down a strip of rows and keep rows of T, expanded in x, in registers: K H W (6 +
+18 h / H). Its bytes: T, written and read, 72 K h w, mostly in the cache, and z. Mixing inside a kernel would
+save T but needs tiles gathered from registers, which Triton lacks, or a scratch of each program. With many C
+and K the product is most of the work, and cuBLAS's is best.
 
-    U[tap, c](Y, X) = R(x[c])(Y + dy - 1, X + dx - 1)                              _neighbours_kernel
-    z = b + W U                                                                    bmm
-    dU = W^T dz, dW = dz U^T                                                       bmm
-    dx[c] = sum over taps of R^T (dU[tap, c], shifted by the tap)                  _from_neighbours_kernel
-
-Multiply-adds a sample: 9 K C min(h w, H W) for a product, against 9 K C H W for a convolution of the resized
-map. Programs of the expansion go down a strip of rows and keep rows of T, expanded in x, in registers: K H W
-(6 + 18 h / H). Its bytes: T, written and read, 72 K h w, mostly in the cache, and z. Mixing inside a kernel
-would save T but needs tiles gathered from registers, which Triton lacks, or a scratch of each program, as in
-`reconstruction_loss`, where C and K are few. Here they are many, the product is most of the work, and
-cuBLAS's is best.
-
-Transient: T, dT or U, at most MOST numbers or one sample's; dW of each sample of a chunk. Kept: x and weight.
-Operands of products are float32, or 16-bit if x and weight both have the same 16 bits (dT, U and dU are then
-rounded once, as torch rounds its resized map and gradient); sums are float32. Deterministic: each number has
-one program, which adds in a fixed order.
+Transient: T or dT, at most MOST numbers or one sample's; dW of each sample of a chunk. Kept: x and weight.
+Operands of products are float32, or 16-bit if x and weight both have the same 16 bits (dT is then rounded
+once, as torch rounds the gradient of its resized map); sums are float32. Deterministic: each number has one
+program, which adds in a fixed order.
 """
 
 from __future__ import annotations
@@ -37,16 +29,12 @@ import torch
 import triton
 import triton.language as tl
 
-from ..resize import fits
-from . import resize as resizing
 from .resize import places, takers
-from .target import Compilation, compilation, launched, rounded
+from .target import launched, rounded
 
 MOST = 2**23  # 32 MiB of float32, which the second caches of an H100 and an A100 hold beside the output
 MOST_SAMPLES = 2**15  # in one call of cuBLAS, whose batches are counted in 16 bits for some types
 ROWS = 8  # of z, that a program of the expansion goes down
-
-# Channels mixed before the resize
 
 
 @triton.jit
@@ -95,7 +83,7 @@ def _row_of(e, held, below, above, low, weights, total, source, next_tap, column
 
 
 @launched
-def _expand_kernel(
+def expand_kernel(
     mixed, bias, out, low, weights, K, h, w, H, W, BIAS: tl.constexpr, MODE: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_X: tl.constexpr,
 ):
@@ -144,7 +132,7 @@ def _expand_kernel(
 
 
 @launched
-def _collect_kernel(
+def collect_kernel(
     grad, out, first, weights, K, h, w, H, W, COUNT_Y, COUNT_X, MODE: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
@@ -183,68 +171,6 @@ def _collect_kernel(
     tl.store(at + 2 * next_tap, rounded(total2, out.dtype.element_ty), mask=inside)
 
 
-# Channels mixed after the resize
-
-
-@launched
-def _neighbours_kernel(
-    x, out, low, weights, C, h, w, H, W, stride_n, stride_c, stride_y, stride_x, MODE: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
-):
-    """U[tap, c] for one tap, of BLOCK_C channels of BLOCK_P pixels of z; out (n, 9 C, H W)."""
-    blocks_p, blocks_c = tl.cdiv(H * W, BLOCK_P), tl.cdiv(C, BLOCK_C)
-    program = tl.program_id(0)
-    pixel, block = program % blocks_p * BLOCK_P + tl.arange(0, BLOCK_P), program // blocks_p
-    tap, c = block % 9, block // 9 % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
-    n = (block // (9 * blocks_c)).to(tl.int64)
-    row, column = tl.minimum(pixel // W, H - 1) + tap // 3, H + 2 + pixel % W + tap % 3
-    total = H + W + 4
-    y_low, x_low = tl.load(low + row).to(tl.int64), tl.load(low + column).to(tl.int64)
-    ya, yb = tl.load(weights + row)[None, :], tl.load(weights + total + row)[None, :]
-    xa, xb = tl.load(weights + column)[None, :], tl.load(weights + total + column)[None, :]
-    inside = (c < C)[:, None] & (pixel < H * W)[None, :] & (ya + yb > 0) & (xa + xb > 0)
-    source = x + n * stride_n + c.to(tl.int64)[:, None] * stride_c
-    above, left = source + (y_low * stride_y)[None, :], (x_low * stride_x)[None, :]
-    value = tl.load(above + left, mask=inside, other=0.0).to(tl.float32)
-    if MODE != 1:
-        below = source + (tl.minimum(y_low + 1, h - 1) * stride_y)[None, :]
-        right = (tl.minimum(x_low + 1, w - 1) * stride_x)[None, :]
-        value = value * xa + tl.load(above + right, mask=inside, other=0.0).to(tl.float32) * xb
-        second = tl.load(below + left, mask=inside, other=0.0).to(tl.float32) * xa
-        second += tl.load(below + right, mask=inside, other=0.0).to(tl.float32) * xb
-        value = value * ya + second * yb
-    at = ((n * 9 * C + tap * C + c) * H * W)[:, None] + pixel[None, :]
-    tl.store(out + at, rounded(value, out.dtype.element_ty), mask=(c < C)[:, None] & (pixel < H * W)[None, :])
-
-
-@launched
-def _from_neighbours_kernel(
-    grad, out, first, weights, C, h, w, H, W, COUNT_Y, COUNT_X, stride_n, stride_c, stride_y, stride_x,
-    MODE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
-):
-    """dx of BLOCK_C channels of BLOCK_P pixels, from grad = dU (n, 9 C, H W)."""
-    blocks_p, blocks_c = tl.cdiv(h * w, BLOCK_P), tl.cdiv(C, BLOCK_C)
-    program = tl.program_id(0)
-    pixel, block = program % blocks_p * BLOCK_P + tl.arange(0, BLOCK_P), program // blocks_p
-    n, c = (block // blocks_c).to(tl.int64), block % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = (c < C)[:, None] & (pixel < h * w)[None, :]
-    y, x = tl.minimum(pixel // w, h - 1), pixel % w
-    of_rows, of_columns = weights + 2 * h + y, weights + (COUNT_Y + 4) * h + 2 * w + x
-    first_row, first_column = tl.load(first + y), tl.load(first + h + x)
-    total = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
-    for row in range(0, COUNT_Y):
-        for step in range(0, COUNT_X):
-            weight = tl.load(of_rows + row * h) * tl.load(of_columns + step * w)
-            for tap in range(0, 9):
-                Y, X = first_row + row - tap // 3 + 1, first_column + step - tap % 3 + 1
-                taken = (Y >= 0) & (Y < H) & (X >= 0) & (X < W) & (weight > 0)
-                source = grad + ((n * 9 * C + tap * C + c) * H * W)[:, None]
-                g = tl.load(source + (Y * W + X)[None, :], mask=inside & taken[None, :], other=0.0)
-                total += g.to(tl.float32) * weight[None, :]
-    at = c.to(tl.int64)[:, None] * stride_c + (y.to(tl.int64) * stride_y + x.to(tl.int64) * stride_x)[None, :]
-    tl.store(out + n * stride_n + at, rounded(total, out.dtype.element_ty), mask=inside)
-
-
 # Launchers, with the arguments of the op's schema
 
 
@@ -274,37 +200,22 @@ def convolve(x, weight, bias, H, W, resize, out_dtype):
     if out.numel() == 0:
         return out
     dtype, table = _operand(x, weight), places(h, w, H, W, resize, x.device)
-    if _mixed_first(h * w, K, H * W, C):
-        matrix = _by_taps(weight, dtype)
-        for start, stop, mixed in _chunks(N, max(9 * K, C) * h * w, torch.float32, x.device, 9 * K * h * w):
-            mixed = mixed.view(-1, 9 * K, h * w)
-            _multiply(_each(matrix, stop - start), x[start:stop].flatten(2).to(dtype), mixed)
-            _expand(mixed, bias, out[start:stop], h, w, resize, table)
-        return out
-    matrix = _beside(weight, dtype)
-    for start, stop, found in _chunks(
-        N, max(9 * C * H * W, K * H * W, C * h * w), dtype, x.device, 9 * C * H * W
-    ):
-        neighbours = found.view(-1, 9 * C, H * W)
-        _neighbours(x[start:stop], neighbours, H, W, resize, table)
-        _multiply_and_add(_each(matrix, stop - start), neighbours, bias, out[start:stop].view(-1, K, H * W))
+    matrix = _by_taps(weight, dtype)
+    for start, stop, mixed in _chunks(N, max(9 * K, C) * h * w, 9 * K * h * w, torch.float32, x.device):
+        mixed = mixed.view(-1, 9 * K, h * w)
+        _multiply(_each(matrix, stop - start), x[start:stop].flatten(2).to(dtype), mixed)
+        _expand(mixed, bias, out[start:stop], h, w, resize, table)
     return out
 
 
 def write_gradients(grad, x, weight, resize, g_x, needs_weight):
     """Write the gradient of x into g_x, unless None; return the weight's, float32, or None. No empty maps."""
-    (C, h, w), (K, H, W) = x.shape[1:], grad.shape[1:]
-    by = _backward_by_taps if _mixed_first(h * w, K, H * W, C) else _backward_beside
-    return by(grad, x, weight, resize, g_x, needs_weight)
-
-
-def _backward_by_taps(grad, x, weight, resize, g_x, needs_weight):
     (N, C, h, w), (K, H, W), dtype = x.shape, grad.shape[1:], _operand(x, weight)
     matrix = _by_taps(weight, dtype)
     g_matrix, table = _Sum((9 * K, C), x.device), takers(h, w, H, W, resize, x.device)
     # the taps or what they add to the weight's gradient; dz; x
     numbers = max(9 * K * max(h * w, C), K * H * W, C * h * w)
-    for start, stop, collected in _chunks(N, numbers, dtype, x.device, 9 * K * h * w):
+    for start, stop, collected in _chunks(N, numbers, 9 * K * h * w, dtype, x.device):
         collected, count = collected.view(-1, 9 * K, h * w), stop - start
         _collect(grad[start:stop], collected, h, w, resize, table)
         if needs_weight:
@@ -314,35 +225,14 @@ def _backward_by_taps(grad, x, weight, resize, g_x, needs_weight):
     return g_matrix.total.view(3, 3, K, C).permute(2, 3, 0, 1).contiguous() if needs_weight else None
 
 
-def _backward_beside(grad, x, weight, resize, g_x, needs_weight):
-    (N, C, h, w), (K, H, W), dtype = x.shape, grad.shape[1:], _operand(x, weight)
-    matrix = _beside(weight, dtype)
-    g_matrix = _Sum((K, 9 * C), x.device)
-    places_of = places(h, w, H, W, resize, x.device) if needs_weight else None
-    takers_of = takers(h, w, H, W, resize, x.device) if g_x is not None else None
-    numbers = max(9 * C * max(H * W, K), K * H * W, C * h * w)
-    for start, stop, buffer in _chunks(N, numbers, dtype, x.device, 9 * C * H * W):
-        buffer, given = buffer.view(-1, 9 * C, H * W), grad[start:stop].view(-1, K, H * W).to(dtype)
-        if needs_weight:
-            _neighbours(x[start:stop], buffer, H, W, resize, places_of)
-            g_matrix.add(given, buffer.transpose(1, 2))
-        if g_x is not None:
-            _multiply(_each(matrix.t(), stop - start), given, buffer)
-            _from_neighbours(buffer, g_x[start:stop], H, W, resize, takers_of)
-    return g_matrix.total.view(K, 3, 3, C).permute(0, 3, 1, 2).contiguous() if needs_weight else None
-
-
 def pointwise(x, weight, bias):
     """z (N, K, h, w), float32, of a 1x1 convolution without resize; x and weight as in `convolve`."""
     (N, C, h, w), K, dtype = x.shape, weight.shape[0], _operand(x, weight)
     out = torch.empty((N, K, h, w), dtype=torch.float32, device=x.device)
     matrix = weight.to(dtype).flatten(1)
     for start, stop in spans(N, max(K, C) * h * w):
-        _multiply_and_add(
-            _each(matrix, stop - start), x[start:stop].flatten(2).to(dtype), bias,
-            out[start:stop].view(-1, K, h * w),
-        )
-    return out
+        _multiply(_each(matrix, stop - start), x[start:stop].flatten(2).to(dtype), out[start:stop].flatten(2))
+    return out if bias is None else out.add_(bias[:, None, None])
 
 
 def pointwise_gradients(grad, x, weight, g_x, needs_weight):
@@ -359,16 +249,9 @@ def pointwise_gradients(grad, x, weight, g_x, needs_weight):
 
 
 def _check_size(h: int, w: int, H: int, W: int) -> None:
-    if not fits(h, w, H, W) or max(h * w, H * W) >= 2**31:
-        raise ValueError(
-            "upsample_conv3x3: impl='triton' takes 2 H h, 2 W w, h w and H W below 2^31, "
-            f"got maps of ({h}, {w}) and size ({H}, {W})"
-        )
-
-
-def _mixed_first(pixels_x: int, K: int, pixels_z: int, C: int) -> bool:
-    """Whether channels are mixed at the size of x: fewer pixels than z's, or as many and fewer channels."""
-    return (pixels_x, K) < (pixels_z, C)
+    if max(h * w, H * W) >= 2**31:
+        got = f"maps of ({h}, {w}) and size ({H}, {W})"
+        raise ValueError(f"upsample_conv3x3: impl='triton' takes h w and H W below 2^31, got {got}")
 
 
 # Products of matrices
@@ -384,19 +267,13 @@ def _by_taps(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return weight.to(dtype).permute(2, 3, 0, 1).reshape(-1, weight.shape[1])
 
 
-def _beside(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """(K, 9 C), in column tap * C + c."""
-    return weight.to(dtype).permute(0, 2, 3, 1).reshape(weight.shape[0], -1)
-
-
 def _each(matrix: torch.Tensor, count: int) -> torch.Tensor:
     return matrix.expand(count, *matrix.shape)
 
 
-def _chunks(N: int, numbers: int, dtype: torch.dtype, device: torch.device, held: int | None = None):
+def _chunks(N: int, numbers: int, held: int, dtype: torch.dtype, device: torch.device):
     """(start, stop, buffer) of each chunk of samples: ``numbers`` a sample, ``held`` in the buffer."""
     buffer = None
-    held = numbers if held is None else held
     for start, stop in spans(N, numbers):
         if buffer is None:  # of the first, which are the most
             buffer = torch.empty((stop - start) * held, dtype=dtype, device=device)
@@ -424,16 +301,6 @@ def _multiply(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
         found = torch.empty(out.shape, dtype=a.dtype, device=a.device)
         torch.bmm(a, b, out=found)
         out.copy_(found)
-
-
-def _multiply_and_add(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
-    """out (n, K, pixels) = a @ b + bias, rounded once."""
-    z = out if out.dtype == torch.float32 else torch.empty(out.shape, dtype=torch.float32, device=out.device)
-    _multiply(a, b, z)
-    if bias is not None:
-        torch.add(z, bias[:, None], out=out)
-    elif z is not out:
-        out.copy_(z)
 
 
 def _multiply_into_maps(a: torch.Tensor, b: torch.Tensor, maps: torch.Tensor) -> None:
@@ -471,7 +338,7 @@ def _expand(
     block_k, block_x = choose_tile(K, W)
     grid = (triton.cdiv(W, block_x) * triton.cdiv(H, ROWS) * n * triton.cdiv(K, block_k),)
     given = bias is not None
-    _expand_kernel[grid](
+    expand_kernel[grid](
         mixed, bias.contiguous() if given else mixed, out, *table, K, h, w, H, W,
         given, mode, ROWS, block_k, block_x, num_warps=EXPAND_WARPS,
     )
@@ -482,57 +349,17 @@ def _collect(grad: torch.Tensor, out: torch.Tensor, h: int, w: int, mode: int, t
     first, weights, *most = table
     block_k, block_p = choose_tile(K, h * w)
     grid = (triton.cdiv(h * w, block_p) * 3 * n * triton.cdiv(K, block_k),)
-    _collect_kernel[grid](
-        grad, out, first, weights, K, h, w, H, W, *most, mode, block_k, block_p, num_warps=WARPS
-    )
-
-
-def _neighbours(x: torch.Tensor, out: torch.Tensor, H: int, W: int, mode: int, table) -> None:
-    n, C, h, w = x.shape
-    block_c, block_p = choose_tile(C, H * W)
-    grid = (triton.cdiv(H * W, block_p) * 9 * n * triton.cdiv(C, block_c),)
-    _neighbours_kernel[grid](
-        x, out, *table, C, h, w, H, W, *x.stride(), mode, block_c, block_p, num_warps=WARPS
-    )
-
-
-def _from_neighbours(grad: torch.Tensor, out: torch.Tensor, H: int, W: int, mode: int, table) -> None:
-    n, C, h, w = out.shape
-    first, weights, *most = table
-    block_c, block_p = choose_tile(C, h * w, MOST_PIXELS)
-    grid = (triton.cdiv(h * w, block_p) * n * triton.cdiv(C, block_c),)
-    _from_neighbours_kernel[grid](
-        grad, out, first, weights, C, h, w, H, W, *most, *out.stride(), mode, block_c, block_p,
-        num_warps=WARPS,
+    collect_kernel[grid](
+        grad, out, first, weights, K, h, w, H, W, *most, mode, block_k, block_p
     )
 
 
 # Tile sizes
 
-WARPS = 4
 EXPAND_WARPS = 8  # its rows and pointers would take 188 registers of each thread of four
-MOST_PIXELS = 128  # of `_from_neighbours_kernel`: one a thread, since several spill with Triton 3.9
 
 
-def choose_tile(channels: int, width: int, most: int = 64) -> tuple[int, int]:
-    """(channels, columns) of a program: 512 numbers, at most ``most`` columns (neighbours in memory)."""
-    block_x = min(most, triton.next_power_of_2(width))
+def choose_tile(channels: int, width: int) -> tuple[int, int]:
+    """(channels, columns) of a program: 512 numbers, at most 64 columns (neighbours in memory)."""
+    block_x = min(64, triton.next_power_of_2(width))
     return min(triton.next_power_of_2(channels), 512 // block_x), block_x
-
-
-# For tests that compile ahead of time
-
-
-def configurations(cc: int) -> typing.Iterator[Compilation]:
-    """Every kernel for maps of 64 channels or more and for one channel (nearest); the tables' kernels."""
-    yield from resizing.configurations(cc)
-    for dtype, mode, channels in (("fp32", 2, 64), ("bf16", 0, 64), ("fp16", 1, 1)):
-        ones = {"C": 1, "K": 1, "stride_x": 1} if channels == 1 else {}
-        types = dict.fromkeys(("x", "grad", "out", "bias"), f"*{dtype}") | {"low": "*i32", "first": "*i32"}
-        for kernel in (_expand_kernel, _collect_kernel, _neighbours_kernel, _from_neighbours_kernel):
-            most = MOST_PIXELS if kernel is _from_neighbours_kernel else 64
-            block, block_x = choose_tile(channels, 128, most)
-            fixed = ones | {"MODE": mode, "BIAS": True, "ROWS": ROWS, "BLOCK_K": block, "BLOCK_C": block}
-            fixed |= {"BLOCK_X": block_x, "BLOCK_P": block_x}
-            warps = EXPAND_WARPS if kernel is _expand_kernel else WARPS
-            yield compilation(kernel, types, fixed, ("COUNT_Y", "COUNT_X"), warps)

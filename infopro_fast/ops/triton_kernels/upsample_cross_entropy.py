@@ -2,7 +2,7 @@
 
 Forward: a program owns BLOCK_P pixels of one row and goes over the classes in blocks of BLOCK_C with a
 running maximum. It computes each logit from four source pixels, which neighbours share in the first cache,
-keeps l, the log-sum-exp of every pixel, and writes two sums, which `_finish_kernel` adds up.
+keeps l, the log-sum-exp of every pixel, and writes two sums, which `finish_kernel` adds up.
 
 Backward: a program owns BLOCK_W source pixels of one row y and BLOCK_C classes, and goes over the pixels that
 sample them, BLOCK_P columns at a time. It sums the gradients of the logits down the rows, weighted by y, and
@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from .resize import first_output, taps
-from .target import Compilation, capability, compilation, dot_precision, launched, rounded
+from .target import capability, dot_precision, launched, rounded
 
 MEAN, SUM, NONE = range(3)  # linear_cross_entropy.REDUCTIONS
 KEEP_LSE = 1  # in upsample_cross_entropy.KEEP
@@ -68,7 +68,7 @@ def _weights_of(class_weight, classes, inside, WEIGHTED):
 
 
 @launched
-def _forward_kernel(
+def forward_kernel(
     logits, target, class_weight, loss, lse, partial, confusion, C, h, w, H, W, ignore_index, smoothing,
     stride_n, stride_c, stride_y, stride_x, target_stride_n, target_stride_y, target_stride_x,
     ALIGN_CORNERS: tl.constexpr, WEIGHTED: tl.constexpr, SMOOTH: tl.constexpr, EACH: tl.constexpr,
@@ -131,7 +131,7 @@ def _forward_kernel(
 
 
 @launched
-def _finish_kernel(
+def finish_kernel(
     partial, loss, divisor, count, MEAN_OF: tl.constexpr, EACH: tl.constexpr, BLOCK: tl.constexpr
 ):
     """The loss and what it was divided by, from the sums of ``count`` programs; one program, in float64."""
@@ -151,7 +151,7 @@ def _finish_kernel(
 
 
 @launched
-def _backward_kernel(
+def backward_kernel(
     grad, logits, target, class_weight, lse, divisor, out, C, h, w, H, W, ignore_index, smoothing,
     grad_stride_n, grad_stride_y, grad_stride_x, stride_n, stride_c, stride_y, stride_x, target_stride_n,
     target_stride_y, target_stride_x, out_stride_n, out_stride_c, out_stride_y, out_stride_x,
@@ -237,13 +237,13 @@ def forward(
     partial = torch.empty((count, 2), **numbers)
     weighted = class_weight is not None
     if count:
-        _forward_kernel[(count,)](
+        forward_kernel[(count,)](
             logits, target, class_weight.contiguous() if weighted else partial, loss, lse, partial, confusion,
             C, h, w, H, W, ignore_index, label_smoothing, *logits.stride(), *target.stride(), align_corners,
             weighted, label_smoothing > 0, each, keep == KEEP_LSE, needs_confusion, tiles.block_c,
             tiles.forward_p, num_warps=4,
         )
-    _finish_kernel[(1,)](partial, loss, divisor, count, reduction == MEAN, each, 1024, num_warps=4)
+    finish_kernel[(1,)](partial, loss, divisor, count, reduction == MEAN, each, 1024, num_warps=4)
     return loss, lse, divisor, confusion
 
 
@@ -264,7 +264,7 @@ def backward(
     each, weighted = reduction == NONE, class_weight is not None
     tiles = choose_tiles(C)
     precision = dot_precision(torch.float32, capability(logits.device))
-    _backward_kernel[(N * triton.cdiv(C, tiles.block_c) * h * triton.cdiv(w, tiles.block_w),)](
+    backward_kernel[(N * triton.cdiv(C, tiles.block_c) * h * triton.cdiv(w, tiles.block_w),)](
         grad, logits, target, class_weight.contiguous() if weighted else kept, kept, divisor, out, C, h, w, H,
         W, ignore_index, label_smoothing, *(grad.stride() if each else (0, 0, 0)), *logits.stride(),
         *target.stride(), *out.stride(), align_corners, weighted, label_smoothing > 0, each, precision,
@@ -289,35 +289,3 @@ def choose_tiles(C: int) -> Tiles:
     """Blocks for C classes, found by compiling ahead of time: the largest that spill on no architecture."""
     block_c = 16 if C <= 16 else 32
     return Tiles(block_c, 1024 // block_c, 1024 // block_c, 32)
-
-
-# For tests that compile ahead of time
-
-
-def configurations(cc: int) -> typing.Iterator[Compilation]:
-    """Every kernel for 10, 19 (Cityscapes) and 150 classes, with labels of 1, 4 and 8 bytes."""
-    plain = dict(ALIGN_CORNERS=False, WEIGHTED=False, SMOOTH=False, EACH=False, KEEP=True, CONFUSION=False)
-    everything = dict(ALIGN_CORNERS=True, WEIGHTED=True, SMOOTH=True, EACH=True, KEEP=True, CONFUSION=True)
-    for C, logits, target, options, channels_last in (
-        (19, "*fp32", "*i64", plain, False),
-        (19, "*bf16", "*u8", plain | {"ALIGN_CORNERS": True}, True),
-        (10, "*fp16", "*i32", everything, False),
-        (150, "*fp32", "*u8", everything, False),
-    ):
-        tiles = choose_tiles(C)
-        types = {"logits": logits, "target": target, "out": logits}
-        ones = {"stride_c": 1, "out_stride_c": 1} if channels_last else {"stride_x": 1, "out_stride_x": 1}
-        fixed = options | ones | {"target_stride_x": 1, "BLOCK_C": tiles.block_c}
-        yield _compilation(_forward_kernel, types, fixed | {"BLOCK_P": tiles.forward_p}, 4, 3, False)
-        precision = dot_precision(torch.float32, cc)
-        fixed |= {"PRECISION": precision, "BLOCK_P": tiles.backward_p, "BLOCK_W": tiles.block_w}
-        yield _compilation(_backward_kernel, types, fixed, BACKWARD_WARPS, 2, precision != "ieee")
-    for each, mean in ((False, True), (False, False), (True, False)):
-        yield _compilation(_finish_kernel, {}, {"MEAN_OF": mean, "EACH": each, "BLOCK": 1024}, 4, 3, False)
-
-
-def _compilation(kernel, types: dict[str, str], constexprs: dict, *options) -> Compilation:
-    fixed = {
-        "count": "i32", "ignore_index": "i32", "smoothing": "fp32", "confusion": "*i64", "divisor": "*fp64"
-    }
-    return compilation(kernel, fixed | types, constexprs, ("C", "ignore_index", "count"), *options)
