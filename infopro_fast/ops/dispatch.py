@@ -57,12 +57,19 @@ def load_kernels(kind: str) -> str | None:
     return None
 
 
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:
+        return False
+
+
 # Why an implementation cannot run in this process, None if it can. Loaded at import: a compiler that traces
 # an op finds constants here, not file names and dlopen.
 UNAVAILABLE = {
     "cpu": load_kernels("cpu"),
     "cuda": load_kernels("cuda") if torch.version.cuda else "torch was built without CUDA",
-    "triton": None if importlib.util.find_spec("triton") else "triton is not installed",
+    "triton": None if _installed("triton") else "triton is not installed",
 }
 
 
