@@ -476,3 +476,73 @@ def test_places():
 def test_the_table_of_the_documentation_has_all():
     rows = re.findall(r"^\| `(\w+)` \|", DOC.read_text(), re.MULTILINE)
     assert sorted(rows) == sorted(LOCAL_LOSSES)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Inside a module, behind it, and after its step
+
+
+class Inside(LocalLoss):
+    """Mean square of the output and, weighted, of a block in the middle."""
+
+    blocks = ("layer1_0",)
+
+    def __init__(self, place):
+        super().__init__()
+        self.place, self.steps = place, 0
+
+    def terms(self, features, image, label):
+        yield Term("end", 1.0, features.square().mean(), None)
+        yield Term("middle", 0.3, self.outputs["layer1_0"].square().mean(), None)
+
+    def trained_parameters(self):
+        return []
+
+    def released_nets(self, stage, block):
+        return {}
+
+    def after_step(self):
+        self.steps += 1
+
+
+@pytest.mark.parametrize("recompute", ["none", "block", "norm"])
+def test_a_loss_reaches_into_its_module(recompute):
+    torch.manual_seed(0)
+    net = infopro_fast.build(
+        "resnet20", cuts=[(1, 2)], local_loss=Inside, image_size=8, recompute=recompute
+    ).double()
+    plain = copy.deepcopy(net.stages[0])
+    plain.recompute = "none"
+    image, label = torch.randn(4, 3, 8, 8, dtype=torch.float64), torch.arange(4)
+    metrics = infopro_fast.LocalTrainer(net, lambda p: torch.optim.SGD(p, lr=1.0)).step(image, label)
+    h = plain.train().layer1_0(plain.stem(image))
+    end = plain.layer1_2(plain.layer1_1(h)).square().mean()
+    (end + 0.3 * h.square().mean()).backward()
+    assert metrics["module1/middle"].item() == pytest.approx(h.square().mean().item(), rel=1e-12)
+    moved = {name: p.detach() for name, p in net.stages[0].named_parameters()}
+    for name, p in plain.named_parameters():
+        torch.testing.assert_close(moved[name], (p - p.grad).detach(), rtol=1e-10, atol=1e-12)
+    loss = net.local_losses[0]
+    assert loss.steps == 1 and loss.outputs == {}
+    assert not any(block._forward_hooks for block in net.stages[0])
+
+
+def test_a_loss_knows_the_next_module():
+    net = infopro_fast.build("resnet20", cuts=[(1, 0), (2, 0)], local_loss=Inside, image_size=8)
+    for k, loss in enumerate(net.local_losses[:-1]):
+        assert loss.place.next_blocks == tuple(net.stages[k + 1])
+
+
+def test_a_block_that_is_written_into_is_no_output():
+    convs = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+    net = nn.Sequential(*convs, nn.Flatten(), nn.Linear(256, 3))
+
+    class First(Inside):
+        blocks = ("stem",)
+
+    built = infopro_fast.build(net, cuts=[(0, 1)], local_loss=First, image_size=8)
+    built.stages[0][1].register_forward_pre_hook(lambda module, given: (given[0].add_(1),))
+    with pytest.raises(ValueError, match="wants the output of stem, and the block after it writes into it"):
+        infopro_fast.LocalTrainer(built, lambda p: torch.optim.SGD(p, lr=0.1)).step(
+            torch.rand(2, 3, 8, 8), torch.arange(2)
+        )

@@ -181,12 +181,12 @@ def test_clipping_scales_a_modules_gradients():
     for p in parameters:
         p.grad = torch.full_like(p, 2.0)
     optimizer = torch.optim.SGD(parameters, lr=1.0)
-    update_module(optimizer, None, clip_grad=1.0)
+    update_module(LocalLoss(), optimizer, None, clip_grad=1.0)
     assert torch.cat([p.detach() for p in parameters]).norm().item() == pytest.approx(1.0, abs=1e-5)
     for p in parameters:
         p.grad = torch.full_like(p, 1e-3)
     before = parameters[0].detach().clone()
-    update_module(optimizer, None, clip_grad=1.0)
+    update_module(LocalLoss(), optimizer, None, clip_grad=1.0)
     assert torch.allclose(before - parameters[0], torch.full((3,), 1e-3), rtol=1e-5)
 
 

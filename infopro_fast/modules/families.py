@@ -61,8 +61,9 @@ class Family:
         found, given = [], (3, self.image_size)
         for module, end in enumerate(ends):
             output = self.units[end].channels, self.size(self.units[end])
-            about = (module, len(ends) + 1, *output, *given)
-            found.append(Place(*about, self.image_size, self.num_classes, end))
+            about = (module, len(ends) + 1, *output, *given, self.image_size, self.num_classes, end)
+            after = self.units[end + 1 : [*ends, len(self.units) - 1][module + 1] + 1]
+            found.append(Place(*about, tuple(unit.block for unit in after)))
             given = output
         return found
 

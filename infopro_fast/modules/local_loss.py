@@ -8,7 +8,7 @@ so all modules train alike. `docs/local_losses.md` lists the losses and shows ho
 from __future__ import annotations
 
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -36,7 +36,8 @@ class Place(typing.NamedTuple):
     module: its number, from 0. modules: K; the last module has the network's classifier and no local loss.
     channels, size: of its output as a map (N, channels, h, w). input_channels, input_size: of its input; the
     first module's input is the image. image_size: (H, W). num_classes: classes. end: index of its last block
-    in the network.
+    in the network. next_blocks: the blocks of the next module, whose weights are trained there: copy them for
+    an auxiliary net.
     """
 
     module: int
@@ -48,6 +49,7 @@ class Place(typing.NamedTuple):
     image_size: tuple[int, int]
     num_classes: int
     end: int
+    next_blocks: tuple[nn.Module, ...] = ()
 
 
 class LocalLoss(nn.Module):
@@ -56,10 +58,14 @@ class LocalLoss(nn.Module):
     dense: labels are (N, H, W), one a pixel (segmentation).
     wants_input: `terms` gets the module's input, without a graph, in place of the image. This costs no
     memory, because the input is alive during a step.
+    blocks: names of blocks of the module, as in `net.stages[k]`, whose outputs `terms` needs. They are in
+    ``outputs`` while it runs. What a term sends back into them trains the blocks in front.
     """
 
     dense = False
     wants_input = False
+    blocks: tuple[str, ...] = ()
+    outputs: Mapping[str, torch.Tensor] = {}
     output: Features | None = None  # how the module's features are a map; None: they are one
     input: Features | None = None  # likewise the module's input
 
@@ -86,6 +92,9 @@ class LocalLoss(nn.Module):
     def trained_parameters(self) -> list[nn.Parameter]:
         """Return the parameters of the nets that run, for the module's optimizer."""
         raise NotImplementedError
+
+    def after_step(self) -> None:
+        """Called without gradients after each update of the module, to move averages for example."""
 
     def released_nets(self, stage: int, block: int) -> dict[str, nn.Module]:
         """Return all nets by the prefix of their names in the authors' code, even nets that never run.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -63,14 +63,15 @@ def local_step(
         with torch.no_grad(), autocast():
             return stage(h), {}
     version = h._version if local_loss.wants_input else 0
-    with autocast():
+    with autocast(), _watched(stage, local_loss) as inside:
         out = stage(h)
     if local_loss.wants_input:
         if h._version != version:
             what = "the local loss wants the module's input, and the module writes into it"
             raise ValueError(f"local_step: {what}: cut at another place")
         image = h
-    leaf = out.detach().requires_grad_()
+    leaf, leaves = out.detach().requires_grad_(), _leaves(inside)
+    local_loss.outputs = leaves
     metrics: Metrics = {}
     terms = local_loss.on_map(leaf, image, label)
     while True:
@@ -87,18 +88,46 @@ def local_step(
         loss = term.loss if weight == 1 else term.loss * weight
         (loss if scaler is None else scaler.scale(loss)).backward()
         del term, loss  # before the generator goes on, or this graph would outlive the next term's making
+    local_loss.outputs = {}
     grad, leaf.grad = [leaf.grad], None
+    reached = [name for name, t in leaves.items() if t.grad is not None and inside[name][0].requires_grad]
+    tensors, gradients = [inside[name][0] for name in reached], [leaves[name].grad for name in reached]
+    del inside, leaves
     if out.requires_grad:  # not where the classifier alone is trained, on frozen blocks
-        GradientOf.apply(out, grad).backward()
+        torch.autograd.backward([GradientOf.apply(out, grad), *tensors], [None, *gradients])
     if update:
-        update_module(optimizer, scaler, clip_grad)
+        update_module(local_loss, optimizer, scaler, clip_grad)
     return leaf.detach(), metrics
 
 
+@contextlib.contextmanager
+def _watched(stage: nn.Module, local_loss: LocalLoss) -> Iterator[dict[str, tuple[torch.Tensor, int]]]:
+    """Yield what will hold the output, and its version, of each block that the loss names."""
+    found: dict[str, tuple[torch.Tensor, int]] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        return lambda block, given, output: found.update({name: (output, output._version)})
+
+    with contextlib.ExitStack() as stack:
+        for name in local_loss.blocks:
+            stack.callback(stage.get_submodule(name).register_forward_hook(keep(name)).remove)
+        yield found
+
+
+def _leaves(inside: dict[str, tuple[torch.Tensor, int]]) -> dict[str, torch.Tensor]:
+    """Return the outputs without graphs. Raises ValueError for one that a later block wrote into."""
+    for name, (output, version) in inside.items():
+        if output._version != version:
+            what = f"the local loss wants the output of {name}, and the block after it writes into it"
+            raise ValueError(f"local_step: {what}: name another block")
+    return {name: output.detach().requires_grad_() for name, (output, _) in inside.items()}
+
+
 def update_module(
-    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None, clip_grad: float | None = None
+    local_loss: LocalLoss, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None,
+    clip_grad: float | None = None,
 ) -> None:
-    """Step, and free the gradients. clip_grad: the largest norm of all gradients together."""
+    """Step, free the gradients, and tell the loss. clip_grad: the largest norm of all gradients together."""
     if clip_grad is not None:
         if scaler is not None:
             scaler.unscale_(optimizer)
@@ -110,6 +139,8 @@ def update_module(
         scaler.step(optimizer)
         scaler.update()
     optimizer.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        local_loss.after_step()
 
 
 class GradientOf(torch.autograd.Function):

@@ -111,8 +111,8 @@ class _NormReluConv(torch.autograd.Function):
 
 
 def run_block(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Return ``block(x)``, its chains of norm, ReLU and convolution run by `norm_relu_conv`."""
-    forward = _forward_of(block)
+    """Return ``block(x)``; without hooks its norms, ReLUs and convolutions are run by `norm_relu_conv`."""
+    forward = None if block._forward_hooks or block._forward_pre_hooks else _forward_of(block)
     return block(x) if forward is None else forward(block, x)
 
 

@@ -244,7 +244,7 @@ class LocalTrainer:
             self.reductions[i].finish()
         optimizer = self.optimizers[i]
         if optimizer is not None:
-            update_module(optimizer, self.scalers[i], self.clip_grad)
+            update_module(self.net.local_losses[i], optimizer, self.scalers[i], self.clip_grad)
 
     def evaluate(self, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, float]:
         """Return `evaluation.evaluate` of the network over batches of (image, label)."""
