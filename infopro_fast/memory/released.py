@@ -82,7 +82,7 @@ class ReleasedLoss(LocalLoss):
 
     def terms(self, features, image, label):
         options = self.loss.decoder.options
-        target = restore_image(image, options["image_mean"], options["image_std"])
+        target = restore_image(image, options["image_mean"], options["image_std"]).clamp(0, 1)
         reconstruction = self.loss.reconstruction_weight * self.reconstruction(features, target)
         yield Term("local", 1.0, reconstruction + self.loss.task_weight * self.task(features, label), None)
 

@@ -180,7 +180,7 @@ def build(
     image_mean: Sequence[float] | str | None = PUBLISHED, image_std: Sequence[float] | str | None = PUBLISHED,
     *, cuts: Sequence[Sequence[int] | str] | None = None, net_config: str | None = None, widen: float = 1,
     feature_dim: int = 128, aux_depth: int | None = None, label_smoothing: float = 0.0,
-    recompute: str = "none", impl: str = "auto",
+    pixel_reduction: str = "mean", recompute: str = "none", impl: str = "auto",
 ) -> LocalNetwork:
     """Return a network in local modules, with auxiliary nets that are initialised as in the authors' code.
 
@@ -213,6 +213,8 @@ def build(
         or `DenseHead`. Refused where the loss has no such nets.
     aux_depth: blocks of auglocal's first auxiliary network; later ones have fewer (`auglocal.aux_depths`).
     None: 3. label_smoothing: of every cross entropy.
+    pixel_reduction: "mean" or "mean_all": whether the losses of a segmentation network's own heads, the last
+        module's, average over labelled pixels or over all, as the authors' DeepLab. Local heads: labelled.
     recompute: what backward computes again to save memory: "norm": each convolution's normalised input
         (residual and dense blocks); "block": each block; "sqrt": segments of sqrt(blocks) blocks (Chen et al.
         2016).
@@ -226,7 +228,12 @@ def build(
         expected = f"one of {LOCAL_LOSSES} or a function that makes one"
         raise ValueError(f"build: local_loss: expected {expected}, got {local_loss!r}")
     normalisation = (image_mean, image_std)
-    found = family(arch, num_classes, image_size, *normalisation, label_smoothing=label_smoothing, impl=impl)
+    shared: dict[str, Any] = {"label_smoothing": label_smoothing, "impl": impl}
+    shared["pixel_reduction"] = pixel_reduction
+    found = family(arch, num_classes, image_size, *normalisation, **shared)
+    if pixel_reduction != "mean" and not (found.dense and pixel_reduction == "mean_all"):
+        expected = "'mean', for segmentation 'mean' or 'mean_all'"
+        raise ValueError(f"build: pixel_reduction: expected {expected}, got {pixel_reduction!r}")
     units = found.units
     positions = [unit.position for unit in units]
     modules = _number_of_modules(modules, local_loss, cuts, balanced, 4 if found.cifar else 2)

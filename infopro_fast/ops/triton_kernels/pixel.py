@@ -28,8 +28,9 @@ def pixel_loss(s, t, LOSS):
 
 @triton.jit
 def load_target(image, at, mask, mean, std, RESTORE):
-    """Targets in float32; RESTORE undoes the image's normalisation and clamps to 0..1."""
+    """Targets in float32, clamped to 0..1; nan if 1/512 further outside. RESTORE undoes a normalisation."""
     t = tl.load(image + at, mask=mask, other=0.0).to(tl.float32)
     if RESTORE:
-        t = tl.minimum(tl.maximum(t * std + mean, 0.0), 1.0)
-    return t
+        t = t * std + mean
+    inside = tl.minimum(tl.maximum(t, 0.0), 1.0)
+    return tl.where(tl.abs(t - inside) <= 1.0 / 512, inside, float("nan"))
