@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <memory>
 #include <new>
 #include <optional>
@@ -30,11 +31,11 @@ using Tensors2 = std::tuple<Tensor, Tensor>;  // what an op returns
 using Tensors3 = std::tuple<Tensor, Tensor, Tensor>;
 using Tensors4 = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-// Throw the parts as one message, which reaches Python as a RuntimeError.
-template <class... Parts> [[noreturn]] void fail(const Parts&... parts) {
+// Throw the parts as one message, which reaches Python as a ValueError, or as the RuntimeError of `Error`.
+template <class Error = std::invalid_argument, class... Parts> [[noreturn]] void fail(const Parts&... parts) {
   std::ostringstream message;
   (message << ... << parts);
-  throw std::runtime_error(message.str());
+  throw Error(message.str());
 }
 
 // STD_TORCH_CHECK would put a function, a file and a line in front of the message.
@@ -149,6 +150,24 @@ void set_image(PixelLoss<T>& d, const char* op, const Tensor& image, const Doubl
   }
   d.pixel = Pixel(int(loss));
   d.pixel_weight = T(1.0 / (3.0 * double(image.size(0)) * double(image.size(2)) * double(image.size(3))));
+}
+
+// Throw if the image is what made the loss nan: numbers outside [0, 1]. Numbers that are nan pass, and an
+// image that is restored, which is clamped.
+template <class T> void refuse_image(const PixelLoss<T>& d, const Tensor& image) {
+  if (d.restore) return;
+  const int64_t N = image.size(0), H = image.size(2), W = image.size(3);
+  Buffer<T> row(W);
+  T least = std::numeric_limits<T>::infinity(), most = -least;
+  for (int64_t i = 0; i < N * 3 * H; i++) {
+    const int64_t o = i / H % 3, at = i / (3 * H) * d.image.n + o * d.image.c + i % H * d.image.y;
+    kernels<T>().read_row(row.get(), d.image.data, d.image.dtype, at, d.image.x, W);
+    for (int64_t x = 0; x < W; x++)
+      least = row[x] < least ? row[x] : least, most = row[x] > most ? row[x] : most;
+  }
+  CHECK(least >= -IMAGE_SLACK && most <= 1 + IMAGE_SLACK,
+        "reconstruction_loss: image: expected numbers in [0, 1], got ", least, " to ", most,
+        ": pass image_mean and image_std for a normalised image");
 }
 
 inline int64_t threads() { return int64_t(torch::stable::get_num_threads()); }

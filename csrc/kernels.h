@@ -45,10 +45,14 @@ template <class T> using label = typename Lane<T>::type;
 
 enum class Pixel : int { bce, mse, l1 };
 
+// An image that is not restored is clamped to [0, 1] by at most this much, its rounding; further outside, the
+// loss is nan.
+constexpr double IMAGE_SLACK = 1.0 / 512;
+
 // The mean loss over the pixels of images (N, 3, H, W).
 template <class T> struct PixelLoss {
   Maps image;
-  bool restore;    // the target is image * std + mean, clamped to [0, 1]
+  bool restore;    // the target is image * std + mean
   T image_mean[3], image_std[3];
   Pixel pixel;
   T pixel_weight;  // 1 / (3 N H W), times the upstream gradient in backward

@@ -8,6 +8,7 @@ import itertools
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from infopro_fast import ops
 from tests import compare, op_cases
@@ -176,6 +177,20 @@ def test_retain_graph_twice(case, impl):
         compare.assert_same(second[name], kept[name], f"second gradient of {name}")
     with pytest.raises(RuntimeError, match="second time"):
         gradients(loss, inputs)
+
+
+def test_inside_a_checkpoint(case, impl):
+    """Backward reads what it saved once, since a checkpoint computes it again for one reading."""
+    expected, inputs = results(case, impl), case.inputs()
+    loss = checkpoint(lambda: case.function(impl)(inputs), use_reentrant=False)
+    assert_all_close({"loss": loss.detach()} | gradients(loss, inputs), expected, case)
+
+
+def test_saved_on_the_cpu(case, impl):
+    expected, inputs = results(case, impl), case.inputs()
+    with torch.autograd.graph.save_on_cpu():
+        loss = case.function(impl)(inputs)
+    assert_all_close({"loss": loss.detach()} | gradients(loss, inputs), expected, case)
 
 
 def test_gradients_accumulate(case, impl):

@@ -240,10 +240,14 @@ def test_supcon_loss_takes_features_as_they_are():
 
 def test_supcon_loss_errors():
     z = torch.randn(4, 2, 3)
-    with pytest.raises(ValueError, match="SupConLoss: contrast_mode: expected 'all'"):
-        SupConLoss(contrast_mode="one")
-    with pytest.raises(ValueError, match="SupConLoss: mask: expected None"):
-        SupConLoss()(z, mask=torch.eye(4))
+    with pytest.raises(ValueError, match="SupConLoss: contrast_mode: expected 'all' or 'one', got 'few'"):
+        SupConLoss(contrast_mode="few")
+    with pytest.raises(ValueError, match=r"SupConLoss: mask: expected \(4, 4\), got \(3, 3\)"):
+        SupConLoss()(z, mask=torch.eye(3))
+    with pytest.raises(ValueError, match="SupConLoss: labels, mask: expected one or the other, got both"):
+        SupConLoss()(z, torch.zeros(4), torch.eye(4))
+    with pytest.raises(ValueError, match="SupConLoss: mask: impl='cpu' takes labels alone"):
+        SupConLoss(impl="cpu")(z, mask=torch.eye(4))
     with pytest.raises(ValueError, match=r"SupConLoss: features: expected \(N, views, ...\), got \(4, 3\)"):
         SupConLoss()(z[:, 0])
     with pytest.raises(ValueError, match="SupConLoss: labels: expected"):

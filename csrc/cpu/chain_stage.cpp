@@ -298,6 +298,7 @@ Tensor loss_forward(const Tensor& x, const Norm& norm, const Tensor& weight, con
   Call<T> call("chain_loss", x, norm, weight, bias, image.size(2), image.size(3), mode, factors);
   call.set_loss(image, restore, loss);
   *pointer<T>(value) = T(call.loss());
+  if (std::isnan(*pointer<T>(value))) refuse_image(call.d, image);
   return value;
 }
 

@@ -120,6 +120,7 @@ Tensors2 forward(const Given& g, const OptionalTensor& running_mean, const Optio
     return sum;
   };
   *pointer<T>(value) = T(total(2 * K + 3) / (3.0 * double(N) * double(d.H) * double(d.W)));
+  if (std::isnan(*pointer<T>(value))) refuse_image(d, g.image);
   if (needs_grad) {
     for (int64_t k = 0; k < 2 * K; k++) d_gamma[k] = T(total(k));
     for (int64_t o = 0; o < 3; o++) d_b2[o] = T(total(2 * K + o));

@@ -147,7 +147,8 @@ DEVICE void mix(const Call& d, const Shared& s, const Tile& t) {
       }
     }
     UNROLL_ALL for (int i = 0; i < 2; i++)
-      UNROLL_ALL for (int tap = 0; tap < TAPS; tap++) s.taps[pixel[i] * TAPS + tap] = acc[i][tap];
+      if (i == 0 || unit + half < pixels)  // an odd last pixel is another thread's
+        UNROLL_ALL for (int tap = 0; tap < TAPS; tap++) s.taps[pixel[i] * TAPS + tap] = acc[i][tap];
   }
 }
 

@@ -24,7 +24,7 @@ inline const gpu::Device& device_facts(const char* op, int index) {
     if (error == cudaSuccess)
       error = cudaDeviceGetAttribute(&asked.shared_per_multiprocessor,
                                      cudaDevAttrMaxSharedMemoryPerMultiprocessor, index);
-    CHECK(error == cudaSuccess, op, ": ", cudaGetErrorString(error));
+    if (error != cudaSuccess) fail<std::runtime_error>(op, ": ", cudaGetErrorString(error));
     d = asked;
   }
   return d;
@@ -62,7 +62,7 @@ struct Parameter {
 };
 
 inline void check_launch(const char* op, cudaError_t error) {
-  CHECK(error == cudaSuccess, op, ": ", cudaGetErrorString(error));
+  if (error != cudaSuccess) fail<std::runtime_error>(op, ": ", cudaGetErrorString(error));
 }
 
 inline float* floats(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }

@@ -6,10 +6,11 @@
 
 namespace infopro::gpu {
 
-// The image (N, 3, H, W).
+// The image (N, 3, H, W), in [0, 1].
 struct Target {
+  static constexpr float SLACK = 1.0f / 512;  // an image further outside [0, 1] becomes nan, unless restored
   Maps maps;
-  bool restore;  // image * std + mean, clamped to [0, 1]
+  bool restore;  // the target is image * std + mean
   float mean[3], std[3];
 
   // restore: three means and three standard deviations, or null
@@ -22,9 +23,9 @@ struct Target {
   // Target of channel o. offset: elements to the sample, row and column
   DEVICE float at(int o, int64_t offset) const {
     float v = load(maps.data, maps.dtype, o * maps.c + offset);
-    if (!restore) return v;
-    v = v * std[o] + mean[o];
-    return v < 0.0f ? 0.0f : v > 1.0f ? 1.0f : v;
+    if (restore) v = v * std[o] + mean[o];
+    const float inside = v < 0.0f ? 0.0f : v > 1.0f ? 1.0f : v;
+    return !restore && fabsf(v - inside) > SLACK ? NAN : inside;
   }
 };
 

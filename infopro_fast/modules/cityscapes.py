@@ -9,6 +9,7 @@ blocks are torchvision's. ``SyncBatchNorm.convert_sync_batchnorm`` gives it the 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -96,8 +97,8 @@ def units(arch: str) -> tuple[list[Unit], Tap]:
     return found, tap
 
 
-def end(class_num: int, tap: Tap, *, label_smoothing: float = 0.0, impl: str = "auto") -> DeepLabEnd:
-    """Return the loss of the last module, which contains ``tap``."""
+def end(class_num: int, tap: Tap, **options: Any) -> DeepLabEnd:
+    """Return the loss of the last module, which contains ``tap``. options: as in `PixelClassifier`."""
     auxiliary = (tap, dense_head(1024, 256, class_num, bias=False), AUXILIARY_WEIGHT)
     head = ASPP(2048, 512, class_num)
-    return DeepLabEnd(head, class_num, auxiliary, label_smoothing=label_smoothing, impl=impl)
+    return DeepLabEnd(head, class_num, auxiliary, **options)

@@ -9,7 +9,12 @@ import torch
 from torch import nn
 
 from infopro_fast import ops
+from infopro_fast.ops.plain import not_plain
+from infopro_fast.ops.reconstruction_loss import reconstruction_loss_by_layers
 
+KINDS = (
+    nn.Sequential, nn.Upsample, nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.ReLU, nn.Sigmoid,
+)  # what `ops.reconstruction_loss` takes
 HIDDEN = 12  # channels between the two convolutions, times ``widen``
 
 
@@ -21,7 +26,16 @@ class _Fused(nn.Module):
         self.decoder, self.options = decoder, options
 
     def forward(self, features: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
-        """Return the mean reconstruction loss, a 0-d tensor. features: (N, C, h, w); image: (N, 3, H, W)."""
+        """Return the mean reconstruction loss, a 0-d tensor. features: (N, C, h, w); image: (N, 3, H, W).
+
+        If a layer does more than its class (`not_plain`: hooks, subclasses) or is another one, the layers run
+        one by one. An ``impl`` of kernels by name raises there.
+        """
+        options, impl = dict(self.options), self.options["impl"]
+        layers = (self.decoder, *self.decoder)
+        if impl in ("auto", "reference") and any(not_plain(layer, *KINDS) for layer in layers):
+            del options["impl"]
+            return reconstruction_loss_by_layers(features, image, self.decoder, **options)
         return ops.reconstruction_loss(features, image, self.decoder, **self.options)
 
     def extra_repr(self) -> str:

@@ -114,7 +114,8 @@ class Family:
 def family(
     arch: str | nn.Module, num_classes: int | None, image_size: int | tuple[int, int] | None,
     image_mean: Sequence[float] | str | None, image_std: Sequence[float] | str | None, *,
-    label_smoothing: float = 0.0, impl: str = "auto", arch_args: Mapping[str, Any] | None = None,
+    label_smoothing: float = 0.0, impl: str = "auto", pixel_reduction: str = "mean",
+    arch_args: Mapping[str, Any] | None = None,
 ) -> Family:
     """Return the network of this name, or a user's own. Arguments and errors are those of `build`."""
     own = isinstance(arch, nn.Module) or named.is_named(arch)
@@ -136,7 +137,7 @@ def family(
     if own or arch in imagenet.ARCHS:
         return _classifier_of_maps(arch, num_classes, arch_args or {}, common)
     if arch in cityscapes.ARCHS or arch in SMALL:
-        return _segmenter(arch, num_classes, common)
+        return _segmenter(arch, num_classes, common, pixel_reduction)
     classes = num_classes or 10
     units = backbones.units(arch) if arch in backbones.BLOCKS else densenet.units(arch)
     tail = Classifier(units[-1].channels, classes, label_smoothing=label_smoothing, impl=others)
@@ -170,8 +171,8 @@ def _classifier_of_maps(
     return Family(name, units, lambda _: end, classes, ours=not own, reasons=reasons, infopro=kind, **common)
 
 
-def _segmenter(arch: str, num_classes: int | None, common: dict) -> Family:
-    options = {"label_smoothing": common["label_smoothing"], "impl": common["impl"]}
+def _segmenter(arch: str, num_classes: int | None, common: dict, reduction: str) -> Family:
+    options = {"label_smoothing": common["label_smoothing"], "impl": common["impl"], "reduction": reduction}
     if arch in SMALL:
         classes = num_classes or 11
         end = segmentation.PixelClassifier(segmentation.dense_head(64, 64, classes), classes, **options)

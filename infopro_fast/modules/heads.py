@@ -12,8 +12,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from infopro_fast import ops
+from infopro_fast.ops.linear_cross_entropy import logits_cross_entropy
+from infopro_fast.ops.plain import not_plain
+from infopro_fast.ops.supcon_loss import supcon_loss_ref
 
 CONFIGS = ("0c1f", "0c2f", "1c1f", "1c2f", "1c3f", "2c2f")  # <convolutions>c<linear layers>f
 LOSS_MODES = ("contrast", "cross_entropy")
@@ -30,6 +34,9 @@ class GlobalAveragePool(nn.Module):
         if x.is_contiguous(memory_format=torch.channels_last):
             return x.permute(0, 2, 3, 1).flatten(1, 2).mean(1)
         return x.mean((2, 3))
+
+
+POOLED = (nn.BatchNorm2d, nn.ReLU, GlobalAveragePool)  # what `ops.norm_relu_pool` runs
 
 
 class Head(nn.Module):
@@ -69,8 +76,8 @@ class AuxClassifier(Head):
 
     inplanes: channels C of the features. net_config: one of CONFIGS ("1c2f" in all published runs).
     class_num: classes, for cross_entropy. widen: factor of the convolutions' and hidden layers' widths.
-    feature_dim: width of the hidden layers, and of the output for contrast. The other arguments: as in
-    `Head`.
+    feature_dim: width of the hidden layers, and of the output for contrast; it may be 0 where there are
+    neither. The other arguments: as in `Head`.
 
     The first convolution takes C to 2 C channels with stride 2 while C < 64, else C to C with stride 1. This
     is the authors' table (16 to 32, 32 to 64, 64 to 64), continued to any C. The state_dict has the authors'
@@ -86,9 +93,11 @@ class AuxClassifier(Head):
             raise ValueError(f"AuxClassifier: net_config: expected one of {CONFIGS}, got {net_config!r}")
         if loss_mode not in LOSS_MODES:
             raise ValueError(f"AuxClassifier: loss_mode: expected one of {LOSS_MODES}, got {loss_mode!r}")
+        contrast = loss_mode == "contrast"
+        least = {"inplanes": 1, "class_num": 1, "feature_dim": int(contrast or net_config[2] != "1")}
         for name, value in (("inplanes", inplanes), ("class_num", class_num), ("feature_dim", feature_dim)):
-            if value < 1:
-                raise ValueError(f"AuxClassifier: {name}: expected at least 1, got {value}")
+            if value < least[name]:
+                raise ValueError(f"AuxClassifier: {name}: expected at least {least[name]}, got {value}")
         if not widen > 0:
             raise ValueError(f"AuxClassifier: widen: expected a positive number, got {widen}")
         convs, linears, layers, width = int(net_config[0]), int(net_config[2]), [], inplanes
@@ -102,7 +111,7 @@ class AuxClassifier(Head):
         for _ in range(linears - 1):
             layers += [nn.Linear(width, hidden), nn.ReLU(inplace=True)]
             width = hidden
-        layers.append(nn.Linear(width, feature_dim if loss_mode == "contrast" else class_num))
+        layers.append(nn.Linear(width, feature_dim if contrast else class_num))
         super().__init__(nn.Sequential(*layers), loss_mode, label_smoothing, impl)
         self.net_config = net_config
 
@@ -118,47 +127,62 @@ def conv_norm_relu(
 def run_head(layers: Sequence[nn.Module], x: torch.Tensor, impl: str) -> torch.Tensor:
     """Run the layers in order, with BatchNorm - ReLU - global average pooling as one op.
 
-    A convolution in front of the three joins the op. A SyncBatchNorm is not fused, because its statistics
-    come from other processes: then the layers run one by one and keep their maps.
+    A convolution in front of the three joins the op. A layer whose call does more than its class's (hooks,
+    subclasses: `not_plain`) runs itself. So does a SyncBatchNorm: its statistics come from other processes.
     """
+    if isinstance(layers, nn.Sequential) and not_plain(layers, nn.Sequential):
+        return layers(x)
     layers = list(layers)
     while layers:
-        kinds = [type(layer) for layer in layers[:4]]
-        if kinds[:3] == [nn.BatchNorm2d, nn.ReLU, GlobalAveragePool]:
-            x = ops.norm_relu_pool(x, layers[0], impl=impl)
-            layers = layers[3:]
-        elif kinds == [nn.Conv2d, nn.BatchNorm2d, nn.ReLU, GlobalAveragePool]:
-            x = ops.norm_relu_pool(x, layers[1], conv=layers[0], impl=impl)
-            layers = layers[4:]
+        at = int(type_before_parametrizations(layers[0]) is nn.Conv2d)  # a convolution that is not plain, too
+        three = layers[at : at + 3]
+        if len(three) == 3 and not any(map(not_plain, three, POOLED)):
+            x = ops.norm_relu_pool(x, three[0], conv=layers[0] if at else None, impl=impl)
+            layers = layers[at + 3 :]
         else:
             x = layers.pop(0)(x)
     return x
 
 
 def classify(
-    head: nn.Sequential, features: torch.Tensor, target: torch.Tensor, impl: str, label_smoothing: float = 0.0
+    head: Sequence[nn.Module], features: torch.Tensor, target: torch.Tensor, impl: str,
+    label_smoothing: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return mean cross entropy and number of right rows of a head that ends in a Linear layer."""
-    rows, last = run_head(head[:-1], features, impl), head[-1]
-    options: dict[str, Any] = {"return_correct": True, "label_smoothing": label_smoothing, "impl": impl}
-    loss, correct = ops.linear_cross_entropy(rows, last.weight, target, bias=last.bias, **options)
-    return loss, correct
+    """Return mean cross entropy and number of right rows of a head.
+
+    A last layer that is nn.Linear and nothing else (`not_plain`) is one op with the loss. Any other runs
+    itself, then the plain loss. Raises ValueError there if ``impl`` names kernels.
+    """
+    last, whole = head[-1], isinstance(head, nn.Sequential)
+    reason = (whole and not_plain(head, nn.Sequential)) or not_plain(last, nn.Linear)
+    if not reason:
+        rows = run_head(head[:-1], features, impl)
+        options: dict[str, Any] = {"return_correct": True, "label_smoothing": label_smoothing, "impl": impl}
+        loss, correct = ops.linear_cross_entropy(rows, last.weight, target, bias=last.bias, **options)
+        return loss, correct
+    if impl not in ("auto", "reference"):
+        raise ValueError(f"linear_cross_entropy: impl={impl!r} cannot run the last layer {last}: {reason}")
+    return logits_cross_entropy(run_head(head, features, impl), target, label_smoothing=label_smoothing)
 
 
 class SupConLoss(nn.Module):
     """T / T_base times `ops.supcon_loss`: replaces the authors' (SupContrast's) class, without N x N maps.
 
-    temperature: T > 0. contrast_mode: "all" only (every view is an anchor). base_temperature: T_base > 0.
-    impl: as in the op.
+    temperature: T > 0. contrast_mode: "all", every view is an anchor, or "one", a sample's first view is.
+    base_temperature: T_base > 0. impl: as in the op. (contrast_mode, base_temperature) may come first, as in
+    the authors' networks/losses.py.
     """
 
     def __init__(
-        self, temperature: float = 0.07, contrast_mode: str = "all", base_temperature: float = 0.07, *,
-        impl: str = "auto",
+        self, temperature: float | str = 0.07, contrast_mode: str | float = "all",
+        base_temperature: float = 0.07, *, impl: str = "auto",
     ):
         super().__init__()
-        if contrast_mode != "all":
-            raise ValueError(f"SupConLoss: contrast_mode: expected 'all', got {contrast_mode!r}")
+        if isinstance(temperature, str):
+            base_temperature = base_temperature if isinstance(contrast_mode, str) else contrast_mode
+            temperature, contrast_mode = 0.07, temperature
+        if contrast_mode not in ("all", "one"):
+            raise ValueError(f"SupConLoss: contrast_mode: expected 'all' or 'one', got {contrast_mode!r}")
         for name, value in (("temperature", temperature), ("base_temperature", base_temperature)):
             if not value > 0:
                 raise ValueError(f"SupConLoss: {name}: expected a positive number, got {value}")
@@ -166,17 +190,21 @@ class SupConLoss(nn.Module):
         self.base_temperature, self.impl = base_temperature, impl
 
     def forward(
-        self, features: torch.Tensor, labels: torch.Tensor | None = None, mask: torch.Tensor | None = None,
-        temperature: float | None = None,
+        self, features: torch.Tensor, labels: torch.Tensor | None = None,
+        mask: Any = None, temperature: Any = None,
     ) -> torch.Tensor:
-        """Return the mean loss over all views of all samples, a 0-d tensor.
+        """Return the mean loss over all anchors, a 0-d tensor.
 
-        features: (N, views, ...), flattened after the views, and not normalised here. labels: (N,) or (N, 1)
-        integers; None: every sample is a class, whose views are its positives (SimCLR). mask: not supported,
-        pass labels. temperature: replaces the one given at construction.
+        features: (N, views, ...), flattened after the views, and not normalised here. labels: (N,) or (N, 1),
+        integers or floats (equal floats are a class); None: every sample is a class, whose views are its
+        positives (SimCLR). mask: (N, N) in place of labels, the weight of sample j as a positive of sample i;
+        plain torch, with N x N maps. temperature: replaces the one given at construction. The last two may
+        change places, as in the authors' networks/losses.py.
         """
-        if mask is not None:
-            raise ValueError("SupConLoss: mask: expected None, got one: pass labels")
+        if not isinstance(mask, torch.Tensor) and (mask is not None or isinstance(temperature, torch.Tensor)):
+            mask, temperature = temperature, mask
+        if labels is not None and mask is not None:
+            raise ValueError("SupConLoss: labels, mask: expected one or the other, got both")
         if features.dim() < 3:
             raise ValueError(f"SupConLoss: features: expected (N, views, ...), got {tuple(features.shape)}")
         N = features.shape[0]
@@ -184,10 +212,21 @@ class SupConLoss(nn.Module):
             labels = torch.arange(N, device=features.device)
         elif labels.shape not in ((N,), (N, 1)):
             raise ValueError(f"SupConLoss: labels: expected ({N},) or ({N}, 1), got {tuple(labels.shape)}")
+        if labels.is_floating_point():
+            labels = (labels.double() + 0.0).view(torch.int64)  # no -0.0: equal numbers have equal bits
         T = self.temperature if temperature is None else temperature
+        options: dict[str, Any] = {"temperature": T, "normalize": False}
         rows, labels = features.flatten(2), labels.reshape(N)
-        loss = ops.supcon_loss(rows, labels, temperature=T, normalize=False, impl=self.impl)
-        return loss * (T / self.base_temperature)
+        if mask is None:
+            loss = ops.supcon_loss(rows, labels, reduction="none", impl=self.impl, **options)
+        elif tuple(mask.shape) != (N, N):
+            raise ValueError(f"SupConLoss: mask: expected {(N, N)}, got {tuple(mask.shape)}")
+        elif self.impl not in ("auto", "reference"):
+            raise ValueError(f"SupConLoss: mask: impl={self.impl!r} takes labels alone: pass labels")
+        else:
+            loss = supcon_loss_ref(rows, labels, mask=mask, **options).view(rows.shape[:2])
+        anchors = loss if self.contrast_mode == "all" else loss[:, :1]
+        return anchors.sum() / max(1, anchors.numel()) * (T / self.base_temperature)
 
 
 class DGLHead(Head):

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from infopro_fast.ops.linear_cross_entropy import logits_cross_entropy
+
 from . import chain
 from .backbones import Unit
 from .heads import GlobalAveragePool, Head, classify, conv_norm_relu
@@ -92,14 +94,12 @@ class Tail(LocalLoss):
         return self.layers(features)
 
     def terms(self, features, image, label):
-        last = self.layers[-1]
-        if type(last) is nn.Linear:
+        if isinstance(self.layers[-1], nn.Linear):
             found = classify(self.layers, features, label, self.impl, self.label_smoothing)
-            yield Term("cross_entropy", 1.0, *found)
-            return
-        logits = self.layers(features)
-        loss = nn.functional.cross_entropy(logits, label, label_smoothing=self.label_smoothing)
-        yield Term("cross_entropy", 1.0, loss, (logits.detach().argmax(1) == label).sum())
+        else:
+            options = {"label_smoothing": self.label_smoothing}
+            found = logits_cross_entropy(self.layers(features), label, **options)
+        yield Term("cross_entropy", 1.0, *found)
 
     def trained_parameters(self):
         return list(self.parameters())

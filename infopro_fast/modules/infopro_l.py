@@ -8,9 +8,11 @@ transformers; decoder, normalisation and weights for the networks here are choic
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from infopro_fast import ops
+from infopro_fast.ops.plain import not_plain
 
 from .decoder import HIDDEN
 from .local_loss import InfoPro
@@ -52,13 +54,15 @@ class FeatureDecoder(nn.Module):
         """Return a 0-d tensor. features: (N, C, h, w), the output; given: (N, C', H, W), the input."""
         if tuple(given.shape[-2:]) != self.size:
             raise ValueError(f"FeatureDecoder: given: expected maps of {self.size}, got {tuple(given.shape)}")
-        first = self.decoder[0]
-        if tuple(features.shape[-2:]) == self.size:
-            x = first(features)
-        else:
+        first, resized = self.decoder[0], tuple(features.shape[-2:]) != self.size
+        if resized and not (not_plain(self.decoder, nn.Sequential) or not_plain(first, nn.Conv2d)):
             weight, bias = first.weight, first.bias
             x = ops.upsample_conv3x3(features, weight, bias, self.size, align_corners=True, impl=self.impl)
-        x = self.decoder[1:](x)
+            x = self.decoder[1:](x)
+        else:
+            if resized:
+                features = F.interpolate(features, self.size, mode="bilinear", align_corners=True)
+            x = self.decoder(features)
         dtype = torch.promote_types(x.dtype, torch.float32)
         target = given.detach().to(dtype)
         variance, mean = torch.var_mean(target, (0, 2, 3), correction=0, keepdim=True)

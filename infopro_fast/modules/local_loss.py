@@ -13,10 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import nn
 
-from infopro_fast import ops
-
 from .features import Features
-from .heads import GlobalAveragePool, Head
+from .heads import GlobalAveragePool, Head, classify
 
 LOCAL_LOSSES = ("contrast", "softmax", "greedy", "dgl", "infopro_l", "auglocal", "none")
 
@@ -171,11 +169,8 @@ class Classifier(LocalLoss):
 
     def terms(self, features, image, label):
         # No name here outlives the term: the pooled features would stay until the next one is asked for.
-        loss, correct = ops.linear_cross_entropy(
-            self.pool(features), self.fc.weight, label, bias=self.fc.bias,
-            label_smoothing=self.label_smoothing, return_correct=True, impl=self.impl,
-        )
-        yield Term("cross_entropy", 1.0, loss, correct)
+        found = classify((self.pool, self.fc), features, label, self.impl, self.label_smoothing)
+        yield Term("cross_entropy", 1.0, *found)
 
     def trained_parameters(self):
         return list(self.fc.parameters())

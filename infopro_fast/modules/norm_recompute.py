@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from infopro_fast.ops.plain import not_plain
+
 from .backbones import BasicBlock
 from .densenet import DenseLayer, Transition
 
@@ -27,13 +29,12 @@ aten = torch.ops.aten
 def norm_relu_conv(x: torch.Tensor, norm: nn.BatchNorm2d, conv: nn.Conv2d) -> torch.Tensor:
     """Return ``conv(relu(norm(x)))``, keeping x for backward and no other map.
 
-    x: (N, C, H, W), floating point, any memory format. norm, conv: used through their parameters, so hooks on
-        them do not run. The norm's running statistics move once. On a CPU values and gradients are those of
-        the three modules bit for bit.
+    x: (N, C, H, W), floating point, any memory format. norm, conv: used through their parameters. The norm's
+    running statistics move once. On a CPU values and gradients are those of the three modules bit for bit.
 
     Raises TypeError for a norm that is not BatchNorm2d itself (the statistics of SyncBatchNorm come from
-    other processes) and for a convolution that is not Conv2d itself; ValueError for padding that is not by
-    zeros.
+    other processes), a convolution that is not Conv2d itself, and hooks on them; ValueError for padding that
+    is not by zeros.
     """
     _check(norm, conv)
     if not torch.is_grad_enabled():
@@ -51,10 +52,11 @@ def norm_relu_conv(x: torch.Tensor, norm: nn.BatchNorm2d, conv: nn.Conv2d) -> to
 
 
 def _check(norm: nn.Module, conv: nn.Module) -> None:
-    if type(norm) is not nn.BatchNorm2d:
-        raise TypeError(f"norm_relu_conv: norm: expected BatchNorm2d, got {type(norm).__name__}")
-    if type(conv) is not nn.Conv2d:
-        raise TypeError(f"norm_relu_conv: conv: expected Conv2d, got {type(conv).__name__}")
+    for name, layer, kind in (("norm", norm, nn.BatchNorm2d), ("conv", conv, nn.Conv2d)):
+        reason = not_plain(layer, kind)
+        if reason is not None:
+            got = f"{type(layer).__name__}: {reason}"
+            raise TypeError(f"norm_relu_conv: {name}: expected {kind.__name__}, got {got}")
     if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         got = f"{conv.padding!r} of {conv.padding_mode!r}"
         raise ValueError(f"norm_relu_conv: conv: expected padding by a number of zeros, got {got}")

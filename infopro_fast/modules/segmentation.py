@@ -22,15 +22,16 @@ IGNORE = 255  # label of pixels that are neither trained nor counted
 
 def pixel_loss(
     logits: torch.Tensor, label: torch.Tensor, *, align_corners: bool, label_smoothing: float = 0.0,
-    impl: str = "auto",
+    reduction: str = "mean", impl: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the mean cross entropy over labelled pixels, and N times the share of right ones (both 0-d).
+    """Return the mean cross entropy, and N times the share of labelled pixels that are right (both 0-d).
 
     logits: (N, classes, h, w), resized bilinearly to label: (N, H, W) integers in [0, classes) or IGNORE.
-    Both results are 0 where no pixel is labelled.
+    reduction: "mean" over labelled pixels or "mean_all" over all, of which those not labelled count 0. Both
+    results are 0 where no pixel is labelled.
     """
     options: dict[str, Any] = {"align_corners": align_corners, "label_smoothing": label_smoothing}
-    options |= {"ignore_index": IGNORE, "return_confusion": True, "impl": impl}
+    options |= {"reduction": reduction, "ignore_index": IGNORE, "return_confusion": True, "impl": impl}
     loss, confusion = ops.upsample_cross_entropy(logits, label, **options)
     return loss, confusion.diagonal().sum() / confusion.sum().clamp(min=1) * label.shape[0]
 
@@ -96,17 +97,20 @@ class PixelClassifier(LocalLoss):
 
     head: features (N, C, h, w) to logits (N, classes, h', w'). class_num: classes.
     auxiliary: (tap, head, weight). align_corners: of the resize to the labels (False in DeepLabV3's head).
+    reduction: of both losses, as in `pixel_loss`; the authors' DeepLab has "mean_all".
     """
 
     dense = True
 
     def __init__(
         self, head: nn.Module, class_num: int, auxiliary: tuple[Tap, nn.Module, float] | None = None, *,
-        align_corners: bool = False, label_smoothing: float = 0.0, impl: str = "auto",
+        align_corners: bool = False, label_smoothing: float = 0.0, reduction: str = "mean",
+        impl: str = "auto",
     ):
         super().__init__()
         self.head, self.class_num = head, class_num
         self.align_corners, self.label_smoothing, self.impl = align_corners, label_smoothing, impl
+        self.reduction = reduction
         self.auxiliary_head, self.auxiliary_weight = None, 0.0
         self._tap: tuple[Tap, ...] = ()  # a tuple, so that the block is not a submodule here too
         if auxiliary is not None:
@@ -118,7 +122,8 @@ class PixelClassifier(LocalLoss):
         return self.head(features)
 
     def terms(self, features, image, label):
-        options = {name: getattr(self, name) for name in ("align_corners", "label_smoothing", "impl")}
+        names = ("align_corners", "label_smoothing", "reduction", "impl")
+        options = {name: getattr(self, name) for name in names}
         yield Term("cross_entropy", 1.0, *pixel_loss(self.head(features), label, **options))
         for tap in self._tap:
             yield Term(

@@ -14,7 +14,7 @@ import os
 import sys
 import typing
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 
@@ -225,8 +225,8 @@ def resolve(
         limitation: why only the reference can run the call, or why each implementation cannot, or None.
 
     Raises:
-        ValueError: ``impl`` is unknown, a named ``impl`` cannot run this call (its dtypes included), or
-            tensors are on different devices.
+        ValueError: ``impl`` is unknown, a named ``impl`` cannot run this call (its dtypes included), tensors
+            are on different devices, or a transform of torch.func needs the reference.
     """
     given = {name: t for name, t in tensors.items() if t is not None}
     first_name, first = next(iter(given.items()))
@@ -237,6 +237,8 @@ def resolve(
         raise ValueError(f"{op}: impl: expected one of {('auto', *IMPLEMENTATIONS)}, got {impl!r}")
     if impl == "reference":
         return "reference"
+    if _is_transformed(given.values()):
+        raise ValueError(f"{op}: impl={impl!r} cannot run under torch.func transforms; impl='reference' can")
     reason = None
     for candidate in _FASTEST_FIRST.get(first.device.type, ()) if impl == "auto" else (impl,):
         reason = missing(op, candidate, first.device)
@@ -251,6 +253,16 @@ def resolve(
     if reason is not None:
         warn_slow(op, reason)
     return "reference"
+
+
+def _is_transformed(tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether vmap, grad or jvp of torch.func, or forward differentiation, transform the call."""
+    if torch.compiler.is_compiling():
+        return False
+    if torch._C._are_functorch_transforms_active():
+        return True
+    forward = torch.autograd.forward_ad
+    return forward._current_level >= 0 and any(forward.unpack_dual(t).tangent is not None for t in tensors)
 
 
 def _wrong_dtype(given: dict[str, torch.Tensor], impl: str) -> str | None:

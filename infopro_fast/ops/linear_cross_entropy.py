@@ -53,7 +53,7 @@ def linear_cross_entropy(
 
     Raises:
         TypeError, ValueError: names the argument, what was expected and what came.
-        RuntimeError from the CPU kernels, IndexError from the reference on the CPU: a label is out of range.
+        ValueError from the CPU kernels, IndexError from the reference on the CPU: a label is out of range.
 
     The kernels keep for backward the inputs and N numbers.
     """
@@ -76,10 +76,19 @@ def linear_cross_entropy_ref(
     input, weight, target, *, bias, class_weight, ignore_index, reduction, label_smoothing
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The specification, in plain torch: (loss, correct), arguments as in `linear_cross_entropy`."""
-    dtype, target = compute_dtype(input, weight, bias), target.long()
+    dtype = compute_dtype(input, weight, bias)
     with no_autocast(input.device):
         logits = F.linear(input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
-        weights = None if class_weight is None else class_weight.to(dtype)
+    return logits_cross_entropy(logits, target, class_weight, ignore_index, reduction, label_smoothing)
+
+
+def logits_cross_entropy(
+    logits, target, class_weight=None, ignore_index=-100, reduction="mean", label_smoothing=0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (loss, correct) of logits (N, C), in plain torch; arguments as in `linear_cross_entropy`."""
+    logits, target = logits.to(compute_dtype(logits)), target.long()
+    with no_autocast(logits.device):
+        weights = None if class_weight is None else class_weight.to(logits.dtype)
         options = dict(ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing)
         rows = F.cross_entropy(logits, target, weights, **options)
         right = logits.argmax(1) == target if len(logits) else torch.empty_like(target, dtype=torch.bool)
@@ -119,13 +128,16 @@ def _check(input, weight, target, bias, class_weight):
             raise ValueError(f"{OP}: {name}: expected {shape}, got {tuple(t.shape)}")
 
 
-def check_options(op: str, class_weight: torch.Tensor | None, reduction: str, label_smoothing: float) -> None:
+def check_options(
+    op: str, class_weight: torch.Tensor | None, reduction: str, label_smoothing: float,
+    reductions: tuple[str, ...] = REDUCTIONS,
+) -> None:
     """Raise ValueError that names the option of a cross entropy ``op`` which is not as documented."""
     if class_weight is not None and class_weight.requires_grad:
         expected = "a tensor that does not require grad, it gets no gradient"
         raise ValueError(f"{op}: class_weight: expected {expected}")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"{op}: reduction: expected one of {REDUCTIONS}, got {reduction!r}")
+    if reduction not in reductions:
+        raise ValueError(f"{op}: reduction: expected one of {reductions}, got {reduction!r}")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"{op}: label_smoothing: expected in [0, 1], got {label_smoothing}")
 

@@ -20,6 +20,7 @@ from torch import nn
 
 from .batch_norm import affine, batch_norm_ref, update_running_statistics, uses_batch_statistics
 from .dispatch import check_floating, compute_dtype, define_kernels, first_order, no_autocast, resolve
+from .plain import not_plain
 
 OP = "norm_relu_pool"
 
@@ -33,7 +34,8 @@ def norm_relu_pool(
 
     Args:
         x: (N, C, h, w), float32, float64, bfloat16 or float16, any strides.
-        bn: a BatchNorm2d of C, or conv's output, channels; affine or not, in training or eval mode.
+        bn: a BatchNorm2d of C, or conv's output, channels; affine or not, in training or eval mode. A layer
+            whose call does more (`plain.not_plain`: hooks, subclasses) is refused.
         conv: a Conv2d that x goes through first, or None. The CPU kernels take a 3x3 convolution (stride 1 or
             2, padding 1, no bias) of few channels; they never write its output's gradient (`fuses`).
             Otherwise the layer itself runs.
@@ -48,8 +50,10 @@ def norm_relu_pool(
     The kernels keep for backward x, the layers' parameters, 2 N C + 2 C numbers and, with conv, its output.
     """
     _check(x, bn, conv)
-    tensors = {"x": x, "bn.weight": bn.weight, "bn.bias": bn.bias}
-    chosen = resolve(OP, impl, tensors if conv is None else tensors | {"conv.weight": conv.weight})
+    layers = {"bn": bn} | ({} if conv is None else {"conv": conv})
+    # Not bn.weight, since reading a parametrised weight computes it
+    own = {f"{name}.{k}": p for name, layer in layers.items() for k, p in layer.named_parameters()}
+    chosen = resolve(OP, impl, {"x": x} | own)
     if conv is not None and not (chosen == "cpu" and fuses(x, conv)):
         return norm_relu_pool(conv(x), bn, impl=chosen)
     if chosen == "reference":
@@ -74,26 +78,20 @@ def norm_relu_pool(
 def fuses(x: torch.Tensor, conv: nn.Conv2d) -> bool:
     """Whether the CPU kernels take the convolution, too.
 
-    A call of the layer must do nothing else: no hooks (pruning and torch.nn.utils.weight_norm are such), no
-    parametrisation, no subclass. A sample must fit a core's cache (`pays`). Under autocast and in half
-    precision the layer runs, since oneDNN has faster instructions there.
+    A call of the layer must do nothing else (`plain.not_plain`), and its weight be a parameter. A sample must
+    fit a core's cache (`pays`). Under autocast and in half precision the layer runs, since oneDNN has faster
     """
     form = (conv.kernel_size, conv.padding, conv.dilation, conv.groups, conv.bias, conv.padding_mode)
     return (
-        type(conv) is nn.Conv2d
+        type(conv) is nn.Conv2d  # a parametrised layer is of a class of its own
+        and not_plain(conv, nn.Conv2d) is None
         and form == ((3, 3), (1, 1), (1, 1), 1, None, "zeros")
         and conv.stride in ((1, 1), (2, 2))
         and x.dtype == conv.weight.dtype
         and x.dtype in (torch.float32, torch.float64)
-        and not _has_hooks(conv)
         and not torch.is_autocast_enabled("cpu")
         and pays(x.shape, conv)
     )
-
-
-def _has_hooks(layer: nn.Module) -> bool:
-    own = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    return any(own) or nn.modules.module._has_any_global_hook()
 
 
 MOST_NUMBERS = 2**18  # of a sample with its intermediate maps, and of the weights: 1 MiB, a second cache
@@ -129,6 +127,10 @@ def _check(x, bn, conv):
     check_floating(OP, {"x": x})
     if not isinstance(bn, nn.BatchNorm2d):
         raise TypeError(f"{OP}: bn: expected a BatchNorm2d, got {type(bn).__name__}")
+    reason = not_plain(bn, nn.BatchNorm2d)
+    if reason is not None:
+        expected = "a BatchNorm2d whose call runs nothing else, as the kernels run nothing else"
+        raise ValueError(f"{OP}: bn: expected {expected}, got {bn}: {reason}")
     if conv is not None and not isinstance(conv, nn.Conv2d):
         raise TypeError(f"{OP}: conv: expected a Conv2d or None, got {type(conv).__name__}")
     if conv is not None and conv.out_channels != bn.num_features:

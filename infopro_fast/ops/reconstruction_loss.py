@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .batch_norm import batch_norm_ref
-from .dispatch import check_floating, compute_dtype, no_autocast, resolve
+from .dispatch import LIBRARY, check_floating, compute_dtype, no_autocast, resolve
 from .reconstruction_loss_chain import chain_loss
 from .reconstruction_loss_layers import OP, Layers, decoder_stages, find_layers, limitations
 from .reconstruction_loss_single import single_loss
@@ -48,12 +48,14 @@ def reconstruction_loss(
     Args:
         features: (N, C, h, w), float32, float64, bfloat16 or float16, any strides.
         image: (N, 3, H, W), floating, in [0, 1], or normalised if ``image_mean`` and ``image_std`` are given.
-            Only the reference gives it a gradient.
+            At most 1/512 outside [0, 1] is rounding, and clamped. Further outside, the CPU raises ValueError;
+            a GPU, where a check would wait, gives a loss of nan. Only the reference gives it a gradient.
         decoder: any number of hidden stages (Upsample or none, Conv2d 1x1 or 3x3, BatchNorm2d or
             SyncBatchNorm, ReLU), then Upsample or none, Conv2d 3x3 to 3 channels, Sigmoid. The decoders of
             the authors' code for CIFAR, ImageNet and Cityscapes are such. Convolutions keep the size. Biases
             and affine parameters are optional. An Upsample is bilinear or nearest, to a size or by a factor.
-            A SyncBatchNorm in training takes the statistics of all processes in its group.
+            A SyncBatchNorm in training takes the statistics of all processes in its group. A layer whose call
+            does more (`plain.not_plain`: hooks, subclasses) is refused; parametrised weights are taken.
         interpolate_mode: how features are resized to (H, W) if the decoder has no Upsample: "bilinear"
             (align_corners=True, as in the authors' code) or "nearest".
         loss: "bce", "mse" or "l1", the mean over all N*3*H*W elements.
@@ -83,6 +85,7 @@ def reconstruction_loss(
     if image.requires_grad:
         limitation = "image requires grad, which the reference alone supports"
     chosen = resolve(OP, impl, tensors, limitation)
+    layers = layers._replace(convolutions=tuple((stage.conv.weight, stage.conv.bias) for stage in stages))
     if chosen == "reference":
         options = (interpolate_mode, loss, image_mean, image_std)
         return reconstruction_loss_ref(features, image, decoder, layers, *options)
@@ -95,9 +98,9 @@ def reconstruction_loss_ref(
     features, image, decoder, layers: Layers, interpolate_mode, loss, image_mean, image_std
 ) -> torch.Tensor:
     """The specification, in plain torch: arguments as in `reconstruction_loss`, and the call's `Layers`."""
-    dtype = compute_dtype(features, image, layers.stages[0].conv.weight)
+    dtype = compute_dtype(features, image, layers.convolutions[0][0])
     with no_autocast(features.device):
-        target = restore_image(image.to(dtype), image_mean, image_std)
+        target = image_target(image.to(dtype), image_mean, image_std)
         if features.shape[0] == 0 and all(group is None for group in layers.groups):
             touched = features.sum() + image.sum() + sum(p.sum() for p in decoder.parameters())
             return touched.to(dtype) * 0
@@ -105,10 +108,10 @@ def reconstruction_loss_ref(
         if all(stage.upsample is None for stage in layers.stages):
             corners = True if interpolate_mode == "bilinear" else None
             x = F.interpolate(x, image.shape[-2:], mode=interpolate_mode, align_corners=corners)
-        for upsample, conv, norm in layers.stages:
+        for (upsample, conv, norm), (weight, bias) in zip(layers.stages, layers.convolutions, strict=True):
             x = x if upsample is None else upsample(x)
-            bias = None if conv.bias is None else conv.bias.to(dtype)
-            x = F.conv2d(x, conv.weight.to(dtype), bias, padding=conv.kernel_size[0] // 2)
+            bias = None if bias is None else bias.to(dtype)
+            x = F.conv2d(x, weight.to(dtype), bias, padding=conv.kernel_size[0] // 2)
             x = x if norm is None else F.relu(batch_norm_ref(x, norm))
         if x.shape[0] == 0:  # the other processes of a SyncBatchNorm wait for this one's statistics
             return x.sum()
@@ -117,12 +120,66 @@ def reconstruction_loss_ref(
         return F.mse_loss(x.sigmoid(), target) if loss == "mse" else F.l1_loss(x.sigmoid(), target)
 
 
+def reconstruction_loss_by_layers(
+    features: torch.Tensor, image: torch.Tensor, decoder: nn.Sequential, *,
+    interpolate_mode: str = "bilinear", loss: str = "bce", image_mean=None, image_std=None,
+) -> torch.Tensor:
+    """Return the loss by a call of the decoder, whatever its layers; arguments as in `reconstruction_loss`.
+
+    Hooks, subclasses and other layers run. The binary cross entropy is taken from probabilities, as in the
+    authors' code: it saturates where a logit's magnitude exceeds 16 in float32.
+    """
+    if not any(isinstance(layer, nn.Upsample) for layer in decoder):
+        corners = True if interpolate_mode == "bilinear" else None
+        features = F.interpolate(features, image.shape[-2:], mode=interpolate_mode, align_corners=corners)
+    output = decoder(features)
+    dtype = compute_dtype(output, image)
+    with no_autocast(image.device):
+        output, target = output.to(dtype), image_target(image.to(dtype), image_mean, image_std)
+        if loss == "bce":  # F.binary_cross_entropy raises where the target is nan
+            log, log_rest = output.log().clamp(min=-100), (-output).log1p().clamp(min=-100)
+            return -(target * log + (1 - target) * log_rest).mean()
+        return F.mse_loss(output, target) if loss == "mse" else F.l1_loss(output, target)
+
+
 def restore_image(image: torch.Tensor, mean, std) -> torch.Tensor:
     """Return the image (N, 3, H, W) in [0, 1] from one normalised per channel; as it is if mean is None."""
     if mean is None:
         return image
     shape = (1, -1, 1, 1)
     return (image * image.new_tensor(std).view(shape) + image.new_tensor(mean).view(shape)).clamp(0, 1)
+
+
+IMAGE_SLACK = 1 / 512  # half a step of an 8-bit image
+
+
+def image_target(image: torch.Tensor, mean, std) -> torch.Tensor:
+    """Return the restored image. One that needs none is clamped, and nan further outside than IMAGE_SLACK.
+
+    On the CPU numbers so far outside raise ValueError. On a GPU a check would wait.
+    """
+    if mean is not None:
+        return restore_image(image, mean, std)
+    outside = torch.ops.infopro_fast.outside_unit_range(image.detach())
+    return torch.where(outside, torch.nan, image.clamp(0, 1))
+
+
+def _outside_unit_range(image):
+    outside = (image - image.clamp(0, 1)).abs() > IMAGE_SLACK
+    if image.device.type == "cpu" and outside.any():
+        known = image.nan_to_num(0.5, torch.inf, -torch.inf)
+        got = f"{known.min().item():g} to {known.max().item():g}"
+        hint = "pass image_mean and image_std for a normalised image"
+        raise ValueError(f"{OP}: image: expected numbers in [0, 1], got {got}: {hint}")
+    return outside
+
+
+# An op of its own, so that a compiler does not trace into it.
+LIBRARY.define("outside_unit_range(Tensor image) -> Tensor")
+LIBRARY.impl("outside_unit_range", _outside_unit_range, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "infopro_fast::outside_unit_range", lambda image: torch.empty_like(image, dtype=torch.bool), lib=LIBRARY
+)
 
 
 def _check(features, image, C, interpolate_mode, loss, image_mean, image_std):

@@ -39,11 +39,10 @@ def chain_loss(
     loss: an index into `reconstruction_loss.LOSSES`. restore: the image's mean and deviation, or nothing.
     """
     norms, parameters = layers.norms, []
-    for stage, norm, of_batch in zip(layers.stages, norms, layers.batch_statistics, strict=False):
+    for own, norm, of_batch in zip(layers.convolutions, norms, layers.batch_statistics, strict=False):
         running = (None, None) if of_batch else (norm.running_mean, norm.running_var)
-        parameters += [stage.conv.weight, stage.conv.bias, *affine(norm), *running]
-    last = layers.stages[-1].conv
-    parameters += [last.weight, last.bias, None, None, None, None]
+        parameters += [*own, *affine(norm), *running]
+    parameters += [*layers.convolutions[-1], None, None, None, None]
     eps, impls = tuple(norm.eps for norm in norms), implementations(layers, impl)
     plan = (layers.resizes, eps, layers.batch_statistics, layers.groups, tuple(restore), loss, impls)
     value, *moved = _ChainLoss.apply(plan, features, image, *parameters)
@@ -185,17 +184,18 @@ class _ChainLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, *_):
-        features, _, *rest = ctx.saved_tensors
+        saved = ctx.saved_tensors  # read once: under a checkpoint a second time is an error
+        features, _, *rest = saved
         parameters = rest[: len(ctx.plan.resizes) * PER_STAGE]
         with torch.no_grad():
-            found = _gradients(ctx, grad)
+            found = _gradients(ctx, saved, grad)
         return first_order(OP, (features, *parameters, grad), found)
 
 
-def _gradients(ctx, grad):
+def _gradients(ctx, saved, grad):
     """Return the gradient of each argument of `_ChainLoss.forward`."""
     plan = ctx.plan
-    features, image, *rest = ctx.saved_tensors
+    features, image, *rest = saved
     number = len(plan.resizes)
     *stages, last = _split(rest[: number * PER_STAGE])
     kept = rest[number * PER_STAGE :]

@@ -14,6 +14,7 @@ from torch import nn
 
 from . import dispatch
 from .batch_norm import Norm, sync_group, uses_batch_statistics
+from .plain import not_plain
 from .resize import CORNERS, most_sources, resize_of
 
 OP = "reconstruction_loss"
@@ -54,6 +55,8 @@ class Layers(typing.NamedTuple):
     takes the batch's statistics, and the process group it shares them with, or None. cuda_limits: for each
     stage, why the CUDA C++ kernels cannot run it, or None; () if the call is not for a GPU. single: whether
     the decoder has the form of the authors' CIFAR code, which is one op on the CPU and in CUDA C++.
+    convolutions: weight and bias of each stage, read when the call is sure to run, since reading computes a
+    parametrised weight.
     """
 
     stages: tuple[Stage, ...]
@@ -63,6 +66,7 @@ class Layers(typing.NamedTuple):
     groups: tuple
     cuda_limits: tuple[str | None, ...]
     single: bool
+    convolutions: tuple[tuple[torch.Tensor, torch.Tensor | None], ...] = ()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -73,7 +77,10 @@ def decoder_stages(decoder: nn.Sequential) -> tuple[Stage, ...]:
     """Return the stages of a decoder. Raises ValueError that names the layer which does not fit."""
     if not isinstance(decoder, nn.Sequential) or len(decoder) < 2:
         size = f" of {len(decoder)}" if isinstance(decoder, nn.Sequential) else ""
-        raise ValueError(f"{OP}: decoder: expected {FORM}, got {type(decoder).__name__}{size}")
+        inner = isinstance(getattr(decoder, "decoder", None), nn.Sequential)
+        got = f"{type(decoder).__name__}{size}" + ": pass its .decoder" * inner
+        raise ValueError(f"{OP}: decoder: expected {FORM}, got {got}")
+    _check_plain("decoder", decoder, nn.Sequential)
     layers = list(decoder)  # not children(): a layer without parameters may stand in two places
     stages: list[Stage] = []
     at = 0
@@ -85,9 +92,7 @@ def decoder_stages(decoder: nn.Sequential) -> tuple[Stage, ...]:
         if kind is None:
             names, got = " or ".join(k.__name__ for k in kinds), layer or "the end"
             raise ValueError(f"{OP}: decoder[{at}]: expected {names}, got {got}; a decoder is {FORM}")
-        if type(layer).forward is not kind.forward or layer._forward_hooks or layer._forward_pre_hooks:
-            expected = f"{kind.__name__}'s own forward without hooks, which would not run"
-            raise ValueError(f"{OP}: decoder[{at}]: expected {expected}, got {layer}")
+        _check_plain(f"decoder[{at}]", layer, kind)
         at += 1
         return layer
 
@@ -110,6 +115,13 @@ def decoder_stages(decoder: nn.Sequential) -> tuple[Stage, ...]:
             raise ValueError(f"{OP}: decoder[{at - 1}]: expected {expected}, got {norm}")
         take(nn.ReLU)
         stages.append(Stage(upsample, conv, norm))
+
+
+def _check_plain(name: str, layer: nn.Module, kind: type[nn.Module]) -> None:
+    reason = not_plain(layer, kind)
+    if reason is not None:
+        expected = f"a {kind.__name__} whose call runs nothing else, as the kernels run nothing else"
+        raise ValueError(f"{OP}: {name}: expected {expected}, got {layer}: {reason}")
 
 
 def _check_convolution(conv: nn.Conv2d, place: int, last: bool, inputs: int) -> None:

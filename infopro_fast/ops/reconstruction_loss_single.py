@@ -28,10 +28,10 @@ def single_loss(
 
     loss: an index into `reconstruction_loss.LOSSES`. restore: the image's mean and deviation, or nothing.
     """
-    (_, conv1, _), (_, conv2, _) = layers.stages
+    first, last = layers.convolutions
     (norm,), (of_batch,), (resize, _) = layers.norms, layers.batch_statistics, layers.resizes
     running = (None, None) if of_batch else (norm.running_mean, norm.running_var)
-    given = (features, image, conv1.weight, conv1.bias, *affine(norm), conv2.weight, conv2.bias)
+    given = (features, image, *first, *affine(norm), *last)
     # Inside, ctx.needs_input_grad tells of requires_grad alone, under no_grad too.
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in given if t is not None)
     options = (restore, norm.eps, resize.mode, loss)
@@ -102,15 +102,16 @@ class _SingleLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, _mean, _var):
-        features, _, w1, b1, gamma, beta, w2, b2, _ = ctx.saved_tensors
+        saved = ctx.saved_tensors  # read once: under a checkpoint a second time is an error
+        features, _, w1, b1, gamma, beta, w2, b2, _ = saved
         with torch.no_grad():
-            found = _gradients(ctx, grad)
+            found = _gradients(ctx, saved, grad)
         return first_order(OP, (features, w1, b1, gamma, beta, w2, b2, grad), found)
 
 
-def _gradients(ctx, grad):
+def _gradients(ctx, tensors, grad):
     """Return the gradient of each argument of `_SingleLoss.forward`."""
-    features, image, w1, b1, gamma, beta, w2, b2, saved = ctx.saved_tensors
+    features, image, w1, b1, gamma, beta, w2, b2, saved = tensors
     restore, *others = ctx.options
     needs = ctx.needs_input_grad
     K = w1.shape[0]

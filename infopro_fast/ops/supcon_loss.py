@@ -67,8 +67,11 @@ def supcon_loss(
     return loss.sum() / max(1, loss.shape[0]) if reduction == "mean" else loss.sum()
 
 
-def supcon_loss_ref(features, labels, *, temperature=0.07, normalize=True):
-    """The specification, in plain torch: a loss for each anchor (M,); arguments as in `supcon_loss`."""
+def supcon_loss_ref(features, labels, *, temperature=0.07, normalize=True, mask=None):
+    """The specification, in plain torch: a loss for each anchor (M,); arguments as in `supcon_loss`.
+
+    mask: None or (N, N), in place of labels: the weight of sample j as a positive of sample i.
+    """
     rows, labels = _anchors(features, labels)
     with no_autocast(features.device):
         z = rows.to(compute_dtype(rows))
@@ -80,12 +83,18 @@ def supcon_loss_ref(features, labels, *, temperature=0.07, normalize=True):
             z = z / torch.linalg.vector_norm(safe, dim=1, keepdim=True)
         itself = torch.eye(len(rows), dtype=torch.bool, device=rows.device)
         logits = (z @ z.T) / temperature
-        positives = (labels[:, None] == labels) & ~itself
+        if mask is None:
+            positives = labels[:, None] == labels
+        else:
+            views = len(rows) // max(1, len(mask))
+            positives = mask.repeat_interleave(views, 0).repeat_interleave(views, 1)
+        positives = torch.where(itself, 0, positives).to(z.dtype)
         count = positives.sum(1)
         # logsumexp of an empty row is -inf with nan gradients: a lone anchor keeps itself, and gives 0 below.
         kept = logits.masked_fill(itself & (len(rows) > 1), -torch.inf)
         log_prob = logits - kept.logsumexp(1, keepdim=True) if len(rows) else logits
-        return -torch.where(positives, log_prob, 0).sum(1) / count.clamp(min=1)
+        chosen = torch.where(positives != 0, positives * log_prob, 0)
+        return -chosen.sum(1) / torch.where(count == 0, 1, count)
 
 
 def _anchors(features, labels):

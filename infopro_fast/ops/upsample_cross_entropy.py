@@ -52,8 +52,9 @@ def upsample_cross_entropy(
         align_corners: as in torch.nn.functional.interpolate; the authors' code has True.
         ignore_index, label_smoothing: as in torch.nn.functional.cross_entropy.
         class_weight: (C,), floating, or None: the ``weight`` of torch's loss. It gets no gradient.
-        reduction: "mean" (divided by the sum of the targets' class weights), "sum", or "none", (N, H, W). If
-            every pixel is ignored, "mean" is 0 with zero gradients, where torch gives nan.
+        reduction: "mean" (divided by the sum of the targets' class weights), "mean_all" (by the number of all
+            pixels, ignored ones too, as in the authors' DeepLab), "sum", or "none", (N, H, W). If every
+            pixel is ignored, a mean is 0 with zero gradients, where torch gives nan.
         return_confusion: return also the confusion matrix, (C, C), int64. It counts the pixels that are not
             ignored by target (row) and class of the largest logit (column), the first of equal logits.
         impl: "auto", "reference", "cpu" or "triton". A named implementation runs or raises. Triton's kernels
@@ -64,13 +65,15 @@ def upsample_cross_entropy(
 
     Raises:
         TypeError, ValueError: names the argument, what was expected and what came.
-        RuntimeError from the CPU kernels, IndexError from the reference on the CPU: a label is out of range.
+        ValueError from the CPU kernels, IndexError from the reference on the CPU: a label is out of range.
 
     Beside the inputs, Triton's kernels keep H W numbers a sample for backward. Those for the CPU keep
     nothing, or C h w numbers a sample if that is at most H W.
     """
     _check(logits, target, class_weight)
-    check_options(OP, class_weight, reduction, label_smoothing)
+    check_options(OP, class_weight, reduction, label_smoothing, (*REDUCTIONS, "mean_all"))
+    divisor = max(1, target.numel()) if reduction == "mean_all" else None
+    reduction = "sum" if divisor else reduction
     on_gpu = impl == "triton" or logits.device.type == "cuda"
     limitation = {"triton": _triton_limitation(logits, target)} if on_gpu else None
     chosen = resolve(OP, impl, {"logits": logits, "target": target, "class_weight": class_weight}, limitation)
@@ -91,6 +94,7 @@ def upsample_cross_entropy(
         loss, confusion = _UpsampleCrossEntropy.apply(
             logits, target, class_weight, options, bool(return_confusion), chosen
         )
+    loss = loss / divisor if divisor else loss
     return (loss, confusion) if return_confusion else loss
 
 

@@ -38,7 +38,7 @@ def build(
     budget: int | str | None = None, batch_size: int | None = None,
     arch_args: Mapping[str, Any] | None = None, net_config: str | None = None, widen: float = 1,
     feature_dim: int = 128, aux_depth: int | None = None, label_smoothing: float = 0.0,
-    recompute: str = "none", impl: str = "auto",
+    pixel_reduction: str = "mean", recompute: str = "none", impl: str = "auto",
 ) -> LocalNetwork:
     """Return a network in local modules, with auxiliary nets that are initialised as in the authors' code.
 
@@ -80,6 +80,8 @@ def build(
         or `DenseHead`. Refused where the loss has no such nets.
     aux_depth: blocks of auglocal's first auxiliary network; later ones have fewer (`auglocal.aux_depths`).
     None: 3. label_smoothing: of every cross entropy.
+    pixel_reduction: "mean" or "mean_all": whether the losses of a segmentation network's own heads, the last
+        module's, average over labelled pixels or over all, as the authors' DeepLab. Local heads: labelled.
     recompute: what backward computes again to save memory: "norm": each convolution's normalised input
         (residual and dense blocks); "block": each block; "sqrt": segments of sqrt(blocks) blocks (Chen et al.
         2016).
@@ -95,7 +97,12 @@ def build(
         raise ValueError(f"build: local_loss: expected {expected}, got {local_loss!r}")
     about: dict[str, Any] = {"image_size": image_size, "num_classes": num_classes, "arch_args": arch_args}
     about |= {"image_mean": image_mean, "image_std": image_std}
-    found = family(arch, **about, label_smoothing=label_smoothing, impl=impl)
+    shared: dict[str, Any] = {"label_smoothing": label_smoothing, "impl": impl}
+    shared["pixel_reduction"] = pixel_reduction
+    found = family(arch, **about, **shared)
+    if pixel_reduction != "mean" and not (found.dense and pixel_reduction == "mean_all"):
+        expected = "'mean', for segmentation 'mean' or 'mean_all'"
+        raise ValueError(f"build: pixel_reduction: expected {expected}, got {pixel_reduction!r}")
     local_loss = local_loss or ("softmax" if found.dense else "contrast")
     nets: dict[str, Any] = {"net_config": net_config, "widen": widen, "feature_dim": feature_dim}
     _check_auxiliary(found, local_loss, **nets)

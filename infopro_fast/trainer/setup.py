@@ -164,7 +164,8 @@ def build(config: TrainConfig, images: data.ImageSet | data.FolderSet) -> module
             c.arch, c.modules, local_loss(c), c.lambdas, c.balanced, images.num_classes, images.image_size,
             images.mean, images.std, cuts=c.cuts, arch_args=fields.keywords(c.arch_args),
             net_config=c.net_config, widen=c.widen, feature_dim=c.feature_dim, aux_depth=c.aux_depth,
-            label_smoothing=c.label_smoothing, recompute=c.recompute, impl=c.impl,
+            label_smoothing=c.label_smoothing, pixel_reduction=c.pixel_reduction, recompute=c.recompute,
+            impl=c.impl,
         )
     except (ImportError, ValueError) as error:
         raise ConfigError(str(error).removeprefix("build: ")) from error

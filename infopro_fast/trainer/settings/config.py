@@ -184,6 +184,8 @@ class TrainConfig:
     Batch norms and contrastive losses see one part at a time."""
     label_smoothing: Annotated[float, FRACTION, RESULT] = 0.0
     """Label smoothing of every cross entropy."""
+    pixel_reduction: Annotated[Literal["mean", "mean_all"], RESULT] = "mean"
+    """Average the losses of DeepLab's own heads over labelled pixels, or over all as the authors do."""
     ema: Annotated[float | None, FRACTION, SAID, RESULT] = None
     """Test and write an exponential moving average of the weights with this decay, updated in every step."""
     augment: Annotated[bool, RESULT] = True
