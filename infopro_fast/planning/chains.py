@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from infopro_fast.modules import LocalLoss, LocalNetwork, Place, Stage, Tap, backbones, cityscapes, imagenet
+from infopro_fast.modules import (
+    LocalLoss,
+    LocalNetwork,
+    Place,
+    Stage,
+    Tap,
+    backbones,
+    cityscapes,
+    imagenet,
+    named,
+)
 from infopro_fast.modules.families import PUBLISHED, Family, family
 from infopro_fast.modules.network import assemble
 from infopro_fast.published import WEIGHTED
@@ -52,14 +63,22 @@ class Source:
     losses: str = "ours"
     options: Mapping[str, Any] = field(default_factory=dict)
 
+    @functools.cached_property
+    def network(self) -> str | nn.Module:
+        """The network itself if it is a user's or another package's, else its name."""
+        if not named.is_named(self.arch):
+            return self.arch
+        with torch.device("cpu"):  # code that makes a network may read the values of tensors
+            return named.network(self.arch, self.num_classes, self.arch_args or {})
+
     def family(self, meta: bool) -> Family:
         """Return the network's blocks. meta: their tensors have no values."""
-        arch = self.arch
+        arch = self.network
         if isinstance(arch, nn.Module):
             arch = copy_to_meta(arch) if meta else copy.deepcopy(arch)
         with torch.device("meta" if meta else "cpu"):
-            size, normalisation = self.image_size, (self.image_mean, self.image_std)
-            return family(arch, self.num_classes, size, *normalisation, arch_args=self.arch_args)
+            found = family(arch, self.num_classes, self.image_size, self.image_mean, self.image_std)
+        return replace(found, name=self.arch) if isinstance(self.arch, str) else found
 
     def chain(self, recompute: str = "none", *, real: bool = False) -> Chain:
         """Return the network block by block, with a loss after each that can end a module, else `NoCut`.
