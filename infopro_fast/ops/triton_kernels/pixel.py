@@ -28,9 +28,12 @@ def pixel_loss(s, t, LOSS):
 
 @triton.jit
 def load_target(image, at, mask, mean, std, RESTORE):
-    """Targets in float32, clamped to 0..1; nan if 1/512 further outside. RESTORE undoes a normalisation."""
+    """Targets in float32, clamped to 0..1, or nan (`image_target`). RESTORE undoes a normalisation."""
     t = tl.load(image + at, mask=mask, other=0.0).to(tl.float32)
     if RESTORE:
         t = t * std + mean
+        slack = 1.0
+    else:
+        slack = 1.0 / 512
     inside = tl.minimum(tl.maximum(t, 0.0), 1.0)
-    return tl.where(tl.abs(t - inside) <= 1.0 / 512, inside, float("nan"))
+    return tl.where(tl.abs(t - inside) <= slack, inside, float("nan"))
