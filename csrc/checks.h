@@ -152,22 +152,23 @@ void set_image(PixelLoss<T>& d, const char* op, const Tensor& image, const Doubl
   d.pixel_weight = T(1.0 / (3.0 * double(image.size(0)) * double(image.size(2)) * double(image.size(3))));
 }
 
-// Throw if the image is what made the loss nan: numbers outside [0, 1]. Numbers that are nan pass, and an
-// image that is restored, which is clamped.
+// Throw if the image is what made the loss nan: numbers outside [0, 1]. Numbers that are nan pass.
 template <class T> void refuse_image(const PixelLoss<T>& d, const Tensor& image) {
-  if (d.restore) return;
   const int64_t N = image.size(0), H = image.size(2), W = image.size(3);
   Buffer<T> row(W);
   T least = std::numeric_limits<T>::infinity(), most = -least;
   for (int64_t i = 0; i < N * 3 * H; i++) {
     const int64_t o = i / H % 3, at = i / (3 * H) * d.image.n + o * d.image.c + i % H * d.image.y;
     kernels<T>().read_row(row.get(), d.image.data, d.image.dtype, at, d.image.x, W);
-    for (int64_t x = 0; x < W; x++)
-      least = row[x] < least ? row[x] : least, most = row[x] > most ? row[x] : most;
+    for (int64_t x = 0; x < W; x++) {
+      const T value = d.restore ? row[x] * d.image_std[o] + d.image_mean[o] : row[x];
+      least = value < least ? value : least, most = value > most ? value : most;
+    }
   }
-  CHECK(least >= -IMAGE_SLACK && most <= 1 + IMAGE_SLACK,
-        "reconstruction_loss: image: expected numbers in [0, 1], got ", least, " to ", most,
-        ": pass image_mean and image_std for a normalised image");
+  const double slack = d.restore ? RESTORED_SLACK : IMAGE_SLACK;
+  CHECK(least >= -slack && most <= 1 + slack, "reconstruction_loss: image",
+        d.restore ? " * image_std + image_mean" : "", ": expected numbers in [0, 1], got ", least, " to ", most,
+        d.restore ? "" : ": pass image_mean and image_std for a normalised image");
 }
 
 inline int64_t threads() { return int64_t(torch::stable::get_num_threads()); }

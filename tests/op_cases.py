@@ -181,6 +181,14 @@ def _drawn(decoder: nn.Sequential, seed: int) -> nn.Sequential:
     return decoder
 
 
+def outside(case: Case) -> list[Tensors]:
+    """Return float32 inputs of a reconstruction with an image in other units, and with one that has a nan."""
+    inputs = case.inputs(torch.float32)
+    image = inputs["image"].clone()
+    image[0, 1, 0, 0] = torch.nan
+    return [inputs | {"image": 255 * inputs["image"]}, inputs | {"image": image}]
+
+
 class _Reconstruction(nn.Module):
     """The op as a module, so that a decoder's parameters can be passed as tensors."""
 

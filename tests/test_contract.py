@@ -554,6 +554,36 @@ def test_a_named_impl_runs_or_raises(case):
     assert case.function("auto")(inputs).device.type == "meta"
 
 
+@pytest.mark.parametrize("named", ("auto", "cpu"))
+@pytest.mark.parametrize("transform", ("grad", "jvp", "vmap", "forward_ad"))
+def test_transforms_name_the_reference(case, cpu, named, transform):
+    """Kernels have no rules for them; the reference, plain torch, takes grad and jvp."""
+    inputs = case.inputs(grad=())
+    first = case.differentiable[0]
+    x = inputs[first]
+
+    def run(impl):
+        loss = lambda x: case.function(impl)(inputs | {first: x}).sum()  # noqa: E731
+        if transform == "grad":
+            return torch.func.grad(loss)(x)
+        if transform == "jvp":
+            return torch.func.jvp(loss, (x,), (torch.ones_like(x),))[1]
+        if transform == "vmap":
+            return torch.func.vmap(loss)(x[None])
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+            return torch.autograd.forward_ad.unpack_dual(loss(dual)).tangent
+
+    words = f"^{case.op}: impl='{named}' cannot run under torch.func transforms; impl='reference' can"
+    with pytest.raises(ValueError, match=words):
+        run(named)
+    if transform != "vmap":  # vmap has no rule for a batch norm's running statistics
+        leaf = x.detach().requires_grad_()
+        (grad,) = torch.autograd.grad(case.function("reference")(inputs | {first: leaf}).sum(), leaf)
+        expected = grad if transform == "grad" else grad.sum()
+        compare.assert_close(run("reference"), expected, scale=grad.abs().sum().item(), what=transform)
+
+
 def test_tensors_on_different_devices(case):
     inputs = case.inputs()
     first = case.differentiable[0]

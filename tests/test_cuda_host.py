@@ -90,6 +90,15 @@ def test_losses(loss, restored, training, library, on_host):
         op_cases.check(reconstruction(**size, loss=loss, training=training, **restore), "cuda", torch.float32)
 
 
+@pytest.mark.parametrize("restored", (False, True))
+@pytest.mark.parametrize("loss", ("bce", "mse", "l1"))
+def test_an_image_outside_the_unit_range_gives_nan(loss, restored, library, on_host):
+    on_host(library)
+    case = reconstruction(loss=loss, **(dict(image_mean=MEAN, image_std=STD) if restored else {}))
+    for inputs in op_cases.outside(case):
+        assert case.function("cuda")(inputs).isnan()
+
+
 @pytest.mark.parametrize("bias", (True, False))
 @pytest.mark.parametrize(
     "norm", (dict(affine=False), dict(track_running_stats=False), dict(eps=0.1)), ids=str

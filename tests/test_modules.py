@@ -197,6 +197,15 @@ def test_aux_classifier_errors(kwargs, message):
         AuxClassifier(16, **kwargs)
 
 
+def test_no_feature_dim_where_there_are_no_features():
+    """The authors' command line has 0 as its default."""
+    with_default, without = (AuxClassifier(16, "1c1f", "cross_entropy", feature_dim=n) for n in (128, 0))
+    assert [p.shape for p in without.parameters()] == [p.shape for p in with_default.parameters()]
+    for wrong in (dict(loss_mode="contrast"), dict(net_config="1c2f", loss_mode="cross_entropy")):
+        with pytest.raises(ValueError, match="AuxClassifier: feature_dim: expected at least 1, got 0"):
+            AuxClassifier(16, feature_dim=0, **({"net_config": "1c1f"} | wrong))
+
+
 # ------------------------------------------------------------------------------------------------------------
 # SupConLoss: against the formula of Khosla et al. written out pair by pair
 
@@ -236,6 +245,37 @@ def test_supcon_loss_takes_features_as_they_are():
         loss(z, labels, temperature=0.5), 0.5 * _pairwise_supcon(z, labels.flatten().tolist(), 0.5)
     )
     compare.assert_close(loss(z.view(4, 2, 3, 1), labels), loss(z, labels))
+
+
+def test_supcon_loss_in_the_authors_order(impl):
+    """Their losses.py has (contrast_mode, base_temperature) and (features, labels, temperature, mask)."""
+    z = F.normalize(torch.randn(5, 2, 6, dtype=torch.float64), dim=2)
+    labels = torch.tensor([0, 1, 0, 2, 1])
+    expected = 2 * _pairwise_supcon(z, labels.tolist(), 0.2)
+    for criterion in (SupConLoss("all", 0.1, impl=impl), SupConLoss(base_temperature=0.1, impl=impl)):
+        compare.assert_close(criterion(z, labels, 0.2), expected)
+        compare.assert_close(criterion(z, labels, 0.2, None), expected)
+        compare.assert_close(criterion(z, labels[:, None].double() - 1.5, None, 0.2), expected)
+    signs = torch.tensor([0.0, 1.0, -0.0, 2.0, 1.0])
+    compare.assert_close(SupConLoss("all", 0.1, impl=impl)(z, signs, 0.2), expected)
+
+
+@pytest.mark.parametrize("mode", ("all", "one"))
+def test_supcon_loss_of_a_mask_and_of_the_first_views(mode):
+    """SupContrast's own lines, in which the anchors are all views or the first."""
+    z = F.normalize(torch.randn(5, 3, 6, dtype=torch.float64), dim=2)
+    labels = torch.tensor([0, 1, 0, 2, 1])
+    mask = (labels[:, None] == labels).double()
+    uneven = torch.rand(5, 5, dtype=torch.float64) * mask
+    for given, weights in ((dict(labels=labels), mask), (dict(mask=mask), mask), (dict(mask=uneven), uneven)):
+        rows = torch.cat(z.unbind(1))
+        anchors, count = (rows, 3) if mode == "all" else (z[:, 0], 1)
+        logits = anchors @ rows.T / 0.2
+        others = 1 - torch.eye(15, dtype=torch.float64)[: len(anchors)]
+        positives = weights.repeat(count, 3) * others
+        log_prob = logits - (logits.exp() * others).sum(1, keepdim=True).log()
+        expected = -(0.2 / 0.1) * ((positives * log_prob).sum(1) / positives.sum(1)).mean()
+        compare.assert_close(SupConLoss(0.2, mode, 0.1)(z, **given), expected)
 
 
 def test_supcon_loss_errors():

@@ -167,7 +167,7 @@ def test_one_bias_of_two(bias, impl):
 
 
 def test_a_normalised_image_is_restored_and_clamped(impl):
-    """Restored values just outside [0, 1] come from rounding and count as 0 and 1."""
+    """Restored values outside [0, 1] come from rounding or noise and count as 0 and 1."""
     case = reconstruction()
     decoder, features = make_decoder(5, 7), case.tensors["features"]
     mean, std = (torch.tensor(v, dtype=torch.float64).view(1, 3, 1, 1) for v in (MEAN, STD))
@@ -178,6 +178,33 @@ def test_a_normalised_image_is_restored_and_clamped(impl):
     compare.assert_close(
         loss, reconstruction_loss(features, wild.clamp(0, 1), decoder, impl="reference"), what="loss"
     )
+
+
+@pytest.mark.parametrize("form", (reconstruction, op_cases.chain))
+@pytest.mark.parametrize("loss", ("bce", "mse", "l1"))
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16))
+def test_an_image_outside_the_unit_range(form, loss, dtype, impl):
+    """Rounding is clamped, a wrong unit raises, nan gives nan."""
+    case, normal = form(loss=loss), form(loss=loss, image_mean=MEAN, image_std=STD)
+    call = lambda image, of=case: of.function(impl)(of.inputs(dtype) | {"image": image.to(dtype)})  # noqa: E731
+    image = case.tensors["image"]
+    edges = torch.where(image < 0.1, 0.0, torch.where(image > 0.9, 1.0, image))
+    over = torch.where(image < 0.1, -1 / 520, torch.where(image > 0.9, 1 + 1 / 520, image))
+    if dtype != torch.bfloat16:  # it has no such numbers
+        compare.assert_same(call(over).detach(), call(edges).detach(), "loss")
+    hint = "pass image_mean and image_std for a normalised image"
+    for wrong in (255 * image, (image - 0.5) / 0.25, torch.where(image < 0.1, -1 / 256, image)):
+        low, high = wrong.to(dtype).min().item(), wrong.to(dtype).max().item()
+        with pytest.raises(ValueError) as raised:
+            call(wrong)
+        words = str(raised.value).replace(":", " : ").split()
+        found = [float(w) for w in words if w.lstrip("-")[:1].isdigit()]
+        assert hint in str(raised.value) and found[-2:] == pytest.approx([low, high], rel=1e-4, abs=1e-6)
+    with pytest.raises(ValueError, match=r"reconstruction_loss: image \* image_std \+ image_mean: expected"):
+        call(255 * image, normal)
+    image = image.clone()
+    image[0, 1, 2, 3] = torch.nan
+    assert call(image).isnan() and call(image, normal).isnan()
 
 
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32))
@@ -432,11 +459,8 @@ def test_a_named_impl_runs_or_raises(impl):
         reconstruction_loss(features, image, sequential(), impl=impl)
 
 
-def test_same_padding_and_subclasses_are_taken(impl):
-    class MyConv(nn.Conv2d):
-        pass
-
-    decoder = sequential(conv1=MyConv(5, 7, 3, padding="same"), relu=nn.ReLU(inplace=True))
+def test_same_padding_is_taken(impl):
+    decoder = sequential(conv1=nn.Conv2d(5, 7, 3, padding="same"), relu=nn.ReLU(inplace=True))
     x = torch.randn(2, 5, 4, 4)
     plain = plain_reconstruction(x, image, copy.deepcopy(decoder))
     exact = plain_reconstruction(x.double(), image.double(), copy.deepcopy(decoder).double())
@@ -455,12 +479,12 @@ def test_layers_that_would_not_run_are_refused(impl):
     decoder[1].register_forward_hook(lambda *_: None)
     with pytest.raises(
         ValueError,
-        match=r"reconstruction_loss: decoder\[1\]: expected BatchNorm2d's own forward without hooks",
+        match=r"reconstruction_loss: decoder\[1\]: expected a BatchNorm2d whose call runs nothing.*hooks",
     ):
         reconstruction_loss(h, image, decoder, impl=impl)
     decoder = make_decoder(4, 5).float()
     decoder[0] = Doubled(4, 5, 3, padding=1)
     with pytest.raises(
-        ValueError, match=r"reconstruction_loss: decoder\[0\]: expected Conv2d's own forward without hooks"
+        ValueError, match=r"decoder\[0\]: expected a Conv2d whose call runs nothing .*Doubled is not Conv2d"
     ):
         reconstruction_loss(h, image, decoder, impl=impl)

@@ -44,6 +44,15 @@ def test_golden(case, dtype, impl):
         compare.assert_golden("loss", loss.detach(), case["loss"])
         (grad,) = torch.autograd.grad(loss, logits)
         compare.assert_golden("logits", grad, case["grad"])
+        # The authors' DeepLab divides by all pixels.
+        loss = upsample_cross_entropy(
+            logits, target_of_dtype, align_corners=case["align_corners"], ignore_index=255,
+            reduction="mean_all", impl=impl,
+        )
+        labelled = (target != 255).double().mean().item()
+        compare.assert_golden("loss", loss.detach(), case["loss"] * labelled)
+        (grad,) = torch.autograd.grad(loss, logits)
+        compare.assert_golden("logits", grad, [part * labelled for part in case["grad"]])
 
 
 OPTIONS = list(itertools.product((False, True), (0.0, 0.1, 1.0), (False, True), ("mean", "sum", "none")))

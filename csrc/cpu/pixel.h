@@ -35,13 +35,14 @@ INLINE double pixel_row(const PixelLoss<T>& d, int64_t n, int64_t o, int64_t y, 
                         T* memory, T* row) {
   read_row<T>(memory, d.image.data, d.image.dtype, n * d.image.n + o * d.image.c + y * d.image.y, d.image.x,
               W);
-  vec<T> total = {}, zero = {}, one = splat<T>(T(1)), slack = splat<T>(T(IMAGE_SLACK));
-  vec<T> outside = splat<T>(std::numeric_limits<T>::quiet_NaN());  // `refuse_image` then finds the range
+  vec<T> total = {}, zero = {}, one = splat<T>(T(1));
+  vec<T> slack = splat<T>(T(d.restore ? RESTORED_SLACK : IMAGE_SLACK));
+  vec<T> outside = splat<T>(std::numeric_limits<T>::quiet_NaN());  // the caller of the kernels finds the range
   over<T>(W, [&](int64_t x, int count) {
     vec<T> given = load_some<T>(memory + x, count), loss = {};
     if (d.restore) given = given * d.image_std[o] + d.image_mean[o];
     vec<T> target = given < zero ? zero : given > one ? one : given;
-    if (!d.restore) target = abs<T>(given - target) > slack ? outside : target;
+    target = abs<T>(given - target) > slack ? outside : target;
     vec<T> gradient = pixel_gradient<T>(d.pixel, load_some<T>(row + x, count), target, needs_loss, loss);
     store_some<T>(row + x, gradient * d.pixel_weight, count);
     for (int i = count; i < Simd<T>::width; i++) loss[i] = 0;

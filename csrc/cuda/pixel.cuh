@@ -8,7 +8,6 @@ namespace infopro::gpu {
 
 // The image (N, 3, H, W), in [0, 1].
 struct Target {
-  static constexpr float SLACK = 1.0f / 512;  // an image further outside [0, 1] becomes nan, unless restored
   Maps maps;
   bool restore;  // the target is image * std + mean
   float mean[3], std[3];
@@ -25,7 +24,7 @@ struct Target {
     float v = load(maps.data, maps.dtype, o * maps.c + offset);
     if (restore) v = v * std[o] + mean[o];
     const float inside = v < 0.0f ? 0.0f : v > 1.0f ? 1.0f : v;
-    return !restore && fabsf(v - inside) > SLACK ? NAN : inside;
+    return fabsf(v - inside) > float(restore ? RESTORED_SLACK : IMAGE_SLACK) ? NAN : inside;
   }
 };
 

@@ -48,8 +48,9 @@ def reconstruction_loss(
     Args:
         features: (N, C, h, w), float32, float64, bfloat16 or float16, any strides.
         image: (N, 3, H, W), floating, in [0, 1], or normalised if ``image_mean`` and ``image_std`` are given.
-            At most 1/512 outside [0, 1] is rounding, and clamped. Further outside, the CPU raises ValueError;
-            a GPU, where a check would wait, gives a loss of nan. Only the reference gives it a gradient.
+            Clamped to [0, 1] where it is at most 1/512 outside, as rounding is, or 1 if normalised, as noise
+            and augmentation may be. Further outside, the CPU raises ValueError; a GPU, where a check would
+            wait, gives a loss of nan. Only the reference gives it a gradient.
         decoder: any number of hidden stages (Upsample or none, Conv2d 1x1 or 3x3, BatchNorm2d or
             SyncBatchNorm, ReLU), then Upsample or none, Conv2d 3x3 to 3 channels, Sigmoid. The decoders of
             the authors' code for CIFAR, ImageNet and Cityscapes are such. Convolutions keep the size. Biases
@@ -59,7 +60,7 @@ def reconstruction_loss(
         interpolate_mode: how features are resized to (H, W) if the decoder has no Upsample: "bilinear"
             (align_corners=True, as in the authors' code) or "nearest".
         loss: "bce", "mse" or "l1", the mean over all N*3*H*W elements.
-        image_mean, image_std: three numbers each, or both None. The op clamps image * std + mean to [0, 1].
+        image_mean, image_std: three numbers each, or both None: the target is image * std + mean.
         impl: "auto", "reference", "cpu", "triton" or "cuda". A named implementation runs or raises. "cuda"
             takes a CIFAR decoder if its hidden channels fit the shared memory of every GPU: 140 at the usual
             sizes. In other decoders it runs 3x3 convolutions of at most 64 to at most 16 channels that
@@ -136,49 +137,49 @@ def reconstruction_loss_by_layers(
     dtype = compute_dtype(output, image)
     with no_autocast(image.device):
         output, target = output.to(dtype), image_target(image.to(dtype), image_mean, image_std)
-        if loss == "bce":  # F.binary_cross_entropy raises where the target is nan
-            log, log_rest = output.log().clamp(min=-100), (-output).log1p().clamp(min=-100)
-            return -(target * log + (1 - target) * log_rest).mean()
+        if loss == "bce":
+            known = ~(output * target).isnan()  # torch's loss raises for others, which must give nan
+            value = F.binary_cross_entropy(*(torch.where(known, t, 0.5) for t in (output, target)))
+            return torch.where(known.all(), value, torch.nan)
         return F.mse_loss(output, target) if loss == "mse" else F.l1_loss(output, target)
 
 
 def restore_image(image: torch.Tensor, mean, std) -> torch.Tensor:
-    """Return the image (N, 3, H, W) in [0, 1] from one normalised per channel; as it is if mean is None."""
+    """Return the image (N, 3, H, W) from one normalised per channel; as it is if mean is None."""
     if mean is None:
         return image
     shape = (1, -1, 1, 1)
-    return (image * image.new_tensor(std).view(shape) + image.new_tensor(mean).view(shape)).clamp(0, 1)
-
-
-IMAGE_SLACK = 1 / 512  # half a step of an 8-bit image
+    return image * image.new_tensor(std).view(shape) + image.new_tensor(mean).view(shape)
 
 
 def image_target(image: torch.Tensor, mean, std) -> torch.Tensor:
-    """Return the restored image. One that needs none is clamped, and nan further outside than IMAGE_SLACK.
+    """Return the restored image, clamped to [0, 1]: ValueError, on a GPU nan, where it is far outside.
 
-    On the CPU numbers so far outside raise ValueError. On a GPU a check would wait.
+    Rounding moves an image by less than 1/512, half a step of 8 bits. A normalised image may overshoot, by
+    noise or augmentation, but not by 1. A GPU would have to wait for a check.
     """
-    if mean is not None:
-        return restore_image(image, mean, std)
-    outside = torch.ops.infopro_fast.outside_unit_range(image.detach())
+    image = restore_image(image, mean, std)
+    outside = torch.ops.infopro_fast.outside_unit_range(image.detach(), mean is not None)
     return torch.where(outside, torch.nan, image.clamp(0, 1))
 
 
-def _outside_unit_range(image):
-    outside = (image - image.clamp(0, 1)).abs() > IMAGE_SLACK
+def _outside_unit_range(image, restored):
+    outside = (image - image.clamp(0, 1)).abs() > (1 if restored else 1 / 512)
     if image.device.type == "cpu" and outside.any():
+        name = "image * image_std + image_mean" if restored else "image"
+        hint = "" if restored else ": pass image_mean and image_std for a normalised image"
         known = image.nan_to_num(0.5, torch.inf, -torch.inf)
         got = f"{known.min().item():g} to {known.max().item():g}"
-        hint = "pass image_mean and image_std for a normalised image"
-        raise ValueError(f"{OP}: image: expected numbers in [0, 1], got {got}: {hint}")
+        raise ValueError(f"{OP}: {name}: expected numbers in [0, 1], got {got}{hint}")
     return outside
 
 
 # An op of its own, so that a compiler does not trace into it.
-LIBRARY.define("outside_unit_range(Tensor image) -> Tensor")
+LIBRARY.define("outside_unit_range(Tensor image, bool restored) -> Tensor")
 LIBRARY.impl("outside_unit_range", _outside_unit_range, "CompositeExplicitAutograd")
 torch.library.register_fake(
-    "infopro_fast::outside_unit_range", lambda image: torch.empty_like(image, dtype=torch.bool), lib=LIBRARY
+    "infopro_fast::outside_unit_range", lambda image, restored: torch.empty_like(image, dtype=torch.bool),
+    lib=LIBRARY,
 )
 
 

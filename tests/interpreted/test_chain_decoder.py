@@ -34,6 +34,15 @@ def test_sixteen_bits(form, dtype):
     check(chain(**FORMS[form]), "triton", dtype)
 
 
+@pytest.mark.parametrize("options", ({}, {"image_mean": (0.5,) * 3, "image_std": (0.25,) * 3}), ids=str)
+@pytest.mark.parametrize("loss", ("bce", "mse", "l1"))
+def test_an_image_outside_the_unit_range_gives_nan(loss, options):
+    """On a GPU a check would wait."""
+    case = chain(loss=loss, **options)
+    for inputs in op_cases.outside(case):
+        assert case.function("triton")(inputs).isnan()
+
+
 def test_features_of_16_bits_and_parameters_of_32():
     """As under autocast."""
     case = chain()

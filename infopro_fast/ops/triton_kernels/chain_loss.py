@@ -54,10 +54,12 @@ def _pixels(s, image, W, HW, stride_n, stride_o, stride_y, stride_x, m0, m1, m2,
     if RESTORE:  # the image from its normalised form
         mean = tl.where(o == 0, m0, tl.where(o == 1, m1, m2))
         deviation = tl.where(o == 0, d0, tl.where(o == 1, d1, d2))
-        target = tl.minimum(tl.maximum(target * deviation + mean, 0.0), 1.0)
-    else:  # further outside [0, 1] than rounding takes an image: nan
-        clamped = tl.minimum(tl.maximum(target, 0.0), 1.0)
-        target = tl.where(tl.abs(target - clamped) <= 1.0 / 512, clamped, float("nan"))
+        target = target * deviation + mean
+        slack = 1.0
+    else:
+        slack = 1.0 / 512
+    clamped = tl.minimum(tl.maximum(target, 0.0), 1.0)  # or nan: `image_target`
+    target = tl.where(tl.abs(target - clamped) <= slack, clamped, float("nan"))
     place = plane.to(tl.int64) * HW + pixel
     return tl.load(s + place, mask=inside, other=0.0), target, place, inside
 
