@@ -167,8 +167,8 @@ template <class T> void refuse_image(const PixelLoss<T>& d, const Tensor& image)
   }
   const double slack = d.restore ? RESTORED_SLACK : IMAGE_SLACK;
   CHECK(least >= -slack && most <= 1 + slack, "reconstruction_loss: image",
-        d.restore ? " * image_std + image_mean" : "", ": expected numbers in [0, 1], got ", least, " to ", most,
-        d.restore ? "" : ": pass image_mean and image_std for a normalised image");
+        d.restore ? " * image_std + image_mean" : "", ": expected numbers in [0, 1], got ", least, " to ",
+        most, d.restore ? "" : ": pass image_mean and image_std for a normalised image");
 }
 
 inline int64_t threads() { return int64_t(torch::stable::get_num_threads()); }

@@ -45,8 +45,8 @@ template <class T> using label = typename Lane<T>::type;
 
 enum class Pixel : int { bce, mse, l1 };
 
-// A target is clamped to [0, 1] by at most this much; further outside, the loss is nan. Rounding moves an image
-// by less. A normalised image may overshoot, by noise or augmentation, but not by the range itself.
+// A target is clamped to [0, 1] by at most this much; further outside, the loss is nan. Rounding moves an
+// image by less. A normalised image may overshoot, by noise or augmentation, but not by the range itself.
 constexpr double IMAGE_SLACK = 1.0 / 512, RESTORED_SLACK = 1;
 
 // The mean loss over the pixels of images (N, 3, H, W).

@@ -37,7 +37,7 @@ INLINE double pixel_row(const PixelLoss<T>& d, int64_t n, int64_t o, int64_t y, 
               W);
   vec<T> total = {}, zero = {}, one = splat<T>(T(1));
   vec<T> slack = splat<T>(T(d.restore ? RESTORED_SLACK : IMAGE_SLACK));
-  vec<T> outside = splat<T>(std::numeric_limits<T>::quiet_NaN());  // the caller of the kernels finds the range
+  vec<T> outside = splat<T>(std::numeric_limits<T>::quiet_NaN());  // `refuse_image` then finds the range
   over<T>(W, [&](int64_t x, int count) {
     vec<T> given = load_some<T>(memory + x, count), loss = {};
     if (d.restore) given = given * d.image_std[o] + d.image_mean[o];
