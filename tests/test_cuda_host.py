@@ -249,7 +249,7 @@ PAPER = {
 def test_plans_of_the_papers_shapes(shape, device, library, on_host):
     limits = getattr(binding, device)
     s = PAPER[shape]
-    plan = on_host(library, limits).plan(**s)
+    plan = on_host(library, limits).plan(**s, precision=2)  # bfloat16, without a resize
     assert 0 < plan.shared <= limits.shared_per_block
     assert plan.blocks * (plan.shared + 1024) <= limits.shared_per_multiprocessor
     if device == "H100" and shape in ("C16 32x32", "C64 8x8", "C64 24x24"):

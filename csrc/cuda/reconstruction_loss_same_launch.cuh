@@ -62,8 +62,7 @@ struct Sweeps {
     float* coefficients = w.take<float>(6 * GROUP * d.blocks);
     d.norm = coefficients;
     norm = {r.s.K, GROUP * d.blocks, given.b1, given.gamma, given.beta, coefficients, pixels};
-    const bool together = 2 * (d.p.shared + 1024) <= device.shared_per_multiprocessor;
-    grid = smaller(d.tiles(), device.multiprocessors * (together ? 2 : 1));
+    grid = smaller(d.tiles(), device.multiprocessors * d.p.blocks(device));
     rows = d.blocks == 1 ? grid : d.tiles();
   }
 

@@ -37,6 +37,10 @@ struct Plan {
   int bytes;   // of an operand
   int shared;  // bytes; 0 if nothing fits
 
+  // Blocks on a multiprocessor. The registers of operands of 4 bytes leave room for one.
+  int blocks(const Device& device) const {
+    return bytes == 2 && 2 * (shared + 1024) <= device.shared_per_multiprocessor ? 2 : 1;
+  }
   __host__ __device__ int tiles() const { return tiles_y * tiles_x; }
   __host__ __device__ int pass_rows() const { return ROWS * WARPS >> strips; }  // of all warps' tiles
   __host__ __device__ int map() const { return places(rows) * GROUP * bytes; }
@@ -65,8 +69,7 @@ inline Plan make_plan(const Shape& s, int bytes, const Device& device) {
     if (least > 0 && passes >= ALONE * least) break;
     for (p.band = p.rows; p.band > 0; p.band = (p.band - 1) / p.pass_rows() * p.pass_rows()) {
       p.shared = p.features() + ceil_div(s.K, GROUP) * p.map() + round_up(places(p.rows) * 4 * bytes, 16);
-      const bool together = 2 * (p.shared + 1024) <= device.shared_per_multiprocessor;
-      const double cost = passes * (together ? 1 : ALONE) * (p.band < p.rows ? RELOAD : 1);
+      const double cost = passes * (p.blocks(device) == 2 ? 1 : ALONE) * (p.band < p.rows ? RELOAD : 1);
       if (p.shared <= device.shared_per_block && (least == 0 || cost < least)) least = cost, best = p;
     }
   }

@@ -91,7 +91,7 @@ void decoder_plan(const HostCall* c, int64_t* to) {
     p = {};
     p.tile_h = own.tile_h, p.tile_w = own.tile_w, p.tiles_y = own.tiles_y, p.tiles_x = own.tiles_x;
     p.part = own.band, p.shared = own.shared;
-    blocks = 2 * (own.shared + 1024) <= c->shared_per_multiprocessor ? 2 : 1;
+    blocks = own.blocks(device_of(*c));
   } else {
     blocks = blocks_per_multiprocessor(p, device_of(*c));
   }
