@@ -14,6 +14,8 @@ there is no resize, they convolve directly.
 
 from __future__ import annotations
 
+import typing
+
 import torch
 
 from .batch_norm import affine, update_running_statistics
@@ -55,7 +57,7 @@ def operand_precision(features: torch.Tensor) -> int:
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
     if dtype == torch.float32:
-        return int(torch.backends.cudnn.conv.fp32_precision == "tf32")
+        return int(typing.cast(typing.Any, torch.backends.cudnn).conv.fp32_precision == "tf32")
     return PRECISIONS.index("bf16" if dtype == torch.bfloat16 else "f16")
 
 
