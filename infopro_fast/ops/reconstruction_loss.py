@@ -65,11 +65,15 @@ def reconstruction_loss(
 
     Returns:
         A 0-d tensor, float64 if any input is, else float32, as is the arithmetic. An empty batch gives 0.
+        For a CIFAR decoder without a resize, "cuda" multiplies in the precision that torch's own convolutions
+        have: autocast's or the features' type, TF32 as torch.backends.cudnn.conv.fp32_precision says; sums
+        are float32.
 
     Raises:
         TypeError, ValueError: names the argument or the layer, what was expected and what came.
 
-    The kernels keep for backward the inputs and, for a CIFAR decoder of K hidden channels, 31 K + 3 numbers;
+    The kernels keep for backward the inputs and, for a CIFAR decoder of K hidden channels, 31 K + 3 numbers
+    (in CUDA C++ without a resize, also 4 N H W numbers in the type of the products' operands);
     for other decoders, of each hidden stage its z (N K H W numbers) and 2 K numbers.
     """
     stages = decoder_stages(decoder)
