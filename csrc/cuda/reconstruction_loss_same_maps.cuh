@@ -65,8 +65,9 @@ inline Plan make_plan(const Shape& s, int bytes, const Device& device) {
   for (int tiles_y = 1; tiles_y <= s.H; tiles_y++) {
     p.tile_h = ceil_div(s.H, tiles_y), p.tiles_y = ceil_div(s.H, p.tile_h);
     p.rows = smaller(s.H, p.tile_h + smaller(p.tiles_y - 1, 2));
-    const double passes = double(p.tiles_y) * ceil_div(p.rows, p.pass_rows());
-    if (least > 0 && passes >= ALONE * least) break;
+    // What a tile takes beside its passes, loads and sums of weights' gradients, counts as one more.
+    const double passes = double(p.tiles_y) * (1 + ceil_div(p.rows, p.pass_rows()));
+    if (least > 0 && passes >= least) break;
     for (p.band = p.rows; p.band > 0; p.band = (p.band - 1) / p.pass_rows() * p.pass_rows()) {
       p.shared = p.features() + ceil_div(s.K, GROUP) * p.map() + round_up(places(p.rows) * 4 * bytes, 16);
       const double cost = passes * (p.blocks(device) == 2 ? 1 : ALONE) * (p.band < p.rows ? RELOAD : 1);
