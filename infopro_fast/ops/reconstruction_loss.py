@@ -77,8 +77,8 @@ def reconstruction_loss(
         TypeError, ValueError: names the argument or the layer, what was expected and what came.
 
     The kernels keep for backward the inputs and, for each hidden stage of K channels, its z (N K H W numbers)
-    and 2 K numbers. "cpu" and "cuda" keep for a CIFAR decoder 31 K + 3 numbers in all; "cuda" without a resize
-    also 4 N H W numbers in the type of the products' operands.
+    and 2 K numbers. "cpu" and "cuda" keep for a CIFAR decoder 31 K + 3 numbers in all. "cuda" without a
+    resize also keeps 4 N H W numbers in the type of the products' operands.
     """
     stages = decoder_stages(decoder)
     _check(features, image, stages[0].conv.in_channels, interpolate_mode, loss, image_mean, image_std)
