@@ -169,7 +169,10 @@ BREAKS = {
         STEPS, "load<decltype(dtype)::value>(d, r); });\n    __syncthreads();",
         "load<decltype(dtype)::value>(d, r); });",
     ),
-    "a fragment's words swapped": (MMA, "split(first, m.v[0], m.v[2])", "split(second, m.v[0], m.v[2])"),
+    "a fragment's words swapped": (
+        MMA, "split(first, m.v[0], m.v[2]), split(second, m.v[1], m.v[3]);",
+        "split(second, m.v[0], m.v[2]), split(first, m.v[1], m.v[3]);",
+    ),
     "a part of the split lost": (MMA, "    mma_tf32(d, a.v[0], small.x, small.y);\n", ""),
 }
 
