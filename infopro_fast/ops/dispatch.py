@@ -124,11 +124,28 @@ def define_kernels(
         LIBRARY.define(f"{full}({arguments.replace(') ->', further, 1)}")
         own_fake = triton_fake or fake if impl == "triton" else fake
         torch.library.register_fake(f"infopro_fast::{full}", own_fake, lib=LIBRARY)
-        defined[impl] = getattr(torch.ops.infopro_fast, full).default
+        kernel = getattr(torch.ops.infopro_fast, full).default
+        defined[impl] = _with_value_errors(kernel) if impl == "cpu" else kernel
     for key in () if not triton else ("CUDA", "CPU") if INTERPRETED else ("CUDA",):
         launcher = _imported_when_called(f"{__package__}.triton_kernels.{op}", direction)
         LIBRARY.impl(name + SUFFIX["triton"], launcher, key)
     return defined
+
+
+def _with_value_errors(kernel: Callable) -> Callable:
+    """Return the kernel. It refuses an argument by ValueError, of which torch 2.15 makes RuntimeError."""
+
+    def call(*args):
+        if torch.compiler.is_compiling():
+            return kernel(*args)
+        try:
+            return kernel(*args)
+        except RuntimeError as error:
+            if str(error).partition(":")[0] not in OPS:
+                raise
+            raise ValueError(str(error)) from None
+
+    return call
 
 
 def _imported_when_called(module: str, function: str) -> Callable:

@@ -143,8 +143,7 @@ def reconstruction_loss_by_layers(
         output, target = output.to(dtype), image_target(image.to(dtype), image_mean, image_std)
         if loss == "bce":
             known = ~(output * target).isnan()  # torch's loss raises for others, which must give nan
-            output, target = (torch.where(known, t, 0.5) for t in (output, target))
-            value = F.binary_cross_entropy(output, target)
+            value = F.binary_cross_entropy(torch.where(known, output, 0.5), torch.where(known, target, 0.5))
             return torch.where(known.all(), value, torch.nan)
         return F.mse_loss(output, target) if loss == "mse" else F.l1_loss(output, target)
 
