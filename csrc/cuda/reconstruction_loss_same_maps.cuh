@@ -116,7 +116,11 @@ struct Region {
 };
 
 // Blocks for which the registers of a multiprocessor must suffice. Float32 holds its operands in two parts.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+template <class T> constexpr int BLOCKS = 1;  // with half the registers the compiler for these spills
+#else
 template <class T> constexpr int BLOCKS = Operand<T>::WORDS == 4 ? 1 : 2;
+#endif
 
 // ---- places ----
 
