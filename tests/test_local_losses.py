@@ -457,7 +457,7 @@ def test_places():
         return Silent()
 
     infopro_fast.build("resnet20", local_loss=make, cuts=[(1, 1), (2, 0)], image_size=16, num_classes=5)
-    assert seen == [
+    assert [place._replace(next_blocks=()) for place in seen] == [
         Place(0, 3, 16, (16, 16), 3, (16, 16), (16, 16), 5, 2),
         Place(1, 3, 32, (8, 8), 16, (16, 16), (16, 16), 5, 4),
     ]

@@ -61,7 +61,7 @@ def test_cuda_is_asked_of_the_op_that_has_it_and_triton_of_all(monkeypatch):
 
     monkeypatch.setattr(setup.ops, "available", available)
     monkeypatch.setattr(
-        setup.modules, "build", lambda *args, **options: SimpleNamespace(to=lambda *_: options["impl"])
+        setup, "build_network", lambda *args, **options: SimpleNamespace(to=lambda *_: options["impl"])
     )
 
     def build(impl):
@@ -329,7 +329,6 @@ def test_default_folder_says_what_it_is(tmp_path, monkeypatch):
     [
         (dict(modules=99, lambdas=None), "modules: expected 1 to 10 for resnet20"),
         (dict(cuts=((9, 9),), modules=None), r"cuts: expected \(stage, block\) of resnet20"),
-        (dict(balanced=True), "balanced: expected one of"),
         (dict(device="tpu"), "device: expected auto, cpu, cuda or cuda:N, got 'tpu'"),
         (
             dict(drop_last=True, batch_size=53),

@@ -17,7 +17,8 @@ struct Arguments {
 
   Arguments(const Tensor& features, const Tensor& image, const Tensor& w1_, const OptionalTensor& b1_,
             const OptionalTensor& gamma_, const OptionalTensor& beta_, const Tensor& w2_,
-            const OptionalTensor& b2_, const Doubles& restore_, double eps, int64_t mode, int64_t loss)
+            const OptionalTensor& b2_, const Doubles& restore_, double eps, int64_t mode, int64_t loss,
+            int64_t precision)
       : w1(OP, "w1", w1_, 9 * w1_.size(0) * features.size(1), 0), b1(OP, "b1", b1_, w1_.size(0), 0),
         gamma(OP, "gamma", gamma_, w1_.size(0), 1), beta(OP, "beta", beta_, w1_.size(0), 0),
         w2(OP, "w2", w2_, 27 * w1_.size(0), 0), b2(OP, "b2", b2_, 3, 0), restore(restore_) {
@@ -39,13 +40,23 @@ struct Arguments {
     request.restore = restore.size() == 6 ? restore.data() : nullptr;
     request.pixel = Pixel(int(loss));
     request.eps = eps;
+    CHECK(precision >= 0 && precision <= 3, OP, ": precision: expected 0 to 3, got ", precision);
+    request.precision = gpu::Precision(int(precision));
+  }
+
+  // Numbers that forward saves.
+  int64_t saved(bool needs_grad) const {
+    const gpu::Shape& s = request.s;
+    if (!needs_grad || !gpu::same::takes(s, request.precision)) return 31 * s.K + 3;
+    return gpu::same::Sweeps::header(s.K) +
+           int64_t(s.N) * s.H * s.W * gpu::same::operand_bytes(request.precision);
   }
 
   Arguments(const Arguments&) = delete;
 };
 
-void check_plan(const gpu::Plan& plan, const gpu::Shape& s, const gpu::Device& device) {
-  CHECK(plan.shared > 0, OP, ": ", s.K, " hidden channels do not fit the ", device.shared_per_block,
+void check_plan(int shared, const gpu::Shape& s, const gpu::Device& device) {
+  CHECK(shared > 0, OP, ": ", s.K, " hidden channels do not fit the ", device.shared_per_block,
         " bytes of shared memory that a block has on this device; impl='triton' and impl='reference' take "
         "them");
 }
@@ -53,22 +64,24 @@ void check_plan(const gpu::Plan& plan, const gpu::Shape& s, const gpu::Device& d
 Tensors2 forward(Tensor features, Tensor image, Tensor w1, OptionalTensor b1, OptionalTensor gamma,
                  OptionalTensor beta, Tensor w2, OptionalTensor b2, OptionalTensor running_mean,
                  OptionalTensor running_var, Doubles restore, double eps, int64_t mode, int64_t loss,
-                 bool needs_grad) {
+                 bool needs_grad, int64_t precision) {
   const int64_t K = w1.size(0);
   const int index = features.get_device_index();
   torch::stable::accelerator::DeviceGuard guard(index);
-  Tensor value = empty_like_on(features, {}, ScalarType::Float),
-         saved = empty_like_on(features, {31 * K + 3}, ScalarType::Float);
+  Tensor value = empty_like_on(features, {}, ScalarType::Float);
   if (features.size(0) == 0) {
+    Tensor saved = empty_like_on(features, {31 * K + 3}, ScalarType::Float);
     torch::stable::zero_(value);
     torch::stable::zero_(saved);
     return {value, saved};
   }
-  const Arguments arguments(features, image, w1, b1, gamma, beta, w2, b2, restore, eps, mode, loss);
+  const Arguments arguments(features, image, w1, b1, gamma, beta, w2, b2, restore, eps, mode, loss,
+      precision);
+  Tensor saved = empty_like_on(features, {arguments.saved(needs_grad)}, ScalarType::Float);
   const Parameter mean(OP, "running_mean", running_mean, K, 0), var(OP, "running_var", running_var, K, 1);
   const gpu::Device& device = device_facts(OP, index);
-  const gpu::Forward call(arguments.request.s, device);
-  check_plan(call.plan, arguments.request.s, device);
+  const gpu::Forward call(arguments.request.s, arguments.request.precision, device);
+  check_plan(call.shared, arguments.request.s, device);
   Tensor workspace = empty_like_on(features, {call.bytes}, ScalarType::Byte);
   check_launch(OP, call.run(arguments.request, mean.numbers, var.numbers, needs_grad, floats(value),
                             floats(saved), workspace.mutable_data_ptr(), current_stream(index)));
@@ -78,7 +91,7 @@ Tensors2 forward(Tensor features, Tensor image, Tensor w1, OptionalTensor b1, Op
 Tensors3 backward(Tensor grad, Tensor features, Tensor image, Tensor w1, OptionalTensor b1,
                   OptionalTensor gamma, OptionalTensor beta, Tensor w2, OptionalTensor b2, Tensor saved,
                   Doubles restore, bool batch_statistics, double eps, int64_t mode, int64_t loss,
-                  bool needs_features, bool needs_w1) {
+                  bool needs_features, bool needs_w1, int64_t precision) {
   const int64_t C = features.size(1), K = w1.size(0);
   const int index = features.get_device_index();
   torch::stable::accelerator::DeviceGuard guard(index);
@@ -92,15 +105,17 @@ Tensors3 backward(Tensor grad, Tensor features, Tensor image, Tensor w1, Optiona
     torch::stable::zero_(d_b1);
     return {d_features, d_w1, d_b1};
   }
-  const Arguments arguments(features, image, w1, b1, gamma, beta, w2, b2, restore, eps, mode, loss);
+  const Arguments arguments(features, image, w1, b1, gamma, beta, w2, b2, restore, eps, mode, loss,
+      precision);
   Tensor upstream = torch::stable::contiguous(grad), kept = torch::stable::contiguous(saved);
   CHECK(upstream.scalar_type() == ScalarType::Float && upstream.numel() == 1, OP,
         ": grad: expected one float32 number");
-  CHECK(kept.scalar_type() == ScalarType::Float && kept.numel() == 31 * K + 3, OP, ": saved: expected ",
-        31 * K + 3, " float32 numbers");
+  CHECK(kept.scalar_type() == ScalarType::Float && kept.numel() == arguments.saved(true), OP,
+        ": saved: expected ", arguments.saved(true), " float32 numbers");
   const gpu::Device& device = device_facts(OP, index);
-  const gpu::Backward call(arguments.request.s, device, needs_features, needs_w1);
-  check_plan(call.plan, arguments.request.s, device);
+  const gpu::Backward call(arguments.request.s, arguments.request.precision, device, needs_features,
+      needs_w1);
+  check_plan(call.shared, arguments.request.s, device);
   Tensor workspace = empty_like_on(features, {call.bytes}, ScalarType::Byte);
   Maps to = {};
   if (needs_features) to = maps(OP, "features", d_features);

@@ -2,8 +2,8 @@
 #pragma once
 
 #include "pixel.cuh"
+#include "reconstruction_loss_norm.cuh"
 #include "reconstruction_loss_plan.cuh"
-#include "sums.cuh"
 
 namespace infopro::gpu {
 
@@ -15,15 +15,10 @@ struct Parameters {
   float* w1_by_channel;
   float* w1_by_tap;      // (9 K, round_up(C, 4)): row 9 k + tap; zeros behind C
   float* w2;             // (K, 28): 9 o + tap
-  float *b1, *b2;        // (K), (4)
-  float *gamma, *beta;   // (K)
+  float* b2;             // (4)
   float* norm;           // (6, K), see Norm; by decoder_norm_kernel or decoder_norm_backward_kernel
   Cell *rows, *columns;  // (H), (W)
 };
-
-// The planes hold dev = z - center. y = dev scale + shift is the normalised map, a = relu(y). START is b1 -
-// center, or b1 while there is no center yet.
-enum Norm { START, SCALE, SHIFT, INVERSE_STD, MEAN_DY, SLOPE };
 
 // A call, as kernels read it.
 struct Call {

@@ -9,13 +9,6 @@
 
 namespace infopro::gpu {
 
-struct GivenParameters {
-  Numbers w1, b1, gamma, beta, w2, b2;
-};
-
-// d gamma, d beta, d W2, d b2, loss
-__host__ __device__ inline int sums_columns(int K) { return 29 * K + 4; }
-
 __global__ void __launch_bounds__(THREADS) decoder_prepare_kernel(Call d, GivenParameters given) {
   const int C = d.s.C, K = d.s.K, hidden = d.hidden_rows(), padded = round_up(C, 4);
   const int first = blockIdx.x * THREADS + threadIdx.x, step = gridDim.x * THREADS;
@@ -31,11 +24,6 @@ __global__ void __launch_bounds__(THREADS) decoder_prepare_kernel(Call d, GivenP
   for (int i = first; i < K * W2_ROW; i += step) {
     const int m = i % W2_ROW, k = i / W2_ROW;
     d.w.w2[i] = m < 27 ? given.w2[(int64_t(m / 9) * K + k) * 9 + m % 9] : 0.0f;
-  }
-  for (int k = first; k < K; k += step) {
-    d.w.b1[k] = given.b1[k];
-    d.w.gamma[k] = given.gamma[k];
-    d.w.beta[k] = given.beta[k];
   }
   for (int i = first; i < 6 * K; i += step) d.w.norm[i] = i < K ? given.b1[i] : 0.0f;  // START
   for (int o = first; o < 4; o += step) d.w.b2[o] = o < 3 ? given.b2[o] : 0.0f;
@@ -53,7 +41,7 @@ template <bool LOW> DEVICE void first_convolution(const Call& d, const Shared& s
     first_convolution_direct(d, s, t);
 }
 
-// moments (tiles, K, 2)
+// moments (tiles, K, 3)
 template <bool LOW>
 __global__ void __launch_bounds__(THREADS, 2) decoder_statistics_kernel(Call d, double* moments) {
   INFOPRO_DYNAMIC_SHARED(memory);
@@ -65,7 +53,7 @@ __global__ void __launch_bounds__(THREADS, 2) decoder_statistics_kernel(Call d, 
     load_cells(d, s, t);
     __syncthreads();
     first_convolution<LOW>(d, s, t);
-    tile_moments(d, s, t, moments + int64_t(tile) * d.s.K * 2);
+    tile_moments(d, s, t, moments + int64_t(tile) * d.s.K * 3);
   }
 }
 
@@ -183,78 +171,6 @@ __global__ void __launch_bounds__(THREADS)
     }
     store(to.data, to.dtype, (n0 + n) * to.n + c * to.c + y * to.y + x * to.x, sum);
   }
-}
-
-DEVICE void set_norm(const Call& d, int k, float mean, float var, double eps) {
-  const int K = d.s.K;
-  const float inverse_std = float(1.0 / sqrt(double(var) + eps));
-  d.w.norm[START * K + k] = d.w.b1[k] - mean;
-  d.w.norm[SCALE * K + k] = d.w.gamma[k] * inverse_std;
-  d.w.norm[SHIFT * K + k] = d.w.beta[k];
-  d.w.norm[INVERSE_STD * K + k] = inverse_std;
-}
-
-// Block k: mean and biased variance of channel k, to saved[k] and saved[K + k], and the coefficients of the
-// norm. They are given, or computed in float64 from the tiles' moments (Chan, Golub & LeVeque 1983).
-__global__ void __launch_bounds__(THREADS)
-    decoder_norm_kernel(Call d, Numbers running_mean, Numbers running_var, const double* moments, double eps,
-                        float* saved) {
-  __shared__ double memory[THREADS];
-  const int k = blockIdx.x, K = d.s.K;
-  float mean, var;
-  if (running_mean.data) {
-    mean = running_mean[k], var = running_var[k];
-  } else {
-    const double count = double(d.s.N) * d.s.H * d.s.W;
-    auto pixels = [&](int i) {
-      const int y = i % d.p.tiles() / d.p.tiles_x * d.p.tile_h, x = i % d.p.tiles_x * d.p.tile_w;
-      return double(smaller(d.p.tile_h, d.s.H - y)) * smaller(d.p.tile_w, d.s.W - x);
-    };
-    double sum = 0;
-    for (int i = threadIdx.x; i < d.tiles(); i += THREADS)
-      sum += pixels(i) * moments[(int64_t(i) * K + k) * 2];
-    const double center = block_sum<THREADS>(sum, memory) / count;
-    double squares = 0;
-    for (int i = threadIdx.x; i < d.tiles(); i += THREADS) {
-      const double* m = moments + (int64_t(i) * K + k) * 2;
-      squares += m[1] + pixels(i) * (m[0] - center) * (m[0] - center);
-    }
-    squares = block_sum<THREADS>(squares, memory);
-    mean = float(center), var = float(squares / count);
-  }
-  if (threadIdx.x != 0) return;
-  saved[k] = mean, saved[K + k] = var;
-  set_norm(d, k, mean, var, eps);
-}
-
-// The coefficients of the norm and of its backward from what forward saved, and the gradient of b1. With
-// batch statistics that is 0: a constant added to z changes nothing.
-__global__ void __launch_bounds__(THREADS)
-    decoder_norm_backward_kernel(Call d, const float* saved, bool batch_statistics, double eps, float* d_b1) {
-  const int K = d.s.K;
-  const float upstream = *d.upstream;
-  const double share = batch_statistics ? double(upstream) / (double(d.s.N) * d.s.H * d.s.W) : 0.0;
-  for (int k = threadIdx.x; k < K; k += THREADS) {
-    set_norm(d, k, saved[k], saved[K + k], eps);
-    const float d_gamma = saved[2 * K + k], d_beta = saved[3 * K + k];
-    d.w.norm[MEAN_DY * K + k] = float(d_beta * share);
-    d.w.norm[SLOPE * K + k] = d.w.norm[INVERSE_STD * K + k] * float(d_gamma * share);
-    d_b1[k] = batch_statistics ? 0.0f : d.w.norm[SCALE * K + k] * d_beta * upstream;
-  }
-}
-
-// to[column] = sum over the rows of partial (rows, columns), in float64. Unless `last` is null, the last
-// column goes there, times last_factor; then the others are set to 0 unless `all`.
-__global__ void __launch_bounds__(SUM_COLUMNS* SUM_ROWS)
-    reduce_rows_kernel(const float* partial, int rows, int columns, float* to, float* last,
-                       double last_factor, bool all) {
-  const int column = blockIdx.x * SUM_COLUMNS + threadIdx.x;
-  const double sum = column_sum(partial, rows, columns, all ? -1 : columns - 1);
-  if (threadIdx.x >= SUM_COLUMNS || column >= columns) return;
-  if (last && column == columns - 1)
-    *last = float(sum * last_factor);
-  else
-    to[column] = float(sum);
 }
 
 }  // namespace infopro::gpu

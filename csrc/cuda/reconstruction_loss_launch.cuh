@@ -3,17 +3,9 @@
 #pragma once
 
 #include "reconstruction_loss_kernels.cuh"
+#include "reconstruction_loss_same_launch.cuh"
 
 namespace infopro::gpu {
-
-struct Request {
-  Shape s;
-  Maps features, image;
-  GivenParameters parameters;
-  const double* restore;  // three means and three standard deviations, or null
-  Pixel pixel;
-  double eps;
-};
 
 inline Parameters take_parameters(const Call& d, Workspace& w) {
   const int K = d.s.K;
@@ -21,10 +13,7 @@ inline Parameters take_parameters(const Call& d, Workspace& w) {
   p.w1_by_channel = w.take<float>(int64_t(d.s.C) * d.hidden_rows() * TAP_ROW);
   p.w1_by_tap = w.take<float>(int64_t(9) * K * round_up(d.s.C, 4));
   p.w2 = w.take<float>(K * W2_ROW);
-  p.b1 = w.take<float>(K);
   p.b2 = w.take<float>(4);
-  p.gamma = w.take<float>(K);
-  p.beta = w.take<float>(K);
   p.norm = w.take<float>(6 * K);
   p.rows = w.take<Cell>(d.s.H);
   p.columns = w.take<Cell>(d.s.W);
@@ -43,6 +32,11 @@ inline Call make_call(const Request& r, const Plan& plan, Workspace& w) {
   return d;
 }
 
+inline NormCall norm_call(const Call& d, const Request& r) {
+  const GivenParameters& given = r.parameters;
+  return {d.s.K, d.s.K, given.b1, given.gamma, given.beta, d.w.norm, double(d.s.N) * d.s.H * d.s.W};
+}
+
 inline int sweep_blocks(const Plan& p, const Device& device, int tiles) {
   return smaller(tiles, device.multiprocessors * blocks_per_multiprocessor(p, device));
 }
@@ -58,13 +52,21 @@ struct Forward {
   Plan plan;
   Device device;
   int64_t bytes;  // of the workspace
+  int shared;     // bytes of a block's shared memory; 0 if nothing fits
 
-  Forward(const Shape& s, const Device& device) : plan(make_plan(s, device)), device(device) {
+  Forward(const Shape& s, Precision precision, const Device& device) : device(device) {
     Request request = {};
-    request.s = s;
+    request.s = s, request.precision = precision;
     Workspace counted(nullptr);
-    Call d = make_call(request, plan, counted);
-    take(d, counted);
+    if (same::takes(s, precision)) {
+      const same::Sweeps sweeps(request, device, counted);
+      sweeps.forward_parts(counted);
+      shared = sweeps.d.p.shared;
+    } else {
+      plan = make_plan(s, device);
+      take(make_call(request, plan, counted), counted);
+      shared = plan.shared;
+    }
     bytes = counted.used();
   }
 
@@ -74,14 +76,20 @@ struct Forward {
   };
 
   static Parts take(const Call& d, Workspace& w) {
-    double* moments = w.take<double>(int64_t(d.tiles()) * d.s.K * 2);
+    double* moments = w.take<double>(int64_t(d.tiles()) * d.s.K * 3);
     return {moments, w.take<float>(int64_t(d.tiles()) * sums_columns(d.s.K))};
   }
 
-  // value (1); saved (31 K + 3): mean, var, d gamma, d beta, d W2, d b2
+  // value (1); saved: mean, var, d gamma, d beta, d W2, d b2 and, if same::takes and needs_grad, the
+  // gradient in the logits
   Error run(const Request& r, Numbers running_mean, Numbers running_var, bool needs_grad, float* value,
             float* saved, void* workspace, Stream stream) const {
     Workspace w(workspace);
+    if (same::takes(r.s, r.precision)) {
+      same::Sweeps sweeps(r, device, w);
+      const auto parts = sweeps.forward_parts(w);
+      return sweeps.forward(parts, running_mean, running_var, r.eps, needs_grad, value, saved, stream);
+    }
     const Call d = make_call(r, plan, w);
     const Parts parts = take(d, w);
     const int K = d.s.K, blocks = sweep_blocks(plan, device, d.tiles());
@@ -95,8 +103,8 @@ struct Forward {
     if (error == success && !running_mean.data)
       error = launch(statistics, blocks, THREADS, plan.shared, stream, d, parts.moments);
     if (error == success)
-      error = launch(decoder_norm_kernel, K, THREADS, 0, stream, d, running_mean, running_var, moments, r.eps,
-                     saved);
+      error = launch(decoder_norm_kernel, K, THREADS, 0, stream, norm_call(d, r), running_mean, running_var,
+                     moments, d.tiles(), r.eps, saved);
     if (error == success)
       error = launch(loss, blocks, THREADS, plan.shared, stream, d, needs_grad, parts.partial);
     if (error != success) return error;
@@ -113,16 +121,23 @@ struct Backward {
   bool needs_features, needs_w1;
   int samples;    // of a launch of the sweep
   int64_t bytes;  // of the workspace
+  int shared;     // bytes of a block's shared memory; 0 if nothing fits
 
-  Backward(const Shape& s, const Device& device, bool needs_features, bool needs_w1)
-      : plan(make_plan(s, device)), device(device), needs_features(needs_features), needs_w1(needs_w1),
-        samples(s.N) {
-    if (needs_features && plan.tiles() > 1) samples = samples_of_a_launch(s);
+  Backward(const Shape& s, Precision precision, const Device& device, bool needs_features, bool needs_w1)
+      : device(device), needs_features(needs_features), needs_w1(needs_w1), samples(s.N) {
     Request request = {};
-    request.s = s;
+    request.s = s, request.precision = precision;
     Workspace counted(nullptr);
-    Call d = make_call(request, plan, counted);
-    take(d, counted);
+    if (same::takes(s, precision)) {
+      const same::Sweeps sweeps(request, device, counted);
+      sweeps.backward_part(counted, needs_w1);
+      shared = sweeps.d.p.shared;
+    } else {
+      plan = make_plan(s, device);
+      if (needs_features && plan.tiles() > 1) samples = samples_of_a_launch(s);
+      take(make_call(request, plan, counted), counted);
+      shared = plan.shared;
+    }
     bytes = counted.used();
   }
 
@@ -156,13 +171,18 @@ struct Backward {
   Error run(const Request& r, const float* upstream, const float* saved, bool batch_statistics,
             Maps d_features, float* d_w1, float* d_b1, void* workspace, Stream stream) const {
     Workspace w(workspace);
+    if (same::takes(r.s, r.precision)) {
+      same::Sweeps sweeps(r, device, w);
+      float* part = sweeps.backward_part(w, needs_w1);
+      return sweeps.backward(part, upstream, saved, batch_statistics, r.eps, d_features, d_w1, d_b1, stream);
+    }
     Call d = make_call(r, plan, w);
     const Parts parts = take(d, w);
     d.upstream = upstream;
     Error error = launch_prepare(d, r, stream);
     if (error == success)
-      error = launch(decoder_norm_backward_kernel, 1, THREADS, 0, stream, d, saved, batch_statistics, r.eps,
-                     d_b1);
+      error = launch(decoder_norm_backward_kernel, 1, THREADS, 0, stream, norm_call(d, r), upstream, saved,
+                     batch_statistics, 0.0, r.eps, d_b1);
     if (!needs_features && !needs_w1) return error;
     const auto sweep = plan.low_resolution ? decoder_backward_kernel<true> : decoder_backward_kernel<false>;
     const float *w1 = parts.w1, *features = parts.features;

@@ -6,8 +6,8 @@
 
 namespace infopro::gpu {
 
-// moments (K, 2): mean of the tile's own z, and the sum of squared deviations from it. A warp takes a channel
-// at a time.
+// moments (K, 3): count and mean of the tile's own z, and the sum of squared deviations. A warp takes a
+// channel at a time.
 DEVICE void tile_moments(const Call& d, const Shared& s, const Tile& t, double* moments) {
   const int lane = threadIdx.x % WARP, count = t.h * t.w;
   for (int k = threadIdx.x / WARP; k < d.s.K; k += WARPS) {
@@ -26,8 +26,8 @@ DEVICE void tile_moments(const Call& d, const Shared& s, const Tile& t, double* 
     squares = warp_sum(squares);
     const double left = double(warp_sum(rest)) / count;  // the center was rounded: this corrects both
     if (lane == 0) {
-      moments[2 * k] = double(center) + left;
-      moments[2 * k + 1] = double(squares) - left * left * count;
+      moments[3 * k] = count, moments[3 * k + 1] = double(center) + left;
+      moments[3 * k + 2] = double(squares) - left * left * count;
     }
   }
 }

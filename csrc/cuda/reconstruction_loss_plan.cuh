@@ -10,11 +10,11 @@
 // The gradient of the logits lies over taps and scratch while those are idle.
 #pragma once
 
+#include "reconstruction_loss_norm.cuh"
 #include "resize.cuh"
 
 namespace infopro::gpu {
 
-constexpr int THREADS = 256, WARPS = THREADS / WARP;
 constexpr int SEGMENTS = 4;               // of a tile's rows, in the gradient of W2
 constexpr int HIDDEN = 6;                 // hidden channels of a thread's tile in the direct convolution
 constexpr int W2_ROW = 28, TAP_ROW = 12;  // 27 and 9 weights, padded to whole float4

@@ -99,6 +99,7 @@ def define_kernels(
     cuda: bool = False,
     triton: bool = True,
     triton_fake: Callable | None = None,
+    cuda_arguments: str = "",
 ) -> dict[str, typing.Any]:
     """Define a torch op for each implementation of one direction of an op, and return them by implementation.
 
@@ -110,6 +111,7 @@ def define_kernels(
         fake: the outputs' shapes and dtypes, for tracing.
         cuda, triton: whether there are CUDA C++ and Triton kernels.
         triton_fake: the fake of the Triton kernels, if they return another dtype.
+        cuda_arguments: further arguments of the CUDA C++ kernels, as ", int name"; the fake takes them too.
     """
     name, arguments = schema.split("(", 1)
     op, direction = name.rsplit("_", 1)
@@ -118,7 +120,8 @@ def define_kernels(
     defined = {}
     for impl in ("cpu", *(["triton"] if triton else []), *(["cuda"] if cuda else [])):
         full = name + SUFFIX[impl]
-        LIBRARY.define(f"{full}({arguments}")
+        further = f"{cuda_arguments}) ->" if impl == "cuda" else ") ->"
+        LIBRARY.define(f"{full}({arguments.replace(') ->', further, 1)}")
         own_fake = triton_fake or fake if impl == "triton" else fake
         torch.library.register_fake(f"infopro_fast::{full}", own_fake, lib=LIBRARY)
         kernel = getattr(torch.ops.infopro_fast, full).default

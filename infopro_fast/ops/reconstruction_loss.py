@@ -69,12 +69,16 @@ def reconstruction_loss(
 
     Returns:
         A 0-d tensor, float64 if any input is, else float32, as is the arithmetic. An empty batch gives 0.
+        For a CIFAR decoder without a resize, "cuda" multiplies in the precision that torch's own convolutions
+        have: autocast's or the features' type, TF32 as torch.backends.cudnn.conv.fp32_precision says; sums
+        are float32.
 
     Raises:
         TypeError, ValueError: names the argument or the layer, what was expected and what came.
 
     The kernels keep for backward the inputs and, for each hidden stage of K channels, its z (N K H W numbers)
-    and 2 K numbers. "cpu" and "cuda" keep for a CIFAR decoder 31 K + 3 numbers in all.
+    and 2 K numbers. "cpu" and "cuda" keep for a CIFAR decoder 31 K + 3 numbers in all. "cuda" without a
+    resize also keeps 4 N H W numbers in the type of the products' operands.
     """
     stages = decoder_stages(decoder)
     _check(features, image, stages[0].conv.in_channels, interpolate_mode, loss, image_mean, image_std)

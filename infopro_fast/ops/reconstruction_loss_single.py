@@ -14,6 +14,8 @@ there is no resize, they convolve directly.
 
 from __future__ import annotations
 
+import typing
+
 import torch
 
 from .batch_norm import affine, update_running_statistics
@@ -35,24 +37,56 @@ def single_loss(
     # Inside, ctx.needs_input_grad tells of requires_grad alone, under no_grad too.
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in given if t is not None)
     options = (restore, norm.eps, resize.mode, loss)
-    value, mean, var = _SingleLoss.apply(*given, *running, options, impl, needs_grad)
+    precision = (operand_precision(features),) if impl == "cuda" else ()
+    value, mean, var = _SingleLoss.apply(*given, *running, options, impl, needs_grad, precision)
     if of_batch and features.shape[0]:
         update_running_statistics(norm, mean, var, features.shape[0] * resize.H * resize.W)
     return value
 
 
+PRECISIONS = ("exact", "tf32", "bf16", "f16")  # of products' operands, as csrc/cuda counts them
+MOST_HIDDEN = {2: 192, 4: 96}  # by the bytes of an operand, as in reconstruction_loss_same_maps.cuh
+
+
+def operand_precision(features: torch.Tensor) -> int:
+    """Return which of `PRECISIONS` plain torch would give the convolutions of ``features`` on a GPU.
+
+    Autocast's dtype, or else that of the features; for float32, torch's setting for convolutions.
+    """
+    kind, dtype = features.device.type, features.dtype
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+    if dtype == torch.float32:
+        return int(typing.cast(typing.Any, torch.backends.cudnn).conv.fp32_precision == "tf32")
+    return PRECISIONS.index("bf16" if dtype == torch.bfloat16 else "f16")
+
+
+def saved_numbers(
+    features: torch.Tensor, image: torch.Tensor, K: int, needs_grad: bool, precision: int | None
+) -> int:
+    """Return how many numbers forward saves: mean, variance, d gamma, d beta, dW2, db2.
+
+    The CUDA C++ kernels (precision is not None) without a resize also keep the gradient in the three
+    logits of each pixel, and a zero, in the operands' type.
+    """
+    if precision is None or not needs_grad or not len(features) or features.shape[2:] != image.shape[2:]:
+        return 31 * K + 3
+    size = 4 if precision < 2 else 2  # bytes of an operand
+    return -(-(31 * K + 3) // 4) * 4 + image[:, 0].numel() * size if K <= MOST_HIDDEN[size] else 31 * K + 3
+
+
 def _forward_fake(
     features, image, w1, b1, gamma, beta, w2, b2, running_mean, running_var, restore, eps, mode, loss,
-    needs_grad,
+    needs_grad, precision=None,
 ):
-    dtype, K = compute_dtype(features, image, w1), w1.shape[0]
-    # saved: mean, variance, d gamma, d beta, dW2, db2
-    return features.new_empty((), dtype=dtype), features.new_empty((4 * K + 27 * K + 3,), dtype=dtype)
+    dtype = compute_dtype(features, image, w1)
+    size = saved_numbers(features, image, w1.shape[0], needs_grad, precision)
+    return features.new_empty((), dtype=dtype), features.new_empty((size,), dtype=dtype)
 
 
 def _backward_fake(
     grad, features, image, w1, b1, gamma, beta, w2, b2, saved, restore, batch_statistics, eps, mode, loss,
-    needs_features, needs_w1,
+    needs_features, needs_w1, precision=None,
 ):
     dtype = compute_dtype(features, image, w1)
     g_features = torch.empty_like(features) if needs_features else features.new_empty((0,))
@@ -69,6 +103,7 @@ _FORWARD = define_kernels(
     _forward_fake,
     cuda=True,
     triton=False,
+    cuda_arguments=", int precision",
 )
 _BACKWARD = define_kernels(
     f"reconstruction_loss_backward(Tensor grad, {_TENSORS}, Tensor saved, float[] restore, "
@@ -77,6 +112,7 @@ _BACKWARD = define_kernels(
     _backward_fake,
     cuda=True,
     triton=False,
+    cuda_arguments=", int precision",
 )
 
 
@@ -86,14 +122,15 @@ class _SingleLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, features, image, w1, b1, gamma, beta, w2, b2, running_mean, running_var, options, impl,
-        needs_grad,
+        needs_grad, precision,
     ):
         value, saved = _FORWARD[impl](
-            features, image, w1, b1, gamma, beta, w2, b2, running_mean, running_var, *options, needs_grad
+            features, image, w1, b1, gamma, beta, w2, b2, running_mean, running_var, *options, needs_grad,
+            *precision,
         )
         ctx.save_for_backward(features, image, w1, b1, gamma, beta, w2, b2, saved)
         ctx.options = options
-        ctx.impl = impl
+        ctx.impl, ctx.precision = impl, precision
         ctx.batch_statistics = running_mean is None
         K = w1.shape[0]
         mean, var = saved[:K].clone(), saved[K : 2 * K].clone()
@@ -115,12 +152,12 @@ def _gradients(ctx, tensors, grad):
     restore, *others = ctx.options
     needs = ctx.needs_input_grad
     K = w1.shape[0]
-    _, _, g_gamma, g_beta, g_w2, g_b2 = saved.split([K, K, K, K, 27 * K, 3])
+    _, _, g_gamma, g_beta, g_w2, g_b2 = saved[: 31 * K + 3].split([K, K, K, K, 27 * K, 3])
     g_features = g_w1 = g_b1 = None
     if needs[0] or needs[2] or needs[3]:
         g_features, g_w1, g_b1 = _BACKWARD[ctx.impl](
             grad, features, image, w1, b1, gamma, beta, w2, b2, saved, restore, ctx.batch_statistics, *others,
-            needs[0], needs[2],
+            needs[0], needs[2], *ctx.precision,
         )
 
     def give(index, value, like):
@@ -129,5 +166,5 @@ def _gradients(ctx, tensors, grad):
     return (
         g_features if needs[0] else None, None, give(2, g_w1, w1), give(3, g_b1, b1),
         give(4, g_gamma * grad, gamma), give(5, g_beta * grad, beta), give(6, g_w2 * grad, w2),
-        give(7, g_b2 * grad, b2), None, None, None, None, None,
+        give(7, g_b2 * grad, b2), None, None, None, None, None, None,
     )

@@ -105,8 +105,6 @@ def build(
         raise ValueError(f"build: pixel_reduction: expected {expected}, got {pixel_reduction!r}")
     local_loss = local_loss or ("softmax" if found.dense else "contrast")
     nets: dict[str, Any] = {"net_config": net_config, "widen": widen, "feature_dim": feature_dim}
-    _check_auxiliary(found, local_loss, **nets)
-    _check_aux_depth(found, local_loss, aux_depth)
     nets["aux_depth"] = aux_depth
     _check_choices(plan, cuts, balanced, budget, modules, local_loss, batch_size)
     if plan is not None:
@@ -117,6 +115,8 @@ def build(
         balanced = False
     modules = _number_of_modules(modules, local_loss, cuts, 4 if found.cifar else 2)
     _check(found, local_loss, lambdas, modules, recompute, label_smoothing, impl)
+    _check_auxiliary(found, local_loss, **{name: nets[name] for name in AUXILIARY})
+    _check_aux_depth(found, local_loss, aux_depth)
     units = found.units
     positions = [unit.position for unit in units]
     if modules > len(units) and found.reasons:
@@ -213,11 +213,13 @@ def _check(found: Family, local_loss, lambdas, modules, recompute, label_smoothi
         raise ValueError(f"build: local_loss: {found.name} segments images: {expected}, got {local_loss!r}")
 
 
+AUXILIARY = {"net_config": None, "widen": 1, "feature_dim": 128}  # settings and their defaults
+
+
 def _check_auxiliary(found: Family, local_loss, **given) -> None:
     """Check the settings of the auxiliary nets of InfoPro and greedy."""
-    defaults = {"net_config": None, "widen": 1, "feature_dim": 128}
     for name, value in given.items():
-        if value == defaults[name]:
+        if value == AUXILIARY[name]:
             continue
         if callable(local_loss) or local_loss in ("dgl", "auglocal", "none"):
             what = "head" if name == "net_config" else "net"

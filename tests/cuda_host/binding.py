@@ -16,7 +16,7 @@ import typing
 
 import torch
 
-from infopro_fast.ops import dispatch
+from infopro_fast.ops import dispatch, reconstruction_loss_single
 
 FOLDER = os.path.dirname(os.path.abspath(__file__))
 CSRC = os.path.join(os.path.dirname(os.path.dirname(FOLDER)), "csrc")
@@ -79,7 +79,8 @@ _ARRAYS = ("features", "image", "w1", "b1", "gamma", "beta", "w2", "b2", "runnin
 
 class _Call(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("N", "C", "K", "h", "w", "H", "W", "nearest", "loss")),
+        *((name, ctypes.c_int64) for name in ("N", "C", "K", "h", "w", "H", "W", "nearest", "loss",
+            "precision")),
         ("eps", ctypes.c_double),
         *((name, ctypes.c_int64) for name in _LIMITS),
         *((name, _Array) for name in _ARRAYS),
@@ -98,19 +99,20 @@ class Kernels:
 
     def __init__(self, path: str, device: Device = TWO_BLOCKS, seed: int = 0):
         self.library = ctypes.CDLL(path)
-        for name in ("decoder_forward", "decoder_backward"):
+        for name in ("decoder_forward", "decoder_backward", "product"):
             getattr(self.library, name).restype = ctypes.c_char_p
-        self.library.decoder_switches.restype = ctypes.c_int64
+        self.library.decoder_switches.restype = self.library.decoder_conflicts.restype = ctypes.c_int64
         self.device, self.seed = device, seed
 
     def forward(
         self, features, image, w1, b1, gamma, beta, w2, b2, running_mean, running_var, restore, eps, mode,
-        loss, needs_grad,
+        loss, needs_grad, precision,
     ):
         statistics = dict(running_mean=running_mean, running_var=running_var)
         parameters = self._contiguous(w1=w1, b1=b1, gamma=gamma, beta=beta, w2=w2, b2=b2, **statistics)
-        call = self._call(features, image, parameters, restore, eps, mode, loss)
-        value, saved = torch.full((), torch.nan), torch.full((31 * w1.shape[0] + 3,), torch.nan)
+        call = self._call(features, image, parameters, restore, eps, mode, loss, precision)
+        size = reconstruction_loss_single.saved_numbers(features, image, len(w1), needs_grad, precision)
+        value, saved = torch.full((), torch.nan), torch.full((size,), torch.nan)
         self._check(
             self.library.decoder_forward(
                 ctypes.byref(call), ctypes.c_int64(needs_grad), _pointer(value), _pointer(saved)
@@ -119,9 +121,9 @@ class Kernels:
         return value, saved
 
     def backward(self, grad, features, image, w1, b1, gamma, beta, w2, b2, saved, restore, batch_statistics,
-                 eps, mode, loss, needs_features, needs_w1):
+                 eps, mode, loss, needs_features, needs_w1, precision):
         parameters = self._contiguous(w1=w1, b1=b1, gamma=gamma, beta=beta, w2=w2, b2=b2)
-        call = self._call(features, image, parameters, restore, eps, mode, loss)
+        call = self._call(features, image, parameters, restore, eps, mode, loss, precision)
         grad, saved = grad.contiguous(), saved.contiguous()
         d_features = torch.full_like(features, torch.nan) if needs_features else features.new_empty((0,))
         d_w1, d_b1 = (
@@ -136,20 +138,29 @@ class Kernels:
         self._check(self.library.decoder_backward(ctypes.byref(call), *arguments))
         return d_features, d_w1, d_b1
 
-    def plan(self, N, C, h, w, H, W, K, nearest=False) -> Plan:
-        call = _Call(N=N, C=C, K=K, h=h, w=w, H=H, W=W, nearest=nearest, **self.device._asdict())
+    def plan(self, N, C, h, w, H, W, K, nearest=False, precision=0) -> Plan:
+        call = _Call(N=N, C=C, K=K, h=h, w=w, H=H, W=W, nearest=nearest, precision=precision,
+            **self.device._asdict())
         numbers = (ctypes.c_int64 * len(Plan._fields))()
         self.library.decoder_plan(ctypes.byref(call), numbers)
         return Plan(*numbers)
 
+    def product(self, precision: int, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> None:
+        """c += a b by one instruction of a warp: fragments (32, words) as lanes hold them."""
+        self._check(self.library.product(ctypes.c_int64(precision), _pointer(a), _pointer(b), _pointer(c)))
+
+    def conflicts(self) -> int:
+        """Return the most wavefronts over the fewest possible, of shared memory since the last call."""
+        return self.library.decoder_conflicts()
+
     def _contiguous(self, **parameters):
         return {name: t if t is None else t.contiguous() for name, t in parameters.items()}
 
-    def _call(self, features, image, parameters, restore, eps, mode, loss) -> _Call:
+    def _call(self, features, image, parameters, restore, eps, mode, loss, precision) -> _Call:
         (N, C, h, w), (H, W), K = features.shape, image.shape[-2:], parameters["w1"].shape[0]
         numbers = dict(
-            N=N, C=C, K=K, h=h, w=w, H=H, W=W, nearest=mode, loss=loss, eps=eps, seed=self.seed,
-            **self.device._asdict(),
+            N=N, C=C, K=K, h=h, w=w, H=H, W=W, nearest=mode, loss=loss, precision=precision, eps=eps,
+            seed=self.seed, **self.device._asdict(),
         )
         arrays = {name: _array(t) for name, t in {"features": features, "image": image, **parameters}.items()}
         call = _Call(**numbers, **arrays)

@@ -21,6 +21,7 @@
 #include <functional>
 #include <memory>
 #include <random>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -37,8 +38,17 @@
 #define __launch_bounds__(...)
 #define __shared__ static
 
+struct alignas(8) float2 {
+  float x, y;
+};
 struct alignas(16) float4 {
   float x, y, z, w;
+};
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
 };
 
 namespace cuda_host {
@@ -58,6 +68,13 @@ struct Fibre {
   const char* operation = "";
   unsigned mask = 0;
   unsigned rendezvous = 0;  // shuffles so far
+  std::vector<std::pair<const char*, int>> accesses;  // of shared memory since the last one: address, bytes
+};
+
+// Wavefronts that accesses of shared memory took, the fewest possible, and the worst ratio of the two.
+struct Conflicts {
+  int64_t wavefronts = 0, least = 0;
+  int worst = 0;
 };
 
 constexpr int LANES = 32;
@@ -68,6 +85,7 @@ class Device {
   unsigned seed = 0;      // order of warps and lanes: 0 ascending, 1 descending, else random at every round
   std::string error;      // of the first launch that failed
   int64_t switches = 0;
+  Conflicts conflicts;
   Index block, grid_size, block_size;
 
   const Index& thread() const { return fibres_[current_].thread; }
@@ -96,6 +114,37 @@ class Device {
     return value;
   }
 
+  // Each lane of the warp gives `value` and sees what all 32 gave, until its next exchange but one.
+  template <class T>
+  const T* gather(const T& value, const char* operation) {
+    static_assert(sizeof(T) <= sizeof(Wide));
+    Fibre& fibre = fibres_[current_];
+    T* slots = reinterpret_cast<T*>(wide_[current_ / LANES].values[fibre.rendezvous++ % 2]);
+    slots[current_ % LANES] = value;
+    wait(State::warp, operation, 0xffffffffu);
+    return slots;
+  }
+
+  void access(const void* address, int bytes) {
+    fibres_[current_].accesses.emplace_back(static_cast<const char*>(address), bytes);
+  }
+
+  // The warp's lanes access `bytes` each. A wavefront serves 32 banks of 4 bytes, and at most 128 bytes.
+  void count_conflicts(const char* const* addresses, int bytes) {
+    const int together = std::min(LANES, 128 / std::max(bytes, 4));
+    for (int first = 0; first < LANES; first += together) {
+      std::set<uintptr_t> words;
+      for (int i = first; i < first + together; i++)
+        for (int byte = 0; byte < bytes; byte += 4)
+          words.insert((reinterpret_cast<uintptr_t>(addresses[i]) + byte) / 4);
+      int banks[LANES] = {}, most = 0;
+      for (uintptr_t word : words) most = std::max(most, ++banks[word % LANES]);
+      const int least = (int(words.size()) + LANES - 1) / LANES;
+      conflicts.wavefronts += most, conflicts.least += least;
+      conflicts.worst = std::max(conflicts.worst, (most + least - 1) / least);
+    }
+  }
+
   int launch(int grid, int threads, int shared, const std::function<void()>& body) {
     if (!error.empty()) return 1;
     if (grid < 1 || threads < 1 || threads > 1024)
@@ -107,6 +156,7 @@ class Device {
       fibres_.back().stack = std::make_unique<char[]>(STACK);
     }
     slots_.resize((threads + LANES - 1) / LANES);
+    wide_.resize(slots_.size());
     random_.seed(seed);
     for (int b = 0; b < grid && error.empty(); b++) {
       block = {unsigned(b), 0, 0};
@@ -129,9 +179,16 @@ class Device {
     uint64_t values[2][LANES];
     uint64_t* operator[](int i) { return values[i]; }
   };
+  struct Wide {
+    uint64_t words[3];
+  };
+  struct WideSlots {
+    Wide values[2][LANES];
+  };
 
   std::vector<Fibre> fibres_;
   std::vector<Slots> slots_;
+  std::vector<WideSlots> wide_;
   std::unique_ptr<char, Free> shared_;
   const std::function<void()>* body_ = nullptr;
   ucontext_t scheduler_;
@@ -202,6 +259,19 @@ class Device {
     return found;
   }
 
+  // Count what the warp's lanes accessed since the last rendezvous, if all did the same number of times.
+  void count_accesses(int first, int last) {
+    const size_t times = fibres_[first].accesses.size();
+    bool alike = last - first == LANES && times > 0;
+    for (int i = first; i < last; i++) alike = alike && fibres_[i].accesses.size() == times;
+    for (size_t n = 0; alike && n < times; n++) {
+      const char* addresses[LANES];
+      for (int i = 0; i < LANES; i++) addresses[i] = fibres_[first + i].accesses[n].first;
+      count_conflicts(addresses, fibres_[first].accesses[n].second);
+    }
+    for (int i = first; i < last; i++) fibres_[i].accesses.clear();
+  }
+
   // Let lanes of the warp go on whose exchange is complete. Return false if there are none.
   bool meet(int first, int last) {
     bool met = false;
@@ -218,6 +288,7 @@ class Device {
         }
       if (!complete) continue;
       const unsigned mask = fibre.mask;
+      if (mask == 0xffffffffu) count_accesses(first, last);
       for (int j = 0; first + j < last; j++)
         if (mask >> j & 1) fibres_[first + j].state = State::ready;
       met = true;
@@ -247,6 +318,8 @@ class Device {
         waiting += fibres_[i].state == State::barrier;
         ended += fibres_[i].state == State::ended;
       }
+      for (int warp = 0; warp < warps; warp++)
+        count_accesses(warp * LANES, std::min(threads, (warp + 1) * LANES));
       if (ended == threads) return;
       if (waiting < threads) return fail("deadlock: " + positions(threads));
       for (int i = 0; i < threads; i++) fibres_[i].state = State::ready;
