@@ -6,7 +6,7 @@ import dataclasses
 import typing
 from collections.abc import Iterable, Sequence
 
-from infopro_fast.plan import for_people
+from infopro_fast.plan_file import for_people
 
 from infopro_fast import figure
 
