@@ -6,9 +6,8 @@ import dataclasses
 import typing
 from collections.abc import Iterable, Sequence
 
-from infopro_fast.plan_file import for_people
-
 from infopro_fast import figure
+from infopro_fast.plan_file import for_people
 
 
 @dataclasses.dataclass
