@@ -74,21 +74,23 @@ def local_step(
     local_loss.outputs = leaves
     metrics: Metrics = {}
     terms = local_loss.on_map(leaf, image, label)
-    while True:
-        with autocast():  # around each term's forward alone
-            term = next(terms, None)
-        if term is None:
-            break
-        metrics[term.name] = term.loss.detach()
-        if term.correct is not None:
-            metrics[f"{term.name}_correct"] = term.correct
-        if check and not math.isfinite(value := term.loss.item()):
-            raise FloatingPointError(f"{term.name.replace('_', '-')} loss: {value}")
-        weight = term.weight * share
-        loss = term.loss if weight == 1 else term.loss * weight
-        (loss if scaler is None else scaler.scale(loss)).backward()
-        del term, loss  # before the generator goes on, or this graph would outlive the next term's making
-    local_loss.outputs = {}
+    try:
+        while True:
+            with autocast():  # around each term's forward alone
+                term = next(terms, None)
+            if term is None:
+                break
+            metrics[term.name] = term.loss.detach()
+            if term.correct is not None:
+                metrics[f"{term.name}_correct"] = term.correct
+            if check and not math.isfinite(value := term.loss.item()):
+                raise FloatingPointError(f"{term.name.replace('_', '-')} loss: {value}")
+            weight = term.weight * share
+            loss = term.loss if weight == 1 else term.loss * weight
+            (loss if scaler is None else scaler.scale(loss)).backward()
+            del term, loss  # before the generator goes on, or this graph would outlive the next term's making
+    finally:
+        local_loss.outputs = {}
     grad, leaf.grad = [leaf.grad], None
     reached = [name for name, t in leaves.items() if t.grad is not None and inside[name][0].requires_grad]
     tensors, gradients = [inside[name][0] for name in reached], [leaves[name].grad for name in reached]

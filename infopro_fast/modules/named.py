@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
@@ -13,6 +14,7 @@ FORMS = "torchvision:NAME, timm:NAME or package.module:function"
 
 
 def is_named(arch: object) -> bool:
+    """Whether ``arch`` is the name of another package's network."""
     return isinstance(arch, str) and ":" in arch
 
 
@@ -46,8 +48,6 @@ def _maker(arch: str, home: str, name: str) -> Callable[..., Any]:
         known = [n for n, value in vars(module).items() if callable(value) and not inspect.ismodule(value)]
         make = getattr(module, name, None)
     if name not in known:
-        import difflib
-
         near = difflib.get_close_matches(name, known, 3)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise ValueError(f"build: arch: {home} has no {name!r}{hint}")
