@@ -527,6 +527,16 @@ def test_a_loss_reaches_into_its_module(recompute):
     assert not any(block._forward_hooks for block in net.stages[0])
 
 
+def test_a_step_that_raises_leaves_no_outputs_with_its_loss():
+    net = infopro_fast.build("resnet20", cuts=[(1, 2)], local_loss=Inside, image_size=8)
+    torch.nn.init.constant_(next(net.stages[0].parameters()), torch.nan)
+    with pytest.raises(FloatingPointError, match="module 1, "):
+        infopro_fast.LocalTrainer(net, lambda p: torch.optim.SGD(p, lr=1.0)).step(
+            torch.rand(4, 3, 8, 8), torch.arange(4)
+        )
+    assert net.local_losses[0].outputs == {}
+
+
 def test_a_loss_knows_the_next_module():
     net = infopro_fast.build("resnet20", cuts=[(1, 0), (2, 0)], local_loss=Inside, image_size=8)
     for k, loss in enumerate(net.local_losses[:-1]):

@@ -63,7 +63,7 @@ def split(
 
     balanced=False: the authors' table. For other depths and K the numbers of units (stem and blocks) differ
     by at most one, the larger modules last, as in the authors' ResNet-110 with K = 4, 8 and 16.
-    balanced=True: the authors' table, where `has_balanced`. Raises ValueError saying what exists.
+    balanced=True: the authors' table, for what `has_balanced`. Raises ValueError saying what exists.
     """
     units = len(positions)
     if not 1 <= modules <= units:
