@@ -86,14 +86,13 @@ class Network:
 def measure(arch: str, modules: int, batch_size: int, *, speedup: float = 1.0) -> Network:
     """Measure times here, divided by ``speedup``, and cut to balance them. Raises PlanError."""
     source = Source(arch, local_loss=usual_loss(arch))
-    found = source.family(meta=True)
     with FakeTensorMode():
         net = source.chain()
-        bytes_of = measure_chain(net, *batch(found, batch_size, real=False))
+        bytes_of = measure_chain(net, *batch(net.found, batch_size, real=False))
     most = 1 + sum(bytes_of.cut_allowed(end) for end in range(len(bytes_of) - 1))
     if not 1 <= modules <= most:
         raise PlanError(f"modules: expected 1 to {most} for {arch}, got {modules}")
-    image, label = batch(found, batch_size, real=True)
+    image, label = batch(net.found, batch_size, real=True)
     times = measure_chain(source.chain(real=True), image, label, timed=True)
     carried = image.nbytes + label.nbytes
     return _network(arch, modules, batch_size, times, bytes_of, carried, net.positions, speedup)

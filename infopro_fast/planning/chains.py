@@ -36,13 +36,17 @@ STAGE_OF_RELEASED_LOSSES = dict.fromkeys(imagenet.ARCHS, 2) | dict.fromkeys(city
 
 
 class Chain(LocalNetwork):
-    """A network whose every stage is one block. positions: (stage, block) of each, as in `build`'s cuts."""
+    """A network whose every stage is one block.
+
+    found: what it was made of. positions: (stage, block) of each stage, as in `build`'s cuts.
+    """
 
     def __init__(
-        self, stages: Sequence[Stage], losses: Sequence[LocalLoss], positions: Sequence[tuple[int, int]]
+        self, found: Family, stages: Sequence[Stage], losses: Sequence[LocalLoss],
+        positions: Sequence[tuple[int, int]],
     ):
         super().__init__(stages, losses, positions[:-1], [""] * len(stages))
-        self.positions = list(positions)
+        self.found, self.positions = found, list(positions)
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,7 @@ class Source:
         kept = "norm" if recompute == "norm" else "none"
         stages = [Stage(OrderedDict((str(i), b) for i, b in enumerate(group)), kept) for group in groups]
         losses = [*(local_losses.get(at) or NoCut() for at in positions[:-1]), net.classifier]
-        return Chain(stages, losses, positions)
+        return Chain(found, stages, losses, positions)
 
 
 def usual_loss(arch: str) -> str:

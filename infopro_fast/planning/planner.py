@@ -211,16 +211,16 @@ class MeasuredChain:
 
     def _measure(self, timed: bool) -> None:
         source, N = self.source, self.batch_size
-        found = source.family(meta=True)
-        self.name, self.size = found.name, found.image_size
         with FakeTensorMode(allow_non_fake_inputs=True):
-            image, label = chains.batch(found, N, real=False)
             self.net = source.chain(self.recompute)
+            found = self.net.found
+            image, label = chains.batch(found, N, real=False)
             self.costs = costs.measure_chain(self.net, image, label, recompute=self.recompute)
             self.plain = ChainCosts(self.costs.blocks, self.costs.losses, self.costs.image)
             if self.recompute == "norm":  # the blocks above keep less than end to end
                 self.plain = costs.measure_chain(source.chain(), image, label)
             self.batch_bytes = nbytes([image, label])
+        self.name, self.size = found.name, found.image_size
         self.buffers = nbytes(self.net.buffers())
         if timed:
             net, (image, label) = source.chain(self.recompute, real=True), chains.batch(found, N, real=True)
