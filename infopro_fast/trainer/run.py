@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from infopro_fast import data
-from infopro_fast.errors import ConfigError, RunError
+from infopro_fast.errors import ConfigError
 
 from . import checkpoint, evaluation, run_folder, schedule, sequential, setup
 from .loop import Training
@@ -193,11 +193,7 @@ def evaluate_run(
     if not images.dense and (flip or tuple(scales) != (1.0,)):
         raise ConfigError(f"{run}: scales and flip are for segmentation, and {config.dataset} is not")
     with setup.machine(config):
-        net = setup.build(config, images)
-        try:
-            net.load_released_state_dict(weights)
-        except ValueError as error:
-            raise RunError(f"{run / run_folder.WEIGHTS} does not fit {run_folder.CONFIG}: {error}") from error
+        net = setup.build_trained(config, images, run, weights)
         dtype, autocast = getattr(torch, config.dtype), functools.partial(setup.autocast, config)
         batches = images.to(config.device).test_batches(config.batch_size, dtype, config.device)
         return evaluation.evaluate(net, batches, autocast=autocast, scales=scales, flip=flip)

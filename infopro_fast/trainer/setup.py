@@ -176,13 +176,28 @@ def build(config: TrainConfig, images: data.ImageSet | data.FolderSet) -> module
     return net
 
 
+def build_trained(
+    config: TrainConfig, images: Any, run: Path, weights: dict[str, torch.Tensor]
+) -> modules.LocalNetwork:
+    """Return the network of a run with its weights, by the authors' names. Raises ConfigError or RunError.
+
+    images: what `build` needs to know of them.
+    """
+    net = build(config, images)
+    try:
+        net.load_released_state_dict(weights)
+    except ValueError as error:
+        raise RunError(f"{run / run_folder.WEIGHTS} does not fit {run_folder.CONFIG}: {error}") from error
+    return net
+
+
 def cut(config: TrainConfig, images: data.ImageSet | data.FolderSet) -> TrainConfig:
     """Return the settings with the cuts that a budget or ``balanced`` asks for. Raises ConfigError.
 
     Published splits stay for `build` to look up.
     """
     c = config
-    published = split.has_balanced(c.arch, (c.image_size[0], 0), c.modules)
+    published = split.has_balanced(c.arch, c.image_size, c.modules)
     if c.budget is None and (not c.balanced or published):
         return c
     try:

@@ -73,9 +73,4 @@ def load(run: str | Path, *, device: str = "cpu") -> Trained:
     images: Any = SimpleNamespace(**{name: about[name] for name in data.ABOUT})
     config = dataclasses.replace(config.to_look_at(device=device), init=None)
     with setup.machine(config):
-        net = setup.build(config, images)
-    try:
-        net.load_released_state_dict(weights)
-    except ValueError as error:
-        raise RunError(f"{run / run_folder.WEIGHTS} does not fit {run_folder.CONFIG}: {error}") from error
-    return Trained(net, images)
+        return Trained(setup.build_trained(config, images, run, weights), images)
