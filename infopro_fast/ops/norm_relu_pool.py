@@ -79,7 +79,7 @@ def fuses(x: torch.Tensor, conv: nn.Conv2d) -> bool:
     """Whether the CPU kernels take the convolution, too.
 
     A call of the layer must do nothing else (`plain.not_plain`), and its weight be a parameter. A sample must
-    fit a core's cache (`pays`). Under autocast and in half precision the layer runs, since oneDNN has faster
+    fit a core's cache (`pays`). Under autocast and in half precision the layer runs: oneDNN is faster there.
     """
     form = (conv.kernel_size, conv.padding, conv.dilation, conv.groups, conv.bias, conv.padding_mode)
     return (
