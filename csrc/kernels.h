@@ -188,11 +188,11 @@ template <class T> struct Kernels {
 
   // ---- logits (classes, nr rows in lanes): linear_cross_entropy.h ----
   void (*softmax_update)(const T* x, int64_t classes, int64_t first, const T* bias, const T* class_weight,
-                         bool smooth, const label<T>* target, T* best, T* sum, T* weighted, T* at_target,
-                         label<T>* argmax);
+                         const T* parts, bool smooth, const label<T>* target, T* best, T* sum, T* weighted,
+                         T* at_target, label<T>* argmax);
   void (*softmax_gradient)(T* x, int64_t classes, int64_t first, const T* bias, const T* class_weight,
-                           const label<T>* target, const T* lse, const T* probability, const T* smoothing,
-                           const T* at_target, const label<T>* kept);
+                           const T* parts, const label<T>* target, const T* lse, const T* probability,
+                           const T* smoothing, const T* at_target, const label<T>* kept);
   // sums[r] += the sum of row r of each panel
   void (*lane_sums)(const T* x, int64_t rows, int64_t panels, int64_t panel, T* sums);
 

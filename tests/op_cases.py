@@ -429,12 +429,17 @@ def linear_ce(
     label_smoothing=0.1,
     reduction="none",
     size=1.0,
+    soft=False,
 ) -> Case:
-    """Return a case of `linear_cross_entropy` with ``ignored`` rows and logits of magnitude ``size``."""
+    """Return a case of `linear_cross_entropy` with ``ignored`` rows and logits of magnitude ``size``.
+
+    soft: the targets are class probabilities, and no row is ignored.
+    """
     generator = torch.Generator().manual_seed(N + 3 * D + 5 * C)
     draw = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)  # noqa: E731
     target = torch.randint(C, (N,), generator=generator)
     target[torch.randperm(N, generator=generator)[:ignored]] = ignore_index
+    target = (3 * draw(N, C)).softmax(1) if soft else target
     tensors = {"input": draw(N, D), "weight": size * draw(C, D) / max(1, D) ** 0.5, "target": target}
     tensors |= {"bias": size * draw(C)} if bias else {}
     tensors |= {"class_weight": draw(C).abs() + 0.1} if class_weight else {}
@@ -580,4 +585,7 @@ SMALL = {
     "norm_relu_pool": norm_pool,
     "upsample_cross_entropy": upsample_ce, "upsample_conv3x3": up_conv,
 }
-FORMS = SMALL | {"reconstruction_loss, chain": chain}  # forms with kernels of their own, too
+FORMS = SMALL | {
+    "reconstruction_loss, chain": chain,
+    "linear_cross_entropy, soft": lambda *sizes, **options: linear_ce(*sizes, **options, soft=True),
+}  # forms with kernels of their own, too

@@ -58,6 +58,75 @@ def test_sizes(N, D, C, impl):
         check(linear_ce(N, D, C, ignored=N // 4), impl, dtype)
 
 
+@pytest.mark.parametrize(
+    "label_smoothing, class_weight, bias, reduction",
+    list(itertools.product((0.0, 0.1), (False, True), (False, True), ("mean", "sum", "none"))),
+)
+def test_class_probabilities(label_smoothing, class_weight, bias, reduction, impl):
+    options = dict(label_smoothing=label_smoothing, class_weight=class_weight, bias=bias, reduction=reduction)
+    for dtype in FLOATS:
+        check(linear_ce(N=23, D=11, C=13, soft=True, **options), impl, dtype)
+
+
+@pytest.mark.parametrize("N, D, C", SIZES[::7] + SIZES[-3:])
+def test_sizes_of_class_probabilities(N, D, C, impl):
+    for dtype in FLOATS:
+        check(linear_ce(N, D, C, soft=True), impl, dtype)
+
+
+@pytest.mark.parametrize("class_weight", (False, True))
+def test_class_probabilities_on_every_instruction_set(class_weight, isa):
+    for dtype in FLOATS:
+        check(linear_ce(N=67, D=70, C=1035, soft=True, class_weight=class_weight), "cpu", dtype)
+
+
+def test_class_probabilities_are_torchs_to_the_last_digits(cpu):
+    """In float64, and where they do not add up to 1."""
+    case = linear_ce(N=70, D=33, C=900, soft=True, reduction="mean")
+    case.tensors["target"][::3] *= 2
+    inputs, exact = case.inputs(), case.inputs()
+    loss, wanted = case.function(cpu)(inputs), case.plain(exact)
+    assert abs(loss - wanted) <= 1e-12 * abs(wanted)
+    expected = gradients(wanted, exact)
+    for name, grad in gradients(loss, inputs).items():
+        assert (grad - expected[name]).abs().max() <= 1e-12 * expected[name].abs().max(), name
+
+
+def test_one_hot_probabilities_are_labels(impl):
+    """The most probable class is the label, of equals the first; the transpose's strides are read, too."""
+    label = torch.tensor([0, 4, 2, 2, 1, 0, 3])
+    one_hot = torch.zeros(5, 7).scatter_(0, label[None], 1.0).T
+    x, w = torch.randn(7, 3), torch.randn(5, 3)
+    for options in (dict(), dict(label_smoothing=0.2), dict(reduction="none")):
+        got = linear_cross_entropy(x, w, one_hot, **options, return_correct=True, impl=impl)
+        wanted = linear_cross_entropy(x, w, label, **options, return_correct=True, impl=impl)
+        torch.testing.assert_close(got[0], wanted[0])
+        assert got[1] == wanted[1]
+    w[1:] = 0
+    even = torch.full((7, 5), 0.2)
+    _, correct = linear_cross_entropy(x, w, even, return_correct=True, impl=impl)
+    assert correct == (x @ w[0] >= 0).sum()
+
+
+def test_only_the_reference_gives_probabilities_a_gradient(cpu):
+    x, w, target = torch.randn(4, 3), torch.randn(5, 3), torch.rand(4, 5, requires_grad=True)
+    loss = linear_cross_entropy(x, w, target)
+    (grad,) = torch.autograd.grad(loss, target)
+    torch.testing.assert_close(grad, -(x @ w.T).log_softmax(1) / 4)
+    with pytest.raises(ValueError, match="impl='cpu' cannot run this call: target requires grad"):
+        linear_cross_entropy(x, w, target, impl=cpu)
+
+
+def test_probabilities_that_do_not_fit(impl):
+    x, w = torch.randn(4, 3), torch.randn(5, 3)
+    for shape in ((4,), (4, 3), (4, 5, 1)):
+        expected = r"target: expected class probabilities \(4, 5\), or integers \(4,\), got "
+        with pytest.raises(ValueError, match=expected + re.escape(f"{shape} of torch.float32")):
+            linear_cross_entropy(x, w, torch.rand(shape), impl=impl)
+    with pytest.raises(ValueError, match="ignore_index: expected negative with class .* got 3"):
+        linear_cross_entropy(x, w, torch.rand(4, 5), ignore_index=3, impl=impl)
+
+
 def test_one_class(impl):
     """There is no choice: loss and gradients are 0."""
     case = linear_ce(N=33, D=9, C=1)
@@ -292,9 +361,17 @@ MESSAGES = [
         "bias: expected a floating-point tensor, got torch.int64",
     ),
     (dict(class_weight=[1.0] * 5), TypeError, "class_weight: expected a floating-point tensor, got list"),
-    (dict(target=t.float()), TypeError, "target: expected an integer tensor, got torch.float32"),
-    (dict(target=t.bool()), TypeError, "target: expected an integer tensor, got torch.bool"),
-    (dict(target=[0, 1, 2, 3]), TypeError, "target: expected an integer tensor, got list"),
+    (
+        dict(target=t.float()), ValueError,
+        "target: expected class probabilities (4, 5), or integers (4,), got (4,) of torch.float32",
+    ),
+    *(
+        (
+            dict(target=target), TypeError,
+            f"target: expected an integer tensor (N,), or class probabilities (N, C), got {got}",
+        )
+        for target, got in ((t.bool(), "torch.bool"), ([0, 1, 2, 3], "list"))
+    ),
     (dict(input=x[0]), ValueError, "input: expected (N, D), D > 0, got (8,)"),
     (dict(input=x[None]), ValueError, "input: expected (N, D), D > 0, got (1, 4, 8)"),
     (dict(input=x[:, :0], weight=w[:, :0]), ValueError, "input: expected (N, D), D > 0, got (4, 0)"),

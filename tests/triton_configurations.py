@@ -71,8 +71,11 @@ def chain_stage(cc: int) -> Iterator[Compilation]:
 
 
 def linear_cross_entropy(cc: int) -> Iterator[Compilation]:
-    """Every kernel for 10 and 64 classes (InfoPro's heads), 1000, more than a tile holds, and one."""
-    flags = {"BIAS": True, "WEIGHTED": True, "SMOOTH": True, "UNIT": True}
+    """Every kernel for 10 and 64 classes (InfoPro's heads), 1000, more than a tile holds, and one.
+
+    Labels, and class probabilities for 10 and 10000.
+    """
+    flags = {"BIAS": True, "WEIGHTED": True, "SMOOTH": True, "UNIT": True, "SOFT": False}
     types = {"ignore_index": "i32", "label_smoothing": "fp32", "target": "*i64", "correct": "*i64"}
     unaligned = ("N", "C", "ignore_index")
     for C, out in ((10, "fp32"), (64, "bf16"), (1000, "bf16"), (10000, "fp32")):
@@ -80,6 +83,9 @@ def linear_cross_entropy(cc: int) -> Iterator[Compilation]:
         fixed = flags | {"WHOLE": block_c >= C, "BLOCK_N": block_n, "BLOCK_C": block_c}
         for kernel in (linear.forward_kernel, linear.backward_kernel):
             yield compilation(kernel, types | {"out": f"*{out}"}, fixed, unaligned)
+            if out == "fp32":
+                soft = fixed | {"SOFT": True, "SMOOTH": False}
+                yield compilation(kernel, types | {"out": "*fp32", "target": "*fp32"}, soft, unaligned)
     one = {"N": 1, "C": 1, "row_grad_stride": 1}  # integers that are 1 are compiled in
     one |= dict.fromkeys(flags, False) | {"WHOLE": True, "BLOCK_N": 8, "BLOCK_C": 1}
     for kernel in (linear.forward_kernel, linear.backward_kernel):

@@ -2,7 +2,8 @@
 // batch across the lanes. Operands are packed a chunk at a time and shared by the threads.
 //
 // Extra memory, in numbers, with chunks of R rows and Q classes: forward (R + Q) D and a tile for each
-// thread, backward (3 R + 2 Q) D + R Q and 96 R for each thread.
+// thread, backward (3 R + 2 Q) D + R Q and 96 R for each thread. With class probabilities a tile more for
+// each thread.
 #include "../checks.h"
 
 namespace infopro {
@@ -41,7 +42,9 @@ Matrix from_row(Matrix m, int64_t row, size_t element) {
   return {static_cast<const char*>(m.data) + row * m.row * int64_t(element), m.dtype, m.row, m.column};
 }
 
-// What both directions need of the arguments. Targets are padded to whole groups.
+// What both directions need of the arguments. Targets are padded to whole groups. With class probabilities
+// the target of a row is its most probable class, and the row's loss sum_c parts_c (l - x_c),
+// parts_c = ((1 - e) p_c + e / C) w_c.
 template <class T> struct Batch {
   const Kernels<T>& kernel = kernels<T>();
   int64_t N, D, C, padded;
@@ -51,15 +54,31 @@ template <class T> struct Batch {
   bool has_bias, weighted;
   Buffer<label<T>> target, kept;
   double weight_sum;  // over all classes
-  double target_sum;  // over the targets of the rows that are kept
+  double target_sum;  // over the targets of the rows that are kept; with probabilities the number of rows
+  const bool soft;    // whether the targets are class probabilities, which follow
+  const double smoothing;
+  Matrix probabilities = {};
+  size_t probability_size;
+  Buffer<double> part_sum;  // of each row
 
   Batch(const Tensor& x, const Tensor& w, const Tensor& target_, const OptionalTensor& bias_,
-        const OptionalTensor& class_weight_, int64_t ignore_index)
+        const OptionalTensor& class_weight_, int64_t ignore_index, double label_smoothing)
       : N(x.size(0)), D(x.size(1)), C(w.size(0)), padded(ceil_div(N, kernel.nr) * kernel.nr),
         input(matrix(OP, "input", x)), weight(matrix(OP, "weight", w)), input_size(x.element_size()),
         weight_size(w.element_size()), bias(numbers<T>(OP, "bias", bias_, C, T(0))),
         class_weight(numbers<T>(OP, "class_weight", class_weight_, C, T(1))), has_bias(bias_.has_value()),
-        weighted(class_weight_.has_value()), target(padded), kept(padded), weight_sum(0), target_sum(0) {
+        weighted(class_weight_.has_value()), target(padded), kept(padded), weight_sum(0), target_sum(0),
+        soft(target_.dim() == 2), smoothing(label_smoothing), probability_size(target_.element_size()),
+        part_sum(soft ? padded : 0) {
+    for (int64_t c = 0; c < C; c++) weight_sum += double(class_weight[c]);
+    if (soft) {
+      probabilities = matrix(OP, "target", target_);
+      target_sum = double(N);
+      share(padded / kernel.nr, threads(), [&](int64_t first, int64_t last, int64_t) {
+        for (int64_t group = first; group < last; group++) read_probabilities(group * kernel.nr);
+      });
+      return;
+    }
     Tensor wide = wide_labels(target_);
     const int64_t* y = static_cast<const int64_t*>(wide.const_data_ptr());
     for (int64_t i = 0; i < padded; i++) {
@@ -68,7 +87,6 @@ template <class T> struct Batch {
       CHECK(!kept[i] || (y[i] >= 0 && y[i] < C), OP, ": target: expected classes in [0, ", C,
             ") or ignore_index ", ignore_index, ", got ", y[i], " in row ", i);
     }
-    for (int64_t c = 0; c < C; c++) weight_sum += double(class_weight[c]);
     for (int64_t i = 0; i < N; i++) target_sum += kept[i] ? weight_of_target(i) : 0;
   }
 
@@ -79,6 +97,44 @@ template <class T> struct Batch {
   const T* bias_from(int64_t c) const { return has_bias ? bias.get() + c : nullptr; }
   const T* class_weight_from(int64_t c) const { return weighted ? class_weight.get() + c : nullptr; }
   double weight_of_target(int64_t i) const { return double(class_weight[target[i]]); }
+
+  // to (m, nr) = the probabilities of classes c..c+m in the nr rows from `row`
+  void pack_probabilities(int64_t row, int64_t c, int64_t m, T* to) const {
+    Matrix from = from_row(probabilities, row, probability_size);
+    from.data = static_cast<const char*>(from.data) + c * from.column * int64_t(probability_size);
+    kernel.pack_b(from.transposed(), m, std::min<int64_t>(kernel.nr, N - row), m, to);
+  }
+
+  // Find target and part_sum of the nr rows from `row`.
+  void read_probabilities(int64_t row) {
+    const int64_t nr = kernel.nr;
+    Buffer<T> p(std::min(CLASSES, C) * nr), best(nr, -T(INFINITY));
+    for (int64_t j = 0; j < nr; j++) target[row + j] = kept[row + j] = row + j < N, part_sum[row + j] = 0;
+    for (int64_t c0 = 0; c0 < C; c0 += CLASSES) {
+      const int64_t m = std::min(CLASSES, C - c0);
+      pack_probabilities(row, c0, m, p.get());
+      for (int64_t c = 0; c < m; c++)
+        for (int64_t j = 0; j < nr; j++) {
+          const T value = p[c * nr + j];
+          if (value > best[j]) best[j] = value, target[row + j] = label<T>(c0 + c);
+          part_sum[row + j] +=
+              ((1 - smoothing) * double(value) + smoothing / double(C)) * double(class_weight[c0 + c]);
+        }
+    }
+  }
+
+  // to (m, nr) = the parts of classes c..c+m in the losses of the nr rows from `row`; null without
+  // probabilities
+  const T* parts(int64_t row, int64_t c0, int64_t m, T* to) const {
+    if (!soft) return nullptr;
+    pack_probabilities(row, c0, m, to);
+    const T own = T(1 - smoothing), even = T(smoothing / double(C));
+    for (int64_t c = 0; c < m; c++)
+      for (int64_t j = 0; j < kernel.nr; j++)
+        to[c * kernel.nr + j] = (own * to[c * kernel.nr + j] + even) * class_weight[c0 + c];
+    return to;
+  }
+  int64_t part_space(int64_t workers) const { return soft ? workers * std::min(CLASSES, C) * kernel.nr : 0; }
 
   // Pack rows row..row+n as right operand (D, n).
   void pack_rows(int64_t row, int64_t n, T* packed, int64_t workers) const {
@@ -123,7 +179,7 @@ void forward_rows(const Batch<T>& b, const Plan& plan, int64_t first_row, int64_
   const int64_t D = b.D, C = b.C, nr = kernel.nr, class_chunk = std::min(CLASSES, C);
   const int64_t row_chunk = ceil_div(std::min(plan.rows, last_row - first_row), nr) * nr;
   Buffer<T> rows(row_chunk * D), classes(ceil_div(class_chunk, kernel.mr) * kernel.mr * D),
-      tiles(plan.workers * GROUPS * class_chunk * nr);
+      tiles(plan.workers * GROUPS * class_chunk * nr), parts(b.part_space(plan.workers));
   for (int64_t row = first_row; row < last_row; row += plan.rows) {
     const int64_t n = std::min(plan.rows, last_row - row);
     b.pack_rows(row, n, rows.get(), plan.workers);
@@ -136,8 +192,9 @@ void forward_rows(const Batch<T>& b, const Plan& plan, int64_t first_row, int64_
                     false);
         for (int64_t g = 0; g < groups; g++) {
           int64_t at = row + (group + g) * nr;
-          kernel.softmax_update(x + g * m * nr, m, c, b.bias_from(c), b.class_weight_from(c), smooth,
-                                b.target.get() + at, state.best.get() + at, state.sum.get() + at,
+          kernel.softmax_update(x + g * m * nr, m, c, b.bias_from(c), b.class_weight_from(c),
+                                b.parts(at, c, m, parts.get() + worker * class_chunk * nr * b.soft),
+                                smooth, b.target.get() + at, state.best.get() + at, state.sum.get() + at,
                                 state.weighted.get() + at, state.at_target.get() + at,
                                 state.argmax.get() + at);
         }
@@ -150,7 +207,7 @@ template <class T>
 Tensors3 forward(const Tensor& input, const Tensor& weight, const Tensor& target, const OptionalTensor& bias,
                  const OptionalTensor& class_weight, int64_t ignore_index, double smoothing,
                  Reduction reduction) {
-  Batch<T> b(input, weight, target, bias, class_weight, ignore_index);
+  Batch<T> b(input, weight, target, bias, class_weight, ignore_index, smoothing);
   const Plan plan(b.C, b.D);
   const RowState<T> state(b.padded);
   plan.teams(b.N, b.kernel.nr, [&](int64_t first, int64_t last, int64_t) {
@@ -165,11 +222,13 @@ Tensors3 forward(const Tensor& input, const Tensor& weight, const Tensor& target
     double l = double(state.best[i]) + std::log(double(state.sum[i]));
     pointer<T>(lse)[i] = T(l);
     double value = 0;
-    if (b.kept[i]) {
+    if (b.soft) {
+      value = b.part_sum[i] * l - double(state.weighted[i]);
+    } else if (b.kept[i]) {
       value = (1 - smoothing) * b.weight_of_target(i) * (l - double(state.at_target[i]));
       if (smoothing > 0) value += smoothing / double(b.C) * (b.weight_sum * l - double(state.weighted[i]));
-      hits += state.argmax[i] == b.target[i];
     }
+    hits += b.kept[i] && state.argmax[i] == b.target[i];
     if (rows) pointer<T>(loss)[i] = T(value);
     sum += value;
   }
@@ -184,14 +243,15 @@ template <class T> struct RowWeights {
 
   // upstream(i): the gradient of row i's loss
   template <class F>
-  RowWeights(const Batch<T>& b, const F& upstream, const T* log_sum, double smoothing)
+  RowWeights(const Batch<T>& b, const F& upstream, const T* log_sum)
       : probability(b.padded), smooth(b.padded), at_target(b.padded), lse(b.padded) {
     for (int64_t i = 0; i < b.padded; i++) {
       bool kept = i < b.N && b.kept[i];
-      double g = kept ? upstream(i) : 0, w = kept ? b.weight_of_target(i) : 0;
-      at_target[i] = T(g * (1 - smoothing) * w);
-      smooth[i] = T(g * smoothing / double(b.C));
-      probability[i] = T(g * ((1 - smoothing) * w + smoothing / double(b.C) * b.weight_sum));
+      double g = kept ? upstream(i) : 0, w = kept && !b.soft ? (1 - b.smoothing) * b.weight_of_target(i) : 0,
+             even = b.soft ? 1 : b.smoothing / double(b.C);
+      at_target[i] = T(g * w);
+      smooth[i] = T(g * even);
+      probability[i] = T(g * (b.soft ? b.part_sum[i] : w + even * b.weight_sum));
       lse[i] = i < b.N ? log_sum[i] : T(0);
     }
   }
@@ -208,6 +268,7 @@ template <class T> struct Backward {
   Buffer<T> rows, classes, gradient;     // x^T and w packed, and d loss / d logits, (groups, classes, nr)
   Buffer<T> classes_transposed, d_rows;  // w^T packed, and d input^T (groups, D, nr)
   Buffer<T> rows_right, left;            // for d weight: x packed, and a thread's part of the gradient packed
+  Buffer<T> parts;                       // a thread's tile of `Batch::parts`
   static constexpr int64_t BLOCK = 8;    // for d weight: panels of mr classes that a thread takes at once
 
   Backward(const Batch<T>& batch, const RowWeights<T>& row_weights, const Plan& plan, int64_t row_count,
@@ -217,17 +278,18 @@ template <class T> struct Backward {
         classes(class_space * b.D), gradient(row_chunk * class_chunk),
         classes_transposed(needs_input ? left_space * class_chunk : 0),
         d_rows(needs_input ? row_chunk * b.D : 0), rows_right(needs_weight ? row_chunk * input_space : 0),
-        left(needs_weight ? workers * BLOCK * mr * row_chunk : 0) {}
+        left(needs_weight ? workers * BLOCK * mr * row_chunk : 0), parts(b.part_space(workers)) {}
 
   // Compute the gradient in the logits of n rows and m classes, and add its part to d input^T.
   void rows_step(int64_t row, int64_t n, int64_t c, int64_t m, bool needs_input) {
-    share_groups(ceil_div(n, nr), workers, [&](int64_t group, int64_t groups, int64_t) {
+    share_groups(ceil_div(n, nr), workers, [&](int64_t group, int64_t groups, int64_t worker) {
       T* x = gradient.get() + group * m * nr;
       kernel.gemm(m, groups * nr, b.D, classes.get(), b.D, rows.get() + group * nr * b.D, b.D, x, nr, m * nr,
                   false);
       for (int64_t g = 0; g < groups; g++) {
         int64_t at = row + (group + g) * nr;
         kernel.softmax_gradient(x + g * m * nr, m, c, b.bias_from(c), b.class_weight_from(c),
+                                b.parts(at, c, m, parts.get() + worker * class_chunk * nr * b.soft),
                                 b.target.get() + at, weights.lse.get() + at, weights.probability.get() + at,
                                 weights.smooth.get() + at, weights.at_target.get() + at, b.kept.get() + at);
       }
@@ -305,7 +367,7 @@ Tensors3 backward(const Tensor& grad, const Tensor& input, const Tensor& weight,
                   const OptionalTensor& bias, const OptionalTensor& class_weight, const Tensor& lse,
                   int64_t ignore_index, double smoothing, Reduction reduction, bool needs_input,
                   bool needs_weight) {
-  Batch<T> b(input, weight, target, bias, class_weight, ignore_index);
+  Batch<T> b(input, weight, target, bias, class_weight, ignore_index, smoothing);
   const int64_t N = b.N, D = b.D, C = b.C;
   std::vector<int64_t> none = {0}, input_shape = {N, D}, weight_shape = {C, D};
   Tensor g_input = empty(needs_input ? input_shape : none, scalar_type<T>),
@@ -323,7 +385,7 @@ Tensors3 backward(const Tensor& grad, const Tensor& input, const Tensor& weight,
   const auto row_upstream = [&](int64_t i) {
     return rows ? double(upstream[i]) : double(upstream[0]) * b.factor(reduction);
   };
-  const RowWeights<T> weights(b, row_upstream, pointer<T>(lse), smoothing);
+  const RowWeights<T> weights(b, row_upstream, pointer<T>(lse));
   const Plan plan(C, D);
   const int64_t teams = plan.team_count(N, b.kernel.nr), part = needs_weight ? C * D : 0;
   Buffer<T> parts((teams - 1) * part), bias_parts(teams * C, T(0));

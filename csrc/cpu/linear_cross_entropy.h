@@ -7,11 +7,12 @@
 namespace infopro::INFOPRO_ISA {
 
 // Add `classes` more logits to each lane's running state: the maximum `best`, the sum of exp(x - best), the
-// weighted sum of x (if smooth), the logit at the target, and the first class with the maximum.
+// weighted sum of x (by `parts`, laid out as x, or if smooth by class_weight), the logit at the target, and
+// the first class with the maximum.
 template <class T>
 void softmax_update(const T* x, int64_t classes, int64_t first, const T* bias, const T* class_weight,
-                    bool smooth, const label<T>* target, T* best, T* sum, T* weighted, T* at_target,
-                    label<T>* argmax) {
+                    const T* parts, bool smooth, const label<T>* target, T* best, T* sum, T* weighted,
+                    T* at_target, label<T>* argmax) {
   using lanes = typename Simd<T>::mask;
   for (int j = 0; j < NR<T>; j += Simd<T>::width) {
     vec<T> before = load<T>(best + j), top = before, at = load<T>(at_target + j),
@@ -26,7 +27,10 @@ void softmax_update(const T* x, int64_t classes, int64_t first, const T* bias, c
       top = better ? v : top;
       arg = better ? index : arg;
       at = index == wanted ? v : at;
-      if (smooth) total += v * (class_weight ? class_weight[c] : T(1));
+      if (parts)
+        total += v * load<T>(parts + c * NR<T> + j);
+      else if (smooth)
+        total += v * (class_weight ? class_weight[c] : T(1));
     }
     // If all logits so far are -inf, subtract nothing; the first other logit then scales their sum by 0.
     vec<T> s = {}, base = top == -T(__builtin_huge_val()) ? vec<T>{} : top;
@@ -40,12 +44,12 @@ void softmax_update(const T* x, int64_t classes, int64_t first, const T* bias, c
   }
 }
 
-// Overwrite x with d loss / d x = probability exp(x - lse) - smoothing w_c - (at_target if c is the target);
-// 0 in lanes that are not kept.
+// Overwrite x with d loss / d x = probability exp(x - lse) - smoothing w_c - (at_target if c is the target),
+// w_c: from `parts`, laid out as x, or class_weight; 0 in lanes that are not kept.
 template <class T>
 void softmax_gradient(T* x, int64_t classes, int64_t first, const T* bias, const T* class_weight,
-                      const label<T>* target, const T* lse, const T* probability, const T* smoothing,
-                      const T* at_target, const label<T>* kept) {
+                      const T* parts, const label<T>* target, const T* lse, const T* probability,
+                      const T* smoothing, const T* at_target, const label<T>* kept) {
   using lanes = typename Simd<T>::mask;
   for (int j = 0; j < NR<T>; j += Simd<T>::width) {
     vec<T> l = load<T>(lse + j), p = load<T>(probability + j), e = load<T>(smoothing + j),
@@ -55,7 +59,8 @@ void softmax_gradient(T* x, int64_t classes, int64_t first, const T* bias, const
     __builtin_memcpy(&keep, kept + j, sizeof keep);
     for (int64_t c = 0; c < classes; c++) {
       vec<T> v = load<T>(x + c * NR<T> + j) + (bias ? bias[c] : T(0));
-      v = p * exp<T>(v - l) - e * (class_weight ? class_weight[c] : T(1));
+      v = p * exp<T>(v - l);
+      v -= e * (parts ? load<T>(parts + c * NR<T> + j) : splat<T>(class_weight ? class_weight[c] : T(1)));
       lanes index = label<T>(first + c) - lanes{};
       v -= index == wanted ? at : zero;
       store<T>(x + c * NR<T> + j, keep != 0 ? v : zero);

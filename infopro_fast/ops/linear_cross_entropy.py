@@ -6,8 +6,13 @@ F.cross_entropy(F.linear(input, weight, bias), target, ...), with label smoothin
     loss_n = (1 - e) w_{t_n} (l_n - x_{n t_n}) + e / C sum_c w_c (l_n - x_nc)
     loss = sum loss_n / sum w_{t_n}   over the rows that are not ignored
 
+or, where the target of a row is class probabilities p_nc (of MixUp, CutMix or a teacher),
+
+    loss_n = sum_c ((1 - e) p_nc + e / C) w_c (l_n - x_nc),   loss = sum loss_n / N
+
 Plain torch keeps the logits and their softmax (2 N C numbers). The kernels tile over rows and classes and
-keep l_n; backward recomputes the tiles. The same pass counts the rows whose largest logit is the target's.
+keep l_n; backward recomputes the tiles. The same pass counts the rows whose largest logit is the target's,
+or that of the most probable class.
 """
 
 from __future__ import annotations
@@ -39,13 +44,15 @@ def linear_cross_entropy(
     Args:
         input, weight: (N, D) and (C, D), float32, float64, bfloat16 or float16, any strides.
         bias: (C,), likewise, or None.
-        target: (N,), integers of any dtype in [0, C), or ``ignore_index``.
+        target: (N,), integers of any dtype in [0, C), or ``ignore_index``; or (N, C), class probabilities,
+            floating. They need not add up to 1. Only the reference gives them a gradient.
         class_weight: (C,), floating, or None: the ``weight`` of torch's loss. It gets no gradient.
-        ignore_index, label_smoothing: as in torch.nn.functional.cross_entropy.
-        reduction: "mean" (divided by the sum of the targets' class weights), "sum", or "none", (N,). If every
-            row is ignored, "mean" is 0 with zero gradients, where torch gives nan.
-        return_correct: return also how many rows, not ignored, have their largest logit at the target: a 0-d
-            int64 tensor. The first of equal logits counts, as in argmax.
+        ignore_index, label_smoothing: as in torch.nn.functional.cross_entropy. With probabilities no row is
+            ignored.
+        reduction: "mean" (divided by the sum of the targets' class weights; with probabilities, by N), "sum",
+            or "none", (N,). If every row is ignored, "mean" is 0 with zero gradients, where torch gives nan.
+        return_correct: return also how many rows, not ignored, have their largest logit at the target, or at
+            the most probable class: a 0-d int64 tensor. The first of equals counts, as in argmax.
         impl: "auto", "reference", "cpu" or "triton". A named implementation runs or raises.
 
     Returns:
@@ -57,10 +64,11 @@ def linear_cross_entropy(
 
     The kernels keep for backward the inputs and N numbers.
     """
-    _check(input, weight, target, bias, class_weight)
+    _check(input, weight, target, bias, class_weight, ignore_index)
     check_options(OP, class_weight, reduction, label_smoothing)
     tensors = {"input": input, "weight": weight, "target": target, "bias": bias, "class_weight": class_weight}
-    chosen = resolve(OP, impl, tensors)
+    limitation = "target requires grad, which the reference alone supports" if target.requires_grad else None
+    chosen = resolve(OP, impl, tensors, limitation)
     if chosen == "reference":
         loss, correct = linear_cross_entropy_ref(
             input, weight, target, bias=bias, class_weight=class_weight, ignore_index=ignore_index,
@@ -86,13 +94,15 @@ def logits_cross_entropy(
     logits, target, class_weight=None, ignore_index=-100, reduction="mean", label_smoothing=0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (loss, correct) of logits (N, C), in plain torch; arguments as in `linear_cross_entropy`."""
-    logits, target = logits.to(compute_dtype(logits)), target.long()
+    logits = logits.to(compute_dtype(logits))
+    soft = target.is_floating_point()
+    target = target.to(logits.dtype) if soft else target.long()
     with no_autocast(logits.device):
         weights = None if class_weight is None else class_weight.to(logits.dtype)
         options = dict(ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing)
         rows = F.cross_entropy(logits, target, weights, **options)
-        right = logits.argmax(1) == target if len(logits) else torch.empty_like(target, dtype=torch.bool)
-        correct = (right & (target != ignore_index)).sum()
+        classes = target.argmax(1) if soft else target
+        correct = ((logits.argmax(1) == classes) & (classes != ignore_index)).sum()
     return reduce_rows(rows, target, class_weight, ignore_index, reduction), correct
 
 
@@ -102,6 +112,8 @@ def reduce_rows(rows, target, class_weight, ignore_index, reduction):
         return rows
     if reduction == "sum":
         return rows.sum()
+    if target.is_floating_point():  # class probabilities
+        return rows.sum() / max(1, len(rows))
     target = target.long()  # -100 in an unsigned dtype would be a class
     kept = target != ignore_index
     if class_weight is None:
@@ -111,21 +123,28 @@ def reduce_rows(rows, target, class_weight, ignore_index, reduction):
     return rows.sum() / torch.where(total == 0, 1, total)
 
 
-def _check(input, weight, target, bias, class_weight):
+def _check(input, weight, target, bias, class_weight, ignore_index):
     optional = {name: t for name, t in (("bias", bias), ("class_weight", class_weight)) if t is not None}
     check_floating(OP, {"input": input, "weight": weight} | optional)
     dtype = target.dtype if isinstance(target, torch.Tensor) else None
-    if dtype is None or dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
-        raise TypeError(f"{OP}: target: expected an integer tensor, got {dtype or type(target).__name__}")
+    if dtype is None or dtype.is_complex or dtype == torch.bool:
+        expected = "an integer tensor (N,), or class probabilities (N, C)"
+        raise TypeError(f"{OP}: target: expected {expected}, got {dtype or type(target).__name__}")
     if input.dim() != 2 or input.shape[1] == 0:
         raise ValueError(f"{OP}: input: expected (N, D), D > 0, got {tuple(input.shape)}")
     N, D = input.shape
     if weight.dim() != 2 or weight.shape[1] != D or weight.shape[0] == 0:
         raise ValueError(f"{OP}: weight: expected (C, {D}) with C > 0, got {tuple(weight.shape)}")
+    C = weight.shape[0]
     for name, t in ({"target": target} | optional).items():
-        shape = (N,) if name == "target" else (weight.shape[0],)
+        soft = name == "target" and dtype.is_floating_point
+        shape = (N, C) if soft else (N,) if name == "target" else (C,)
         if tuple(t.shape) != shape:
-            raise ValueError(f"{OP}: {name}: expected {shape}, got {tuple(t.shape)}")
+            what = f"class probabilities {shape}, or integers ({N},)" if soft else shape
+            raise ValueError(f"{OP}: {name}: expected {what}, got {tuple(t.shape)}" + f" of {dtype}" * soft)
+    if dtype.is_floating_point and ignore_index >= 0:
+        expected = "negative with class probabilities, of which no row is ignored"
+        raise ValueError(f"{OP}: ignore_index: expected {expected}, got {ignore_index}")
 
 
 def check_options(

@@ -46,6 +46,32 @@ def test_sizes(N, D, C, dtype):
     check(linear_ce(N, D, C, ignored=N // 4, reduction="mean"), "triton", dtype)
 
 
+@CLASSES
+@pytest.mark.parametrize("reduction", ("mean", "none"))
+@pytest.mark.parametrize("label_smoothing", (0.0, 0.1))
+@pytest.mark.parametrize("class_weight", (False, True))
+def test_class_probabilities(label_smoothing, class_weight, reduction, C):
+    options = dict(label_smoothing=label_smoothing, class_weight=class_weight, reduction=reduction)
+    check(linear_ce(N=23, D=11, C=C, soft=True, **options), "triton", torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_class_probabilities_of_several_chunks_and_the_most_probable(dtype, monkeypatch):
+    from infopro_fast.ops.triton_kernels import linear_cross_entropy as kernels
+
+    monkeypatch.setattr(kernels, "MOST_LOGITS", 70 * 9)
+    monkeypatch.setattr(kernels, "MOST_CLASSES", 64)
+    case = linear_ce(N=23, D=11, C=70, soft=True)
+    check(case, "triton", dtype)
+    x, w, target = (case.inputs(torch.float32)[name].detach() for name in ("input", "weight", "target"))
+    target = torch.where(target > 0.02, 0.5, 0.0)  # equals: the first counts
+    _, correct = linear_cross_entropy(x, w, target, return_correct=True, impl="triton")
+    _, wanted = linear_cross_entropy(x, w, target, return_correct=True, impl="reference")
+    assert correct == wanted
+    _, all_right = linear_cross_entropy(x, w, (x @ w.T).softmax(1), return_correct=True, impl="triton")
+    assert all_right == 23
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("reduction", ("mean", "none"))
 def test_several_chunks_of_rows(reduction, dtype, monkeypatch):

@@ -6,6 +6,8 @@ products; one sweep each finds the row statistics and the gradient of the logits
 Arithmetic is float32. Products of 16-bit operands are exact and summed in float32; float32 products follow
 torch's matmul precision. Like torch's, the gradient of the logits is rounded to the operands' 16 bits.
 
+With class probabilities the sweeps read them beside the logits; `_part_sums` adds up each row's.
+
 A label out of range other than ``ignore_index`` reads nothing: the row's loss and gradients become nan.
 """
 
@@ -37,6 +39,14 @@ def _load_targets(target, class_weight, rows, N, C, ignore_index, WEIGHTED):
 
 
 @triton.jit
+def _parts(target, at, inside, every, label_smoothing, C):
+    """Of class probabilities in a tile (rows, classes): ((1 - e) p + e / C) w, and p, -inf outside."""
+    p = tl.load(target + at, mask=inside, other=-float("inf")).to(tl.float32)
+    parts = ((1 - label_smoothing) * p + label_smoothing / C) * every[None, :]
+    return tl.where(inside, parts, 0.0), p
+
+
+@triton.jit
 def _row_losses(l, s_target, smooth, w, kept, label_smoothing, C):
     """Loss of each row; smooth: sum of w_c (l - x_c), used where labels are smoothed."""
     loss = (1 - label_smoothing) * w * (l - s_target)
@@ -56,12 +66,17 @@ def _logit_gradient(p, r, w, every, every_sum, is_target, kept, label_smoothing,
 @launched
 def forward_kernel(
     logits, bias, target, class_weight, every_sum, loss, lse, right, N, C, ignore_index, label_smoothing,
-    BIAS: tl.constexpr, WEIGHTED: tl.constexpr, SMOOTH: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    BIAS: tl.constexpr, WEIGHTED: tl.constexpr, SMOOTH: tl.constexpr, SOFT: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
-    """Row statistics of logits (N, C) without bias, in one sweep."""
+    """Row statistics of logits (N, C) without bias, in one sweep. SOFT: ``every_sum`` is `_part_sums`."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    t, w, kept = _load_targets(target, class_weight, rows, N, C, ignore_index, WEIGHTED)
+    if SOFT:
+        kept = rows < N
+        t = tl.zeros((BLOCK_N,), tl.int32)
+        probable = tl.full((BLOCK_N,), -float("inf"), tl.float32)
+    else:
+        t, w, kept = _load_targets(target, class_weight, rows, N, C, ignore_index, WEIGHTED)
     base = logits + rows.to(tl.int64)[:, None] * C
     largest = tl.full((BLOCK_N,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_N,), tl.float32)
@@ -74,11 +89,20 @@ def forward_kernel(
         s = tl.load(base + classes[None, :], mask=inside, other=-float("inf"))
         if BIAS:
             s += tl.load(bias + classes, mask=classes < C, other=0.0).to(tl.float32)[None, :]
-        s_target += tl.sum(tl.where(classes[None, :] == t[:, None], s, 0.0), 1)
-        if SMOOTH:
+        if SOFT or SMOOTH:
             every = tl.where(classes < C, 1.0, 0.0)
             if WEIGHTED:
                 every = tl.load(class_weight + classes, mask=classes < C, other=0.0)
+        if SOFT:
+            at = rows.to(tl.int64)[:, None] * C + classes[None, :]
+            parts, p = _parts(target, at, inside, every, label_smoothing, C)
+            s_target += tl.sum(tl.where(inside, parts * s, 0.0), 1)
+            most = tl.max(p, 1)
+            t = tl.where(most > probable, tl.min(tl.where(p == most[:, None], classes[None, :], C), 1), t)
+            probable = tl.maximum(probable, most)
+        else:
+            s_target += tl.sum(tl.where(classes[None, :] == t[:, None], s, 0.0), 1)
+        if SMOOTH:
             smooth += tl.sum(tl.where(inside, every[None, :] * s, 0.0), 1)
         more = tl.max(s, 1)
         where = tl.min(tl.where(s == more[:, None], classes[None, :], C), 1)
@@ -90,7 +114,11 @@ def forward_kernel(
     l = largest + tl.log(total)
     if SMOOTH:
         smooth = l * (tl.load(every_sum) if WEIGHTED else tl.cast(C, tl.float32)) - smooth
-    tl.store(loss + rows, _row_losses(l, s_target, smooth, w, kept, label_smoothing, C), mask=rows < N)
+    if SOFT:
+        value = tl.load(every_sum + rows, mask=rows < N, other=0.0) * l - s_target
+    else:
+        value = _row_losses(l, s_target, smooth, w, kept, label_smoothing, C)
+    tl.store(loss + rows, value, mask=rows < N)
     tl.store(lse + rows, l, mask=rows < N)
     tl.store(right + rows, tl.where(kept & (first == t), 1.0, 0.0), mask=rows < N)
 
@@ -99,26 +127,28 @@ def forward_kernel(
 def backward_kernel(
     row_grad, unit, logits, out, bias, target, class_weight, every_sum, lse, N, C, row_grad_stride,
     ignore_index, label_smoothing, BIAS: tl.constexpr, WEIGHTED: tl.constexpr, UNIT: tl.constexpr,
-    WHOLE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    WHOLE: tl.constexpr, SOFT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
     """Gradient of the logits (N, C), without bias, times ``unit`` if UNIT; ``out`` may be ``logits``.
 
+    SOFT: ``every_sum`` is `_part_sums`.
     WHOLE: a tile has all classes. By its own sum a probability is more exact than by l, which is rounded to
     an ulp of a logit.
     """
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     classes = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    t, w, kept = _load_targets(target, class_weight, rows, N, C, ignore_index, WEIGHTED)
+    if SOFT:
+        kept = rows < N
+    else:
+        t, w, kept = _load_targets(target, class_weight, rows, N, C, ignore_index, WEIGHTED)
     at = rows.to(tl.int64)[:, None] * C + classes[None, :]
     inside = (rows < N)[:, None] & (classes < C)[None, :]
     s = tl.load(logits + at, mask=inside, other=-float("inf"))
     if BIAS:
         s += tl.load(bias + classes, mask=classes < C, other=0.0).to(tl.float32)[None, :]
     every = tl.where(classes < C, 1.0, 0.0)
-    total = tl.cast(C, tl.float32)
     if WEIGHTED:
         every = tl.load(class_weight + classes, mask=classes < C, other=0.0)
-        total = tl.load(every_sum)
     r = tl.load(row_grad + rows.to(tl.int64) * row_grad_stride, mask=kept, other=0.0)
     if UNIT:
         r *= tl.load(unit)
@@ -127,8 +157,14 @@ def backward_kernel(
         p /= tl.sum(p, 1)[:, None]
     else:
         p = tl.exp(s - tl.load(lse + rows, mask=rows < N, other=0.0)[:, None])
-    is_target = classes[None, :] == t[:, None]
-    g = _logit_gradient(p, r, w, every, total, is_target, kept, label_smoothing, C)
+    if SOFT:
+        parts, _ = _parts(target, at, inside, every, label_smoothing, C)
+        g = p * tl.load(every_sum + rows, mask=rows < N, other=0.0)[:, None] - parts
+        g = tl.where(kept[:, None], g * r[:, None], 0.0)
+    else:
+        total = tl.load(every_sum) if WEIGHTED else tl.cast(C, tl.float32)
+        is_target = classes[None, :] == t[:, None]
+        g = _logit_gradient(p, r, w, every, total, is_target, kept, label_smoothing, C)
     tl.store(out + at, rounded(g, out.dtype.element_ty), mask=inside)
 
 
@@ -182,24 +218,29 @@ def forward(input, weight, target, bias, class_weight, ignore_index, label_smoot
     losses = torch.empty(N, dtype=torch.float32, device=device)
     lse = torch.empty(N, dtype=torch.float32, device=device)
     right = torch.empty(N, dtype=torch.float32, device=device)
-    flags = dict(BIAS=bias is not None, WEIGHTED=class_weight is not None, SMOOTH=label_smoothing > 0)
+    soft = target.dim() == 2
+    smooth = label_smoothing > 0 and not soft
+    flags = dict(BIAS=bias is not None, WEIGHTED=class_weight is not None, SMOOTH=smooth, SOFT=soft)
     b, w = losses if bias is None else bias, losses if class_weight is None else class_weight
-    every_sum = class_weight.sum() if class_weight is not None else losses
+    sums = _sums(target, class_weight, label_smoothing, losses)
     input, weight = _same_dtype(input, weight)
     block_n, block_c = row_tile(C)
     for start, stop, logits in _chunks(N, C, device):
         _multiply(input[start:stop], weight.t(), logits)
         forward_kernel[(triton.cdiv(stop - start, block_n),)](
-            logits, b, target[start:stop], w, every_sum, losses[start:stop], lse[start:stop],
-            right[start:stop], stop - start, C, ignore_index, label_smoothing, **flags, BLOCK_N=block_n,
-            BLOCK_C=block_c,
+            logits, b, target[start:stop], w, sums[start:stop] if soft else sums, losses[start:stop],
+            lse[start:stop], right[start:stop], stop - start, C, ignore_index, label_smoothing, **flags,
+            BLOCK_N=block_n, BLOCK_C=block_c,
         )
     loss = losses if reduction == NONE else torch.empty((), dtype=torch.float32, device=device)
     correct = torch.empty((), dtype=torch.int64, device=device)
     reduce_kernel[(1,)](
         losses, right, target, w, loss, correct, N, C, ignore_index,
-        reduction != NONE, reduction == MEAN, class_weight is not None, ROWS_AT_ONCE, num_warps=8,
+        reduction != NONE, reduction == MEAN and not soft, class_weight is not None, ROWS_AT_ONCE,
+        num_warps=8,
     )
+    if soft and reduction == MEAN:
+        loss.div_(max(1, N))
     return loss, lse, correct
 
 
@@ -215,8 +256,10 @@ def backward(
     g_bias = torch.empty(C, dtype=torch.float32, device=device)
     if N == 0:
         return g_input, g_weight.zero_(), g_bias.zero_()
-    row_grad = grad
-    if reduction == MEAN:
+    row_grad, soft = grad, target.dim() == 2
+    if reduction == MEAN and soft:
+        row_grad = grad / N
+    elif reduction == MEAN:
         row_grad = torch.empty((), dtype=torch.float32, device=device)
         w = lse if class_weight is None else class_weight
         row_gradient_kernel[(1,)](
@@ -224,9 +267,9 @@ def backward(
         )
     row_grad_stride = grad.stride(0) if reduction == NONE else 0
     b, w = lse if bias is None else bias, lse if class_weight is None else class_weight
-    every_sum = class_weight.sum() if class_weight is not None else lse
+    sums = _sums(target, class_weight, label_smoothing, lse)
     input, weight = _same_dtype(input, weight)
-    unit = _float16_unit(row_grad, class_weight) if input.dtype == torch.float16 else None
+    unit = _float16_unit(row_grad, sums if soft else class_weight) if input.dtype == torch.float16 else None
     block_n, block_c = row_tile(C)
     for start, stop, logits in _chunks(N, C, device):
         rows = input[start:stop]
@@ -234,14 +277,15 @@ def backward(
         g = logits if input.dtype == torch.float32 else torch.empty_like(logits, dtype=input.dtype)
         backward_kernel[(triton.cdiv(stop - start, block_n), triton.cdiv(C, block_c))](
             row_grad[start:stop] if row_grad_stride else row_grad, lse if unit is None else unit, logits, g,
-            b, target[start:stop], w, every_sum, lse[start:stop], stop - start, C, row_grad_stride,
-            ignore_index, label_smoothing, BIAS=bias is not None, WEIGHTED=class_weight is not None,
-            UNIT=unit is not None, WHOLE=block_c >= C, BLOCK_N=block_n, BLOCK_C=block_c,
+            b, target[start:stop], w, sums[start:stop] if soft else sums, lse[start:stop], stop - start, C,
+            row_grad_stride, ignore_index, label_smoothing, BIAS=bias is not None,
+            WEIGHTED=class_weight is not None, UNIT=unit is not None, WHOLE=block_c >= C, SOFT=soft,
+            BLOCK_N=block_n, BLOCK_C=block_c,
         )
         if needs_input:
             _multiply(g, weight, g_input[start:stop])
         if needs_weight:
-            kept = _kept_rows(rows, target[start:stop], ignore_index)
+            kept = rows if soft else _kept_rows(rows, target[start:stop], ignore_index)
             share = g_weight if start == 0 else torch.empty_like(g_weight)
             _multiply(g.t(), kept, share)
             if start:
@@ -262,6 +306,21 @@ def _prepared(target, bias, class_weight):
     bias = None if bias is None else bias.contiguous()
     class_weight = None if class_weight is None else class_weight.to(torch.float32).contiguous()
     return target.contiguous(), bias, class_weight
+
+
+def _sums(target, class_weight, label_smoothing, unused):
+    """What the sweeps take as every_sum: sum of the class weights, or with probabilities `_part_sums`."""
+    if target.dim() == 2:
+        return _part_sums(target, class_weight, label_smoothing)
+    return unused if class_weight is None else class_weight.sum()
+
+
+def _part_sums(target, class_weight, label_smoothing):
+    """sum_c ((1 - e) p_c + e / C) w_c of each row (N,), float32: the factor of its log-sum-exp."""
+    weighted = target if class_weight is None else target * class_weight
+    every = target.shape[1] if class_weight is None else class_weight.sum()
+    sums = weighted.sum(1, dtype=torch.float32)
+    return (1 - label_smoothing) * sums + label_smoothing / target.shape[1] * every
 
 
 def _same_dtype(input: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
