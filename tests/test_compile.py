@@ -24,7 +24,7 @@ def _fresh_compiler():
 def network(op: str):
     """Return a module with a layer in front of the op, its loss, and a function that makes n inputs."""
     torch.manual_seed(0)
-    first = torch.nn.Linear(6, 5 if op in ("supcon_loss", "linear_cross_entropy") else 30)
+    first = torch.nn.Linear(6, 5 if op.startswith(("supcon_loss", "linear_cross_entropy")) else 30)
     if op.startswith("reconstruction_loss"):
         up = torch.nn.Upsample((7, 8), mode="bilinear", align_corners=True)
         stages = ((None, 1, 4), (op_cases.doubled("nearest"), 3, 6))
@@ -106,7 +106,7 @@ def network(op: str):
         def inputs(n):
             target = torch.arange(n) % 7
             target[::3] = -100
-            return torch.randn(n, 6), target
+            return torch.randn(n, 6), torch.rand(n, 7) if op.endswith("soft") else target
 
         modules = torch.nn.ModuleList([first, last])
     return modules, loss, inputs

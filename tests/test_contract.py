@@ -106,6 +106,7 @@ TINY = {
     ),
     "supcon_loss": lambda: op_cases.supcon(N=4, D=3, classes=2),
     "linear_cross_entropy": lambda: op_cases.linear_ce(N=5, D=3, C=4, ignored=1),
+    "linear_cross_entropy, soft": lambda: op_cases.linear_ce(N=5, D=3, C=4, soft=True),
     "norm_relu_pool": lambda: op_cases.norm_pool(N=2, C=2, h=2, w=3),
     "upsample_cross_entropy": lambda: op_cases.upsample_ce(N=1, C=3, h=2, w=3, H=3, W=5),
     "upsample_conv3x3": lambda: op_cases.up_conv(N=1, C=2, h=2, w=3, H=3, W=5, K=2),
@@ -518,7 +519,7 @@ OPAQUE = {"reconstruction_loss, chain": STAGES}  # forms that are not one opaque
 def test_opcheck(op, cpu, dtype):
     calls = raw_calls(op, dtype)
     assert [f.overloadpacket.__name__ for f, _ in calls] == OPAQUE.get(
-        op, [f"{op}_forward", f"{op}_backward"]
+        op, [f"{FORMS[op]().op}_{direction}" for direction in ("forward", "backward")]
     )
     for overload, args in calls:
         torch.library.opcheck(overload, args)
