@@ -192,6 +192,7 @@ def level_of(path) -> str:
     return run(sys.executable, "-c", f"{script}; print(op(torch.ones(2)))").strip()
 
 
+@pytest.mark.slow
 def test_wheel(project):
     stale = os.path.join(project, "build", "lib.linux-x86_64-cpython-310", "infopro_fast")
     os.makedirs(stale)
@@ -226,6 +227,7 @@ def test_wheel(project):
     assert level_of(path) == "42"
 
 
+@pytest.mark.slow
 def test_a_changed_header_is_compiled_again(project):
     def level() -> str:
         environment = build_environment(INFOPRO_NO_CUDA="1")
@@ -238,6 +240,7 @@ def test_a_changed_header_is_compiled_again(project):
     assert level() == "52"
 
 
+@pytest.mark.slow
 def test_wheel_with_cuda_kernels(project, backend):
     try:
         _, nvcc = backend.find_toolkit(torch.version.cuda)
@@ -264,6 +267,7 @@ def test_wheel_with_cuda_kernels(project, backend):
     assert run(sys.executable, "-c", textwrap.dedent(script)).strip() == "True"
 
 
+@pytest.mark.slow
 def test_without_nvcc_the_package_builds_and_says_why(project):
     with open(os.path.join(project, "csrc", "cuda", "level.cu"), "w") as file:
         file.write(CUDA_SOURCE)
@@ -393,6 +397,7 @@ def test_requirements_of_a_build(bare, monkeypatch):
     assert [hook() for hook in hooks] == [[], []]
 
 
+@pytest.mark.slow
 def test_a_compiler_of_several_words_is_looked_for_by_its_first():
     """CXX may be "ccache g++"."""
     command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", "no", "--build-temp", "no"]
