@@ -5,8 +5,11 @@ build runs with every later torch and Python. They are separate so that a torch 
 first. Environment, read here only:
 
     INFOPRO_NO_CUDA=1     leave out the CUDA kernels    FORCE_CUDA=1            fail if they cannot be built
-    CUDA_HOME, CUDA_PATH  the toolkit to use            TORCH_CUDA_ARCH_LIST    e.g. "9.0;12.0+PTX"
+    CUDA_HOME, CUDA_PATH  the toolkit to use            TORCH_CUDA_ARCH_LIST    e.g. "9.0;12.0+PTX", "all"
     MAX_JOBS              compilers at a time           INFOPRO_SANITIZE=1      ASan, UBSan on the CPU
+
+Without TORCH_CUDA_ARCH_LIST the CUDA kernels are built for the GPUs of this machine; if it has none, for 8.0
+and 9.0, which later GPUs run too. A wheel for every GPU wants "all".
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ except ModuleNotFoundError as error:
 import torch  # noqa: E402
 
 TORCH_TARGET = (2, 10)  # the oldest torch that the objects load into
-# A100, RTX 30, RTX 40 and L4, H100, B200, RTX 50
+# "all": A100, RTX 30, RTX 40 and L4, H100, B200, RTX 50
 CUDA_ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 SANITIZE = bool(os.environ.get("INFOPRO_SANITIZE"))
 
@@ -78,7 +81,7 @@ def cuda_extension(home: str) -> setuptools.Extension:
     """Return the CUDA kernels, to be compiled by the toolkit in ``home``."""
     # BuildExtension reads both. Its own guess of the folder is wrong if the nvcc on PATH is a wrapper.
     cpp_extension.CUDA_HOME = home
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ";".join(_architectures(home)))
+    os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(_architectures(home))
     host = ["-fvisibility=hidden", "-fno-math-errno", "-fno-wrapv", "-Wno-psabi"]
     # -I: searched before nvcc's own
     includes = [*INCLUDES, *(f"-I{folder}" for folder in toolkit_folders(home, "include"))]
@@ -105,11 +108,17 @@ def cuda_extension(home: str) -> setuptools.Extension:
 
 
 def _architectures(home: str) -> list[str]:
-    """Return the CUDA_ARCHITECTURES that this nvcc knows, the last one also as PTX for later GPUs."""
+    """Return the architectures to build for, as this module's documentation says."""
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(" ", ";")
+    if asked not in ("", "all"):
+        return asked.split(";")
     command = [os.path.join(home, "bin", "nvcc"), "--list-gpu-code"]
-    codes = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    known = [arch for arch in CUDA_ARCHITECTURES if f"sm_{arch.replace('.', '')}" in codes.split()]
-    return [*known[:-1], known[-1] + "+PTX"]
+    codes = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    known = [arch for arch in CUDA_ARCHITECTURES if f"sm_{arch.replace('.', '')}" in codes]
+    if asked == "all":
+        return [*known[:-1], known[-1] + "+PTX"]  # PTX is for later GPUs
+    here = {"{}.{}".format(*torch.cuda.get_device_capability(i)) for i in range(torch.cuda.device_count())}
+    return [arch for arch in known if arch in here] or ["8.0", "9.0+PTX"]
 
 
 def extensions() -> tuple[list[setuptools.Extension], dict]:
@@ -125,7 +134,7 @@ def extensions() -> tuple[list[setuptools.Extension], dict]:
             raise SystemExit(message) from reason
         return cpu, {"built": False, "reason": str(reason)}
     cuda = cuda_extension(home)
-    architectures = os.environ["TORCH_CUDA_ARCH_LIST"].replace(" ", ";").split(";")
+    architectures = os.environ["TORCH_CUDA_ARCH_LIST"].split(";")
     return [*cpu, cuda], {"built": True, "nvcc": version, "architectures": architectures}
 
 

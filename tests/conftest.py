@@ -5,6 +5,8 @@ Where the compiled kernels are missing, the run fails. ``pytest --reference-only
 
 from __future__ import annotations
 
+import collections
+
 import hypothesis
 import pytest
 import torch
@@ -25,6 +27,20 @@ def pytest_addoption(parser):
     parser.addoption("--reference-only", action="store_true", help=text)
     text = "cases of layers with hooks, subclasses and parametrisations that tests/test_plain.py draws"
     parser.addoption("--fuzz", type=int, default=150, help=text)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Of a test marked fast(n) all cases but n, evenly spaced, are slow."""
+    tests = collections.defaultdict(list)
+    for item in items:
+        if mark := item.get_closest_marker("fast"):
+            tests[item.nodeid.partition("[")[0], mark.args[0]].append(item)
+    for (_, n), cases in tests.items():
+        fast = {i * len(cases) // n for i in range(n)}
+        for i, item in enumerate(cases):
+            if i not in fast:
+                item.add_marker("slow")
 
 
 def need_cpu_kernels(config) -> None:

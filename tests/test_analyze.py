@@ -378,6 +378,7 @@ def test_runs_that_are_there_are_not_probed_again(analyzed, runs, few_images, ca
     ]
 
 
+@pytest.mark.slow
 def test_runs_are_known_by_their_weights(analyzed, runs, few_images, tmp_path, monkeypatch):
     """A moved run is recognised. analysis.json has the folders as they were given."""
     moved = shutil.copytree(runs / "whole", tmp_path / "moved")

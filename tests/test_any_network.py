@@ -43,6 +43,7 @@ CASES = [("torchvision", *case) for case in TORCHVISION.items()] + [("timm", *ca
 
 
 @pytest.mark.parametrize("library, name, size", CASES, ids=lambda value: str(value))
+@pytest.mark.fast(6)
 def test_it_is_cut_in_four(library, name, size):
     """The same weights and the same logits to the bit; one step changes every module. Prints a row."""
     torch.manual_seed(0)

@@ -21,6 +21,7 @@ def attack(folder, kills, flips, seed=0):
     return found
 
 
+@pytest.mark.slow
 def test_a_few(tmp_path):
     attack(tmp_path, 2, 4)
 

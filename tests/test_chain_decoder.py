@@ -170,6 +170,7 @@ def test_any_case(cpu, case, layout):
 
 
 @pytest.mark.parametrize("N", (1, 2, 3))
+@pytest.mark.fast(1)
 def test_few_samples_are_shared_out_by_rows(N, cpu, threads):
     """Any number of bands of rows meet without a seam; a large map has several anyway."""
     for h, w, stages in (
@@ -275,6 +276,7 @@ def synced_inputs(N: int):
 
 
 @pytest.mark.parametrize("sizes", ((2, 3), (4, 0)), ids=str)
+@pytest.mark.fast(1)
 def test_sync_batch_norm_takes_the_statistics_of_all_processes(sizes, impl, tmp_path):
     """As one process with the whole batch would, for the sum of the losses. A batch may be empty."""
     assert_synced(sizes, impl, torch.float64, tmp_path)

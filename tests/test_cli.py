@@ -295,6 +295,7 @@ def test_module_and_script_are_the_same_command():
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.fast(1)
 def test_ctrl_c_on_a_real_run(tmp_path, signum):
     """On all the embedded images: stops within a step, says how to continue, and the run can be continued and
     stopped again."""

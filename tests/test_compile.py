@@ -150,6 +150,7 @@ def assert_compiled_is_eager(op, impl, backend, sizes, **options):
 
 
 @pytest.mark.parametrize("op", op_cases.FORMS)
+@pytest.mark.fast(7)
 def test_captured_in_one_graph(op, impl):
     assert_compiled_is_eager(
         op, impl, "aot_eager", sizes=(6, 9, 13)
@@ -157,6 +158,7 @@ def test_captured_in_one_graph(op, impl):
 
 
 @pytest.mark.parametrize("op", op_cases.FORMS)
+@pytest.mark.fast(2)
 def test_compiled_by_inductor(op, cpu):
     """A graph of any batch from the start. The reference would only test inductor's own code."""
     assert_compiled_is_eager(op, cpu, "inductor", sizes=(6, 13), dynamic=True)

@@ -30,6 +30,7 @@ def others(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.slow
 def test_goes_on_as_the_same_training(others, name):
     """The third epoch by other processes than the first two: the weights of a run that one process trained,
     to the bit or to rounding."""

@@ -99,6 +99,7 @@ ptxas info    : Used 32 registers, used 1 barriers, 4096 bytes smem
 
 
 @pytest.mark.parametrize("architecture", ("80", "86", "89", "90", "100", "120"))
+@pytest.mark.slow
 def test_nothing_spills(architecture, toolkit, tmp_path):
     nvcc = os.path.join(toolkit, "bin", "nvcc")
     codes = subprocess.run(

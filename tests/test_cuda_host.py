@@ -78,6 +78,7 @@ SHAPES = {
 
 @pytest.mark.parametrize("mode", ("bilinear", "nearest"))
 @pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.fast(6)
 def test_shapes(shape, mode, library, on_host):
     on_host(library)
     op_cases.check(reconstruction(**SHAPES[shape], interpolate_mode=mode), "cuda", torch.float32)
@@ -86,6 +87,7 @@ def test_shapes(shape, mode, library, on_host):
 @pytest.mark.parametrize("training", (True, False))
 @pytest.mark.parametrize("restored", (False, True))
 @pytest.mark.parametrize("loss", ("bce", "mse", "l1"))
+@pytest.mark.fast(4)
 def test_losses(loss, restored, training, library, on_host):
     on_host(library)
     restore = dict(image_mean=MEAN, image_std=STD) if restored else {}
@@ -113,6 +115,7 @@ def test_batch_norms(norm, bias, library, on_host):
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 @pytest.mark.parametrize("shape", ("4x", "no resize at 48", "primes"))
+@pytest.mark.fast(1)
 def test_half_precision(shape, dtype, library, on_host):
     on_host(library)
     op_cases.check(reconstruction(**SHAPES[shape]), "cuda", dtype)
@@ -143,6 +146,7 @@ def test_nan_stays_nan(at, library, on_host):
     ids=("resized", "direct"),
 )
 @pytest.mark.parametrize("layout", op_cases.LAYOUTS)
+@pytest.mark.fast(3)
 def test_layouts(layout, shape, library, on_host):
     on_host(library)
     case = reconstruction(**shape)
@@ -154,6 +158,7 @@ def test_layouts(layout, shape, library, on_host):
     "wanted", (("features",), ("decoder.0.weight",), ("decoder.0.bias", "decoder.3.weight"), ()), ids=str
 )
 @pytest.mark.parametrize("shape", (dict(), dict(h=9, w=7)), ids=("resized", "direct"))
+@pytest.mark.fast(3)
 def test_gradients_that_are_not_asked_for(shape, wanted, library, on_host):
     on_host(library)
     case = reconstruction(**shape)
@@ -176,6 +181,7 @@ ORDERED = ("4x", "2x", "no resize", "primes")
 
 
 @pytest.mark.parametrize("shape", ORDERED)
+@pytest.mark.slow
 def test_the_order_of_warps_changes_no_bit(shape, library, on_host):
     case = reconstruction(**SHAPES[shape])
     on_host(library, seed=0)
@@ -187,6 +193,7 @@ def test_the_order_of_warps_changes_no_bit(shape, library, on_host):
 
 
 @pytest.mark.parametrize("shape", ("4x", "no resize", "primes", "widen 2", "100 channels"))
+@pytest.mark.slow
 def test_small_shared_memory(shape, library, on_host):
     """Several tiles, groups of hidden channels, groups of channels, and launches of backward."""
     full = dict(N=3, C=5, K=7) | SHAPES[shape]
@@ -233,6 +240,7 @@ def test_what_fits_every_gpu_is_known_from_the_shapes(shape, mode, library, on_h
 
 
 @pytest.mark.parametrize("multiprocessors", (1, 3))
+@pytest.mark.fast(1)
 def test_tiles_of_a_block_add_up(multiprocessors, library, on_host):
     for case in (reconstruction(N=7), reconstruction(N=7, h=9, w=7)):
         on_host(library, binding.Device(multiprocessors, 40 * 1024, 40 * 1024))
@@ -298,6 +306,7 @@ BREAKS = {
 
 
 @pytest.mark.parametrize("case", BREAKS)
+@pytest.mark.fast(1)
 def test_a_broken_copy_is_caught(case, library, on_host, tmp_path):
     """The comparison of the tests above fails for some order of the warps."""
     path = binding.build(
@@ -315,6 +324,7 @@ def test_a_broken_copy_is_caught(case, library, on_host, tmp_path):
     op_cases.check(reconstruction(**SHAPES["primes"]), "cuda", torch.float32)
 
 
+@pytest.mark.slow
 def test_a_divergent_barrier_is_a_deadlock(on_host, library, tmp_path):
     where = (
         "cuda/reconstruction_loss_taps.cuh", "__syncthreads();  // T is whole",
@@ -341,12 +351,14 @@ def sanitized(path: str, what: str = "decoder") -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_sanitizers_find_nothing(library, tmp_path):
     done = sanitized(binding.build(str(tmp_path / "kernels.so"), *binding.SANITIZERS))
     assert done.returncode == 0, done.stderr[-5000:]
     assert done.stdout == "no finding\n"
 
 
+@pytest.mark.slow
 def test_sanitizers_find_an_overrun_of_shared_memory(library, tmp_path):
     where = (
         "cuda/reconstruction_loss_kernels.cuh",

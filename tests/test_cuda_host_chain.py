@@ -106,6 +106,7 @@ def test_resizes_of_the_last_stage(name, device, library, on_host):
 
 @pytest.mark.parametrize("device", (binding.TWO_BLOCKS, MIDDLE), ids=("a tile", "several tiles"))
 @pytest.mark.parametrize("name", LAST)
+@pytest.mark.fast(10)
 def test_resizes_of_a_stage(name, device, library, on_host):
     last, h, w = LAST[name]
     on_host(library, device, seed=2)
@@ -419,6 +420,7 @@ BREAKS = {
 
 
 @pytest.mark.parametrize("name", BREAKS)
+@pytest.mark.fast(1)
 def test_a_broken_copy_is_caught(name, library, on_host, tmp_path):
     """The comparison of the tests above fails for some order of the warps."""
     case = chain(N=2, C=13, h=14, w=10, stages=((scaled(1.0, 1.0), 3, 4),))
@@ -433,6 +435,7 @@ def test_a_broken_copy_is_caught(name, library, on_host, tmp_path):
     op_cases.check(case, "cuda", torch.float32)
 
 
+@pytest.mark.slow
 def test_sanitizers_find_nothing(library, tmp_path):
     done = test_cuda_host.sanitized(
         binding.build(str(tmp_path / "chain.so"), *binding.SANITIZERS, source="chain_host.cpp"), "chain"
@@ -441,6 +444,7 @@ def test_sanitizers_find_nothing(library, tmp_path):
     assert done.stdout == "no finding\n"
 
 
+@pytest.mark.slow
 def test_sanitizers_find_an_overrun_of_shared_memory(library, tmp_path):
     zeroed = "TAPS * d.s.C; i += THREADS) s.d_weight[i] = 0.0f"
     where = (KERNELS, f"i < {zeroed}", f"i <= {zeroed}")

@@ -127,6 +127,7 @@ SIZES = {
 
 @pytest.mark.parametrize("precision", TYPES)
 @pytest.mark.parametrize("size", SIZES)
+@pytest.mark.fast(1)
 def test_rounds_where_plain_torch_does(size, precision, library, on_host, monkeypatch):  # noqa: F811
     """As near to float64 arithmetic on rounded operands as float32 sums are, and no further from the exact
     results than plain torch's convolutions, which round the same operands."""
@@ -178,6 +179,7 @@ BREAKS = {
 
 
 @pytest.mark.parametrize("case", BREAKS)
+@pytest.mark.fast(1)
 def test_a_broken_copy_is_caught(case, library, on_host, tmp_path):  # noqa: F811
     path = binding.build(str(tmp_path / "broken.so"), csrc=broken(tmp_path, *BREAKS[case]))
     small = op_cases.reconstruction(N=2, C=16, h=10, w=12, H=10, W=12, K=12)

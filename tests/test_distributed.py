@@ -36,6 +36,7 @@ def equal(tmp_path_factory):
 
 
 @pytest.mark.parametrize("task, loss", [("equal_contrast", "contrast"), ("equal_softmax_uneven", "softmax")])
+@pytest.mark.fast(1)
 def test_data_parallel_equals_one_process(equal, task, loss):
     """2 x 64 images with SyncBatchNorm and the global contrast equal 1 x 128, in 20 steps; uneven ones, too.
 
@@ -66,12 +67,14 @@ def equal_larger(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["segmenter", "classifier"])
+@pytest.mark.slow
 def test_larger_networks_equal_one_process(equal_larger, name):
     """ChainDecoder, StridedHead and DenseHead, with SyncBatchNorm and batches that do not halve evenly."""
     pytest.importorskip("torchvision")
     assert_equal_to_one_process(*equal_larger, f"equal_{name}", name)
 
 
+@pytest.mark.slow
 def test_data_parallel_rounds_as_one_process_does(equal):
     """In float32, two processes are as far from the weights of float64 as one process is."""
     folder, found = equal
@@ -186,6 +189,7 @@ def lines(run):
 
 
 @pytest.mark.parametrize("one, other", [("alone", "two"), ("alone", "three"), ("alone_of_four", "four")])
+@pytest.mark.fast(1)
 def test_pipeline_is_bit_for_bit_that_of_one_process(runs, one, other):
     """Weights, optimizers, running statistics, metrics, test accuracy."""
     names = [path.name for path in checkpoint.list_checkpoints(runs[one] / "checkpoints")]

@@ -58,6 +58,7 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+@pytest.mark.fast(3)
 def test_examples_run(path, tmp_path):
     assert len(path.read_text().splitlines()) < 60
     if path.stem == "lightning_module":

@@ -56,6 +56,7 @@ def faults(tmp_path_factory):
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.slow
 def test_all_stop_with_one_message(faults, case):
     assert_all_stop_with_one_message(faults[case], case)
 
@@ -81,6 +82,7 @@ def assert_all_stop_with_one_message(found, case):
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.slow
 def test_no_checkpoint_is_lost(faults, case):
     assert_no_checkpoint_is_lost(faults[case])
 
@@ -93,6 +95,7 @@ def assert_no_checkpoint_is_lost(found):
 
 
 @pytest.mark.parametrize("case, main", [("data-terminated-1", 0), ("pipeline-terminated-0", 1)])
+@pytest.mark.slow
 def test_a_signal_stops_all_after_the_same_step(faults, case, main):
     """With a checkpoint of it, and the message of a run of one process, from the main process."""
     found = faults[case]
@@ -106,6 +109,7 @@ def test_a_signal_stops_all_after_the_same_step(faults, case, main):
 
 
 @pytest.mark.parametrize("case", [*CASES, "data-terminated-1", "pipeline-terminated-0"])
+@pytest.mark.slow
 def test_continues_to_the_same_bits(faults, case):
     """As many processes as before, and of pipelines others too: three, or one without torchrun."""
     found = faults[case]
@@ -137,6 +141,7 @@ KILLED = [f"{mode}-killed-{rank}" for mode in ("three", "mixed") for rank in WHO
 
 
 @pytest.mark.parametrize("case", KILLED)
+@pytest.mark.slow
 def test_any_process_of_a_larger_layout_is_killed(kills, case):
     """In a pipeline of three, and in two pipelines of two that share the batches."""
     assert_all_stop_with_one_message(kills[case], case)
@@ -168,6 +173,7 @@ def full_disk(tmp_path_factory):
 
 
 @pytest.mark.parametrize("mode", FULL)
+@pytest.mark.slow
 def test_full_disk(full_disk, mode):
     """On a real full disk, nothing saved is lost; with room again, the run ends with the same bits."""
     found = full_disk[mode]
@@ -201,6 +207,7 @@ def test_full_disk(full_disk, mode):
 
 
 @pytest.mark.parametrize("mode", ["data", "pipeline"])
+@pytest.mark.slow
 def test_torchrun_restarts(faults, tmp_path, mode):
     """torchrun --max-restarts brings the run to the same end by itself, one of its processes being killed."""
     rank = {"data": 0, "pipeline": 1}[mode]

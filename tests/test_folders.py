@@ -278,6 +278,7 @@ RUNS = {
 
 
 @pytest.mark.parametrize("name", RUNS)
+@pytest.mark.fast(1)
 def test_a_run_is_evaluated_and_continued(name, request, tmp_path, monkeypatch):
     """A run that stops halfway and resumes, with another number of workers, ends in the same bits."""
     settings = dict(dataset=name, data_root=request.getfixturevalue(f"{name}_root"), **RUNS[name])

@@ -285,6 +285,7 @@ def report(request, tmp_path_factory) -> tuple[list[dict], pathlib.Path]:
     return [json.loads(text) for text in (folder / "results.jsonl").read_text().splitlines()], folder
 
 
+@pytest.mark.slow
 def test_rows_of_the_claims_come_first(report):
     rows, _ = report
     parts = list(dict.fromkeys(r["op"] for r in rows))
@@ -313,6 +314,7 @@ def test_what_runs_on_a_cpu_was_measured(report):
             assert r["error"] < 1e-4, r
 
 
+@pytest.mark.fast(1)
 def test_files_are_written_and_claim_nothing_of_small_shapes(report):
     _, folder = report
     assert {p.name for p in folder.iterdir()} == {"results.jsonl", "results.md", "bars.md", "batch_size.png"}

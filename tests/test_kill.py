@@ -46,6 +46,7 @@ def final_state(run):
 
 
 @pytest.mark.parametrize("moment", KILLED)
+@pytest.mark.fast(2)
 def test_continues_to_the_same_bits(runs, moment):
     folder, codes, errors = runs
     assert codes["never"] == [0] and codes[moment] == [-signal.SIGKILL, 0], errors

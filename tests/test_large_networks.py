@@ -42,6 +42,7 @@ def shapes(net) -> dict[str, tuple[int, ...]]:
 @pytest.mark.parametrize(
     "arch, ends", [("resnet101", "layer2.0."), ("resnet152", "layer2.5."), ("resnext101_32x8d", "layer2.2.")]
 )
+@pytest.mark.fast(1)
 def test_imagenet_networks_as_released(arch, ends):
     """The published cut, torchvision's names, and the authors' names of decoder and head."""
     net = meta(arch, 2, "softmax")
@@ -106,6 +107,7 @@ def saved_bytes(arch: str, batch_size: int, size: tuple[int, int], modules: int)
     "arch, batch_size, size, bar",
     [("resnet101", 4, (224, 224), 0.62), ("deeplabv3_resnet101", 1, (512, 1024), 0.55)],
 )
+@pytest.mark.fast(1)
 def test_saved_bytes(arch, batch_size, size, bar):
     """At the paper's sizes K = 2 keeps at most 62 % (ResNet-101) or 55 % (DeepLabV3) of end to end."""
     (whole,) = saved_bytes(arch, batch_size, size, 1)
@@ -168,6 +170,7 @@ def check_shapes(arch, boundaries) -> None:
 
 
 @pytest.mark.parametrize("arch", EVERYWHERE)
+@pytest.mark.slow
 def test_every_boundary_at_once(arch):
     """As many modules as there are blocks, DeepLab's up to the one whose output its auxiliary head reads."""
     check_shapes(arch, places(arch))
@@ -181,6 +184,7 @@ STAGES = {
 @pytest.mark.parametrize(
     "arch, stage", [(arch, stage) for arch in EVERYWHERE for stage in range(STAGES[arch])]
 )
+@pytest.mark.fast(3)
 def test_two_modules_at_boundaries(arch, stage):
     """K = 2 at every boundary of ResNet-50, and at the first and last of each stage of the others."""
     here = [place for place in places(arch) if place[0][0] == stage]

@@ -88,6 +88,7 @@ def test_auxiliary_nets_are_for_training_alone(name):
 
 
 @pytest.mark.parametrize("name", LOCAL)
+@pytest.mark.fast(2)
 def test_states_go_round(name):
     """With both kinds of names, a loaded network and its optimizers continue to the same bits."""
     net = build(name)
@@ -131,6 +132,7 @@ def test_a_part_of_the_modules_trains_to_the_same_bits(name):
     assert all(torch.equal(t, whole.state_dict()[n]) for n, t in net.state_dict().items())
 
 
+@pytest.mark.slow
 def test_infopro_l_in_a_pipeline_of_processes(tmp_path):
     found = drive(tmp_path, "infopro_l")["infopro_l"]
     assert [run["codes"] for run in found.values()] == [[0], [0, 0]], [
@@ -143,6 +145,7 @@ def test_infopro_l_in_a_pipeline_of_processes(tmp_path):
 
 
 @pytest.mark.parametrize("name", LATER)
+@pytest.mark.fast(1)
 def test_trains_in_sequence_from_a_cache_and_without_one(name, tmp_path, monkeypatch):
     monkeypatch.setattr(fashion_mnist, "load", tiny_run.load)
     found = []

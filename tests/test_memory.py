@@ -214,6 +214,7 @@ PUBLISHED_SPLITS = [
 
 
 @pytest.mark.parametrize("arch, image_size, modules, balanced, expected", PUBLISHED_SPLITS)
+@pytest.mark.fast(3)
 def test_the_released_losses_keep_what_the_released_code_keeps(arch, image_size, modules, balanced, expected):
     N = 4
     found = fake_step(N, image_size, released_losses=True, arch=arch, modules=modules, balanced=balanced)
@@ -269,6 +270,7 @@ def test_released_formulas_are_the_ops():
     [compare.Way(), compare.Way(2), compare.Way(2, losses="released", planned=False)],
     ids=lambda w: w.name,
 )
+@pytest.mark.fast(1)
 def test_accounted_peak_is_the_systems(way, cpu):
     """The resident set at the highest point of a step of ResNet-20 is the sum of storages."""
     found = compare.measure(way, "resnet20", 96, 32, rounds=1, threads=2)

@@ -195,6 +195,7 @@ def test_errors(norm, conv, error, message):
         norm_relu_conv(torch.randn(2, 4, 8, 8), norm, conv)
 
 
+@pytest.mark.slow
 def test_compiled():
     """torch.compile: one graph, the same numbers, running statistics moved once."""
     norm, conv = layers()

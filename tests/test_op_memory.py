@@ -153,6 +153,7 @@ def transient(op: str, shape, small, method: str = workloads.OURS, direction: st
 
 @pytest.mark.memory
 @pytest.mark.parametrize("shape", shapes.DECODER, ids=workloads.label)
+@pytest.mark.fast(1)
 def test_reconstruction_loss_never_forms_the_resized_map(shape, cpu):
     small = shape._replace(N=4)
     assert transient("reconstruction_loss", shape, small) < shape.resized_bytes() / 4

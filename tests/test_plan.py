@@ -118,6 +118,7 @@ def test_better_than_published():
         ("deeplabv3_resnet101", 0.55, 3946),
     ],
 )
+@pytest.mark.fast(2)
 def test_larger_networks(arch, bar, saved):
     """End to end, MiB a sample with the image, as in the authors' code; then the best two modules' share."""
     pytest.importorskip("torchvision")
@@ -156,6 +157,7 @@ def test_saved_at_the_peak(recompute, bars):
         ("deeplabv3_resnet101", 2, "none", "ours"), ("deeplabv3_resnet101", 1, "none", "released"),
     ],
 )
+@pytest.mark.fast(4)
 def test_sums_of_blocks_are_the_step(arch, modules, recompute, losses):
     """Every module takes what a step of the planned network is measured to take."""
     N = 64 if arch in backbones.BLOCKS else 2
@@ -373,6 +375,7 @@ def test_memory_command_errors(capsys, tmp_path, monkeypatch, flags, message):
     assert_one_line(err)
 
 
+@pytest.mark.slow
 def test_memory_command(capsys, tmp_path, monkeypatch, cpu):
     monkeypatch.setattr(
         comparing, "ways", lambda modules, budgets: [Way(), *(Way(K, "block") for K in modules)]
@@ -509,6 +512,7 @@ def test_build_takes_a_budget():
             infopro_fast.build("resnet20", **settings)
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_told_what_would():
     with pytest.raises(PlanError) as error:
         make_plan("resnet20", batch_size=128, modules=2, budget="8MiB")
@@ -573,6 +577,7 @@ def test_networks_of_other_packages_by_name():
     [("resnet101", 4, 32, 0.38), ("resnet101", 7, 32, 0.25), ("resnet152", 4, 32, 0.38),
      ("deeplabv3_resnet101", 4, 4, 0.30)],
 )  # fmt: skip
+@pytest.mark.fast(2)
 def test_peaks_of_large_networks(arch, modules, batch_size, bar):
     pytest.importorskip("torchvision")
     found = make_plan(arch, batch_size=batch_size, modules=modules)

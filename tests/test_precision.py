@@ -38,6 +38,7 @@ def _trainer(modules=3, **options):
 
 
 @pytest.mark.parametrize("amp", AMP)
+@pytest.mark.fast(1)
 def test_autocast_rounds_activations_and_nothing_that_stays(amp):
     plain, rounded = _trainer(), _trainer(amp=amp)
     image, label = _batch()
@@ -107,6 +108,7 @@ def _batch_for(net, N=8):
 
 @pytest.mark.parametrize("amp", AMP)
 @pytest.mark.parametrize("name", NETS)
+@pytest.mark.fast(1)
 def test_autocast_of_larger_networks(name, amp):
     """Losses and updates equal float32's to rounding; outputs are rounded, losses and weights are not."""
     plain, rounded = (
@@ -187,6 +189,7 @@ def test_autocast_is_off_outside_the_forwards():
     assert inside == [False] * 3 and label_hook == [False]
 
 
+@pytest.mark.slow
 def test_float16_gradients_that_overflow_leave_their_own_module_alone():
     trainer = _trainer(amp=torch.float16)
     image, label = _batch()
@@ -219,6 +222,7 @@ def test_float16_small_gradients_survive_by_scaling():
     assert 0 < seen[0] < 2.0**-24, "smaller than float16's smallest number, and not lost"
 
 
+@pytest.mark.slow
 def test_scalers_are_part_of_the_state():
     trainer, other = _trainer(amp=torch.float16), _trainer(amp=torch.float16)
     trainer.step(*_batch())

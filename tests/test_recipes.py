@@ -431,6 +431,7 @@ def test_segmentation_in_steps_with_everything(few_scenes, tmp_path, capsys):
     assert "test mIoU " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_an_epoch_of_scenes_is_far_above_the_most_frequent_class(tmp_path):
     """The embedded set trains: a 1-epoch run against background everywhere (7 % mIoU; the default of 12
     epochs reaches 50 %)."""
@@ -482,6 +483,7 @@ def test_init(few_scenes, tmp_path):
             setup.load_init(target, tmp_path / name)
 
 
+@pytest.mark.fast(1)
 def test_ema_is_what_is_tested_and_written(few_scenes, tmp_path):
     """decay * the first step's weights + (1 - decay) * the second's; the first update copies."""
     runs = {}

@@ -36,6 +36,7 @@ def finished(tmp_path_factory):
         return fit(tiny_run.config(tmp_path_factory.mktemp("runs") / "alone"))
 
 
+@pytest.mark.slow
 def test_stopping_right_after_a_resume_that_dropped_lines(tmp_path, monkeypatch, finished):
     """Lines after the last checkpoint, as kill -9 leaves them, are dropped; the rest is counted."""
     run = tmp_path / "run"
@@ -60,6 +61,7 @@ def test_stopping_right_after_a_resume_that_dropped_lines(tmp_path, monkeypatch,
         (signal.SIGUSR1, 7),
     ],
 )
+@pytest.mark.fast(1)
 def test_signal_stops_after_a_checkpoint_and_continues_to_the_same_bits(
     tmp_path, monkeypatch, finished, signum, step
 ):
@@ -80,6 +82,7 @@ def test_signal_stops_after_a_checkpoint_and_continues_to_the_same_bits(
     assert steps[0] == [{k: v for k, v in line.items() if k != "seconds"} for line in steps[1]]
 
 
+@pytest.mark.slow
 def test_float16_with_images_off_the_device_continues_to_the_same_bits(tmp_path, monkeypatch):
     """Scalers are part of a checkpoint: a scale that is about to double does so at the same step."""
     settings = dict(amp="float16", resident=False, epochs=2)

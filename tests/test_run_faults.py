@@ -39,6 +39,7 @@ def finished(tmp_path_factory):
 # Weights
 
 
+@pytest.mark.slow
 def test_every_flipped_bit_of_the_weights_is_found(finished, tmp_path):
     """Anywhere in the file; a tool that knows nothing of the hash reads it too."""
     path = tmp_path / run_folder.WEIGHTS
@@ -112,6 +113,7 @@ def test_weights_by_the_authors_names_are_not_the_networks_own(finished):
 
 
 @pytest.mark.parametrize("name", [run_folder.CONFIG, run_folder.METRICS, run_folder.CHECKPOINTS])
+@pytest.mark.fast(1)
 def test_a_run_killed_before_its_first_checkpoint_begins_again(tmp_path, finished, name):
     """With the settings alone, with lines of metrics, with half a checkpoint."""
     run = tmp_path / "run"

@@ -40,6 +40,7 @@ def stalls(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", STALLS)
+@pytest.mark.slow
 def test_all_stop_and_say_where(stalls, name):
     """Within 30 s of the stall with the default patience; one message, and nothing is left running."""
     found = stalls[name]
@@ -57,12 +58,14 @@ def test_all_stop_and_say_where(stalls, name):
 
 
 @pytest.mark.parametrize("name", ["disk_of_last_stage", "cache"])
+@pytest.mark.slow
 def test_continues(stalls, name):
     again = stalls[name]["again"]
     assert set(again["codes"]) == {0} and not any(again["errors"]), again
     assert (Path(stalls[name]["run"]) / run_folder.WEIGHTS).is_file()
 
 
+@pytest.mark.slow
 def test_slow_work_is_left_alone(stalls):
     """Batches, evaluations and checkpoints that take longer than the patience, each by many short pieces."""
     found = stalls["slow"]
@@ -74,6 +77,7 @@ def test_slow_work_is_left_alone(stalls):
     not os.path.exists("/proc/self/schedstat"),
     reason="this system does not count how long threads wait for a CPU",
 )
+@pytest.mark.slow
 def test_a_process_that_gets_no_cpu_does_not_stand_still(tmp_path):
     """Eight times its patience; one that does nothing does."""
     found = drive(tmp_path, "starved")["starved"]

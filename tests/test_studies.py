@@ -200,6 +200,7 @@ def test_finished_runs_are_not_trained_again(study, capsys, monkeypatch):
     assert "2 of 2 runs are there already" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_another_run_in_the_folder_is_an_error(study):
     other = dataclasses.replace(study, epochs=2)
     with pytest.raises(
@@ -230,6 +231,7 @@ def test_no_run_is_an_error(tmp_path):
         reproduce(tables.Study("table2", out=tmp_path, train=False, **SMALL))
 
 
+@pytest.mark.slow
 def test_stopped_study_goes_on(tmp_path):
     """After SIGTERM no process is left, and the same command continues the run."""
     # One run of enough epochs to be in the middle of.
@@ -372,6 +374,7 @@ def test_figures_of_costs(tmp_path):
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in paths)
 
 
+@pytest.mark.slow
 def test_costs_of_a_step():
     """A module keeps less than the whole network; seeds share a measurement, numbers of modules do not."""
     study = tables.Study("table2", scale="tiny", arch="resnet20")
@@ -432,6 +435,7 @@ def test_what_a_killed_run_has_to_go_on_from(tmp_path, there):
     assert run.is_dir() == bool(there)
 
 
+@pytest.mark.slow
 def test_modules_trained_in_turn(tmp_path, monkeypatch):
     """An asynchronous cell continues between its modules; its curve has the last module's epochs."""
     study = tables.Study("table2", out=tmp_path, **{**SMALL, "methods": ("async",)})

@@ -27,6 +27,7 @@ def pool():
 
 @pytest.mark.parametrize("cc", triton_aot.CAPABILITIES)
 @pytest.mark.parametrize("module", triton_aot.MODULES)
+@pytest.mark.fast(4)
 def test_kernels_fit_the_architecture(module, cc, pool):
     compiled = triton_aot.compile_all(module, cc, pool)
     assert compiled

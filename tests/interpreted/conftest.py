@@ -39,7 +39,8 @@ class Child:
             "TRITON_INTERPRET": "1", PIPES: f"{theirs} {theirs_too}", "PYTEST_ADDOPTS": ""
         }
         command = [
-            sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--rootdir={ROOT}", FOLDER
+            sys.executable, "-m", "pytest", "-q", "-m", "", "-p", "no:cacheprovider", f"--rootdir={ROOT}",
+            FOLDER,  # slow tests too: the parent asks
         ]
         self._process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=self._printed, stderr=subprocess.STDOUT, pass_fds=(

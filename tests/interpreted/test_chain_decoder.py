@@ -19,23 +19,27 @@ NOTHING_NEW = ("wide", "no Upsample, nearest", "SyncBatchNorm, eval")
 
 
 @pytest.mark.parametrize("case", GOLDEN, ids=lambda case: case["kind"])
+@pytest.mark.fast(1)
 def test_released_values(case):
     test_chain_decoder.assert_released(case, "triton", torch.float32)
 
 
 @pytest.mark.parametrize("form", [form for form in FORMS if form not in (*NO_WHOLE_SIZE, *NOTHING_NEW)])
+@pytest.mark.fast(3)
 def test_forms(form):
     check(chain(**FORMS[form]), "triton", torch.float32)
 
 
 @pytest.mark.parametrize("form", ("shrinks", "1x1 resized"))
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+@pytest.mark.fast(1)
 def test_sixteen_bits(form, dtype):
     check(chain(**FORMS[form]), "triton", dtype)
 
 
 @pytest.mark.parametrize("options", ({}, {"image_mean": (0.5,) * 3, "image_std": (0.25,) * 3}), ids=str)
 @pytest.mark.parametrize("loss", ("bce", "mse", "l1"))
+@pytest.mark.fast(2)
 def test_an_image_outside_the_unit_range_gives_nan(loss, options):
     """On a GPU a check would wait."""
     case = chain(loss=loss, **options)
@@ -70,6 +74,7 @@ def test_small_gradients_of_float16_keep_their_digits():
 
 
 @pytest.mark.parametrize("layout", ("channels_last", "transposed", "slice", "step"))
+@pytest.mark.fast(1)
 def test_layouts(layout):
     case = chain(stages=((None, 1, 6), (test_chain_decoder.doubled(), 3, 4)))
     inputs = {k: op_cases.relayout(t, layout)[0] for k, t in case.inputs(torch.float32).items()}
@@ -113,6 +118,7 @@ def test_several_blocks_of_a_map():
     check(chain(N=1, C=2, h=5, w=210, stages=((None, 1, 2),), size=(5, 210)), "triton", torch.float32)
 
 
+@pytest.mark.slow
 def test_same_bits_twice():
     case = chain()
     first, second = (gradients(case.function("triton")(t := case.inputs(torch.float32)), t) for _ in range(2))
@@ -138,6 +144,7 @@ def test_a_nan_is_not_hidden():
 
 
 @pytest.mark.parametrize("sizes", ((2, 3), (4, 0)), ids=str)
+@pytest.mark.slow
 def test_sync_batch_norm_takes_the_statistics_of_all_processes(sizes, tmp_path):
     test_chain_decoder.assert_synced(sizes, "triton", torch.float32, tmp_path)
 

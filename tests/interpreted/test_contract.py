@@ -46,11 +46,13 @@ def raw_calls(op):
 
 @OPS
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
+@pytest.mark.fast(7)
 def test_loss_and_gradients(op, dtype):
     check(FORMS[op](), "triton", dtype)
 
 
 @OPS
+@pytest.mark.fast(1)
 def test_opaque_ops(op):
     """They are the Triton ones, pass opcheck, and give nobody else's memory."""
     calls = raw_calls(op)
@@ -71,6 +73,7 @@ def test_opaque_ops(op):
 
 
 @OPS
+@pytest.mark.fast(3)
 def test_autocast_changes_nothing(op):
     expected = results(op, CASES[op]().inputs(torch.float32))
     inputs = CASES[op]().inputs(torch.float32)
@@ -81,6 +84,7 @@ def test_autocast_changes_nothing(op):
 
 
 @OPS
+@pytest.mark.fast(3)
 def test_twice_through_one_graph(op):
     inputs = CASES[op]().inputs(torch.float32)
     loss = CASES[op]().function("triton")(inputs)
@@ -90,6 +94,7 @@ def test_twice_through_one_graph(op):
 
 
 @OPS
+@pytest.mark.fast(3)
 def test_the_upstream_gradient_may_be_a_view(op):
     inputs = CASES[op]().inputs(torch.float32)
     loss = CASES[op]().function("triton")(inputs)
@@ -101,6 +106,7 @@ def test_the_upstream_gradient_may_be_a_view(op):
 
 
 @OPS
+@pytest.mark.fast(2)
 def test_one_gradient_at_a_time(op):
     case = CASES[op]()
     everything = results(op, case.inputs(torch.float32))
@@ -111,6 +117,7 @@ def test_one_gradient_at_a_time(op):
 
 
 @OPS
+@pytest.mark.fast(3)
 def test_no_second_derivative(op):
     inputs = CASES[op]().inputs(torch.float32)
     found = gradients(CASES[op]().function("triton")(inputs), inputs, create_graph=True)
@@ -128,6 +135,7 @@ class _Items(TorchDispatchMode):
 
 
 @OPS
+@pytest.mark.fast(3)
 def test_no_value_is_read_back_to_the_host(op):
     inputs, call = CASES[op]().inputs(torch.float32), CASES[op]().function("triton")
     grad = upstream(call(inputs))
@@ -136,6 +144,7 @@ def test_no_value_is_read_back_to_the_host(op):
 
 
 @OPS
+@pytest.mark.fast(3)
 def test_captured_by_a_compiler(op):
     torch._dynamo.reset()
     call = CASES[op]().function("triton")

@@ -42,6 +42,7 @@ def test_options(label_smoothing, class_weight, bias, reduction, C):
 @pytest.mark.parametrize(
     "N, D, C", ((1, 1, 2), (17, 65, 10), (33, 128, 64), (5000, 3, 2), (130, 40, 65), (9, 300, 2049))
 )
+@pytest.mark.fast(4)
 def test_sizes(N, D, C, dtype):
     check(linear_ce(N, D, C, ignored=N // 4, reduction="mean"), "triton", dtype)
 

@@ -38,12 +38,14 @@ SHAPES = {
 
 @pytest.mark.parametrize("mode", ("bilinear", "nearest"))
 @pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.fast(3)
 def test_shapes(shape, mode):
     check(reconstruction(**SHAPES[shape], interpolate_mode=mode), "triton", torch.float32)
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 @pytest.mark.parametrize("shape", ("100 channels", "no resize, odd", "downscaled"))
+@pytest.mark.fast(2)
 def test_low_precision(shape, dtype):
     check(reconstruction(**SHAPES[shape]), "triton", dtype)
 
@@ -51,6 +53,7 @@ def test_low_precision(shape, dtype):
 @pytest.mark.parametrize("training", (True, False))
 @pytest.mark.parametrize("restored", (False, True))
 @pytest.mark.parametrize("loss", ("bce", "mse", "l1"))
+@pytest.mark.fast(3)
 def test_losses(loss, restored, training):
     restore = dict(image_mean=MEAN, image_std=STD) if restored else {}
     check(reconstruction(loss=loss, training=training, **restore), "triton", torch.float32)
@@ -60,6 +63,7 @@ def test_losses(loss, restored, training):
 @pytest.mark.parametrize(
     "norm", (dict(affine=False), dict(track_running_stats=False), dict(momentum=None, eps=0.1)), ids=str
 )
+@pytest.mark.fast(1)
 def test_batch_norms(norm, bias):
     check(reconstruction(norm=norm, bias=bias), "triton", torch.float32)
     if "affine" in norm:
@@ -67,6 +71,7 @@ def test_batch_norms(norm, bias):
 
 
 @pytest.mark.parametrize("offset", (30.0, 1000.0))
+@pytest.mark.slow
 def test_batch_statistics_of_a_shifted_channel(offset):
     case = reconstruction(N=4, C=16, h=8, w=8, H=16, W=16, K=12, magnified=1 + offset / 16)
     case.tensors["decoder.0.bias"].add_(offset)
@@ -104,6 +109,7 @@ def test_running_statistics():
 
 
 @pytest.mark.parametrize("layout", op_cases.LAYOUTS)
+@pytest.mark.fast(1)
 def test_layouts(layout):
     """Strided inputs are read in place, nothing beside them is; gradients have `empty_like`'s strides."""
     case = reconstruction()
@@ -117,6 +123,7 @@ SUBSETS = (("features",), ("decoder.0.weight",), ("decoder.0.bias",), ("decoder.
 
 
 @pytest.mark.parametrize("names", SUBSETS, ids=str)
+@pytest.mark.fast(1)
 def test_subsets_that_require_grad(names):
     for training in (True, False):
         case = reconstruction(training=training)

@@ -120,6 +120,7 @@ def test_sizes_beyond_its_counters_are_refused():
         upsample_conv3x3(x, weight, None, (1, 1), impl="triton")
 
 
+@pytest.mark.slow
 def test_positions_of_a_resize_may_be_beyond_32_bits():
     x, weight = torch.randn(1, 1, 1, 40000), torch.randn(1, 1, 3, 3)
     found, wanted = (

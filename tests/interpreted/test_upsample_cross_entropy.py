@@ -16,6 +16,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 @pytest.mark.parametrize(
     "case", golden.cases("upsample_cross_entropy"), ids=lambda c: f"align_corners {c['align_corners']}"
 )
+@pytest.mark.fast(1)
 def test_golden(case):
     (H, W), N, C = case["size"], case["batch"], case["classes"]
     logits = golden.wave((N, C, *case["h_size"]), 31, 3.0).float().requires_grad_()
@@ -33,6 +34,7 @@ def test_golden(case):
 @pytest.mark.parametrize(
     "label_smoothing, class_weight", [(0.0, False), (0.0, True), (0.1, False), (0.1, True), (1.0, True)]
 )
+@pytest.mark.fast(5)
 def test_options(label_smoothing, class_weight, reduction):
     options = dict(
         label_smoothing=label_smoothing, class_weight=class_weight, reduction=reduction,
@@ -54,6 +56,7 @@ def test_sizes(h, w, H, W, align_corners):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("C", (2, 16, 17, 70))
+@pytest.mark.fast(4)
 def test_classes(C, dtype):
     check(upsample_ce(2, C, 2, 3, 5, 11, reduction="mean"), "triton", dtype)
 
