@@ -82,6 +82,8 @@ def test_a_data_set_of_ones_own():
     [
         ("no.module:f", "no.module:f: No module named 'no'"),
         (f"{__name__}:nothing", "has no function 'nothing'"),
+        (":f", "expected one of .* or package.module:function, got ':f'"),
+        (".no:f", "expected one of .* or package.module:function, got '.no:f'"),
         (f"{__name__}:greedy", r"greedy\(train=True\): TypeError: greedy\(\) got an unexpected"),
         ("torchvision.datasets:CIFAR100", r"CIFAR100\(train=True\): TypeError: .*root"),
         (f"{__name__}:no_images", r"image 0: expected uint8, or numbers in \[0, 1\], of 1 or 3 channels"),
@@ -159,6 +161,9 @@ def test_a_budget_is_cut_before_training(capsys, tmp_path):
         (dict(dataset="cifar100"), "dataset: expected one of .*imagefolder.*or package.module:function"),
         (dict(arch="resnet_18"), "arch: expected one of .*or torchvision:NAME"),
         (dict(local_loss="own"), "local_loss: expected one of contrast, .*or package.module:function"),
+        (dict(dataset=":f"), "dataset: expected one of .*or package.module:function, got ':f'"),
+        (dict(arch=".own:f"), "arch: expected one of .*or package.module:function, got '.own:f'"),
+        (dict(local_loss="own:"), "local_loss: expected one of .*or package.module:function, got 'own:'"),
         (dict(dataset="imagefolder"), "dataset imagefolder needs data_root"),
         (dict(mean=(0, 0, 0), std=(1, 1, 1)), "mean: dataset fashion_mnist has its own"),
         (dict(dataset="a:b", mean=(0, 0, 0)), "mean and std: expected both or neither"),
@@ -172,6 +177,19 @@ def test_a_budget_is_cut_before_training(capsys, tmp_path):
 def test_settings_that_contradict_each_other(settings, message):
     with pytest.raises(ConfigError, match=message):
         TrainConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("no.module:f", "local_loss no.module:f: No module named 'no'"),
+        (f"{__name__}:nothing", "local_loss .*: tests.test_own_data has no function 'nothing'"),
+        (f"{__name__}:CLASSES", "has no function 'CLASSES'"),
+    ],
+)
+def test_local_losses_that_are_none(name, message):
+    with pytest.raises(ConfigError, match=message):
+        setup.local_loss(TrainConfig(local_loss=name))
 
 
 def test_clipping_scales_a_modules_gradients():

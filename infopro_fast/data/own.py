@@ -6,7 +6,6 @@ root and download where it takes them.
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from infopro_fast import named_functions
 from infopro_fast.errors import DataError
 
 from .augment import Augmentation
@@ -32,7 +32,10 @@ def load(
     ``classes`` where it has them, else 0 to the largest label. Training images are padded by an eighth,
     cropped at random and flipped.
     """
-    make = _function(name)
+    try:
+        make = named_functions.find(name)
+    except ImportError as error:
+        raise DataError(f"{name}: {error}") from error
     options = {"root": root, "download": download}
     taken = inspect.signature(make).parameters
     any_name = any(p.kind is p.VAR_KEYWORD for p in taken.values())
@@ -56,17 +59,6 @@ def load(
     padding = max(1, min(size) // 8)
     augmentation = Augmentation(padding, "reflect", True)
     return ImageSet(name, train_part, test_part, classes, mean, std, augmentation, names)
-
-
-def _function(name: str) -> Any:
-    home, _, function = name.partition(":")
-    try:
-        found = getattr(importlib.import_module(home), function, None)
-    except ImportError as error:
-        raise DataError(f"{name}: {error}") from error
-    if not callable(found):
-        raise DataError(f"{name}: {home} has no function {function!r}")
-    return found
 
 
 def _split(where: str, dataset: Any, size: tuple[int, int]) -> Split:
