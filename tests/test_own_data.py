@@ -98,6 +98,57 @@ def no_images(train: bool) -> list:
     return [(torch.full((2, 8, 8), 5.0), 0)]
 
 
+@pytest.mark.parametrize(
+    "train, test, message",
+    [
+        ([0, 1], [0, 2], r"given: test labels: expected in \[0, 2\), got 0 to 2"),
+        ([0, -1], [0], r"given: train labels: expected in \[0, 1\), got -1 to 0"),
+        ([0, 1.5], [0, 1], r"train=True: label 1: expected an integer, got 1.5"),
+        ([0, 1], ["dark"], r"train=False: label 0: expected an integer, got 'dark'"),
+        ([0, None], [0], r"train=True: label 1: expected an integer, got None"),
+        ([0], [torch.tensor([0, 1])], r"train=False: label 0: expected an integer, got tensor\(\[0, 1\]\)"),
+        ([], [0], "train=True: expected at least one image, got none"),
+    ],
+)
+def test_labels_that_are_none(train, test, message, monkeypatch):
+    image = torch.zeros(3, 8, 8, dtype=torch.uint8)
+    parts = {True: [(image, y) for y in train], False: [(image, y) for y in test]}
+    monkeypatch.setattr(f"{__name__}.given", lambda train: parts[train])
+    with pytest.raises(DataError, match=message):
+        data.load(f"{__name__}:given")
+
+
+def given(train: bool) -> list:
+    """Numpy's integers and tensors of one integer are labels, too."""
+    return [(np.zeros((8, 8), np.uint8), np.int32(1)), (np.zeros((8, 8), np.uint8), torch.tensor(0))]
+
+
+def test_labels_of_other_kinds():
+    assert data.load(f"{__name__}:given").test.labels.tolist() == [1, 0]
+
+
+def test_a_label_outside_of_the_named_classes(monkeypatch):
+    monkeypatch.setattr(Patches, "classes", ["dark", "light"])
+    with pytest.raises(DataError, match=r"Patches: train labels: expected in \[0, 2\), got 0 to 2"):
+        data.load(f"{__name__}:Patches")
+
+
+@pytest.mark.parametrize(
+    "item, message",
+    [
+        (np.zeros((8, 8), np.uint8), r"expected \(image, label\), got ndarray"),
+        (("a.png", 0), "expected an image, an array or a tensor, got 'a.png'"),
+        ((None, 0), "expected an image, an array or a tensor, got None"),
+        ((np.zeros((1, 8, 8, 3)), 0), r"expected \(H, W\) or three dimensions, got \(1, 8, 8, 3\)"),
+        ((np.zeros((0, 8)), 0), r"expected \(H, W\) or three dimensions, got \(0, 8\)"),
+    ],
+)
+def test_items_that_are_no_images(item, message, monkeypatch):
+    monkeypatch.setattr(f"{__name__}.given", lambda train: [item])
+    with pytest.raises(DataError, match=f"train=True: image 0: {message}"):
+        data.load(f"{__name__}:given")
+
+
 def test_a_data_set_that_takes_no_root(tmp_path):
     with pytest.raises(DataError, match="takes no root: leave out --data-root"):
         data.load(f"{__name__}:no_images", tmp_path)
