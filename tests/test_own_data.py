@@ -217,6 +217,7 @@ def test_a_budget_is_cut_before_training(capsys, tmp_path):
         (dict(local_loss="own:"), "local_loss: expected one of .*or package.module:function, got 'own:'"),
         (dict(dataset="imagefolder"), "dataset imagefolder needs data_root"),
         (dict(mean=(0, 0, 0), std=(1, 1, 1)), "mean: dataset fashion_mnist has its own"),
+        (dict(dataset="a:b", mean=(0, 0, 0), std=(1, 0, 1)), "std: expected three positive numbers, got"),
         (dict(dataset="a:b", mean=(0, 0, 0)), "mean and std: expected both or neither"),
         (dict(arch_args=("a=1",)), "arch_args: arch resnet32 has none: expected a name with a colon"),
         (dict(betas=(0.9, 0.9)), "betas: optimizer sgd has none"),
