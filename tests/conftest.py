@@ -91,6 +91,27 @@ def threads():
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def few_images(monkeypatch):
+    """Give runs the few images of `tiny_run`."""
+    from infopro_fast.data import fashion_mnist
+    from tests import tiny_run
+
+    monkeypatch.setattr(fashion_mnist, "load", tiny_run.load)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """The folder of a tiny run that was left alone. Nothing may change it."""
+    from infopro_fast.data import fashion_mnist
+    from infopro_fast.trainer import fit
+    from tests import tiny_run
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fashion_mnist, "load", tiny_run.load)
+        return fit(tiny_run.config(tmp_path_factory.mktemp("runs") / "alone"))
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

@@ -282,11 +282,6 @@ def runs(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def few_images(monkeypatch):
-    monkeypatch.setattr(fashion_mnist, "load", tiny_run.load)
-
-
 FLAGS = ("--depths", 3, "--epochs", 2, "--batch-size", 16, "--threads", 1)
 
 

@@ -35,18 +35,7 @@ from infopro_fast.trainer.step import LocalTrainer
 from tests import tiny_run
 from tests.tiny_run import assert_same_weights, at_step, weights
 
-
-@pytest.fixture(autouse=True)
-def few_images(monkeypatch):
-    monkeypatch.setattr(fashion_mnist, "load", tiny_run.load)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A run left alone."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fashion_mnist, "load", tiny_run.load)
-        return fit(tiny_run.config(tmp_path_factory.mktemp("runs") / "alone"))
+pytestmark = pytest.mark.usefixtures("few_images")
 
 
 def test_cuda_is_asked_of_the_op_that_has_it_and_triton_of_all(monkeypatch):

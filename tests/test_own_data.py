@@ -82,6 +82,8 @@ def test_a_data_set_of_ones_own():
     [
         ("no.module:f", "no.module:f: No module named 'no'"),
         (f"{__name__}:nothing", "has no function 'nothing'"),
+        (":f", "expected one of .* or package.module:function, got ':f'"),
+        (".no:f", "expected one of .* or package.module:function, got '.no:f'"),
         (f"{__name__}:greedy", r"greedy\(train=True\): TypeError: greedy\(\) got an unexpected"),
         ("torchvision.datasets:CIFAR100", r"CIFAR100\(train=True\): TypeError: .*root"),
         (f"{__name__}:no_images", r"image 0: expected uint8, or numbers in \[0, 1\], of 1 or 3 channels"),
@@ -94,6 +96,57 @@ def test_data_sets_that_are_none(name, message):
 
 def no_images(train: bool) -> list:
     return [(torch.full((2, 8, 8), 5.0), 0)]
+
+
+@pytest.mark.parametrize(
+    "train, test, message",
+    [
+        ([0, 1], [0, 2], r"given: test labels: expected in \[0, 2\), got 0 to 2"),
+        ([0, -1], [0], r"given: train labels: expected in \[0, 1\), got -1 to 0"),
+        ([0, 1.5], [0, 1], r"train=True: label 1: expected an integer, got 1.5"),
+        ([0, 1], ["dark"], r"train=False: label 0: expected an integer, got 'dark'"),
+        ([0, None], [0], r"train=True: label 1: expected an integer, got None"),
+        ([0], [torch.tensor([0, 1])], r"train=False: label 0: expected an integer, got tensor\(\[0, 1\]\)"),
+        ([], [0], "train=True: expected at least one image, got none"),
+    ],
+)
+def test_labels_that_are_none(train, test, message, monkeypatch):
+    image = torch.zeros(3, 8, 8, dtype=torch.uint8)
+    parts = {True: [(image, y) for y in train], False: [(image, y) for y in test]}
+    monkeypatch.setattr(f"{__name__}.given", lambda train: parts[train])
+    with pytest.raises(DataError, match=message):
+        data.load(f"{__name__}:given")
+
+
+def given(train: bool) -> list:
+    """Numpy's integers and tensors of one integer are labels, too."""
+    return [(np.zeros((8, 8), np.uint8), np.int32(1)), (np.zeros((8, 8), np.uint8), torch.tensor(0))]
+
+
+def test_labels_of_other_kinds():
+    assert data.load(f"{__name__}:given").test.labels.tolist() == [1, 0]
+
+
+def test_a_label_outside_of_the_named_classes(monkeypatch):
+    monkeypatch.setattr(Patches, "classes", ["dark", "light"])
+    with pytest.raises(DataError, match=r"Patches: train labels: expected in \[0, 2\), got 0 to 2"):
+        data.load(f"{__name__}:Patches")
+
+
+@pytest.mark.parametrize(
+    "item, message",
+    [
+        (np.zeros((8, 8), np.uint8), r"expected \(image, label\), got ndarray"),
+        (("a.png", 0), "expected an image, an array or a tensor, got 'a.png'"),
+        ((None, 0), "expected an image, an array or a tensor, got None"),
+        ((np.zeros((1, 8, 8, 3)), 0), r"expected \(H, W\) or three dimensions, got \(1, 8, 8, 3\)"),
+        ((np.zeros((0, 8)), 0), r"expected \(H, W\) or three dimensions, got \(0, 8\)"),
+    ],
+)
+def test_items_that_are_no_images(item, message, monkeypatch):
+    monkeypatch.setattr(f"{__name__}.given", lambda train: [item])
+    with pytest.raises(DataError, match=f"train=True: image 0: {message}"):
+        data.load(f"{__name__}:given")
 
 
 def test_a_data_set_that_takes_no_root(tmp_path):
@@ -159,8 +212,12 @@ def test_a_budget_is_cut_before_training(capsys, tmp_path):
         (dict(dataset="cifar100"), "dataset: expected one of .*imagefolder.*or package.module:function"),
         (dict(arch="resnet_18"), "arch: expected one of .*or torchvision:NAME"),
         (dict(local_loss="own"), "local_loss: expected one of contrast, .*or package.module:function"),
+        (dict(dataset=":f"), "dataset: expected one of .*or package.module:function, got ':f'"),
+        (dict(arch=".own:f"), "arch: expected one of .*or package.module:function, got '.own:f'"),
+        (dict(local_loss="own:"), "local_loss: expected one of .*or package.module:function, got 'own:'"),
         (dict(dataset="imagefolder"), "dataset imagefolder needs data_root"),
         (dict(mean=(0, 0, 0), std=(1, 1, 1)), "mean: dataset fashion_mnist has its own"),
+        (dict(dataset="a:b", mean=(0, 0, 0), std=(1, 0, 1)), "std: expected three positive numbers, got"),
         (dict(dataset="a:b", mean=(0, 0, 0)), "mean and std: expected both or neither"),
         (dict(arch_args=("a=1",)), "arch_args: arch resnet32 has none: expected a name with a colon"),
         (dict(betas=(0.9, 0.9)), "betas: optimizer sgd has none"),
@@ -172,6 +229,19 @@ def test_a_budget_is_cut_before_training(capsys, tmp_path):
 def test_settings_that_contradict_each_other(settings, message):
     with pytest.raises(ConfigError, match=message):
         TrainConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("no.module:f", "local_loss no.module:f: No module named 'no'"),
+        (f"{__name__}:nothing", "local_loss .*: tests.test_own_data has no function 'nothing'"),
+        (f"{__name__}:CLASSES", "has no function 'CLASSES'"),
+    ],
+)
+def test_local_losses_that_are_none(name, message):
+    with pytest.raises(ConfigError, match=message):
+        setup.local_loss(TrainConfig(local_loss=name))
 
 
 def test_clipping_scales_a_modules_gradients():

@@ -550,6 +550,7 @@ def test_one_module_that_keeps_nearly_everything_is_told():
         ("torchvision:resnet_18", "torchvision has no 'resnet_18'; did you mean resnet18"),
         ("tests.test_plan:no_network", "tests.test_plan has no 'no_network'; did you mean own_network"),
         ("no_package:net", "no_package:net needs no_package, which is not installed"),
+        (":net", "expected one of .*, timm:NAME or package.module:function, .*got ':net'"),
         ("resnet33", "expected one of .*, timm:NAME or package.module:function, .*got 'resnet33'"),
     ],
 )

@@ -9,7 +9,7 @@ import torch
 
 import infopro_fast
 from infopro_fast import errors
-from infopro_fast.data import cifar10, fashion_mnist
+from infopro_fast.data import cifar10
 from infopro_fast.errors import DataError
 from infopro_fast.trainer import (
     checkpoint,
@@ -22,18 +22,7 @@ from infopro_fast.trainer.settings.config import TrainConfig
 from tests import tiny_run
 from tests.tiny_run import assert_same_weights, at_step
 
-
-@pytest.fixture(autouse=True)
-def few_images(monkeypatch):
-    monkeypatch.setattr(fashion_mnist, "load", tiny_run.load)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A run left alone."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fashion_mnist, "load", tiny_run.load)
-        return fit(tiny_run.config(tmp_path_factory.mktemp("runs") / "alone"))
+pytestmark = pytest.mark.usefixtures("few_images")
 
 
 @pytest.mark.slow

@@ -13,7 +13,6 @@ import torch
 
 import infopro_fast
 from infopro_fast import errors, whole_files
-from infopro_fast.data import fashion_mnist
 from infopro_fast.errors import ConfigError, RunError
 from infopro_fast.trainer import checkpoint, evaluate_run, fit, resume, run_folder, setup, stopping
 from infopro_fast.trainer.step import LocalTrainer
@@ -21,18 +20,7 @@ from infopro_fast.trainer.stopping import StopRequest
 from tests import tiny_run
 from tests.tiny_run import assert_same_weights, at_step
 
-
-@pytest.fixture(autouse=True)
-def few_images(monkeypatch):
-    monkeypatch.setattr(fashion_mnist, "load", tiny_run.load)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A run left alone."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fashion_mnist, "load", tiny_run.load)
-        return fit(tiny_run.config(tmp_path_factory.mktemp("runs") / "alone"))
+pytestmark = pytest.mark.usefixtures("few_images")
 
 
 # --------------------------------------------------------------------------------------------------------

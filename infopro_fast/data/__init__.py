@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from infopro_fast.errors import DataError
+from infopro_fast.named_functions import is_named
 
 from . import cifar10, cityscapes, fashion_mnist, fashion_mnist_full, imagenet, own, shapes_seg, stl10, svhn
 from .augment import Augmentation, augment, draw, normalize
@@ -33,7 +34,7 @@ def load(
     crop, workers: for folders (`imagenet.load`, `cityscapes.load`). mean, std: for images of your own; None:
     measured.
     """
-    if ":" in name:
+    if is_named(name):
         return own.load(name, root, download, crop=crop, mean=mean, std=std)
     embedded: dict[str, Callable[[], ImageSet]]
     embedded = {"fashion_mnist": fashion_mnist.load, "shapes_seg": shapes_seg.load}
@@ -47,7 +48,8 @@ def load(
         "stl10": stl10.load,
     }
     if name not in {**readers, **folders}:
-        raise DataError(f"load: name: expected one of {(*embedded, *readers, *folders)}, got {name!r}")
+        known = f"one of {(*embedded, *readers, *folders)} or package.module:function"
+        raise DataError(f"load: name: expected {known}, got {name!r}")
     if root is None:
         raise DataError(f"{name}: expected a folder with its original files (--data-root), got none")
     if not download and not Path(root).is_dir():

@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from infopro_fast.named_functions import is_named
+
 from . import auglocal, backbones, chain, cityscapes, densenet, imagenet, named, segmentation
 from .backbones import Unit
 from .decoder import ChainDecoder, Decoder
@@ -118,11 +120,11 @@ def family(
     arch_args: Mapping[str, Any] | None = None,
 ) -> Family:
     """Return the network of this name, or a user's own. Arguments and errors are those of `build`."""
-    own = isinstance(arch, nn.Module) or named.is_named(arch)
+    own = isinstance(arch, nn.Module) or is_named(arch)
     if not own and arch not in ARCHS:
         expected = f"one of {ARCHS}, {named.FORMS}, or an nn.Module"
         raise ValueError(f"build: arch: expected {expected}, got {arch!r}")
-    if arch_args and not named.is_named(arch):
+    if arch_args and not is_named(arch):
         raise ValueError(f"build: arch_args: expected arch as {named.FORMS}, got {arch!r}")
     small = not own and (arch in backbones.BLOCKS or arch in densenet.ARCHS)
     size = _image_size(arch, image_size, square=small)
@@ -147,7 +149,7 @@ def family(
 def _classifier_of_maps(
     arch: str | nn.Module, num_classes: int | None, arch_args: Mapping[str, Any], common: dict
 ) -> Family:
-    own = isinstance(arch, nn.Module) or named.is_named(arch)
+    own = isinstance(arch, nn.Module) or is_named(arch)
     name = type(arch).__name__ if isinstance(arch, nn.Module) else arch
     if isinstance(arch, nn.Module):
         net = arch

@@ -13,11 +13,6 @@ from torch import nn
 FORMS = "torchvision:NAME, timm:NAME or package.module:function"
 
 
-def is_named(arch: object) -> bool:
-    """Whether ``arch`` is the name of another package's network."""
-    return isinstance(arch, str) and ":" in arch
-
-
 def network(arch: str, num_classes: int | None, arguments: Mapping[str, Any]) -> nn.Module:
     """Return a network with random weights.
 

@@ -25,6 +25,7 @@ from infopro_fast.modules import (
 )
 from infopro_fast.modules.families import PUBLISHED, Family, family
 from infopro_fast.modules.network import assemble
+from infopro_fast.named_functions import is_named
 from infopro_fast.published import WEIGHTED
 
 from .costs import NoCut
@@ -70,7 +71,7 @@ class Source:
     @functools.cached_property
     def network(self) -> str | nn.Module:
         """The network itself if it is a user's or another package's, else its name."""
-        if not named.is_named(self.arch):
+        if not is_named(self.arch):
             return self.arch
         with torch.device("cpu"):  # code that makes a network may read the values of tensors
             return named.network(self.arch, self.num_classes, self.arch_args or {})

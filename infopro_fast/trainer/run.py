@@ -135,7 +135,7 @@ class _Opened:
         self.here, self.held = here, held
         self.images = _load_data(config, here)
         config = config.in_epochs(self.images.batches(config.batch_size, config.drop_last))
-        if config.kind_is_measured and config.mean is None:
+        if config.measures_colors:
             config = dataclasses.replace(config, mean=self.images.mean, std=self.images.std)
         self.config = config = setup.cut(config, self.images)
         _check_batches(config, self.images, here.layout.replicas)

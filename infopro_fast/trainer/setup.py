@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import importlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from infopro_fast import data, modules, ops
+from infopro_fast import data, modules, named_functions, ops
 from infopro_fast.errors import ConfigError, RunError
 from infopro_fast.modules import split
 from infopro_fast.planning import planner
@@ -216,12 +215,11 @@ def cut(config: TrainConfig, images: data.ImageSet | data.FolderSet) -> TrainCon
 
 def local_loss(config: TrainConfig) -> Any:
     """Return the name of the local loss, or a user's own function."""
-    if ":" not in config.loss:
+    if not named_functions.is_named(config.loss):
         return config.loss
-    home, _, name = config.loss.partition(":")
     try:
-        return getattr(importlib.import_module(home), name)
-    except (ImportError, AttributeError) as error:
+        return named_functions.find(config.loss)
+    except ImportError as error:
         raise ConfigError(f"local_loss {config.loss}: {error}") from error
 
 

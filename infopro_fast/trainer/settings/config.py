@@ -56,7 +56,8 @@ CROP = Limit("height and width of at least 32", lambda size: min(size) >= 32)
 LAMBDAS = Limit(
     "4 numbers of at least 0 (reconstruction and task, first and last)", lambda weights: min(weights) >= 0
 )
-COLORS = Limit("three numbers", lambda values: True)
+MEAN = Limit("three numbers", lambda values: True)
+STD = Limit("three positive numbers", lambda values: min(values) > 0)
 BETAS = Limit("two numbers in [0, 1)", lambda betas: 0 <= min(betas) and max(betas) < 1)
 WORDS = Limit("words like name=value", lambda words: all("=" in word for word in words))
 CUTS = Limit("pairs of stage and block", lambda cuts: True)
@@ -84,9 +85,9 @@ class TrainConfig:
     """Height and width of the crops of imagenet, imagefolder and cityscapes.
     Default: 224 224, for cityscapes 512 1024. Images of package.module:function are scaled to it.
     Their default: 32 32."""
-    mean: Annotated[tuple[float, float, float] | None, COLORS, SAID, RESULT] = None
+    mean: Annotated[tuple[float, float, float] | None, MEAN, SAID, RESULT] = None
     """Mean of each channel of images in [0, 1]. Default: the data set's; your own images are measured."""
-    std: Annotated[tuple[float, float, float] | None, COLORS, SAID, RESULT] = None
+    std: Annotated[tuple[float, float, float] | None, STD, SAID, RESULT] = None
     """Standard deviation of each channel, to go with mean."""
     shrink: Annotated[int, at_least(1), RESULT] = 1
     """Average the images over squares of this side, to train faster.
@@ -359,9 +360,9 @@ class TrainConfig:
         return RECIPES[kind(self.dataset)]
 
     @property
-    def kind_is_measured(self) -> bool:
-        """Whether the images have no published mean and std."""
-        return kind(self.dataset) in (*MEASURED, OWN)
+    def measures_colors(self) -> bool:
+        """Whether mean and std are measured: none are given, and none are published."""
+        return self.mean is None and kind(self.dataset) in (*MEASURED, OWN)
 
     @property
     def network(self) -> str:

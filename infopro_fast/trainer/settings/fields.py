@@ -29,6 +29,7 @@ from typing import Any, Literal
 import tyro
 
 from infopro_fast.errors import ConfigError
+from infopro_fast.named_functions import is_named
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,9 +56,9 @@ def at_least(least: int) -> Limit:
 
 
 def one_of(names: Any, others: str) -> Limit:
-    """A name of a Literal, or one with a colon. others: what that may be, in words."""
+    """A name of a Literal, or of other code. others: what that may be, in words."""
     known = typing.get_args(names)
-    return Limit(f"one of {', '.join(known)}, or {others}", lambda name: name in known or ":" in name)
+    return Limit(f"one of {', '.join(known)}, or {others}", lambda name: name in known or is_named(name))
 
 
 POSITIVE = Limit("a positive number", lambda value: value > 0)
