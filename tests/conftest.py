@@ -25,8 +25,6 @@ ISA_LEVELS = {"baseline": 0, "avx2": 1, "avx512": 2}
 def pytest_addoption(parser):
     text = "test the references alone: tests of compiled kernels are skipped"
     parser.addoption("--reference-only", action="store_true", help=text)
-    text = "cases of layers with hooks, subclasses and parametrisations that tests/test_plain.py draws"
-    parser.addoption("--fuzz", type=int, default=150, help=text)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import infopro_fast
+from infopro_fast.modules import chain
 from infopro_fast.modules.imagenet import units_and_tail
 
 
@@ -180,6 +181,12 @@ def hooked():
     return net
 
 
+def own_forward():
+    net = sequential()
+    net.forward = lambda x, run=net.forward: run(2 * x)
+    return net
+
+
 def fails():
     return nn.Sequential(
         conv(3, 8), nn.Conv2d(4, 8, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)
@@ -213,6 +220,7 @@ def fails():
         (Branching, {}, "Branching: its forward cannot be traced .*control flow"),
         (OtherInTraining, {}, "OtherInTraining: its forward is not the same in training and in evaluation"),
         (hooked, {}, "Sequential: has forward hooks"),
+        (own_forward, {}, "Sequential: has a forward in place of its class's, which a split network would"),
         (fails, {}, r"Sequential cannot be split: 1: failed on \(2, 8, 16, 16\): RuntimeError"),
         (
             lambda: nn.Sequential(conv(3, 8), conv(8, 4)),
@@ -267,3 +275,22 @@ def test_timm(name):
     infopro_fast.trainer.check_finite(trainer.step(image, torch.tensor([0, 6])))
     for stage, old in zip(split.stages, before):  # not all: timm's blocks begin with a norm of weight 0
         assert any(not torch.equal(p, q) for p, q in zip(stage.parameters(), old.parameters()))
+
+
+@pytest.mark.parametrize("change", ("forward hook", "backward pre-hook", "method"))
+def test_a_changed_container_is_not_entered(change):
+    """Its parts alone would be another network."""
+    inner = nn.Sequential(conv(8, 8), nn.ReLU(), conv(8, 8))
+    if change == "forward hook":
+        inner.register_forward_hook(lambda _, x, y: 2 * y)
+    elif change == "backward pre-hook":
+        inner.register_full_backward_pre_hook(lambda _, g: (2 * g[0],))
+    else:
+        inner.forward = lambda x, run=inner.forward: 2 * run(x)
+    end = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)
+    net = nn.Sequential(conv(3, 8), inner, *end)
+    links = chain.trace(net).links
+    assert [link.name for link in links][:2] == ["0", "1"] and links[1].module is inner
+    x = torch.randn(2, 3, 16, 16)
+    expected = net(x)
+    assert torch.equal(infopro_fast.build(net, 2, "greedy", image_size=16)(x), expected)

@@ -241,6 +241,31 @@ def test_blocks_keep_their_bits(i):
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda block: setattr(block, "relu", nn.SiLU()),
+        lambda block: block.relu.register_forward_hook(lambda _, x, y: 2 * y),
+        lambda block: block.register_full_backward_hook(lambda _, g_in, g_out: (2 * g_in[0],)),
+        lambda block: setattr(block, "forward", lambda x, run=block.forward: 2 * run(x)),
+    ],
+    ids=["activation", "hook of it", "backward hook", "method"],
+)
+def test_changed_blocks_run_as_they_are(change):
+    torchvision = pytest.importorskip("torchvision")
+    found = []
+    for call in (lambda b, x: b(x), run_block):
+        torch.manual_seed(0)
+        block = torchvision.models.resnet.BasicBlock(8, 8)
+        block.relu.inplace = False  # as a hook needs
+        change(block)
+        x = torch.randn(2, 8, 6, 6, requires_grad=True)
+        out = call(block, x)
+        out.square().sum().backward()
+        found.append([out, x.grad, *(p.grad for p in block.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_other_blocks_run_as_they_are():
     block = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
     assert not has_chain(block)

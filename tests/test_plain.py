@@ -1,7 +1,4 @@
-"""Layers that a kernel may not stand for: whatever a call of them does is done, or refused by name.
-
-`pytest tests/test_plain.py --fuzz 2000` draws that many cases.
-"""
+"""Layers that a kernel may not stand for: whatever a call of them does is done, or refused by name."""
 
 from __future__ import annotations
 
@@ -14,14 +11,28 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
+import infopro_fast
 from infopro_fast import ops
-from infopro_fast.modules import AuxClassifier, ChainDecoder, Decoder
+from infopro_fast.modules import (
+    AuxClassifier,
+    ChainDecoder,
+    Decoder,
+    SyncBatchNorm,
+    convert_sync_batch_norm,
+)
+from infopro_fast.modules.backbones import BasicBlock
+from infopro_fast.modules.densenet import DenseLayer
+from infopro_fast.modules.heads import run_loss
 from infopro_fast.modules.infopro_l import FeatureDecoder
 from infopro_fast.modules.local_loss import Classifier
+from infopro_fast.modules.norm_recompute import run_block
+from infopro_fast.modules.segmentation import PixelClassifier, dense_head
 from infopro_fast.ops.plain import not_plain
 from tests import compare, op_cases
 
-OPS = ("op", "chain op", "pool", "conv pool")  # forms that may refuse; modules run the layers instead
+OPS = ("op", "chain op", "pool", "conv pool", "block")  # forms that may refuse; modules run the layers
+FORMS = (*OPS, "decoder", "chain", "head", "contrast", "classifier", "pixels", "features")
+WHOLE = ("classifier", "pixels")  # forms whose module is itself changed, as one of its layers
 TAKEN = ("nothing", "parametrised weight", "spectral_norm", "weight_norm")
 
 
@@ -94,9 +105,7 @@ def sampled(rng: random.Random):
     N, C, size = rng.randint(2, 3), rng.choice((3, 5, 16)), rng.choice((4, 6))
     x = torch.randn(N, C, size, size, dtype=torch.float64)
     label = torch.randint(5, (N,))
-    form = rng.choice(
-        ("op", "chain op", "pool", "conv pool", "decoder", "chain", "head", "classifier", "features")
-    )
+    form = rng.choice(FORMS)
     if form in ("op", "chain op", "decoder", "chain"):
         image = torch.rand(N, 3, 2 * size, 2 * size, dtype=torch.float64)
         options = {"loss": rng.choice(("bce", "mse", "l1"))}
@@ -123,9 +132,23 @@ def sampled(rng: random.Random):
         net = AuxClassifier(C, rng.choice(("0c1f", "1c2f", "1c1f", "2c2f")), "cross_entropy", 5)
         plain = lambda net: F.cross_entropy(net.head(x), label)  # noqa: E731
         return form, net, lambda net: net(x, label), plain, x
+    if form == "contrast":
+        net, label = AuxClassifier(C, "1c2f", feature_dim=7), label % 2
+        plain = lambda net: op_cases.plain_supcon(net.head(x), label)  # noqa: E731
+        return form, net, lambda net: net(x, label), plain, x
+    if form == "block":
+        net = rng.choice((BasicBlock(C, C, 1), BasicBlock(C, 4, 2), DenseLayer(C, 2)))
+        return form, net, lambda net: run_block(net, x).square().sum(), lambda net: net(x).square().sum(), x
     if form == "classifier":
         net = Classifier(C, 5)
         plain = lambda net: F.cross_entropy(net(x), label)  # noqa: E731
+        return form, net, lambda net: next(iter(net.terms(x, None, label))).loss, plain, x
+    if form == "pixels":
+        head, label = dense_head(C, 4, 5), torch.randint(5, (N, 2 * size, size))
+        head[3].p = 0.0
+        net = PixelClassifier(head, 5, align_corners=True)
+        resized = lambda y: F.interpolate(y, label.shape[1:], mode="bilinear", align_corners=True)  # noqa: E731
+        plain = lambda net: F.cross_entropy(resized(net(x)), label)  # noqa: E731
         return form, net, lambda net: next(iter(net.terms(x, None, label))).loss, plain, x
     given = torch.randn(N, 4, 2 * size, 2 * size, dtype=torch.float64)
     net = FeatureDecoder(C, 4, (2 * size, 2 * size))
@@ -147,6 +170,7 @@ def measured(seed: int, which: int):
     form, net, *calls, x = sampled(rng)
     net = net.double().train(rng.random() < 0.7)
     leaves = [m for m in net.modules() if isinstance(m, nn.Sequential) or not list(m.children())]
+    leaves += [net] * (form in WHOLE)
     name = rng.choice(list(DISTURBANCES))
     disturb, weighty = DISTURBANCES[name]
     if weighty:
@@ -177,10 +201,11 @@ def measured(seed: int, which: int):
     return form, name, {"loss": loss.detach()} | given | dict(net.named_buffers())
 
 
-def test_nothing_differs_in_silence(cpu, request):
+@pytest.mark.parametrize("cases", (150, pytest.param(2000, marks=pytest.mark.slow)))
+def test_nothing_differs_in_silence(cpu, cases):
     """Each case is equal to the layers' own call, or refused by the op's name."""
     outcomes: collections.Counter = collections.Counter()
-    for seed in range(request.config.getoption("--fuzz")):
+    for seed in range(cases):
         try:
             form, name, expected = measured(seed, 1)
         except RuntimeError:  # a backward hook in front of a layer that works in place
@@ -189,11 +214,13 @@ def test_nothing_differs_in_silence(cpu, request):
         try:
             form, name, found = measured(seed, 0)
         except (ValueError, TypeError) as error:
-            assert str(error).startswith(("reconstruction_loss: ", "norm_relu_pool: ")), error
+            names = ("reconstruction_loss: ", "norm_relu_pool: ", "norm_relu_conv: ")
+            assert str(error).startswith(names), error
             assert form in OPS and name not in TAKEN, f"{seed}: {form}, {name}: {error}"
             outcomes["refused"] += 1
             continue
         outcomes[f"equal: {name}"] += 1
+        outcomes[form] += 1
         assert found.keys() == expected.keys()
         size = max(1.0, max(t.abs().max().item() for t in expected.values()))
         for key, value in expected.items():
@@ -201,7 +228,7 @@ def test_nothing_differs_in_silence(cpu, request):
                 found[key].double(), value.double(), scale=size, what=f"{seed}: {form}, {name}: {key}"
             )
     print(dict(outcomes))
-    assert outcomes["equal: nothing"] and outcomes["refused"]
+    assert outcomes["equal: nothing"] and outcomes["refused"] and all(outcomes[form] for form in FORMS)
 
 
 @pytest.mark.parametrize("name", DISTURBANCES)
@@ -239,3 +266,50 @@ def test_a_named_implementation_refuses_a_classifier_of_another_class(cpu):
     own_class(net.fc)
     with pytest.raises(ValueError, match="linear_cross_entropy: impl='cpu' cannot run the last layer"):
         list(net.terms(torch.randn(2, 4, 3, 3), None, torch.tensor([0, 1])))
+
+
+def test_hooks_of_a_head_run_in_a_step():
+    """In the place of its call, without the number of right rows."""
+    torch.manual_seed(0)
+    net = infopro_fast.build("resnet20", 3, "greedy")
+    heads = [loss.aux_classifier for loss in net.local_losses[:2]]
+    h, label = torch.randn(4, 16, 8, 8), torch.tensor([0, 1, 2, 3])
+    expected = run_loss(heads[0], h, label)
+    assert expected[1] is not None
+    heads[0].register_forward_hook(lambda _, given, loss: 3 * loss)
+    loss, correct = run_loss(heads[0], h, label)
+    assert torch.equal(loss, 3 * expected[0]) and correct is None
+    trainer = infopro_fast.LocalTrainer(net, lambda parameters: torch.optim.SGD(parameters, lr=0.1))
+    metrics = trainer.step(torch.randn(4, 3, 32, 32), label)
+    assert "module1/greedy" in metrics and "module1/greedy_correct" not in metrics
+    assert "module2/greedy_correct" in metrics
+
+
+@pytest.mark.parametrize("change", ("activation", "hook", "parametrised"))
+def test_a_batch_norm_that_does_more_is_not_converted(change):
+    """SyncBatchNorm would lose it."""
+
+    class Rectified(nn.BatchNorm2d):
+        def forward(self, x):
+            return super().forward(x).relu()
+
+    norm = Rectified(4) if change == "activation" else nn.BatchNorm2d(4)
+    if change == "hook":
+        norm.register_forward_hook(lambda _, x, y: 2 * y)
+    if change == "parametrised":
+        parametrize.register_parametrization(norm, "weight", Scaled())
+    with pytest.raises(ValueError, match="expected a batch norm whose call runs nothing else, which"):
+        convert_sync_batch_norm(nn.Sequential(nn.Conv2d(3, 4, 1), norm))
+    assert type(convert_sync_batch_norm(nn.Sequential(nn.BatchNorm2d(4)))[0]) is SyncBatchNorm
+
+
+def test_hooks_of_a_networks_end_run_in_training():
+    """Of a traced network's last layers, as when it predicts."""
+    layers = nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1)
+    net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(8, 5))
+    net = infopro_fast.build(net, 2, "greedy", image_size=16)
+    net.classifier.register_forward_hook(lambda _, x, y: 3 * y)
+    image, label = torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 3])
+    trainer = infopro_fast.LocalTrainer(net, lambda parameters: torch.optim.SGD(parameters, lr=0.1))
+    expected = F.cross_entropy(net(image), label)
+    compare.assert_close(trainer.step(image, label)["loss"], expected.detach())

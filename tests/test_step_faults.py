@@ -57,6 +57,7 @@ def with_nan(image):
         (IMAGE, LABEL > 0, TypeError, "step: label: expected an integer tensor, got torch.bool"),
         (IMAGE, LABEL + 8, ValueError, r"label: expected integers in \[0, 10\), or -100 for none, got 10"),
         (IMAGE, LABEL - 1, ValueError, r"step: label: expected integers in \[0, 10\), .* got -1"),
+        (255 * IMAGE, LABEL, ValueError, r"image \* image_std \+ image_mean: .* in \[0, 1\], got"),
         (with_nan(IMAGE), LABEL, FloatingPointError, "step 2, image: .* a nan or an infinity in image 4"),
     ],
 )
@@ -190,3 +191,39 @@ def test_a_network_that_is_frozen_at_its_end_still_tells_its_loss():
 def test_what_a_trainer_is_made_of(net, make, message):
     with pytest.raises(TypeError, match=message):
         infopro_fast.LocalTrainer(net, make)
+
+
+@pytest.mark.parametrize("name", ("hook", "method"))
+def test_a_network_whose_call_does_more_than_its_modules_is_refused(name):
+    net = infopro_fast.build("resnet20", 2)
+    if name == "hook":
+        net.register_forward_pre_hook(lambda _, given: (2 * given[0],))
+    else:
+        net.forward = lambda image, run=net.forward: run(2 * image)
+    with pytest.raises(ValueError, match="net: expected a network whose call runs its modules and nothing"):
+        infopro_fast.LocalTrainer(net, sgd)
+
+
+def test_a_classifier_that_does_not_tell_its_classes_is_trained():
+    """A low-rank update around the linear layer; labels are checked by the classes that there were."""
+
+    class Updated(nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer, self.weight = layer.requires_grad_(False), layer.weight
+            self.a, self.b = nn.Parameter(torch.randn(64, 2)), nn.Parameter(torch.randn(2, 10))
+
+        def forward(self, rows):
+            return self.layer(rows) + rows @ self.a @ self.b
+
+    net = infopro_fast.build("resnet20", 2)
+    net.classifier.fc = Updated(net.classifier.fc)
+    trainer = infopro_fast.LocalTrainer(net, sgd)
+    logits = copy.deepcopy(net).train()(IMAGE)
+    before = [net.classifier.fc.a.detach().clone(), net.classifier.fc.layer.weight.clone()]
+    loss = trainer.step(IMAGE, LABEL)["loss"]
+    assert loss.item() == pytest.approx(nn.functional.cross_entropy(logits, LABEL).item(), rel=1e-5)
+    moved = zip(before, (net.classifier.fc.a, net.classifier.fc.layer.weight), strict=True)
+    assert [not torch.equal(a, b) for a, b in moved] == [True, False]
+    with pytest.raises(ValueError, match=r"label: expected integers in \[0, 10\)"):
+        trainer.step(IMAGE, LABEL + 8)

@@ -78,7 +78,7 @@ def _links(call: Call, name: str, reasons: dict[str, str]) -> list[Link]:
     links = []
     for link in _stretches(call, name, reasons):
         inner = None
-        if link.call and any(True for _ in link.call.module.children()) and not _hooked(link.call.module):
+        if link.call and any(True for _ in link.call.module.children()) and not _changed(link.call.module):
             found: dict[str, str] = {}
             try:
                 inner = _links(link.call, link.name, found)
@@ -131,8 +131,8 @@ def _constants(graph: fx.Graph, module: nn.Module, image: fx.Node) -> set[fx.Nod
 def _graph(call: Call, name: str) -> fx.Graph:
     """Return the graph of a forward, which must be the same in training and in evaluation."""
     module = call.module
-    if _hooked(module):
-        raise NotAChain(f"{name}: has forward hooks, which a split network would not run: remove them")
+    if what := _changed(module):
+        raise NotAChain(f"{name}: has {what}, which a split network would not run")
     try:
         inspect.signature(module.forward).bind(None, *call.args, **call.kwargs)
     except TypeError as error:
@@ -202,8 +202,13 @@ def _qualified(name: str, label: str) -> str:
     return f"{name}.{label}" if name else label
 
 
-def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+def _changed(module: nn.Module) -> str | None:
+    """Return what a call does beside the forward of the module's class, which alone is traced, or None."""
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "forward hooks"
+    if module._backward_hooks or module._backward_pre_hooks:
+        return "backward hooks"
+    return "a forward in place of its class's" if "forward" in vars(module) else None
 
 
 def _first_line(error: Exception) -> str:

@@ -43,13 +43,13 @@ class ASPP(nn.Module):
         return self.classes(self.dropout(self.join(maps)))
 
     def _mean(self, x: torch.Tensor) -> torch.Tensor:
-        pool, conv, norm, relu = self.mean
-        mean = conv(pool(x))
-        if len(x) > 1 or not self.training or isinstance(norm, nn.SyncBatchNorm):
-            return relu(norm(mean))
+        norm, mode = self.mean[2], self.mean[2].training
         # A single image has one value a channel and no variance. Running statistics normalise it and stay.
-        statistics = norm.running_mean, norm.running_var
-        return relu(F.batch_norm(mean, *statistics, norm.weight, norm.bias, False, 0.0, norm.eps))
+        norm.training = mode and (len(x) > 1 or isinstance(norm, nn.SyncBatchNorm))
+        try:
+            return self.mean(x)
+        finally:
+            norm.training = mode
 
 
 class DeepLabEnd(PixelClassifier):

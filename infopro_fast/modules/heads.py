@@ -16,7 +16,7 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 
 from infopro_fast import ops
 from infopro_fast.ops.linear_cross_entropy import logits_cross_entropy
-from infopro_fast.ops.plain import not_plain
+from infopro_fast.ops.plain import differs, not_plain
 from infopro_fast.ops.supcon_loss import supcon_loss_ref
 
 CONFIGS = ("0c1f", "0c2f", "1c1f", "1c2f", "1c3f", "2c2f")  # <convolutions>c<linear layers>f
@@ -69,6 +69,15 @@ class Head(nn.Module):
         if self.gather is not None:
             rows, target = self.gather(rows, target)
         return ops.supcon_loss(rows, target, impl=self.impl), None
+
+
+def run_loss(
+    head: nn.Module, features: torch.Tensor, target: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return a head's `loss_and_correct`; where it has hooks by a call, without the right rows."""
+    if differs(head, type(head)):
+        return head(features, target), None
+    return head.loss_and_correct(features, target)
 
 
 class AuxClassifier(Head):

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from infopro_fast.ops.linear_cross_entropy import logits_cross_entropy
+from infopro_fast.ops.plain import not_plain
 
 from . import chain
 from .backbones import Unit
@@ -95,10 +96,11 @@ class Tail(LocalLoss):
 
     def terms(self, features, image, label):
         if isinstance(self.layers[-1], nn.Linear):
-            found = classify(self.layers, features, label, self.impl, self.label_smoothing)
+            layers = (self,) if not_plain(self, Tail) else self.layers
+            found = classify(layers, features, label, self.impl, self.label_smoothing)
         else:
             options = {"label_smoothing": self.label_smoothing}
-            found = logits_cross_entropy(self.layers(features), label, **options)
+            found = logits_cross_entropy(self(features), label, **options)
         yield Term("cross_entropy", 1.0, *found)
 
     def trained_parameters(self):

@@ -13,8 +13,10 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import nn
 
+from infopro_fast.ops.plain import not_plain
+
 from .features import Features
-from .heads import GlobalAveragePool, Head, classify
+from .heads import GlobalAveragePool, Head, classify, run_loss
 
 LOCAL_LOSSES = ("contrast", "softmax", "greedy", "dgl", "infopro_l", "auglocal", "none")
 
@@ -123,7 +125,7 @@ class InfoPro(LocalLoss):
         if self.reconstruction_weight != 0:
             yield Term("reconstruction", self.reconstruction_weight, self.decoder(features, image), None)
         if self.task_weight != 0:
-            yield Term(self.task, self.task_weight, *self.aux_classifier.loss_and_correct(features, label))
+            yield Term(self.task, self.task_weight, *run_loss(self.aux_classifier, features, label))
 
     def trained_parameters(self):
         weights = ((self.decoder, self.reconstruction_weight), (self.aux_classifier, self.task_weight))
@@ -145,7 +147,7 @@ class HeadLoss(LocalLoss):
         self.name, self.aux_classifier = name, head
 
     def terms(self, features, image, label):
-        yield Term(self.name, 1.0, *self.aux_classifier.loss_and_correct(features, label))
+        yield Term(self.name, 1.0, *run_loss(self.aux_classifier, features, label))
 
     def trained_parameters(self):
         return list(self.aux_classifier.parameters())
@@ -159,7 +161,7 @@ class Classifier(LocalLoss):
 
     def __init__(self, channels: int, class_num: int, *, label_smoothing: float = 0.0, impl: str = "auto"):
         super().__init__()
-        self.label_smoothing, self.impl = label_smoothing, impl
+        self.class_num, self.label_smoothing, self.impl = class_num, label_smoothing, impl
         self.pool = GlobalAveragePool()
         self.fc = nn.Linear(channels, class_num)
 
@@ -169,7 +171,8 @@ class Classifier(LocalLoss):
 
     def terms(self, features, image, label):
         # No name here outlives the term: the pooled features would stay until the next one is asked for.
-        found = classify((self.pool, self.fc), features, label, self.impl, self.label_smoothing)
+        layers = (self,) if not_plain(self, Classifier) else (self.pool, self.fc)
+        found = classify(layers, features, label, self.impl, self.label_smoothing)
         yield Term("cross_entropy", 1.0, *found)
 
     def trained_parameters(self):

@@ -118,8 +118,9 @@ class LocalNetwork(nn.Module):
     @property
     def num_classes(self) -> int | None:
         """Number of classes of the network's own loss; None in a part without it."""
-        end = self.classifier
-        return end.fc.out_features if isinstance(end, Classifier) else getattr(end, "class_num", None)
+        end = self.classifier  # whose last layer may have been replaced, by one that does not tell
+        known = getattr(end, "class_num", None)
+        return getattr(end.fc, "out_features", known) if isinstance(end, Classifier) else known
 
     def part(self, span: range) -> LocalNetwork:
         """Return the modules ``span`` (from 0) as a network; blocks and losses are shared with this one."""

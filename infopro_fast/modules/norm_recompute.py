@@ -113,8 +113,11 @@ class _NormReluConv(torch.autograd.Function):
 
 
 def run_block(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Return ``block(x)``; without hooks its norms, ReLUs and convolutions are run by `norm_relu_conv`."""
-    forward = None if block._forward_hooks or block._forward_pre_hooks else _forward_of(block)
+    """Return ``block(x)``; its norms, ReLUs and convolutions are run by `norm_relu_conv`.
+
+    A block whose call does more than its class's (`not_plain`) runs itself, and keeps what autograd keeps.
+    """
+    forward = None if not_plain(block, type(block)) else _forward_of(block)
     return block(x) if forward is None else forward(block, x)
 
 
@@ -125,6 +128,8 @@ def has_chain(block: nn.Module) -> bool:
 
 def _forward_of(block: nn.Module) -> Callable[[nn.Module, torch.Tensor], torch.Tensor] | None:
     kind = type(block)
+    if isinstance(relu := getattr(block, "relu", None), nn.Module) and not_plain(relu, nn.ReLU):
+        return None  # a network of torchvision's blocks with another activation
     return _FORWARDS.get((kind.__module__, kind.__name__))  # by name: torchvision may be missing
 
 

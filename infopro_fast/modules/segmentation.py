@@ -124,7 +124,7 @@ class PixelClassifier(LocalLoss):
     def terms(self, features, image, label):
         names = ("align_corners", "label_smoothing", "reduction", "impl")
         options = {name: getattr(self, name) for name in names}
-        yield Term("cross_entropy", 1.0, *pixel_loss(self.head(features), label, **options))
+        yield Term("cross_entropy", 1.0, *pixel_loss(self(features), label, **options))
         for tap in self._tap:
             yield Term(
                 "auxiliary", self.auxiliary_weight,

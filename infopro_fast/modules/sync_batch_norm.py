@@ -6,8 +6,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from infopro_fast.ops import batch_norm
+from infopro_fast.ops.plain import differs
 
 from .decoder import ChainDecoder, Decoder
 
@@ -65,6 +67,7 @@ def convert_sync_batch_norm(net: nn.Module, group: dist.ProcessGroup | None = No
     """Replace every batch norm inside ``net`` by a SyncBatchNorm among ``group`` (None: all); return ``net``.
 
     Parameters and buffers stay the same tensors. Decoders, whose op computes the norm, get torch's class.
+    Raises ValueError for a batch norm whose call does more than its class's, which would be lost (`differs`).
     """
     for module in net.children():
         if isinstance(module, (Decoder, ChainDecoder)):
@@ -87,6 +90,11 @@ def _set(root: nn.Module, name: str, layer: nn.Module) -> None:
 def _converted(
     norm: nn.Module, kind: type[nn.SyncBatchNorm], group: dist.ProcessGroup | None
 ) -> nn.SyncBatchNorm:
+    known = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, SyncBatchNorm)
+    reason = "it is parametrised" if is_parametrized(norm) else differs(norm, *known)
+    if reason is not None:
+        expected = "a batch norm whose call runs nothing else, which would be lost"
+        raise ValueError(f"convert_sync_batch_norm: expected {expected}, got {norm}: {reason}")
     options = (norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
     made = kind(*options, process_group=group)
     for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):

@@ -7,14 +7,22 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from infopro_fast.modules import IGNORE, Decoder, InfoPro, InfoProL, LocalNetwork
+from infopro_fast.modules import IGNORE, ChainDecoder, Decoder, InfoPro, InfoProL, LocalNetwork
+from infopro_fast.ops.plain import differs
+from infopro_fast.ops.reconstruction_loss import image_target
 
 
 def check_trainer(net: Any, make_optimizer: Any) -> None:
-    """Raise TypeError for what is no network of `build`, and for an optimizer in place of what makes one."""
+    """Raise TypeError for what is no network of `build`, and for an optimizer in place of what makes one.
+
+    ValueError: a call of the network does more than run its modules one by one, as a step does.
+    """
     if not isinstance(net, LocalNetwork):
         got = f"got {type(net).__name__}: split it first, net = infopro_fast.build(net, cuts=[...])"
         raise TypeError(f"LocalTrainer: net: expected a network from infopro_fast.build, {got}")
+    if reason := differs(net, type(net)):
+        what = "a network whose call runs its modules and nothing else, as a step does"
+        raise ValueError(f"LocalTrainer: net: expected {what}; {reason}: change a stage or a layer instead")
     if isinstance(make_optimizer, torch.optim.Optimizer) or not callable(make_optimizer):
         kind = type(make_optimizer).__name__
         how = f"such as lambda params: torch.optim.{kind}(params, lr=0.1)"
@@ -62,6 +70,17 @@ def check_batch(net: LocalNetwork, image: Any, label: Any, *, amp: bool, finite:
     if finite and not image.isfinite().all():
         bad = (~image.isfinite()).flatten(1).any(1).nonzero()[0].item()
         raise FloatingPointError(f"image: expected finite numbers, got a nan or an infinity in image {bad}")
+    decoder = _image_decoder(net)
+    if decoder is not None and has_values(image):
+        with torch.no_grad():  # the decoder would refuse it only after the first module's forward
+            image_target(image, decoder.options["image_mean"], decoder.options["image_std"])
+
+
+def _image_decoder(net: LocalNetwork) -> Decoder | ChainDecoder | None:
+    """Return a decoder that restores the image, if one runs."""
+    running = (loss for loss in net.local_losses if isinstance(loss, InfoPro) and loss.reconstruction_weight)
+    decoders = (loss.decoder for loss in running)
+    return next((one for one in decoders if isinstance(one, (Decoder, ChainDecoder))), None)
 
 
 def _image_size(net: LocalNetwork) -> tuple[int, int] | None:

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from infopro_fast import data, modules
+from infopro_fast.errors import ConfigError
 
 from .processes import state
 from .processes.connect import Processes
@@ -81,7 +82,10 @@ class Share:
         # The whole network, to write all weights from, where this process trains only a part of it.
         self._whole = copy.deepcopy(net).to("cpu") if self.writes and self.layout.stages > 1 else None
         if self.config.sync_batch_norm and here.data_group is not None:
-            modules.convert_sync_batch_norm(net, here.data_group)
+            try:
+                modules.convert_sync_batch_norm(net, here.data_group)
+            except ValueError as error:
+                raise ConfigError(f"sync_batch_norm: {error}") from error
         self.net = net if self.layout.stages == 1 else net.part(self.layout.modules)
         self.inlet = self._inlet(config, images) if inlet is None else inlet
         self.outlet = self._outlet(config)
