@@ -163,6 +163,40 @@ def test_loss_and_count_are_the_networks_own():
     assert metrics["correct"].item() == (logits.argmax(1) == LABEL).sum().item()
 
 
+@pytest.mark.parametrize("local_loss", ("softmax", "greedy"))
+def test_class_probabilities(local_loss):
+    """Mixed as by MixUp: every loss is torch's; of one-hot rows, the step with labels."""
+    net = infopro_fast.build("resnet20", 2, local_loss)
+    mixed = 0.3 * F.one_hot(LABEL, 10) + 0.7 * F.one_hot(LABEL.flip(0), 10)
+    plain = copy.deepcopy(net).train()
+    stage, loss = plain.stages[0], plain.local_losses[0]
+    wanted = {
+        f"module1/{local_loss}": F.cross_entropy(loss.aux_classifier.head(stage(IMAGE)), mixed),
+        "loss": F.cross_entropy(copy.deepcopy(net).train()(IMAGE), mixed),
+    }
+    metrics = infopro_fast.LocalTrainer(copy.deepcopy(net), _sgd).step(IMAGE, mixed)
+    for name, value in wanted.items():
+        compare.assert_close(metrics[name], value.detach().double(), what=name)
+    nets = copy.deepcopy(net), copy.deepcopy(net)
+    of_rows = infopro_fast.LocalTrainer(nets[0], _sgd).step(IMAGE, F.one_hot(LABEL, 10).float())
+    of_labels = infopro_fast.LocalTrainer(nets[1], _sgd).step(IMAGE, LABEL)
+    assert of_rows.keys() == of_labels.keys() and of_rows["correct"] == of_labels["correct"]
+    for a, b in zip(nets[0].parameters(), nets[1].parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("label, got", (
+    (torch.rand(5, 10), r"class probabilities \(6, 10\), got \(5, 10\)"),
+    (torch.rand(6, 9), r"class probabilities \(6, 10\), got \(6, 9\)"),
+    (torch.rand(6, 10) - 1, "probabilities of at least 0, got -0"),
+    (torch.full((6, 10), torch.nan), "probabilities of at least 0, got nan"),
+))
+def test_class_probabilities_that_do_not_fit(label, got):
+    trainer = infopro_fast.LocalTrainer(infopro_fast.build("resnet20", 2, "softmax"), _sgd)
+    with pytest.raises(ValueError, match=f"step: label: expected {got}"):
+        trainer.step(IMAGE, label)
+
+
 @pytest.mark.parametrize(
     "recompute, chosen", [("none", "auto"), ("none", "reference"), ("norm", "auto"), ("block", "auto")]
 )

@@ -54,6 +54,7 @@ def with_nan(image):
         (IMAGE, LABEL[:5], ValueError, r"step: label: expected \(6,\), got \(5,\)"),
         (IMAGE, LABEL[:, None], ValueError, r"step: label: expected \(6,\), got \(6, 1\)"),
         (IMAGE, LABEL.float(), TypeError, "step: label: expected an integer tensor, got torch.float32"),
+        (IMAGE, torch.rand(6, 10), ValueError, "step: label: expected integers for the contrastive loss"),
         (IMAGE, LABEL > 0, TypeError, "step: label: expected an integer tensor, got torch.bool"),
         (IMAGE, LABEL + 8, ValueError, r"label: expected integers in \[0, 10\), or -100 for none, got 10"),
         (IMAGE, LABEL - 1, ValueError, r"step: label: expected integers in \[0, 10\), .* got -1"),

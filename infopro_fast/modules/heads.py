@@ -56,7 +56,10 @@ class Head(nn.Module):
         self.head = head
 
     def forward(self, features: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Return the mean loss, a 0-d tensor. features: (N, C, h, w); target: (N,) integer labels."""
+        """Return the mean loss, a 0-d tensor. features: (N, C, h, w); target: (N,) integer labels.
+
+        For cross_entropy class probabilities (N, classes), too.
+        """
         return self.loss_and_correct(features, target)[0]
 
     def loss_and_correct(

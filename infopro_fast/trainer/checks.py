@@ -42,7 +42,6 @@ def check_batch(net: LocalNetwork, image: Any, label: Any, *, amp: bool, finite:
     CPU alone; elsewhere the check would wait for the device.
     """
     like = next(p for p in net.parameters() if p.is_floating_point())
-    dense = net.classifier.dense
     for name, t in (("image", image), ("label", label)):
         if not isinstance(t, torch.Tensor):
             raise TypeError(f"step: {name}: expected a tensor, got {type(t).__name__}")
@@ -55,7 +54,21 @@ def check_batch(net: LocalNetwork, image: Any, label: Any, *, amp: bool, finite:
         raise ValueError(f"step: image: expected {expected}, got {tuple(image.shape)}")
     if image.dtype != like.dtype and not (amp and image.is_floating_point()):
         raise TypeError(f"step: image: expected {like.dtype} as the network's weights, got {image.dtype}")
-    count = image.shape[0]
+    if label.is_floating_point() and label.dim() == 2 and not net.classifier.dense:
+        _check_probabilities(net, label, len(image))
+    else:
+        _check_labels(net, label, len(image))
+    if finite and not image.isfinite().all():
+        bad = (~image.isfinite()).flatten(1).any(1).nonzero()[0].item()
+        raise FloatingPointError(f"image: expected finite numbers, got a nan or an infinity in image {bad}")
+    decoder = _image_decoder(net)
+    if decoder is not None and has_values(image):
+        with torch.no_grad():  # the decoder would refuse it only after the first module's forward
+            image_target(image, decoder.options["image_mean"], decoder.options["image_std"])
+
+
+def _check_labels(net: LocalNetwork, label: torch.Tensor, count: int) -> None:
+    dense = net.classifier.dense
     if label.dim() != (3 if dense else 1) or len(label) != count:
         expected = f"({count}, H, W), a label for each pixel" if dense else f"({count},)"
         raise ValueError(f"step: label: expected {expected}, got {tuple(label.shape)}")
@@ -67,13 +80,20 @@ def check_batch(net: LocalNetwork, image: Any, label: Any, *, amp: bool, finite:
         if len(wrong):
             expected = f"integers in [0, {net.num_classes}), or {ignored} for none"
             raise ValueError(f"step: label: expected {expected}, got {wrong[0].item()}")
-    if finite and not image.isfinite().all():
-        bad = (~image.isfinite()).flatten(1).any(1).nonzero()[0].item()
-        raise FloatingPointError(f"image: expected finite numbers, got a nan or an infinity in image {bad}")
-    decoder = _image_decoder(net)
-    if decoder is not None and has_values(image):
-        with torch.no_grad():  # the decoder would refuse it only after the first module's forward
-            image_target(image, decoder.options["image_mean"], decoder.options["image_std"])
+
+
+def _check_probabilities(net: LocalNetwork, label: torch.Tensor, count: int) -> None:
+    """Class probabilities, as MixUp and CutMix make them. The contrastive loss has no use for them."""
+    shape = (count, net.num_classes or label.shape[1])
+    if tuple(label.shape) != shape:
+        raise ValueError(f"step: label: expected class probabilities {shape}, got {tuple(label.shape)}")
+    if any(isinstance(t, InfoPro) and t.task == "contrast" and t.task_weight for t in net.local_losses):
+        expected = "integers for the contrastive loss (local_loss='softmax' takes class probabilities)"
+        raise ValueError(f"step: label: expected {expected}, got {label.dtype} of {shape}")
+    if has_values(label):
+        wrong = label[~((label >= 0) & label.isfinite())]
+        if len(wrong):
+            raise ValueError(f"step: label: expected probabilities of at least 0, got {wrong[0].item()}")
 
 
 def _image_decoder(net: LocalNetwork) -> Decoder | ChainDecoder | None:

@@ -140,8 +140,8 @@ class LocalTrainer:
     def step(self, image: torch.Tensor, label: torch.Tensor, total: int | None = None) -> Metrics:
         """Update every module once, in training mode; return the step's metrics.
 
-        image: (N, 3, H, W), normalised; label: (N,) integers, for segmentation (N, H, W); on the network's
-        device.
+        image: (N, 3, H, W), normalised; label: (N,) integers, for segmentation (N, H, W), or class
+        probabilities (N, classes), as of MixUp, where no loss is contrastive; on the network's device.
         total: images of the whole batch, of which ``image`` is this process's part (`data.part_of`); None: N
         times the processes of the group.
 
