@@ -40,11 +40,7 @@ check "build" 180 "$python" -m pip install --quiet --no-build-isolation --no-dep
     # the build is all that the rest needs
     check "build, without pip" 120 "$python" setup.py --quiet build_ext --inplace && failed=0
 }
-"$python" - <<'END'
-from infopro_fast import ops
-for op in ops.OPS:
-    print(op, ops.available(op, "cuda"))
-END
+check "check" 120 "$python" -m infopro_fast info --check
 
 if "$python" -c 'import pytest' 2>/dev/null; then
     # Most of their time Triton and torch.compile compile, on one core each.

@@ -38,10 +38,16 @@ paper's tables. --version shows the version."""
 class Info:
     """Show versions, the processor's instruction set, and which implementations of every op can run here."""
 
-    def run(self) -> None:
-        from .info import report
+    check: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Also run each of them, forward and backward, against float64. Takes seconds on a CPU."""
 
-        print(report())
+    def run(self) -> None:
+        from . import check, info
+
+        print(info.report())
+        if self.check:
+            print()
+            check.show()
 
 
 COMMANDS: dict[str, type] = {

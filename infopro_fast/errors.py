@@ -56,6 +56,10 @@ class ProcessFailure(UserError, RuntimeError):
     """A process of the run failed; the message names its rank, its modules and the cause."""
 
 
+class CheckError(UserError, RuntimeError):
+    """An op gave a wrong result on this machine; the message says how many did."""
+
+
 class StudyError(UserError, RuntimeError):
     """Runs of a study failed, or a folder holds another run; the message names them."""
 

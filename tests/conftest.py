@@ -29,7 +29,7 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Of a test marked fast(n) all cases but n, evenly spaced, are slow."""
+    """Mark as slow all cases of a test marked fast(n) but n, evenly spaced."""
     tests = collections.defaultdict(list)
     for item in items:
         if mark := item.get_closest_marker("fast"):

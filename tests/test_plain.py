@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import random
 
 import pytest
@@ -147,8 +148,8 @@ def sampled(rng: random.Random):
         head, label = dense_head(C, 4, 5), torch.randint(5, (N, 2 * size, size))
         head[3].p = 0.0
         net = PixelClassifier(head, 5, align_corners=True)
-        resized = lambda y: F.interpolate(y, label.shape[1:], mode="bilinear", align_corners=True)  # noqa: E731
-        plain = lambda net: F.cross_entropy(resized(net(x)), label)  # noqa: E731
+        resize = functools.partial(F.interpolate, size=label.shape[1:], mode="bilinear", align_corners=True)
+        plain = lambda net: F.cross_entropy(resize(net(x)), label)  # noqa: E731
         return form, net, lambda net: next(iter(net.terms(x, None, label))).loss, plain, x
     given = torch.randn(N, 4, 2 * size, 2 * size, dtype=torch.float64)
     net = FeatureDecoder(C, 4, (2 * size, 2 * size))
@@ -304,7 +305,7 @@ def test_a_batch_norm_that_does_more_is_not_converted(change):
 
 
 def test_hooks_of_a_networks_end_run_in_training():
-    """Of a traced network's last layers, as when it predicts."""
+    """The last layers of a traced network are run, as when it predicts."""
     layers = nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1)
     net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(8, 5))
     net = infopro_fast.build(net, 2, "greedy", image_size=16)

@@ -40,7 +40,7 @@ def _load_targets(target, class_weight, rows, N, C, ignore_index, WEIGHTED):
 
 @triton.jit
 def _parts(target, at, inside, every, label_smoothing, C):
-    """Of class probabilities in a tile (rows, classes): ((1 - e) p + e / C) w, and p, -inf outside."""
+    """((1 - e) p + e / C) w of class probabilities p in a tile (rows, classes), and p, -inf outside."""
     p = tl.load(target + at, mask=inside, other=-float("inf")).to(tl.float32)
     parts = ((1 - label_smoothing) * p + label_smoothing / C) * every[None, :]
     return tl.where(inside, parts, 0.0), p
