@@ -5,6 +5,8 @@ import dataclasses
 import io
 import json
 import math
+import os
+import re
 import signal
 import threading
 from types import SimpleNamespace
@@ -500,10 +502,11 @@ def test_live_table_shows_everything():
 def test_plain_lines():
     stream = io.StringIO()
     screen = display.PlainDisplay(stream)
-    screen.update(status())  # too soon for a line
-    assert stream.getvalue() == ""
+    screen.update(status())
+    screen.update(status())  # too soon for another line
+    assert len(stream.getvalue().splitlines()) == 1 and "batch 30/63" in stream.getvalue()
     screen.epoch(status())
-    (line,) = stream.getvalue().splitlines()
+    _, line = stream.getvalue().splitlines()
     for expected in (
         "epoch 2/8", "loss 1.5000", "train accuracy 62.50%", "test accuracy 75.12%",
         "m1/reconstruction 0.2500", "m2/contrast 3.2500", "321 images/s", "peak 500 MiB", "left 1:02:05",
@@ -511,8 +514,23 @@ def test_plain_lines():
         assert expected in line, expected
     screen._last -= display.PLAIN_SECONDS + 1
     screen.update(status())
-    assert "batch 30/63" in stream.getvalue().splitlines()[1]
+    assert "batch 30/63" in stream.getvalue().splitlines()[2]
     assert [display.duration(s) for s in (None, 0, 59.6, 3599.6)] == ["-", "0:00", "1:00", "1:00:00"]
+
+
+def test_the_first_step_is_shown(tmp_path, capsys):
+    fit(tiny_run.config(tmp_path / "run", epochs=2, log_every=10**6))
+    first = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch "))
+    assert re.match(r"epoch 1/2 batch 1/\d+  loss \d+\.\d+  train accuracy .*m1/", first)
+
+
+@pytest.mark.parametrize("threads, load, told", ((2, 9.0, 1), (1, 9.0, 0), (2, 0.5, 0)))
+def test_a_busy_machine_is_told_of(monkeypatch, tmp_path, threads, load, told):
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3})
+    found = list(setup.advice(tiny_run.config(tmp_path, threads=threads, device="cpu")))
+    assert len(found) == told
+    assert not told or "busy (load 9.0, 4 cores): --threads 1" in found[0]
 
 
 def test_display_follows_the_terminal():

@@ -68,11 +68,11 @@ def losses_by_module(train: dict[str, float]) -> tuple[list[str], dict[int, dict
 
 
 class PlainDisplay:
-    """Prints a line an epoch, a line every 30 seconds inside long epochs, and messages."""
+    """Prints a line of the first step, one an epoch, one every 30 seconds inside one, and messages."""
 
     def __init__(self, stream=None):
         self._stream = stream or sys.stdout
-        self._last = time.monotonic()
+        self._last = -PLAIN_SECONDS  # so that the first step has a line
 
     def __enter__(self) -> PlainDisplay:
         return self
@@ -116,7 +116,8 @@ class LiveDisplay:
     """A table, redrawn in place: each module's losses, accuracy, speed, memory and time left."""
 
     def __init__(self, console: Console):
-        self._live = Live(console=console, refresh_per_second=4)
+        self._status: Status | None = None
+        self._live = Live(console=console, refresh_per_second=4, get_renderable=self._render)
 
     def __enter__(self) -> LiveDisplay:
         self._live.__enter__()
@@ -129,9 +130,12 @@ class LiveDisplay:
         self._live.console.print(text, markup=False, highlight=False)
 
     def update(self, status: Status) -> None:
-        self._live.update(render(status))
+        self._status = status  # which the next redrawing shows
 
     epoch = update
+
+    def _render(self) -> Group | str:
+        return render(self._status) if self._status else ""
 
 
 def render(status: Status) -> Group:

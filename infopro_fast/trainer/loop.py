@@ -49,6 +49,7 @@ class Training:
         self.best: float | None = None
         self.test: dict[str, float] | None = None
         self.seconds, self.came_from = 0.0, ""
+        self.means: dict[str, float] = {}  # what is shown of the last steps
         self.metrics: dict[str, Any] = {}  # what the last checkpoint counts on (`MetricsLog.sync`)
         self.saved: dict[str, Any] = {}  # the last checkpoint, in the process that writes them
         self._shapes: tuple[torch.Size, ...] = ()  # of the batch at hand
@@ -69,6 +70,8 @@ class Training:
                 # continue.
                 begins = f"{self.title}, {self.images.train_count} images, run folder {self.run}"
                 self.screen.message(self.came_from or begins)
+                for advice in setup.advice(self.config):
+                    self.screen.message(advice)
                 if not self.came_from:
                     if self.config.recipe is not None and self.share.tells_recipe:
                         self.screen.message(run_folder.recipe_text(self.share.config))
@@ -127,10 +130,12 @@ class Training:
             # Log and show the metrics; only this waits for the device.
             if self.batch % self.config.log_every == 0 or self.batch == self.batches_here:
                 self.meters.read(self.place_before)
-                means = self.meters.finish_interval()
+                self.means = means = self.meters.finish_interval()
                 where = {"epoch": self.epoch + 1, "batch": self.batch, "seconds": self.clock.seconds}
                 self.log.write({"kind": "step", **where, "lr": lr, **means})
-                self.screen.update(self.status(means, lr))
+            elif self.clock.steps == 1:
+                self.means = self.meters.last()  # a sign of life, long before the first interval ends
+            self.screen.update(self.status(self.means, lr))
 
             # Stop after a signal, or save where a checkpoint is due; the epoch's end has its own checkpoint.
             if request == "stop":

@@ -54,10 +54,16 @@ class Meters:
             if not all(map(math.isfinite, row)):
                 self._fail(values[i], place(len(rows) - 1 - i))
             for sums in (self._interval, self._epoch):
-                for name, value in zip(self._names, row):
-                    sums[name] = sums.get(name, 0.0) + (value if name.endswith("correct") else value * count)
-                sums["images"] = sums.get("images", 0) + count
+                for name, total in _totals(self._names, row, count).items():
+                    sums[name] = sums.get(name, 0) + total
         self._counts = []
+
+    def last(self) -> dict[str, float]:
+        """Return the means of the last step that was added, in this process alone; waits for the device."""
+        if self._rows is None or not self._counts:
+            return {}
+        count = len(self._counts)
+        return _means(_totals(self._names, self._rows[count - 1].tolist(), self._counts[-1]))
 
     def _fail(self, row: torch.Tensor, where: str) -> None:
         try:
@@ -83,6 +89,11 @@ class Meters:
         self._interval, self._epoch = dict(state["interval"]), dict(state["epoch"])
 
 
+def _totals(names: list[str], row: list[float], count: int) -> dict[str, float]:
+    found = {n: value if n.endswith("correct") else value * count for n, value in zip(names, row)}
+    return found | {"images": count}
+
+
 def _means(sums: dict[str, float]) -> dict[str, float]:
     images = sums.get("images", 0)
     found = {name: value / images for name, value in sums.items() if name != "images"}
@@ -95,7 +106,7 @@ class Clock:
     def __init__(self, seconds: float, checkpoint_minutes: float, steps_left: int):
         self._before, self._start = seconds, time.monotonic()
         self._every, self._saved_at = 60 * checkpoint_minutes, self._start
-        self._steps, self._steps_left = 0, steps_left
+        self.steps, self._steps_left = 0, steps_left  # steps: of this process
         self.new_epoch()
 
     def new_epoch(self) -> None:
@@ -106,7 +117,7 @@ class Clock:
         now = time.monotonic()
         self._busy, self._mark = self._busy + now - self._mark, now
         self._images += images
-        self._steps, self._steps_left = self._steps + 1, self._steps_left - 1
+        self.steps, self._steps_left = self.steps + 1, self._steps_left - 1
 
     def saved(self) -> None:
         """Note that a checkpoint was written; its time is not part of the next step's."""
@@ -128,4 +139,4 @@ class Clock:
     @property
     def seconds_left(self) -> float | None:
         """Seconds left at this process's pace, evaluation included; None before the first step."""
-        return (time.monotonic() - self._start) / self._steps * self._steps_left if self._steps else None
+        return (time.monotonic() - self._start) / self.steps * self._steps_left if self.steps else None

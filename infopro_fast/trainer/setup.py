@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,14 @@ INIT_SHARE = 0.9  # of the tensors of a network's blocks, which a file of weight
 def amp_dtype(config: TrainConfig) -> torch.dtype | None:
     """Return the dtype of autocast, or None."""
     return None if config.amp == "none" else getattr(torch, config.amp)
+
+
+def advice(config: TrainConfig) -> Iterator[str]:
+    """Yield what makes a run slow on this machine as it is now."""
+    load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
+    if config.device == "cpu" and config.threads > 1 and load > cores + 0.5:
+        busy = f"other work keeps this machine busy (load {load:.1f}, {cores} cores)"
+        yield f"{busy}: --threads 1 may be several times faster than {config.threads}, whose threads wait"
 
 
 def autocast(config: TrainConfig) -> contextlib.AbstractContextManager:
