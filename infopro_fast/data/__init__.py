@@ -13,11 +13,12 @@ from . import cifar10, cityscapes, fashion_mnist, fashion_mnist_full, imagenet, 
 from .augment import Augmentation, augment, draw, normalize
 from .folder_set import FolderSet
 from .image_set import ABOUT, ImageSet, Split, part_of
+from .mixing import mixing
 from .segmentation_set import SegmentationSet
 
 __all__ = [
     "ABOUT", "Augmentation", "DataError", "FolderSet", "ImageSet", "SegmentationSet", "Split", "augment",
-    "draw", "load", "normalize", "part_of",
+    "draw", "load", "mixing", "normalize", "part_of",
 ]
 
 

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from infopro_fast import data, modules
+from infopro_fast.data.image_set import epoch_seed
 from infopro_fast.errors import ConfigError
 
 from .processes import state
@@ -37,6 +38,8 @@ class Images:
         self.device, self.dtype = torch.device(config.device), getattr(torch, config.dtype)
         self.config, self.part = config, part
         self.images = images.to(self.device) if config.resident else images
+        mixes = config.mixup is not None or config.cutmix is not None
+        self.mix = data.mixing(config.mixup, config.cutmix, images.num_classes) if mixes else None
 
     def train(self, epoch: int, first: int, last: int) -> Iterator[Packet]:
         """Yield the batches from ``first`` to before ``last`` of an epoch."""
@@ -45,7 +48,11 @@ class Images:
             c.batch_size, seed=c.seed, epoch=epoch, first=first, drop_last=c.drop_last, augmented=c.augment,
             dtype=self.dtype, device=self.device, part=self.part,
         )
-        return (Packet(image, image, label) for _, (image, label) in zip(range(first, last), batches))
+        for batch, (image, label) in zip(range(first, last), batches):
+            if self.mix is not None:
+                own = batch * self.part[1] + self.part[0]  # of this process's part of the batch
+                image, label = self.mix(image, label, epoch_seed(epoch_seed(c.seed, epoch), own))
+            yield Packet(image, image, label)
 
     def test(self) -> Iterator[Packet]:
         batches = self.images.test_batches(self.config.batch_size, self.dtype, self.device)

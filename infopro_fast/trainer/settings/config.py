@@ -191,6 +191,12 @@ class TrainConfig:
     """Test and write an exponential moving average of the weights with this decay, updated in every step."""
     augment: Annotated[bool, RESULT] = True
     """Crop and flip the training images at random."""
+    mixup: Annotated[float | None, POSITIVE, SAID, RESULT] = None
+    """Mix pairs of training images and their labels (MixUp), in shares of a Beta distribution of this alpha.
+    Needs torchvision. With cutmix, too, each batch takes one of the two."""
+    cutmix: Annotated[float | None, POSITIVE, SAID, RESULT] = None
+    """Paste a rectangle of a training image into another (CutMix), in shares of a Beta distribution of this
+    alpha, and mix their labels."""
     seed: Annotated[int, SEED, RESULT] = 0
     """Seed of initial weights, image order and augmentation."""
 

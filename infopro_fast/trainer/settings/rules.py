@@ -111,6 +111,12 @@ RULES: list[Rule] = [
     (lambda c: c.local_loss == "auglocal" and c.arch not in CIFAR_RESNETS,
      "local_loss auglocal takes its blocks from a CIFAR ResNet: "
      f"expected arch {', '.join(CIFAR_RESNETS)}, got {{arch}}"),
+    *_given("mixup cutmix", lambda c: c.dataset in SEGMENTATION,
+            "{name}: dataset {dataset} has labels of pixels"),
+    *_given("mixup cutmix", lambda c: c.local_loss == "contrast",
+            "{name}: local_loss contrast needs the label of each image: expected softmax, greedy or another"),
+    *_given("mixup cutmix", lambda c: c.parallel == "pipeline" or c.order == "sequential",
+            "{name}: expected order simultaneous, and parallel none or data"),
     (lambda c: c.aux_depth is not None and (c.local_loss != "auglocal" or c.modules == 1),
      "aux_depth: local_loss {local_loss} with modules {modules} has no such net"),
     *_given("net_config widen feature_dim", lambda c: not c.aux,
