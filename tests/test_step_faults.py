@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 import infopro_fast
+from infopro_fast.modules import PixelClassifier, Tap
+from infopro_fast.trainer.settings import recipes
 
 IMAGE = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(3))
 LABEL = torch.tensor([0, 1, 2, 0, 1, 1])
@@ -114,6 +116,30 @@ def test_finite_is_not_looked_for_on_request():
     net = infopro_fast.build("resnet20", 2)
     trainer = infopro_fast.LocalTrainer(net, sgd, check_finite=False)
     assert trainer.step(with_nan(IMAGE), LABEL)["loss"].isnan()
+
+
+def test_mean_all_counts_ignored_pixels_in_the_networks_own_heads_alone():
+    """As the authors' DeepLab, whose local heads average over labelled pixels."""
+    found, label = {}, DENSE_LABEL.clone()
+    label[:, :20] = 255
+    share = (label != 255).double().mean().item()
+    for reduction in ("mean", "mean_all"):
+        torch.manual_seed(0)
+        net = infopro_fast.build("fcn_resnet20", 2, "softmax", pixel_reduction=reduction)
+        tap, head = Tap(), nn.Conv2d(64, 11, 1)
+        end = PixelClassifier(net.classifier.head, 11, (tap, head, 0.4), reduction=reduction)
+        end.train(), tap.train()
+        features = tap(torch.randn(2, 64, 24, 24, requires_grad=True))
+        auxiliary = list(end.terms(features, None, label))[1].loss.item()
+        metrics = infopro_fast.LocalTrainer(net, sgd).step(DENSE_IMAGE, label)
+        found[reduction] = [metrics["loss"].item(), auxiliary, metrics["module1/softmax"].item()]
+    (loss, auxiliary, local), of_all = found["mean"], found["mean_all"]
+    assert of_all == pytest.approx([share * loss, share * auxiliary, local], rel=1e-5)
+
+
+def test_recipes_of_table_5_take_the_authors_mean():
+    rows = {name: row for name, row in recipes.ROWS.items() if name.startswith("table5/") and row.settings}
+    assert rows and all(row.settings["pixel_reduction"] == "mean_all" for row in rows.values())
 
 
 # --------------------------------------------------------------------------------------------------------
