@@ -10,11 +10,12 @@ import torch
 from infopro_fast import errors
 from infopro_fast.data import mixing
 from infopro_fast.errors import ConfigError
-from infopro_fast.trainer import fit, resume, run_folder
+from infopro_fast.trainer import fit, resume
 from tests import tiny_run
 from tests.tiny_run import assert_same_weights, at_step
 
 pytest.importorskip("torchvision")
+pytestmark = pytest.mark.usefixtures("few_images")
 IMAGE, LABEL = torch.rand(6, 3, 8, 8), torch.tensor([0, 4, 2, 2, 1, 3])
 
 
@@ -56,8 +57,6 @@ def test_a_run_continues_to_the_same_bits(tmp_path, monkeypatch):
     assert_same_weights(resume(tmp_path / "run"), alone)
     with pytest.raises(AssertionError):
         assert_same_weights(plain, alone)
-    losses = [run_folder.read_metrics(run, "epoch")[-1]["train"]["loss"] for run in (plain, alone)]
-    assert losses[1] > losses[0]  # mixed labels cannot be known
 
 
 @pytest.mark.parametrize("settings, words", (
