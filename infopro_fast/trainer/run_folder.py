@@ -23,7 +23,7 @@ from .settings.config import TrainConfig
 
 CONFIG, RECIPE, METRICS, CHECKPOINTS = "config.json", "recipe.json", "metrics.jsonl", "checkpoints"
 WEIGHTS, CURVE, LOCK = "weights.safetensors", "learning_curve.png", ".lock"
-SUM, NO_SUM = "sha256", "0" * 64  # in CONFIG, and in the header of WEIGHTS
+SUM, NO_SUM = "sha256", "0" * 64  # in CONFIG, and in "about" in the header of WEIGHTS
 
 
 def create(
@@ -229,12 +229,13 @@ def read_metrics(folder: Path, kind: str) -> list[dict[str, Any]]:
 def write_weights(folder: Path, state: dict[str, Any], about: dict[str, Any], moved: Moved = nobody) -> None:
     """Write weights.safetensors. state: tensors by the authors' names; about: JSON for the file's header.
 
-    The header's "sha256" is the hash of the whole file, as it is with zeros in place of that hash.
+    The header's "about" has a "sha256", of the whole file with zeros in place of that hash. Two entries of a
+    header would come in any order, so that the same weights would give other files.
     """
     import safetensors.torch  # needs torch, which reading settings does not
 
     tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in state.items()}
-    content = safetensors.torch.save(tensors, {"about": json.dumps(about), SUM: NO_SUM})
+    content = safetensors.torch.save(tensors, {"about": json.dumps(about | {SUM: NO_SUM})})
     content = content.replace(NO_SUM.encode(), hashlib.sha256(content).hexdigest().encode(), 1)
     replace_file(folder / WEIGHTS, content, moved)
 
@@ -244,7 +245,8 @@ def about(folder: Path) -> dict[str, Any]:
     import safetensors
 
     with safetensors.safe_open(folder / WEIGHTS, "pt") as file:
-        return json.loads((file.metadata() or {}).get("about", "{}"))
+        found = json.loads((file.metadata() or {}).get("about", "{}"))
+    return {name: fact for name, fact in found.items() if name != SUM}
 
 
 def read_weights(folder: Path) -> dict[str, Any]:
@@ -275,7 +277,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Any], bool]:
     content = path.read_bytes()
     tensors = safetensors.torch.load(content)
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    expected = header.get("__metadata__", {}).get(SUM)
+    expected = json.loads(header.get("__metadata__", {}).get("about", "{}")).get(SUM)
     if expected is None:
         return tensors, False
     got = hashlib.sha256(content.replace(expected.encode(), NO_SUM.encode(), 1)).hexdigest()
